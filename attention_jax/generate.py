@@ -1,0 +1,234 @@
+"""Text from a language model: one jitted prefill, then a `lax.while_loop` that decodes with the state.
+
+Prompts of different lengths stand left-padded in one batch (padding has position -1). A token's randomness
+is folded from (key, request id, position) alone, so a request gets the same tokens at any batch size and in
+any slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.mixers import Context
+from attention_jax.model import ModelConfig, bind
+
+_BUCKET = 64  # prompt lengths, capacities and outputs are rounded up to it, so that few shapes compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature, then top-k, top-p and min-p, each on what the former left.
+
+    temperature: divides the logits; 0 takes the largest (greedy).
+    top_k: keep the k largest. top_p: keep the fewest whose probability reaches p (Holtzman et al. 2020,
+    arXiv 1904.09751). min_p: keep those of at least min_p times the largest probability (2407.01082).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
+
+
+def generate(
+    config: ModelConfig,
+    params: dict,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    key: jax.Array | None = None,
+    eos_id: int | None = None,
+    request_ids: Sequence[int] | None = None,
+    capacity: int | None = None,
+) -> list[np.ndarray]:
+    """The new tokens of each prompt, up to and without `eos_id`, int32.
+
+    Args:
+      prompts: token ids of each request, at least one token each; lengths may differ.
+      key: a jax PRNG key; needed unless the temperature is 0.
+      request_ids: what tells the requests' randomness apart; 0, 1, 2, ... by default.
+      capacity: positions the state holds a row; by default what prompt and new tokens need.
+
+    Raises:
+      ValueError, before compiling: an empty prompt, an id outside the vocabulary, prompt and new tokens
+        longer than the capacity or the learned positions. After: logits that are NaN or all -inf.
+    """
+    pieces = list(
+        stream(
+            config, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, key=key,
+            eos_id=eos_id, request_ids=request_ids, capacity=capacity, chunk=max_new_tokens,
+        )
+    )  # fmt: skip
+    return [np.concatenate(rows) for rows in zip(*pieces, strict=True)]
+
+
+def stream(
+    config: ModelConfig,
+    params: dict,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    key: jax.Array | None = None,
+    eos_id: int | None = None,
+    request_ids: Sequence[int] | None = None,
+    capacity: int | None = None,
+    chunk: int = 8,
+) -> Iterator[list[np.ndarray]]:
+    """`generate`, a few tokens at a time: yields the next tokens (at most `chunk`) of each request."""
+    prompts = [_checked_prompt(config, index, prompt) for index, prompt in enumerate(prompts)]
+    if not prompts:
+        raise ValueError("no prompts given")
+    if max_new_tokens < 1 or chunk < 1:
+        raise ValueError(f"max_new_tokens and chunk must be >= 1, got {max_new_tokens} and {chunk}")
+    if sampling.temperature > 0 and key is None:
+        raise ValueError(f"sampling at temperature {sampling.temperature} needs a key")
+    capacity = _capacity(config, max(map(len, prompts)), max_new_tokens, capacity)
+    ids = np.arange(len(prompts)) if request_ids is None else np.asarray(request_ids)
+    if ids.shape != (len(prompts),):
+        raise ValueError(f"request_ids must name each of {len(prompts)} prompts once, got {ids.shape}")
+    tokens_BT, positions_BT = _left_padded(prompts, capacity)
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(ids)
+    width = -(-max_new_tokens // _BUCKET) * _BUCKET
+    carry = _prefill(config, capacity, width, params, tokens_BT, positions_BT)
+    eos = jnp.int32(-1 if eos_id is None else eos_id)
+
+    def produce(carry):
+        for start in range(0, max_new_tokens, chunk):
+            limit = min(start + chunk, max_new_tokens)
+            carry = _decode(config, sampling, params, keys_B, carry, eos, jnp.int32(limit))
+            new_BN = np.asarray(carry["out"][:, start:limit])
+            if (bad := np.flatnonzero(carry["bad"])).size:
+                raise ValueError(f"the model's logits are NaN or all -inf for request {ids[bad[0]]}")
+            yield [row[row >= 0] for row in new_BN]
+            if bool(carry["done"].all()):
+                return
+
+    return produce(carry)
+
+
+def _checked_prompt(config: ModelConfig, index: int, prompt: Any) -> np.ndarray:
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 1 or prompt.size == 0:
+        raise ValueError(f"prompt {index} must be a non-empty list of token ids, got shape {prompt.shape}")
+    if not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(f"prompt {index} must hold integer token ids, got {prompt.dtype}")
+    outside = prompt[(prompt < 0) | (prompt >= config.vocab_size)]
+    if outside.size:
+        raise ValueError(f"prompt {index}: token id {outside[0]} is outside 0..{config.vocab_size - 1}")
+    return prompt.astype(np.int32)
+
+
+def _capacity(config: ModelConfig, longest: int, new: int, capacity: int | None) -> int:
+    needed, limit = longest + new, config.max_positions
+    if capacity is not None and needed > capacity:
+        raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the capacity {capacity}")
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones exceed the model's {limit} learned positions"
+        )
+    if capacity is None:
+        capacity = -(-needed // _BUCKET) * _BUCKET
+    return capacity if limit is None else min(capacity, limit)
+
+
+def _left_padded(prompts: list[np.ndarray], capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    T = min(-(-max(map(len, prompts)) // _BUCKET) * _BUCKET, capacity)
+    tokens_BT = np.zeros((len(prompts), T), np.int32)
+    positions_BT = np.full((len(prompts), T), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, T - len(prompt) :] = prompt
+        positions_BT[row, T - len(prompt) :] = np.arange(len(prompt))
+    return tokens_BT, positions_BT
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, positions_BT) -> dict:
+    model, B = bind(config, params), tokens_BT.shape[0]
+    x_BTD, state = model.hidden(
+        tokens_BT, model.init_state(B, capacity), ctx=Context(positions_BT=positions_BT)
+    )
+    return {
+        "state": state,
+        "logits": model.logits(x_BTD[:, -1]),
+        "position": positions_BT[:, -1] + 1,
+        "step": jnp.int32(0),
+        "out": jnp.full((B, width), -1, jnp.int32),
+        "done": jnp.zeros((B,), bool),
+        "bad": jnp.zeros((B,), bool),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _decode(config: ModelConfig, sampling: Sampling, params, keys_B, carry: dict, eos, limit) -> dict:
+    """Tokens until `limit` have been drawn or every row has met `eos`."""
+    model = bind(config, params)
+
+    def undone(c):
+        return (c["step"] < limit) & jnp.any(c["done"] == False)  # noqa: E712
+
+    def draw(c):
+        keys = jax.vmap(jax.random.fold_in)(keys_B, c["position"])
+        token_B = sample(c["logits"], sampling, keys)
+        # A row of NaN or -inf has no largest logit; categorical and argmax would answer 0.
+        bad_B = c["bad"] | ((jnp.isfinite(c["logits"].max(-1)) == False) & (c["done"] == False))  # noqa: E712
+        done_B = c["done"] | (token_B == eos) | bad_B
+        position_B = jnp.where(done_B, -1, c["position"])  # a finished row leaves its state unchanged
+        x_BTD, state = model.hidden(
+            jnp.where(done_B, 0, token_B)[:, None], c["state"], ctx=Context(positions_BT=position_B[:, None])
+        )
+        return {
+            "state": state,
+            "logits": model.logits(x_BTD[:, 0]),
+            "position": c["position"] + 1,
+            "step": c["step"] + 1,
+            "out": jax.lax.dynamic_update_index_in_dim(
+                c["out"], jnp.where(done_B, -1, token_B), c["step"], axis=1
+            ),
+            "done": done_B,
+            "bad": bad_B,
+        }
+
+    return jax.lax.while_loop(undone, draw, carry)
+
+
+def sample(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
+    """A token for each row, int32 [B], drawn with that row's key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
+        return draw(keys_B, logits_BV).astype(jnp.int32)
+    # In sorted order each filter keeps a prefix, so ties cannot let more tokens in than asked for.
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        sorted_BV = sorted_BV.at[:, sampling.top_k :].set(-jnp.inf)
+    if sampling.top_p is not None:
+        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # the first token has 0 before it and always stays
+        sorted_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
+    if sampling.min_p is not None:
+        floor_B1 = sorted_BV[:, :1] + jnp.log(sampling.min_p)
+        sorted_BV = jnp.where(sorted_BV >= floor_B1, sorted_BV, -jnp.inf)
+    index_B1 = draw(keys_B, sorted_BV)[:, None]
+    return jnp.take_along_axis(order_BV, index_B1, axis=-1)[:, 0].astype(jnp.int32)

@@ -1,0 +1,55 @@
+"""Small parts that every module uses."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def linear(
+    features_in: int, features_out: int, *, use_bias: bool = False, dtype=jnp.float32, kernel_init, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """y = x W (+ b) over the last axis, float32 parameters, computed in `dtype`."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        dot_general=_flat_dot_general,
+        rngs=rngs,
+    )
+
+
+def matmul(x: jax.Array, kernel: jax.Array, *, precision=None, preferred_element_type=None) -> jax.Array:
+    """x [..., D] @ kernel [D, F] as one matrix product of [rows, D].
+
+    The weight gradient then contracts a single leading axis, which every backend does in place; over two
+    axes XLA's CPU backend first writes transposed copies of both factors on one thread.
+    """
+    y = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]),
+        kernel,
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x), Phi the normal distribution function (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+
+    By erf, which vectorises on a CPU; `jax.nn.gelu` uses erfc, three times slower there and no nearer to
+    the truth once multiplied by x in float32.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _flat_dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None, **kwargs):
+    """`matmul` with the signature of `jax.lax.dot_general`, for nnx.Linear."""
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())) and not any(kwargs.values())
+    return matmul(x, kernel, precision=precision, preferred_element_type=preferred_element_type)

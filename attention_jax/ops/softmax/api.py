@@ -1,0 +1,274 @@
+"""`dot_product_attention`: one function, many implementations.
+
+    out_t = sum_s P_ts v_s,   P = softmax over kept s of (softcap(q_t . k_s * scale) + bias_ts)
+
+MHA, GQA and MQA are head counts; local, packed, padded, cached and cross attention are arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.biases import ArrayBias, Bias
+from attention_jax.masks import Full, Mask
+from attention_jax.ops.softmax import chunked, reference
+from attention_jax.ops.softmax.common import Call
+
+# Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
+# (`scripts/benchmark.py attention --crossover`, docs/results.md).
+_DENSE_UP_TO = 256 * 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Implementation:
+    attend: Callable[[Call], tuple[jax.Array, jax.Array]]
+    unsupported: Callable[[Call], str | None]
+    unwanted: Callable[[Call], str | None]  # runs, but `impl=None` has a better choice
+
+
+def _dense_too_large(call: Call) -> str | None:
+    _, T, S, *_ = call.sizes
+    if T > 1 and T * S > _DENSE_UP_TO:
+        return f"T * S = {T * S} > {_DENSE_UP_TO}: the blocked form is faster and needs O(T) memory"
+    return None
+
+
+# In order of preference. Forward and backward of a call always run in the same implementation.
+_IMPLEMENTATIONS = {
+    "reference": _Implementation(reference.attend, reference.unsupported, _dense_too_large),
+    "chunked": _Implementation(chunked.attend, chunked.unsupported, lambda call: None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation runs a call, forward and backward, and why each other one does not."""
+
+    chosen: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = [f"{name:<10} {reason}" for name, reason in self.reasons.items()]
+        return "\n".join([f"forward and backward: {self.chosen}", *rows])
+
+
+def dot_product_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKM: jax.Array,
+    *,
+    mask: Mask | jax.Array | None = None,
+    bias: Bias | jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits_N: jax.Array | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    q_positions: jax.Array | None = None,
+    k_positions: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention of queries over keys and values; the layout of `jax.nn.dot_product_attention`.
+
+    Args:
+      q_BTNH: queries [batch, T, N heads, H].
+      k_BSKH: keys [batch, S, K heads, H]; K divides N, and query heads [g N/K, (g+1) N/K) share head g.
+      v_BSKM: values [batch, S, K heads, M]; M may differ from H.
+      mask: a `Mask` over positions, or a boolean array broadcastable to [B, N, T, S]; True is kept.
+      bias: added to the scores after the softcap: a `Bias`, or an array broadcastable to [B, N, T, S].
+      scale: multiplies q . k; 1 / sqrt(H) by default.
+      softcap: c > 0 turns a score x into c * tanh(x / c), before bias and mask.
+      sink_logits_N: a logit per head that joins the denominator only.
+      segment_ids: int [B, T], or a pair ([B, T], [B, S]); only equal ids >= 0 see one another.
+      q_positions, k_positions: int [B, T] and [B, S], or [T] and [S]; 0, 1, 2, ... by default. A slot
+        with position < 0 or segment < 0 holds no token: it is never read, whatever it contains.
+      dropout_rate, dropout_key: drops entries of P, scaled by 1 / (1 - rate). The bits depend on (key,
+        batch row, head, q position, k position) alone.
+      return_lse: also return the log-sum-exp of each row's scores, the sink's included.
+      impl: "reference" (dense), "chunked" (blocks, O(T) memory) or None, which chooses; see `explain`.
+
+    Returns:
+      out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
+      -inf (or the sink), and passes no gradient. Everything accumulates in float32.
+
+    Raises:
+      ValueError: shapes, dtypes or arguments that do not fit together.
+      NotImplementedError: a named `impl` cannot do this call; it never falls back.
+    """
+    call = _checked_call(
+        q_BTNH, k_BSKH, v_BSKM, mask, bias, scale, softcap, sink_logits_N, segment_ids,
+        q_positions, k_positions, dropout_rate, dropout_key,
+    )  # fmt: skip
+    out_BTNM, lse_BTN = _IMPLEMENTATIONS[_choose(call, impl).chosen].attend(call)
+    return (out_BTNM, lse_BTN) if return_lse else out_BTNM
+
+
+def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
+    """What `dot_product_attention` would run for the same arguments; arrays may be ShapeDtypeStructs."""
+    kwargs.pop("return_lse", None)
+    arrays = {k: v for k, v in kwargs.items() if _is_array_tree(v)}
+    static = {k: v for k, v in kwargs.items() if k not in arrays}
+    found = []
+
+    def check(args, arrays):
+        names = ["mask", "bias", "scale", "softcap", "sink_logits_N", "segment_ids", "q_positions"]
+        names += ["k_positions", "dropout_rate", "dropout_key"]
+        given = {"dropout_rate": 0.0} | static | arrays
+        call = _checked_call(*args, *(given.pop(name, None) for name in names))
+        if given:
+            raise TypeError(f"explain got unknown arguments {sorted(given)}")
+        found.append(_choose(call, impl))
+        return 0
+
+    jax.eval_shape(check, args, arrays)
+    return found[0]
+
+
+def _is_array_tree(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+
+
+def _choose(call: Call, impl: str | None) -> Explanation:
+    reasons = {}
+    if impl is not None:
+        if impl not in _IMPLEMENTATIONS:
+            raise ValueError(f"unknown impl {impl!r}; there are {', '.join(_IMPLEMENTATIONS)}")
+        why_not = _IMPLEMENTATIONS[impl].unsupported(call)
+        if why_not:
+            raise NotImplementedError(f"impl={impl!r} cannot run this call: {why_not}")
+        reasons = {name: "not asked for" for name in _IMPLEMENTATIONS} | {impl: "asked for by name"}
+        return Explanation(impl, reasons)
+    chosen = None
+    for name, implementation in _IMPLEMENTATIONS.items():
+        why_not = implementation.unsupported(call) or implementation.unwanted(call)
+        if chosen is None and why_not is None:
+            chosen, reasons[name] = name, "runs it, first in the order of preference"
+        else:
+            reasons[name] = why_not or f"would run it; {chosen} comes first"
+    assert chosen is not None
+    return Explanation(chosen, reasons)
+
+
+def _checked_call(
+    q, k, v, mask, bias, scale, softcap, sinks, segment_ids, q_positions, k_positions, rate, key
+) -> Call:
+    for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    B, T, N, H = q.shape
+    S, K = k.shape[1], k.shape[2]
+    if k.shape[0] != B or k.shape[3] != H or v.shape[:3] != (B, S, K):
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} do not fit [B,T,N,H], [B,S,K,H], [B,S,K,M]")
+    if N % K:
+        raise ValueError(f"{K} kv heads do not divide {N} query heads (axis 2 of [B, T, N, H])")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
+    q_segments, k_segments = _segments(segment_ids, B, T, S)
+    mask, mask_BNTS = _mask(mask, (B, N, T, S))
+    return Call(
+        q, k, v,
+        _per_token("q_positions", q_positions, B, T),
+        _per_token("k_positions", k_positions, B, S),
+        q_segments, k_segments, mask_BNTS,
+        _bias(bias, (B, N, T, S)),
+        _sinks(sinks, N),
+        _dropout_words(rate, key),
+        mask=mask,
+        scale=_number("scale", 1 / math.sqrt(H) if scale is None else scale),
+        softcap=None if softcap is None else _number("softcap", softcap, positive=True),
+        dropout_rate=_rate(rate),
+    )  # fmt: skip
+
+
+def _number(name: str, value: Any, positive: bool = False) -> float:
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, (numbers.Real, np.ndarray, jax.Array)):
+        raise ValueError(f"{name} must be a Python number (multiply q by a traced one), got {value!r}")
+    value = float(value)
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be finite{' and > 0' * positive}, got {value}")
+    return value
+
+
+def _rate(rate: Any) -> float:
+    rate = _number("dropout_rate", rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+    return rate
+
+
+def _dropout_words(rate: float, key: jax.Array | None) -> jax.Array | None:
+    if _rate(rate) == 0:
+        return None
+    if key is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key")
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return data.astype(jnp.uint32).reshape(-1)
+
+
+def _per_token(name: str, x: jax.Array | None, B: int, length: int) -> jax.Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {x.dtype}")
+    x = x[None] if x.ndim == 1 else x
+    if x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1] != length:
+        raise ValueError(f"{name} must be [{B}, {length}] or [{length}], got {x.shape}")
+    return x.astype(jnp.int32)
+
+
+def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:
+    if ids is None:
+        return None, None
+    if not isinstance(ids, tuple):
+        if T != S:
+            raise ValueError(f"T = {T} and S = {S} differ: give segment_ids as a pair (queries, keys)")
+        ids = (ids, ids)
+    return _per_token("segment_ids", ids[0], B, T), _per_token("segment_ids", ids[1], B, S)
+
+
+def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if x.ndim > 4 or any(a not in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} {x.shape} does not broadcast to [B, N, T, S] = {shape}")
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, jax.Array | None]:
+    if mask is None or isinstance(mask, Mask):
+        return mask or Full(), None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise ValueError(f"mask must be a Mask or a boolean array, got {mask.dtype}; use bias= to add")
+    return Full(), _broadcastable("mask", mask, shape)
+
+
+def _bias(bias: Any, shape: tuple[int, ...]) -> Bias | None:
+    if bias is None or isinstance(bias, Bias):
+        return bias
+    bias = jnp.asarray(bias)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias must be floating point, got {bias.dtype}; use mask= for booleans")
+    return ArrayBias(_broadcastable("bias", bias, shape))
+
+
+def _sinks(sinks: jax.Array | None, N: int) -> jax.Array | None:
+    if sinks is not None and sinks.shape != (N,):
+        raise ValueError(f"sink_logits_N must be [{N}], one per query head, got {sinks.shape}")
+    return sinks
+
+
+implementations = functools.partial(tuple, _IMPLEMENTATIONS)

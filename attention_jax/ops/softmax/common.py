@@ -1,0 +1,111 @@
+"""What every implementation of softmax attention shares: the normalised call, validity, dropout bits.
+
+Implementations import this module and never one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.biases import Bias
+from attention_jax.masks import Mask
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One checked call of `dot_product_attention`: arrays are pytree leaves, the rest is static.
+
+    Positions and segments are int32 [B or 1, T] and [B or 1, S], or None (positions 0, 1, 2, ...; one
+    segment). `mask_BNTS` is a boolean array broadcastable to [B, N, T, S] that restricts further what
+    `mask` keeps. `dropout_words` is the key's data, uint32 [n].
+    """
+
+    q_BTNH: jax.Array
+    k_BSKH: jax.Array
+    v_BSKM: jax.Array
+    q_positions_BT: jax.Array | None
+    k_positions_BS: jax.Array | None
+    q_segments_BT: jax.Array | None
+    k_segments_BS: jax.Array | None
+    mask_BNTS: jax.Array | None
+    bias: Bias | None
+    sink_logits_N: jax.Array | None
+    dropout_words: jax.Array | None
+    mask: Mask = dataclasses.field(metadata=_STATIC)
+    scale: float = dataclasses.field(metadata=_STATIC)
+    softcap: float | None = dataclasses.field(metadata=_STATIC)
+    dropout_rate: float = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        """(B, T, S, N, K, H, M)."""
+        B, T, N, H = self.q_BTNH.shape
+        _, S, K, M = self.v_BSKM.shape
+        return B, T, S, N, K, H, M
+
+    @property
+    def arange_positions(self) -> bool:
+        """Positions are implicit and there are no segments: block lists are known while tracing."""
+        return (
+            self.q_positions_BT is None
+            and self.k_positions_BS is None
+            and self.q_segments_BT is None
+            and self.k_segments_BS is None
+        )
+
+
+def positions_of(positions: jax.Array | None, length: int) -> jax.Array:
+    """The given positions, or 0, 1, 2, ... as int32 [1, length]."""
+    return jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
+
+
+def valid_slots(positions: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
+    """True where a slot holds a token: position >= 0 and segment >= 0. None where all slots do."""
+    parts = [x >= 0 for x in (positions, segments) if x is not None]
+    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+
+def select_valid(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """x [B, L, ...] with invalid slots selected to 0: what they hold (NaN, Inf) never enters a product."""
+    if valid is None:
+        return x
+    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
+_GOLDEN = 0x9E3779B9
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """A full-avalanche 32-bit finaliser (lowbias32, Wellons 2018)."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+    return h ^ (h >> 16)
+
+
+def dropout_keep(
+    words: jax.Array,
+    rate: float,
+    batch_B: jax.Array,
+    heads_N: jax.Array,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+) -> jax.Array:
+    """True where an entry survives dropout, boolean [B, N, T, S].
+
+    The bit is a fixed hash of (key, batch row, global head, q position, k position) alone, so that
+    every implementation, block size, cache and shard drops the same entries.
+    """
+    seed = jnp.uint32(0)
+    for word in words:
+        seed = _mix(seed + jnp.uint32(_GOLDEN) ^ word)
+    rows = _mix(seed ^ batch_B.astype(jnp.uint32))
+    rows = _mix(rows[:, None] + jnp.uint32(_GOLDEN) ^ heads_N.astype(jnp.uint32)[None])  # [B, N]
+    rows = _mix(rows[:, :, None] + jnp.uint32(_GOLDEN) ^ q_pos_BT.astype(jnp.uint32)[:, None])
+    bits = _mix(rows[..., None] + jnp.uint32(_GOLDEN) ^ k_pos_BS.astype(jnp.uint32)[:, None, None])
+    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
