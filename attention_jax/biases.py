@@ -33,6 +33,17 @@ class Bias:
         """One `Axes` per leaf, in `jax.tree.leaves` order."""
         return tuple(Axes() for _ in jax.tree.leaves(self))
 
+    def check(self, sizes: tuple[int, int, int, int]) -> None:
+        """ValueError where the bias does not fit scores of sizes (B, N, T, S)."""
+        B, _, T, S = sizes
+        for leaf, axes in zip(jax.tree.leaves(self), self.axes(), strict=True):
+            for name, axis, size in zip(Axes._fields, axes, (B, T, S), strict=True):
+                if axis is not None and leaf.shape[axis] not in (1, size):
+                    raise ValueError(
+                        f"{type(self).__name__}: a leaf {leaf.shape} has {leaf.shape[axis]} entries on its "
+                        f"{name} axis {axis}, must be {size} or 1"
+                    )
+
     def score(self, heads_N: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array) -> jax.Array:
         """The bias of a block, float32, broadcastable to [B, N, T, S].
 
@@ -82,6 +93,11 @@ class ArrayBias(Bias):
     def axes(self):
         return (Axes(0, 2, 3),)
 
+    def check(self, sizes):
+        shape = self.array_BNTS.shape
+        if len(shape) != 4 or any(n not in (1, size) for n, size in zip(shape, sizes, strict=False)):
+            raise ValueError(f"ArrayBias {shape} does not broadcast to [B, N, T, S] = {sizes}")
+
     def score(self, heads_N, q_pos_BT, k_pos_BS):
         array = self.array_BNTS
         if array.shape[1] != 1:
@@ -99,6 +115,10 @@ class ALiBi(Bias):
     def __post_init__(self):
         if isinstance(self.num_heads, int) and self.num_heads < 1:
             raise ValueError(f"ALiBi num_heads must be >= 1, got {self.num_heads}")
+
+    def check(self, sizes):
+        if sizes[1] != self.num_heads:
+            raise ValueError(f"ALiBi is made for {self.num_heads} heads, the queries have {sizes[1]}")
 
     def score(self, heads_N, q_pos_BT, k_pos_BS):
         slopes_N = jnp.asarray(alibi_slopes(self.num_heads), jnp.float32)[heads_N]

@@ -83,13 +83,14 @@ class KVCache:
 
     def _slots(self, positions_BT: jax.Array) -> jax.Array:
         """The slot of each token, or the number of slots (out of range) for one not to be written."""
-        newest_B1 = positions_BT.max(axis=1, keepdims=True)
+        fits_BT = self.overflow(positions_BT) == False  # noqa: E712
+        newest_B1 = jnp.where(fits_BT, positions_BT, -1).max(axis=1, keepdims=True)
         slots_BT = len(self.pins) + positions_BT % self.ring
         written = (positions_BT >= 0) & (positions_BT > newest_B1 - self.ring)
         slots_BT = jnp.where(written, slots_BT, self.positions_BS.shape[1])
         for index, pin in enumerate(self.pins):
             slots_BT = jnp.where(positions_BT == pin, index, slots_BT)
-        return jnp.where(self.overflow(positions_BT), self.positions_BS.shape[1], slots_BT)
+        return jnp.where(fits_BT, slots_BT, self.positions_BS.shape[1])
 
 
 @jax.tree_util.register_dataclass

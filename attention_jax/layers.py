@@ -10,7 +10,13 @@ from flax import nnx
 
 
 def linear(
-    features_in: int, features_out: int, *, use_bias: bool = False, dtype=jnp.float32, kernel_init, rngs: nnx.Rngs
+    features_in: int,
+    features_out: int,
+    *,
+    use_bias: bool = False,
+    dtype=jnp.float32,
+    kernel_init,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """y = x W (+ b) over the last axis, float32 parameters, computed in `dtype`."""
     return nnx.Linear(

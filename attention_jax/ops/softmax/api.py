@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -116,28 +117,33 @@ def dot_product_attention(
 
 def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
     """What `dot_product_attention` would run for the same arguments; arrays may be ShapeDtypeStructs."""
-    kwargs.pop("return_lse", None)
-    arrays = {k: v for k, v in kwargs.items() if _is_array_tree(v)}
-    static = {k: v for k, v in kwargs.items() if k not in arrays}
+    given = inspect.signature(dot_product_attention).bind(*args, impl=impl, **kwargs)
+    given.apply_defaults()
+    given = given.arguments
+    arrays = {name: x for name, x in given.items() if name in _ARRAYS and _is_array_tree(x)}
     found = []
 
-    def check(args, arrays):
-        names = ["mask", "bias", "scale", "softcap", "sink_logits_N", "segment_ids", "q_positions"]
-        names += ["k_positions", "dropout_rate", "dropout_key"]
-        given = {"dropout_rate": 0.0} | static | arrays
-        call = _checked_call(*args, *(given.pop(name, None) for name in names))
-        if given:
-            raise TypeError(f"explain got unknown arguments {sorted(given)}")
-        found.append(_choose(call, impl))
+    def check(arrays):
+        *call, _, impl = (given | arrays).values()
+        found.append(_choose(_checked_call(*call), impl))
         return 0
 
-    jax.eval_shape(check, args, arrays)
+    jax.eval_shape(check, arrays)
     return found[0]
+
+
+# The arguments that may be traced, in the order of the signature: `return_lse` and `impl` come last.
+_ARRAYS = ("q_BTNH", "k_BSKH", "v_BSKM", "mask", "bias", "sink_logits_N", "segment_ids")
+_ARRAYS += ("q_positions", "k_positions", "dropout_key")
 
 
 def _is_array_tree(value: Any) -> bool:
     leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+    return bool(leaves) and all(map(_is_array, leaves))
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _choose(call: Call, impl: str | None) -> Explanation:
@@ -165,10 +171,13 @@ def _checked_call(
     q, k, v, mask, bias, scale, softcap, sinks, segment_ids, q_positions, k_positions, rate, key
 ) -> Call:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
-        if x.ndim != 4 or 0 in x.shape:
+        if not _is_array(x):
+            raise ValueError(f"{name} must be an array [{', '.join(axes)}], got {type(x).__name__}")
+        if len(x.shape) != 4 or 0 in x.shape:
             raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    q, k, v = map(jnp.asarray, (q, k, v))
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     if k.shape[0] != B or k.shape[3] != H or v.shape[:3] != (B, S, K):
@@ -197,6 +206,8 @@ def _checked_call(
 def _number(name: str, value: Any, positive: bool = False) -> float:
     if isinstance(value, jax.core.Tracer) or not isinstance(value, (numbers.Real, np.ndarray, jax.Array)):
         raise ValueError(f"{name} must be a Python number (multiply q by a traced one), got {value!r}")
+    if np.ndim(value):
+        raise ValueError(f"{name} must be one number, got an array of shape {np.shape(value)}")
     value = float(value)
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name} must be finite{' and > 0' * positive}, got {value}")
@@ -215,20 +226,26 @@ def _dropout_words(rate: float, key: jax.Array | None) -> jax.Array | None:
         return None
     if key is None:
         raise ValueError(f"dropout_rate={rate} needs a dropout_key")
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return data.astype(jnp.uint32).reshape(-1)
+    if _is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return jax.random.key_data(key).reshape(-1)
+    if _is_array(key) and key.dtype == jnp.uint32 and len(key.shape) == 1:
+        return jnp.asarray(key)
+    what = f"{key.dtype} {key.shape}" if _is_array(key) else type(key).__name__
+    raise ValueError(f"dropout_key must be one jax.random.key (or its data, uint32 [n]), got {what}")
 
 
 def _per_token(name: str, x: jax.Array | None, B: int, length: int) -> jax.Array | None:
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = x if _is_array(x) else np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {x.dtype}")
+    if isinstance(x, np.ndarray) and x.size and max(x.max(), -x.min()) > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must fit int32, got {x.min()} .. {x.max()}")
     x = x[None] if x.ndim == 1 else x
     if x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1] != length:
         raise ValueError(f"{name} must be [{B}, {length}] or [{length}], got {x.shape}")
-    return x.astype(jnp.int32)
+    return jnp.asarray(x, jnp.int32)
 
 
 def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:
@@ -238,37 +255,47 @@ def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.A
         if T != S:
             raise ValueError(f"T = {T} and S = {S} differ: give segment_ids as a pair (queries, keys)")
         ids = (ids, ids)
+    if len(ids) != 2 or ids[0] is None or ids[1] is None:
+        raise ValueError("segment_ids must be an array [B, T] or a pair ([B, T], [B, S]) of arrays")
     return _per_token("segment_ids", ids[0], B, T), _per_token("segment_ids", ids[1], B, S)
 
 
 def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    if x.ndim > 4 or any(a not in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False)):
+    if len(x.shape) > 4 or any(a not in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name} {x.shape} does not broadcast to [B, N, T, S] = {shape}")
-    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+    return jnp.asarray(x).reshape((1,) * (4 - len(x.shape)) + x.shape)
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, jax.Array | None]:
     if mask is None or isinstance(mask, Mask):
         return mask or Full(), None
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        raise ValueError(f"mask must be a Mask or a boolean array, got {mask.dtype}; use bias= to add")
+    if not _is_array(mask) or mask.dtype != bool:
+        what = getattr(mask, "dtype", None) or repr(mask)
+        raise ValueError(f"mask must be a Mask or a boolean array, got {what}; use bias= to add")
     return Full(), _broadcastable("mask", mask, shape)
 
 
 def _bias(bias: Any, shape: tuple[int, ...]) -> Bias | None:
+    if isinstance(bias, Bias):
+        bias.check(shape)
     if bias is None or isinstance(bias, Bias):
         return bias
-    bias = jnp.asarray(bias)
+    if not _is_array(bias):
+        raise ValueError(f"bias must be a Bias or an array, got {bias!r}")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(f"bias must be floating point, got {bias.dtype}; use mask= for booleans")
     return ArrayBias(_broadcastable("bias", bias, shape))
 
 
 def _sinks(sinks: jax.Array | None, N: int) -> jax.Array | None:
-    if sinks is not None and sinks.shape != (N,):
-        raise ValueError(f"sink_logits_N must be [{N}], one per query head, got {sinks.shape}")
-    return sinks
+    if sinks is None:
+        return None
+    if not _is_array(sinks) or sinks.shape != (N,):
+        what = getattr(sinks, "shape", None) or type(sinks).__name__
+        raise ValueError(f"sink_logits_N must be [{N}], one per query head, got {what}")
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(f"sink_logits_N must be floating point, got {sinks.dtype}")
+    return jnp.asarray(sinks)
 
 
 implementations = functools.partial(tuple, _IMPLEMENTATIONS)

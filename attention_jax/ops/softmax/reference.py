@@ -42,7 +42,8 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
         s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
     if call.bias is not None:
         s_BNTS = s_BNTS + call.bias.score(jnp.arange(N), q_pos_BT, k_pos_BS)
-    s_BNTS = jnp.where(_kept(call, q_pos_BT, k_pos_BS, q_valid_BT, k_valid_BS), s_BNTS, -jnp.inf)
+    seen_BNTS = _kept(call, q_pos_BT, k_pos_BS, q_valid_BT, k_valid_BS)
+    s_BNTS = jnp.where(seen_BNTS, s_BNTS, -jnp.inf)
 
     # The maximum only shifts the exponent, so no gradient flows through it; a row without a key (and
     # without a sink) keeps 0 there, so that -inf - -inf never appears.
@@ -59,7 +60,8 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     l_BNT1 = jnp.where(some_BNT1, l_BNT1, 1.0)
     lse_BNT = jnp.where(some_BNT1, m_BNT1 + jnp.log(l_BNT1), -jnp.inf)[..., 0]
 
-    w_BNTS = p_BNTS / l_BNT1
+    # The selection changes no value; it keeps an overflowing gradient of a hidden entry from 0 * Inf.
+    w_BNTS = jnp.where(seen_BNTS, p_BNTS / l_BNT1, 0.0)
     if call.dropout_rate > 0:
         kept = dropout_keep(
             call.dropout_words, call.dropout_rate, jnp.arange(B), jnp.arange(N), q_pos_BT, k_pos_BS

@@ -1,0 +1,219 @@
+"""Tables the tests run over: masks with their truth formulas, cases of the attention op, tolerances.
+
+A new mask is one row of MASKS: its truth table, bounds, retention, str / parse, density, and the attention
+op in every implementation follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.biases import Axes, Bias
+from attention_jax.masks import Causal, Full, Mask, Sinks, SlidingWindow
+from tests.reference import masks as truth
+
+IMPLEMENTATIONS = ("reference", "chunked")
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd(Mask):
+    """A user's predicate that brings neither bounds nor retention: k and q differ by an odd number."""
+
+    def keep(self, q_pos, k_pos):
+        return (q_pos - k_pos) % 2 == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskCase:
+    """A mask and what it must mean: `truth(q, k)` on integers or integer arrays.
+
+    exact: `bounds` is exact; leaf: not a composite.
+    """
+
+    mask: Mask
+    truth: Callable[[Any, Any], Any]
+    exact: bool = False
+    leaf: bool = False
+
+
+def _leaf(mask: Mask, formula: Callable) -> MaskCase:
+    return MaskCase(mask, formula, exact=True, leaf=True)
+
+
+LEAVES = {
+    "full": _leaf(Full(), truth.full),
+    "causal": _leaf(Causal(), truth.causal),
+    "window 1": _leaf(SlidingWindow(1), truth.sliding_window(1)),
+    "window 9": _leaf(SlidingWindow(9), truth.sliding_window(9)),
+    "window 7 right 4": _leaf(SlidingWindow(7, 4), truth.sliding_window(7, 4)),
+    "window 1 right 20": _leaf(SlidingWindow(1, right=20), truth.sliding_window(1, 20)),
+    "sinks 3": _leaf(Sinks(3), truth.sinks(3)),
+}
+
+MASKS = LEAVES | {
+    "odd": MaskCase(Odd(), lambda q, k: (q - k) % 2 == 1, leaf=True),
+    "sink window": MaskCase(
+        (SlidingWindow(9) | Sinks(3)) & Causal(),
+        truth.both(truth.either(truth.sliding_window(9), truth.sinks(3)), truth.causal),
+    ),
+    "causal two-sided": MaskCase(
+        Causal() & SlidingWindow(7, 4), truth.both(truth.causal, truth.sliding_window(7, 4))
+    ),
+    "far past": MaskCase(
+        ~SlidingWindow(6) & Causal(), truth.both(truth.negated(truth.sliding_window(6)), truth.causal)
+    ),
+    "future": MaskCase(~Causal(), truth.negated(truth.causal)),
+    "not all of both": MaskCase(
+        ~(Sinks(5) & (Causal() | SlidingWindow(2, 30))),
+        truth.negated(truth.both(truth.sinks(5), truth.either(truth.causal, truth.sliding_window(2, 30)))),
+    ),
+    "nothing": MaskCase(Causal() & ~Causal(), lambda q, k: ~truth.full(q, k)),
+    "odd past": MaskCase(Odd() & Causal(), truth.both(lambda q, k: (q - k) % 2 == 1, truth.causal)),
+}
+
+
+# --- biases --------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gate(Bias):
+    """weight_n (past_t - present_s) + row_b: a parameter, a leaf per query, per key and per batch row.
+
+    `ids` is an integer leaf: it must travel along and have no gradient.
+    """
+
+    weight_N: Any
+    past_BT: Any
+    present_BS: Any
+    ids_B: Any
+
+    def axes(self):
+        return (Axes(), Axes(batch=0, query=1), Axes(batch=0, key=1), Axes(batch=0))
+
+    def score(self, heads_N, q_pos_BT, k_pos_BS):
+        gate_BTS = self.past_BT[:, :, None] - self.present_BS[:, None, :] + self.ids_B[:, None, None]
+        return self.weight_N[heads_N][None, :, None, None] * gate_BTS[:, None]
+
+
+# Axes of B, N, T, S that an additive array has (the others are 1 or, at the front, missing).
+ARRAY_SHAPES = {
+    "BNTS": lambda B, N, T, S: (B, N, T, S),
+    "11TS": lambda B, N, T, S: (1, 1, T, S),
+    "B11S": lambda B, N, T, S: (B, 1, 1, S),
+    "1NT1": lambda B, N, T, S: (1, N, T, 1),
+    "N11": lambda B, N, T, S: (N, 1, 1),
+    "TS": lambda B, N, T, S: (T, S),
+    "scalar": lambda B, N, T, S: (),
+}
+
+
+# --- the op --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCase:
+    """One call of dot_product_attention, in words; `tests.problems` makes the arrays."""
+
+    lengths: tuple[int, int] = (33, 33)  # T, S
+    widths: tuple[int, int] = (24, 24)  # H, M
+    heads: tuple[int, int] = (2, 2)  # N, K
+    mask: str | None = "causal"  # a row of MASKS, "array <shape>", None
+    bias: str | None = None  # "alibi", "gate", "array <shape>", None
+    softcap: float | None = None
+    sinks: bool = False
+    segments: str | None = None  # "packed", "ragged" (some slots invalid), None
+    positions: str | None = None  # "shifted", "left padded", "cache", None
+    dropout: float = 0.0
+    scale: float | None = None
+    dtype: str = "float32"
+    batch: int = 2
+    seed: int = 0
+
+    def __str__(self):
+        """Only what differs from the default."""
+        own = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)
+               if getattr(self, f.name) != f.default]  # fmt: skip
+        return ",".join(own).replace(" ", "") or "default"
+
+
+# Values of any two rows all meet (tests/covering.py). Tiles are made small there, so that short rows already
+# have empty, full, partial and ragged ones; TILED runs the real tile sizes.
+FACTORS_FAST = {
+    "lengths": [(1, 50), (33, 33), (47, 80), (65, 40), (130, 130)],
+    "mask": [None, "window 9", "window 7 right 4", "sink window", "far past", "array BNTS"],
+    "bias": [None, "alibi", "gate", "array BNTS", "array B11S", "array N11"],
+    "positions": [None, "shifted", "left padded", "cache"],
+    "segments": [None, "packed", "ragged"],
+    "widths": [(24, 24), (1, 40), (64, 59), (72, 1)],
+    "heads": [(2, 2), (4, 2), (4, 1), (8, 1)],
+    "dtype": ["float32", "float32", "bfloat16", "float16"],
+    "softcap": [None, 2.0],
+    "sinks": [False, True],
+    "dropout": [0.0, 0.3],
+    "scale": [None, -0.3],
+    "batch": [2, 1],
+}
+FACTORS_SLOW = {
+    "lengths": [
+        (1, 1), (1, 2), (2, 1), (3, 7), (1, 130), (8, 8), (15, 17), (16, 16), (17, 33), (32, 31), (33, 33),
+        (64, 64), (65, 65), (80, 47), (97, 130), (127, 128), (130, 1), (130, 130), (239, 239),
+    ],
+    "mask": [None, *MASKS, "array BNTS", "array 11TS", "array B11S", "array N11"],
+    "bias": [None, "alibi", "gate", *(f"array {shape}" for shape in ARRAY_SHAPES)],
+    "positions": [None, "shifted", "left padded", "cache"],
+    "segments": [None, "packed", "ragged"],
+    "widths": [(1, 1), (1, 40), (24, 24), (40, 72), (59, 24), (64, 64), (72, 59), (128, 1), (64, 256)],
+    "heads": [(1, 1), (2, 2), (2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (12, 12)],
+    "dtype": ["float32", "bfloat16", "float16"],
+    "softcap": [None, 2.0, 50.0],
+    "sinks": [False, True],
+    "dropout": [0.0, 0.3, 0.9],
+    "scale": [None, 1.0, -0.3, 0.0],
+    "batch": [1, 2, 3],
+}  # fmt: skip
+# The real tile sizes, several tiles a row, ragged ends.
+TILED = [
+    OpCase((1025, 1025), heads=(1, 1), batch=1),
+    OpCase((799, 1023), (8, 8), (2, 1), None, "alibi", batch=1),
+    OpCase((600, 1300), (8, 8), (2, 1), "window 9", sinks=True, positions="shifted", batch=1),
+    OpCase((513, 513), (8, 8), (2, 2), "causal", "gate", segments="ragged", dropout=0.3, batch=2),
+]
+TILED_SLOW = [
+    OpCase((1023, 799), (40, 24), (4, 2), "far past", "array N11", softcap=2.0, batch=1),
+    OpCase((2300, 2300), (8, 8), (1, 1), "sink window", batch=1),
+    OpCase((2048, 2048), (16, 16), (2, 1), "causal", dtype="bfloat16", batch=1),
+    OpCase((257, 2400), (8, 8), (2, 1), None, positions="cache", batch=2),
+    OpCase((1300, 1300), (8, 8), (2, 2), "window 7 right 4", segments="packed", positions="left padded"),
+]
+
+
+# --- tolerances ----------------------------------------------------------------------------------------
+
+
+def tolerance(naive_error: float, dtype: Any, magnitude: float, factor: float = 2) -> float:
+    """What an error against float64 may be: max(factor x the naive error, 4 eps x magnitude).
+
+    factor: 2 for the forward. 3 for gradients: a blocked backward recomputes P from lse in base 2, which
+      rounds numbers as large as the scores twice more.
+
+    naive_error: the largest error of the naive dense result in the same precision: matmul operands and
+      results rounded to `dtype`, float32 accumulation, P recomputed from lse in the backward.
+    dtype: that of q, k and v, also for the gradients of bias and sinks, which are made from the rounded
+      output; lse is float32 whatever the dtype.
+    magnitude: the natural size of what was rounded: max |v| for the output; max(1, |scores|) for lse; for
+      a gradient its largest entry computed with absolute values throughout, so that cancellation, which no
+      precision escapes, is allowed for and nothing else is.
+    """
+    return max(factor * naive_error, 4 * float(jnp.finfo(dtype).eps) * magnitude)
+
+
+def largest(x: np.ndarray) -> float:
+    """max |x|, 0 for an empty array."""
+    return float(np.max(np.abs(x), initial=0.0))

@@ -1,0 +1,210 @@
+"""From an OpCase to arrays, to the library's answer, and to the float64 truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.biases import ALiBi
+from attention_jax.ops.softmax import dot_product_attention
+from tests import cases
+from tests.reference import masks as truth_masks
+from tests.reference import positions as truth_positions
+from tests.reference import softmax as truth
+
+# Programs that run once compile two to four times faster without XLA's optimisations.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+if jax.version.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+
+
+@dataclasses.dataclass
+class Problem:
+    """Arrays of one call.
+
+    learned: what is differentiated.
+    keep, bias, drop: [B, N, T, S], for the truth.
+
+    bias_gradient: from the truth's d score [B, N, T, S] to the cotangents of the bias's float leaves; with
+      magnitude=True of the same sums of absolute values.
+    """
+
+    learned: dict[str, Any]
+    fixed: dict[str, Any]
+    do: np.ndarray
+    dlse: np.ndarray
+    keep: np.ndarray
+    q_valid: np.ndarray
+    k_valid: np.ndarray
+    scale: float
+    softcap: float | None
+    bias: np.ndarray | float
+    drop: np.ndarray | float
+    bias_gradient: Callable[[np.ndarray], list[np.ndarray]] | None
+    dtype: Any
+
+    def attend(self, learned: dict[str, Any], impl: str | None, **changes):
+        """The library's (out, lse)."""
+        arguments = self.fixed | {"bias": learned.get("bias", self.fixed.get("bias"))} | changes
+        return dot_product_attention(
+            learned["q"], learned["k"], learned["v"], sink_logits_N=learned.get("sinks"),
+            return_lse=True, impl=impl, **arguments,
+        )  # fmt: skip
+
+    def program(self, impl: str | None, quick: bool = True):
+        """A jitted function of (learned, do, dlse), by default the problem's own: (out, lse, gradients)."""
+
+        @functools.partial(jax.jit, compiler_options=QUICK if quick else None)
+        def run(learned, do, dlse):
+            (out, lse), vjp = jax.vjp(lambda x: self.attend(x, impl), learned)
+            return out, lse, vjp((do, dlse))[0]
+
+        def program(learned=None, do=None, dlse=None):
+            given = (learned, do, dlse)
+            own = (self.learned, self.do, self.dlse)
+            found = run(*(b if a is None else a for a, b in zip(given, own, strict=True)))
+            return jax.tree.map(np.asarray, found)
+
+        return program
+
+    def truth(self, dtype: Any = np.float64, rounded: Any = None) -> truth.Attention:
+        clean = {}
+        for name, valid in (("q", self.q_valid), ("k", self.k_valid), ("v", self.k_valid)):
+            x = np.asarray(self.learned[name]).astype(dtype)
+            clean[name] = np.where(valid[..., None, None], x, 0)
+        return truth.Attention(
+            **clean, keep=self.keep, scale=self.scale, softcap=self.softcap, bias=self.bias,
+            sinks=self.learned.get("sinks"), drop=self.drop, dtype=dtype, rounded=rounded,
+        )  # fmt: skip
+
+
+@functools.cache
+def make(case: cases.OpCase) -> Problem:
+    """The arrays of a case, from its seed alone."""
+    rng = np.random.default_rng(case.seed)
+    (T, S), (H, M), (N, K), B = case.lengths, case.widths, case.heads, case.batch
+    dtype = jnp.dtype(case.dtype)
+
+    def normal(*shape, dtype=dtype):
+        return rng.normal(size=shape).astype(dtype)
+
+    learned = {"q": normal(B, T, N, H), "k": normal(B, S, K, H), "v": normal(B, S, K, M)}
+    if case.sinks:
+        learned["sinks"] = normal(N, dtype=np.float32)
+    q_pos, k_pos, given = _positions(case, rng)
+    q_seg, k_seg, segments = _segments(case, rng)
+    keep, mask = _mask(case, rng, q_pos, k_pos)
+    q_valid, k_valid = (q_pos >= 0) & (q_seg >= 0), (k_pos >= 0) & (k_seg >= 0)
+    keep = keep & q_valid[:, None, :, None] & k_valid[:, None, None, :]
+    keep = keep & (q_seg[:, None, :, None] == k_seg[:, None, None, :])
+    bias, scores, bias_gradient = _bias(case, rng, q_pos, k_pos)
+    fixed = {"mask": mask, "scale": case.scale, "softcap": case.softcap, "segment_ids": segments, **given}
+    if isinstance(bias, ALiBi):
+        fixed["bias"] = bias
+    elif bias is not None:
+        learned["bias"] = bias
+    drop = 1.0
+    if case.dropout:
+        key = jax.random.key(case.seed)
+        fixed |= {"dropout_rate": case.dropout, "dropout_key": key}
+        words = np.asarray(jax.random.key_data(key))
+        kept = truth.dropout_keep(words, case.dropout, np.arange(B), np.arange(N), q_pos, k_pos)
+        drop = kept / (1 - case.dropout)
+    scale = 1 / math.sqrt(H) if case.scale is None else case.scale
+    return Problem(
+        learned, fixed, normal(B, T, N, M), normal(B, T, N, dtype=np.float32),
+        np.broadcast_to(keep, (B, N, T, S)), q_valid, k_valid, scale, case.softcap, scores,
+        drop, bias_gradient, dtype,
+    )  # fmt: skip
+
+
+def _positions(case, rng):
+    (T, S), B = case.lengths, case.batch
+    q, k = np.tile(np.arange(T), (B, 1)), np.tile(np.arange(S), (B, 1))
+    if case.positions is None:
+        return q, k, {}
+    if case.positions == "shifted":
+        # The last query and the last key stand at the same position; one row of positions for all.
+        top = 3 + max(T, S)
+        q, k = q + top - T, k + top - S
+        return q, k, {"q_positions": q[0].astype(np.int32), "k_positions": k[:1].astype(np.int32)}
+    if case.positions == "left padded":
+        pads = rng.integers(0, max(2, min(T, S)), size=(B, 1))
+        q, k = np.maximum(q - pads, -1), np.maximum(k - pads, -1)
+    else:  # cache: keys of a ring, out of order, some slots empty; queries stand at and after the newest
+        order = rng.permuted(np.tile(np.arange(S + 4), (B, 1)), axis=1)[:, :S]
+        k = np.where(rng.random((B, S)) < 0.2, -1, order)
+        q = q + rng.integers(S // 2, S + 4, size=(B, 1))
+    return q, k, {"q_positions": q.astype(np.int32), "k_positions": k.astype(np.int32)}
+
+
+def _segments(case, rng):
+    (T, S), B = case.lengths, case.batch
+    if case.segments is None:
+        return np.zeros((B, T), int), np.zeros((B, S), int), None
+    cuts = np.sort(rng.integers(0, max(T, S) + 1, size=(B, 3)))
+    q, k = ((np.arange(n)[None, :, None] >= cuts[:, None, :]).sum(-1) for n in (T, S))
+    if case.segments == "ragged":
+        q, k = (np.where(rng.random(x.shape) < 0.1, -1, x) for x in (q, k))
+        if T == S:
+            k = q
+    q32, k32 = q.astype(np.int32), k.astype(np.int32)
+    return q, k, q32 if T == S else (q32, k32)
+
+
+def _mask(case, rng, q_pos, k_pos):
+    """(keep [B or 1, N or 1, T, S], the argument)."""
+    (T, S), N, B = case.lengths, case.heads[0], case.batch
+    if case.mask is None:
+        return np.ones((1, 1, T, S), bool), None
+    if case.mask.startswith("array"):
+        shape = cases.ARRAY_SHAPES[case.mask.split()[1]](B, N, T, S)
+        array = rng.random(shape) < 0.7
+        return np.broadcast_to(array, (B, N, T, S)), array
+    row = cases.MASKS[case.mask]
+    return truth_masks.table(row.truth, q_pos, k_pos)[:, None], row.mask
+
+
+def _bias(case, rng, q_pos, k_pos):
+    """(the argument, its scores [B, N, T, S] in float64, its gradient from that of the scores)."""
+    (T, S), N, B = case.lengths, case.heads[0], case.batch
+    if case.bias is None:
+        return None, 0.0, None
+    if case.bias == "alibi":
+        slopes = np.asarray(truth_positions.ALIBI_SLOPES[N])[None, :, None, None]
+        return ALiBi(N), -slopes * np.abs(q_pos[:, None, :, None] - k_pos[:, None, None, :]), None
+    if case.bias == "gate":
+        return _gate(rng, B, N, T, S)
+    shape = cases.ARRAY_SHAPES[case.bias.split()[1]](B, N, T, S)
+    array = rng.normal(size=shape).astype(np.float32)
+
+    def gradient(ds, magnitude=False):
+        axes = tuple(i for i, n in enumerate((1,) * (4 - len(shape)) + shape) if n == 1 and ds.shape[i] != 1)
+        return [ds.sum(axes, keepdims=True).reshape(shape)]
+
+    return array, np.broadcast_to(array.astype(np.float64), (B, N, T, S)), gradient
+
+
+def _gate(rng, B, N, T, S):
+    weight, past, present = (rng.normal(size=x).astype(np.float32) for x in ((N,), (B, T), (B, S)))
+    ids = np.arange(B, dtype=np.int32)
+    w = weight.astype(np.float64)[None, :, None, None]
+    gate = past.astype(np.float64)[:, None, :, None] - present[:, None, None, :] + ids[:, None, None, None]
+
+    def gradient(ds, magnitude=False):
+        if magnitude:
+            return [
+                (ds * np.abs(gate)).sum((0, 2, 3)),
+                (ds * np.abs(w)).sum((1, 3)),
+                (ds * np.abs(w)).sum((1, 2)),
+            ]
+        return [(ds * gate).sum((0, 2, 3)), (ds * w).sum((1, 3)), -(ds * w).sum((1, 2))]
+
+    return cases.Gate(weight, past, present, ids), np.broadcast_to(w * gate, (B, N, T, S)), gradient

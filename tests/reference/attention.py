@@ -1,0 +1,62 @@
+"""The attention mixer in NumPy float64, token by token, from the papers' formulas.
+
+It takes the mixer's parameters as a dict of arrays and a boolean table of what may be seen.
+"""
+
+import numpy as np
+
+
+def _project(params, name, x):
+    y = x @ np.asarray(params[name]["kernel"], np.float64)
+    return y + np.asarray(params[name]["bias"], np.float64) if "bias" in params[name] else y
+
+
+def _rotate(x, position, theta, width, layout):
+    """One head vector turned by the angles of its position, pair by pair."""
+    x = x.copy()
+    for j in range(width // 2):
+        angle = position * theta ** (-2 * j / width)
+        a, b = (j, j + width // 2) if layout == "half" else (2 * j, 2 * j + 1)
+        xa, xb = x[a], x[b]
+        x[a], x[b] = xa * np.cos(angle) - xb * np.sin(angle), xa * np.sin(angle) + xb * np.cos(angle)
+    return x
+
+
+def attention_mixer(
+    params, x, memory=None, *, heads, kv_heads, keep, rope=None, alibi=None, qk_norm=None, softcap=None,
+    scale=None,
+):  # fmt: skip
+    """y [T, D] for one row x [T, D]; keys from `memory` [S, D] or x. keep [T, S]; alibi: slopes [heads]."""
+    x = np.asarray(x, np.float64)
+    source = x if memory is None else np.asarray(memory, np.float64)
+    T, S = len(x), len(source)
+    q = _project(params, "q", x).reshape(T, heads, -1)
+    k = _project(params, "k", source).reshape(S, kv_heads, -1)
+    v = _project(params, "v", source).reshape(S, kv_heads, -1)
+    H = q.shape[-1]
+    if qk_norm:
+        for array, name, eps in ((q, "q_norm", 1e-6), (k, "k_norm", 1e-6)):
+            array /= np.sqrt((array**2).mean(-1, keepdims=True) + eps)
+            if qk_norm == "rms":
+                array *= np.asarray(params[name]["scale"], np.float64)
+    if rope is not None:
+        for array in (q, k):
+            for t in range(len(array)):
+                for h in range(array.shape[1]):
+                    array[t, h] = _rotate(array[t, h], t, rope.theta, rope.width or H, rope.layout)
+    out = np.zeros((T, heads, H))
+    for n in range(heads):
+        g = n // (heads // kv_heads)
+        for t in range(T):
+            seen = np.flatnonzero(keep[t])
+            if not len(seen):
+                continue
+            s = k[seen, g] @ q[t, n] * (1 / np.sqrt(H) if scale is None else scale)
+            if softcap:
+                s = softcap * np.tanh(s / softcap)
+            if alibi is not None:
+                s = s - alibi[n] * np.abs(t - seen)
+            denominator = np.append(s, np.asarray(params["sinks"])[n]) if "sinks" in params else s
+            top = denominator.max()
+            out[t, n] = np.exp(s - top) @ v[seen, g] / np.exp(denominator - top).sum()
+    return _project(params, "out", out.reshape(T, -1))

@@ -1,0 +1,391 @@
+"""YAML, overrides, help and the command line: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention_jax.masks import SlidingWindow
+from attention_jax.mixers import AttentionConfig, MixerConfig
+from attention_jax.model import ModelConfig
+from attention_jax.positions import RoPE
+from train import cli, config, plain_yaml
+from train import help as help_lib
+from train import keys as keys_lib
+from train.config import ConfigError
+from train.schema import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text: str = "", *overrides: str) -> RunConfig:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text)
+        return config.load(path, overrides)
+
+    return load
+
+
+def test_an_empty_file_gives_the_defaults_and_a_run_dir(load):
+    assert load() == RunConfig(run_dir="runs/tiny")
+    assert load("run_dir: elsewhere").run_dir == "elsewhere"
+
+
+def test_values_reach_their_fields(load):
+    run = load(
+        "steps: 7\nseed: 3\n"
+        "optimizer: {learning_rate: 1, final_learning_rate: 3e-4, warmup_steps: 0, clip_norm: null}\n"
+        "model:\n  mixers:\n  - kind: softmax\n    mask: SlidingWindow(8)\n    rope: {theta: 5e5}\n"
+        "data: {files: 'a/*.txt', tokenizer: chars}\ncheckpoint: {keep_best: false}\n"
+    )
+    assert (run.steps, run.seed) == (7, 3)
+    rates = run.optimizer.learning_rate, run.optimizer.final_learning_rate
+    assert rates == (1.0, 3e-4) and all(type(rate) is float for rate in rates)
+    assert run.optimizer.clip_norm is None
+    assert run.model.mixers == (AttentionConfig(mask=SlidingWindow(8), rope=RoPE(theta=5e5)),)
+    assert run.data == DataConfig(files="a/*.txt", tokenizer="chars")
+    assert run.checkpoint.keep_best is False
+
+
+REFUSED = [
+    # (YAML, words the one-line message must hold)
+    ("optimzer: {}", ["unknown key optimzer", "optimizer?"]),
+    ("optimizer:\n  learning_rat: 1e-4", ["unknown key optimizer.learning_rat", "optimizer.learning_rate?"]),
+    ("learning_rate: 1", ["unknown key learning_rate", "optimizer.learning_rate?"]),
+    ("num_heads: 1", ["unknown key num_heads", "model.mixers.0.num_heads?"]),
+    ("xyzzy: 1", ["unknown key xyzzy", "the nearest is "]),
+    ("model: {mixers: [{kind: softmax, rope: {teta: 1}}]}", ["unknown key model.mixers.0.rope.teta", "a?"]),
+    ("steps: 1\nseed: 1\nsteps: 2", ["tiny.yaml:3: duplicate key 'steps'"]),
+    ("model:\n  d_model: 4\n  d_model: 4", ["tiny.yaml:3: duplicate key 'd_model'"]),
+    ("steps: true", ["steps: expected an integer, got true"]),
+    ("steps: 1.0", ["steps: expected an integer, got 1.0"]),
+    ("steps: 1e3", ["steps: expected an integer, got 1000.0"]),
+    ("steps: '5'", ["steps: expected an integer, got '5'"]),
+    ("steps: 010", ["steps: expected an integer, got '010'"]),
+    ("steps: 0x10", ["got '0x10'"]),
+    ("steps: 1_000", ["got '1_000'"]),
+    ("steps: 1:30", ["got '1:30'"]),
+    ("steps: null", ["steps: expected an integer, got null"]),
+    ("checkpoint: {keep_best: no}", ["checkpoint.keep_best: expected true or false, got 'no'"]),
+    ("checkpoint: {keep_best: on}", ["expected true or false, got 'on'"]),
+    ("checkpoint: {keep_best: 1}", ["expected true or false, got 1"]),
+    ("optimizer: {learning_rate: true}", ["optimizer.learning_rate: expected a number, got true"]),
+    ("optimizer: {learning_rate: .nan}", ["expected a number, got '.nan'"]),
+    ("optimizer: {learning_rate: 1e999}", ["1e999", "no finite decimal number"]),
+    ("optimizer: {clip_norm: big}", ["optimizer.clip_norm: expected a number or null, got 'big'"]),
+    ("data: 3", ["data: expected a mapping of keys, got 3"]),
+    ("data: {tokenizer: words}", ['data.tokenizer: expected "bytes" or "chars"', "'words'"]),
+    ("data: {files: [a.txt]}", ["data.files: expected text or null, got [a.txt]"]),
+    ("model: {mixers: {kind: softmax}}", ["model.mixers: expected a list"]),
+    ("model: {mixers: [softmax]}", ["model.mixers.0: expected a mapping of keys, got 'softmax'"]),
+    ("model: {mixers: [{num_heads: 2}]}", ["model.mixers.0.kind is missing", "softmax, cross"]),
+    ("model: {mixers: [{kind: softmx}]}", ["model.mixers.0.kind: there is no 'softmx'", "softmax, cross"]),
+    ("model: {mixers: [{kind: softmax, num_heads: '4'}]}", ["model.mixers.0.num_heads: expected an integer"]),
+    ("model: {mixers: [{kind: cross, num_heads: '4'}]}", ["model.mixers.0.num_heads: expected an integer"]),
+    ("model: {mixers: [{kind: cross, num_heads: 3, num_kv_heads: 2}]}", ["model.mixers.0.num_kv_heads 2"]),
+    ("model: {mixers: [{kind: softmax, mask: 4}]}", ["mixers.0.mask: expected a mask expression, got 4"]),
+    ("model: {mixers: [{kind: softmax, mask: Slid(4)}]}", ["model.mixers.0.mask", "Slid", "SlidingWindow"]),
+    ("model: {mixers: [{kind: softmax, mask: SlidingWindow(0)}]}", ["model.mixers.0.mask", "window"]),
+    ("model: {mixers: [{kind: softmax, num_heads: 3, num_kv_heads: 2}]}", ["num_kv_heads 2", "num_heads 3"]),
+    ("model: {d_model: 130}", ["model.mixers.0", "130", "num_heads 4"]),
+    ("model: {d_model: 10, mixers: [{kind: softmax, num_heads: 2, rope: {}}]}", ["model.mixers.0", "odd"]),
+    ("model: {d_model: 0}", ["model.d_model must be >= 1, got 0"]),
+    ("model: {causal: false}", ["model.causal is false"]),
+    ("model: {mixers: [{kind: cross}]}", ["model.mixers.0.kind is cross", "memory"]),
+    ("model: {max_positions: 16}", ["data.sequence_length 256 exceeds model.max_positions 16"]),
+    ("steps: 0", ["steps must be >= 1, got 0"]),
+    ("seed: -1", ["seed must be in [0, 4294967296), got -1"]),
+    ("data: {sequence_length: 0}", ["data.sequence_length must be >= 1, got 0"]),
+    ("data: {validation_fraction: 1}", ["data.validation_fraction must lie between 0 and 1", "1.0"]),
+    ("data: {validation_fraction: 0}", ["data.validation_fraction must lie between 0 and 1"]),
+    ("data: {shuffle_seed: 4294967296}", ["data.shuffle_seed must be in [0, 4294967296)"]),
+    ("data: {files: ''}", ["data.files is an empty glob"]),
+    ("data: {batch_size: 15}\noptimizer: {accumulation_steps: 2}", ["accumulation_steps 2", "batch_size 15"]),
+    ("optimizer: {beta1: 1}", ["optimizer.beta1 must be in [0, 1), got 1.0"]),
+    ("optimizer: {learning_rate: 0}", ["optimizer.learning_rate must be finite and > 0, got 0.0"]),
+    ("optimizer: {weight_decay: -1}", ["optimizer.weight_decay must be >= 0, got -1.0"]),
+    ("optimizer: {final_learning_rate: 2}", ["final_learning_rate 2.0 exceeds learning_rate 0.001"]),
+    ("optimizer: {schedule: constant, decay_steps: 3}", ["optimizer.decay_steps 3", "constant"]),
+    ("steps: 50", ["optimizer.warmup_steps 100 exceeds steps 50"]),
+    ("steps: 100", ["optimizer.warmup_steps 100 leaves no room for the cosine"]),
+    ("steps: 110\noptimizer: {schedule: wsd}", ["100", "22 steps", "exceed steps 110"]),
+    ("evaluation: {sample_prompt: ''}\ndata: {tokenizer: chars}", ["evaluation.sample_prompt is empty"]),
+    ("evaluation: {batches: 0}", ["evaluation.batches must be >= 1, got 0"]),
+    ("checkpoint: {keep: 0}", ["checkpoint.keep must be >= 1, got 0"]),
+    ("[1]", ["expected a mapping of keys, got [1]"]),
+    ("steps: 1\na: b: c", ["tiny.yaml:2: mapping values are not allowed here"]),
+    ("1: 2", ["a key must be text, got 1"]),
+    ("a: !!set {a}", ["type 'set' is not understood"]),
+    ("a: !!python/object:os.system {}", ["is not understood"]),
+    ("a: !!bool no", ["'no' is neither true nor false"]),
+    ("a: !!int '010'", ["'010' is no finite decimal number"]),
+    ("&a [*a]", ["recursive"]),
+    ("a: \x00", ["special characters"]),
+    ("steps: 1\n---\nsteps: 2", ["document"]),
+]
+
+
+@pytest.mark.parametrize("text, words", REFUSED, ids=[text for text, _ in REFUSED])
+def test_a_mistake_is_told_in_one_line(load, text, words):
+    with pytest.raises(ConfigError) as error:
+        load(text)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the configuration .*none.yaml: No such file"):
+        config.load(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9")
+    with pytest.raises(ConfigError, match="latin.yaml is not UTF-8 at byte 12"):
+        config.load(tmp_path / "latin.yaml")
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(load):
+    run = load("steps: 500\nseed: 1", "steps=600", "optimizer.learning_rate=3e-4", "steps=700")
+    assert (run.steps, run.seed, run.optimizer.learning_rate) == (700, 1, 3e-4)
+
+
+def test_an_override_inside_a_default_keeps_the_rest_of_it(load):
+    run = load("", "model.mixers.0.num_heads=8", "model.mixers.0.rope.layout=interleaved")
+    default = ModelConfig().mixers[0]
+    rope = dataclasses.replace(default.rope, layout="interleaved")
+    assert run.model.mixers == (dataclasses.replace(default, num_heads=8, rope=rope),)
+    run = load("model: {mixers: [{kind: softmax}]}", "model.mixers.0.rope.theta=1e6")
+    assert run.model.mixers == (AttentionConfig(rope=RoPE(theta=1e6)),)
+    assert load("model: {mixers: [{kind: softmax, rope: {}}]}", "model.mixers.0.rope=null").model.mixers == (
+        AttentionConfig(),
+    )
+
+
+@pytest.mark.parametrize(
+    "written, value",
+    [("*.txt", "*.txt"), ("a: b", "a: b"), ("x ", "x "), ("null", None), ("'null'", "null"), ("010", "010"),
+     ('"a\\nb"', "a\nb"), ("no", "no"), ("[a]", "[a]"), ("#x", "#x"), ("a=b", "a=b"), ("1", "1")],
+)  # fmt: skip
+def test_text_in_an_override_is_taken_as_written(load, written, value):
+    assert load("", f"data.files={written}").data.files == value
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("steps", ["'steps' is no key.path=value"]),
+        ("=3", ["is no key.path=value"]),
+        ("model..d_model=3", ["is no key.path=value"]),
+        ("optimzer.learning_rate=1", ["unknown key optimzer", "optimizer?"]),
+        ("model.mixers.0.masc=Causal()", ["unknown key model.mixers.0.masc", "model.mixers.0.mask?"]),
+        ("model.mixers.1.num_heads=2", ["model.mixers has the items 0 to 0"]),
+        ("model.mixers.x=2", ["model.mixers has the items 0 to 0"]),
+        ("model.mixers.-1.num_heads=2", ["model.mixers has the items 0 to 0"]),
+        ("steps.x=1", ["steps is no section"]),
+        ("steps=[1", ["override steps: "]),
+        ("steps=two", ["steps: expected an integer, got 'two'"]),
+        ("steps=", ["steps: expected an integer, got null"]),
+        ("model.mixers.0.mask=", ["model.mixers.0.mask"]),
+        ("data.files=\udcff", ["override data.files: the value is not valid UTF-8"]),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(load, override, words):
+    with pytest.raises(ConfigError) as error:
+        load("", override)
+    assert len(str(error.value).splitlines()) == 1
+    for word in words:
+        assert word in str(error.value)
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(min_value=1e-300, max_value=1e300)
+character = st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n\x85\u2028 '\"#:")
+text = st.text(character, max_size=20)
+mixers = st.builds(
+    AttentionConfig,
+    num_heads=st.sampled_from([1, 2, 4]),
+    mask=st.sampled_from(["Causal()", "SlidingWindow(128) | Sinks(4)", "~SlidingWindow(3, right=2)"]),
+    rope=st.none() | st.builds(RoPE, theta=positive, layout=st.sampled_from(["half", "interleaved"])),
+    bias=st.sampled_from([None, "alibi"]),
+    scale=st.none() | finite,
+    sinks=st.booleans(),
+)
+runs = st.builds(
+    RunConfig,
+    run_dir=text.filter(str.strip),
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.integers(200, 10**30),
+    model=st.builds(ModelConfig, mixers=st.lists(mixers, min_size=1, max_size=3).map(tuple)),
+    data=st.builds(DataConfig, files=st.none() | text.filter(str.strip)),
+    optimizer=st.builds(OptimizerConfig, final_learning_rate=st.floats(0, 1e-3), epsilon=positive),
+    evaluation=st.builds(EvaluationConfig, sample_prompt=text, batches=st.none() | st.integers(1)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs)
+def test_what_is_dumped_reads_back_equal(tmp_path_factory, run):
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(config.dump_yaml(run), encoding="utf-8", newline="")
+    again = config.load(path)
+    assert again == run
+    assert config.dump_yaml(again) == config.dump_yaml(run)
+    assert config.from_dict(config.to_dict(run)) == run
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | finite | text
+    | st.sampled_from(["no", "010", "1e-4", "1e4", "~", "null", "true", ".5", "<<", "=", "2020-01-01"]),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(text, below, max_size=3), max_leaves=6,
+))  # fmt: skip
+def test_plain_yaml_reads_what_it_writes(value):
+    again = plain_yaml.parse(plain_yaml.dumps(value), "here")
+    assert again == value and repr(again) == repr(value)
+    assert "\n" not in plain_yaml.scalar(value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_projects_own_configs_load(path):
+    assert config.load(path).run_dir == f"runs/{path.stem}"
+
+
+def test_every_key_has_a_meaning_a_type_and_a_default():
+    shown = list(help_lib.keys())
+    assert [key.path for key in shown if not key.meaning or not key.type] == []
+    paths = {key.path for key in shown}
+    assert {"steps", "data.files", "model.mixers.N.mask", "model.mixers.N.rope.theta"} <= paths
+    defaults = {key.path: key.default for key in shown}
+    assert defaults["optimizer.learning_rate"] == "0.001" and defaults["data.files"] == "null"
+
+
+def test_help_shows_every_key_and_kind_within_100_columns():
+    text = help_lib.help_text()
+    assert max(map(len, text.splitlines())) <= help_lib.WIDTH
+    for key in help_lib.keys():
+        assert key.path in text
+    for cls in typing.get_args(MixerConfig):
+        assert f"kind: {keys_lib.kind_of(cls)}" in text
+
+
+def test_meanings_stand_above_a_field_or_behind_it():
+    meanings = keys_lib.meanings(DataConfig)
+    assert meanings["batch_size"] == "rows of a step (B), all accumulation steps together"
+    assert meanings["packing"].startswith("documents: end to end in rows, with segment ids")
+    assert "stream: random windows of the concatenated text" in meanings["packing"]
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch, capsys):
+    """main([...]) in a folder with tiny.yaml; (status, stdout, stderr)."""
+    (tmp_path / "tiny.yaml").write_text("steps: 200\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        status = cli.main(argv)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_print_config_prints_what_load_reads_back(run_cli, tmp_path):
+    status, out, err = run_cli("tiny.yaml", "steps=300", "--print-config")
+    assert (status, err) == (0, "")
+    (tmp_path / "again.yaml").write_text(out)
+    assert config.load(tmp_path / "again.yaml") == config.load(tmp_path / "tiny.yaml", ["steps=300"])
+
+
+def test_help_is_printed(run_cli):
+    assert run_cli("--help") == (0, help_lib.help_text(), "")
+    assert run_cli("tiny.yaml", "-h") == (0, help_lib.help_text(), "")
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        ([], "no configuration"),
+        (["steps=3"], "the configuration file comes first"),
+        (["--print-confg", "tiny.yaml"], "did you mean --print-config?"),
+        (["none.yaml"], "cannot read the configuration none.yaml"),
+        (["tiny.yaml", "stps=3"], "unknown key stps; did you mean steps?"),
+        (["tiny.yaml", "data.files=none/*.txt"], "data.files=none/*.txt matches no file"),
+    ],
+)
+def test_a_users_mistake_exits_with_2_and_one_line(run_cli, tmp_path, argv, word):
+    status, out, err = run_cli(*argv)
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["tiny.yaml"]
+
+
+def test_interrupts_and_our_own_defects_are_told_apart(run_cli, monkeypatch):
+    def raising(error):
+        def load(*_):
+            raise error
+
+        return load
+
+    monkeypatch.setattr(config, "load", raising(KeyboardInterrupt()))
+    assert run_cli("tiny.yaml")[0] == 130
+    monkeypatch.setattr(config, "load", raising(OSError(28, "No space left on device", "runs/x")))
+    status, _, err = run_cli("tiny.yaml")
+    assert status == 2 and "No space left on device: 'runs/x'" in err
+    # A ValueError that does not come from our own frames is a defect, and keeps its traceback.
+    monkeypatch.setattr(config, "load", raising(ValueError("a library's own")))
+    with pytest.raises(ValueError, match="a library's own"):
+        run_cli("tiny.yaml")
+
+
+# Stands for jaxlib, which can crash at the end of a process while a step is still running.
+ENDING = """
+import atexit, os, runpy, signal, sys
+from train import cli
+def run(argv, own_process):
+    print("told before")
+    {body}
+cli._run = run
+atexit.register(os.kill, os.getpid(), signal.SIGKILL)
+runpy.run_module("train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "body, status, told",
+    [("raise KeyboardInterrupt", 130, "interrupted"), ("raise OSError('disk full')", 2, "error: disk full")],
+)
+def test_the_exit_status_survives_a_crash_at_the_end(body, status, told):
+    command = [sys.executable, "-c", ENDING.format(body=body)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "told before\n", f"{told}\n")
+
+
+PREPARE = (
+    "import os, sys; from train import cli; cli._prepare_process();"
+    "print([os.environ.get(name) for name in sorted(cli._ALLOCATOR)], sys.argv[1:], 'jax' in sys.modules)"
+)
+
+
+@pytest.mark.skipif(not cli._has_glibc(), reason="the allocator's settings are glibc's")
+def test_the_process_is_started_anew_with_the_allocators_settings():
+    def run(**settings: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if k not in cli._ALLOCATOR and k != cli._PREPARED}
+        command = [sys.executable, "-W", "error", "-c", PREPARE, "x", "steps=3 4"]
+        done = subprocess.run(
+            command, env=environment | settings, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    arguments = "['x', 'steps=3 4'] False"
+    assert run() == f"['4294967296', '268435456', '4294967296'] {arguments}"
+    assert run(MALLOC_TOP_PAD_="1") == f"['4294967296', '1', '4294967296'] {arguments}"
+    assert run(ATTENTION_JAX_PREPARED="1") == f"[None, None, None] {arguments}"

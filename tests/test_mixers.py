@@ -1,0 +1,219 @@
+"""One contract for every mixer of the table: parallel = blocked = token by token = in pieces, and so on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from attention_jax.mixers import AttentionConfig, Context
+from attention_jax.positions import RoPE
+from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, cross_reference, dense
+
+B, T, CAPACITY = 2, 19, 24
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@dataclasses.dataclass
+class Harness:
+    """A built mixer with random parameters (norm scales and biases too) behind two jitted functions."""
+
+    config: object
+    causal: bool = True
+    impl: str | None = None
+
+    def __post_init__(self):
+        config = dataclasses.replace(self.config, impl=self.impl)
+        module = config.build(D_MODEL, nnx.Rngs(0), causal=self.causal)
+        self.graphdef, state = nnx.split(module)
+        leaves, treedef = jax.tree.flatten(state)
+        keys = jax.random.split(jax.random.key(7), len(leaves))
+        noise = [leaf + 0.2 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+        self.params = jax.tree.unflatten(treedef, noise)
+        self.call = jax.jit(lambda p, x, s, ctx: nnx.merge(self.graphdef, p)(x, s, ctx=ctx))
+
+    def parallel(self, x, ctx=None):
+        return self.call(self.params, x, None, ctx or Context())[0]
+
+    def state(self, memory=None):
+        return nnx.merge(self.graphdef, self.params).init_state(B, CAPACITY, memory=memory)
+
+    def cached(self, x, cuts, state=None, positions=None):
+        """The outputs of x fed in the pieces that `cuts` ends, and the last state."""
+        state = self.state() if state is None else state
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        out, start = [], 0
+        for cut in cuts:
+            ctx = Context(positions_BT=positions[:, start:cut])
+            y, state = self.call(self.params, x[:, start:cut], state, ctx)
+            out.append(y)
+            start = cut
+        return jnp.concatenate(out, axis=1), state
+
+
+@pytest.fixture(scope="module", params=list(MIXERS))
+def case(request):
+    return MIXERS[request.param], Harness(MIXERS[request.param].config)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(1), (B, T, D_MODEL))
+
+
+def test_parallel_equals_reference_and_chunked(case, x):
+    row, harness = case
+    y = harness.parallel(x)
+    params = nnx.to_pure_dict(harness.params)
+    keep = dense(row.config.mask, T)
+    for b in range(B):
+        assert_allclose(y[b], row.reference(params, x[b], keep), **TOLERANCE)
+    assert_allclose(Harness(row.config, impl="chunked").parallel(x), y, **TOLERANCE)
+
+
+def test_cached_in_any_pieces_equals_parallel(case, x):
+    """Token by token (through any ring's wrap), in pieces, and as one prefill."""
+    _, harness = case
+    y = harness.parallel(x)
+    for cuts in (range(1, T + 1), (1, 9, 17, 18, T), (T,)):
+        assert_allclose(harness.cached(x, cuts)[0], y, **TOLERANCE)
+
+
+def test_left_padding_and_invalid_tokens(case, x):
+    """A padded prompt decodes like a bare one, and padding (NaN features) leaves the state as it is."""
+    _, harness = case
+    pad = 3
+    padded = jnp.concatenate([jnp.full((B, pad, D_MODEL), jnp.nan), x[:, : T - pad]], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(T) - pad, (B, T))
+    positions = jnp.where(positions < 0, -1, positions)
+    y, _ = harness.cached(padded, (8, *range(9, T + 1)), positions=positions)
+    assert_allclose(y[:, pad:], harness.parallel(x)[:, : T - pad], **TOLERANCE)
+    assert_array_equal(y[:, :pad], 0)
+    _, before = harness.cached(x, (8,))
+    ctx = Context(positions_BT=jnp.full((B, 8), -1))
+    _, after = harness.call(harness.params, x[:, 8:16], before, ctx)
+    jax.tree.map(assert_array_equal, before, after)
+
+
+def test_packed_documents_equal_the_documents_alone(case, x):
+    _, harness = case
+    lengths = (7, 9)
+    segments = jnp.array([0] * lengths[0] + [1] * lengths[1] + [-1] * (T - sum(lengths)))
+    positions = jnp.array([*range(lengths[0]), *range(lengths[1]), *[-1] * (T - sum(lengths))])
+    ctx = Context(positions_BT=jnp.tile(positions, (B, 1)), segment_ids_BT=jnp.tile(segments, (B, 1)))
+    y = harness.parallel(x, ctx)
+    alone = harness.parallel(x)
+    assert_allclose(y[:, : lengths[0]], alone[:, : lengths[0]], **TOLERANCE)
+    second = harness.parallel(x[:, lengths[0] : sum(lengths)])
+    assert_allclose(y[:, lengths[0] : sum(lengths)], second, **TOLERANCE)
+    assert_array_equal(y[:, sum(lengths) :], 0)
+
+
+def test_the_future_changes_no_bit_of_the_past(case, x):
+    _, harness = case
+    for t in (0, 5, T - 2):
+        changed = x.at[:, t + 1 :].add(3.0)
+        assert_array_equal(harness.parallel(changed)[:, : t + 1], harness.parallel(x)[:, : t + 1])
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_gradients_to_the_future_are_exactly_zero(case, x, impl):
+    row, _ = case
+    harness = Harness(row.config, impl=impl)
+    t = 8
+    grad = jax.jit(jax.grad(lambda x: harness.call(harness.params, x, None, Context())[0][:, t].sum()))(x)
+    assert_array_equal(grad[:, t + 1 :], 0)
+    seen = dense(row.config.mask, T)[t]
+    assert (np.abs(grad[:, :t]).max((0, 2)) > 0).tolist() == seen[:t].tolist()
+
+
+@pytest.mark.parametrize("name", TWO_SIDED)
+def test_two_sided_masks(name, x):
+    row = TWO_SIDED[name]
+    harness = Harness(row.config, causal=False)
+    params = nnx.to_pure_dict(harness.params)
+    expected = row.reference(params, x[0], dense(row.config.mask, T))
+    assert_allclose(harness.parallel(x)[0], expected, **TOLERANCE)
+
+
+def test_a_causal_model_restricts_a_two_sided_mask(x):
+    harness = Harness(TWO_SIDED["full"].config, causal=True)
+    assert_array_equal(harness.parallel(x.at[:, 9:].add(1.0))[:, :9], harness.parallel(x)[:, :9])
+
+
+def test_cross_attention_over_a_padded_memory(x):
+    harness = Harness(CROSS)
+    memory = jax.random.normal(jax.random.key(3), (B, 7, D_MODEL))
+    positions = jnp.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, -1, -1, -1]])
+    memory = jnp.where((positions >= 0)[..., None], memory, jnp.nan)
+    ctx = Context(memory_BSD=memory, memory_positions_BS=positions)
+    y = harness.parallel(x, ctx)
+    params = nnx.to_pure_dict(harness.params)
+    for b, length in ((0, 7), (1, 4)):
+        expected = cross_reference(params, x[b], memory[b, :length], np.ones((T, length), bool))
+        assert_allclose(y[b], expected, **TOLERANCE)
+    state = harness.state(memory=(memory, positions))
+    assert_allclose(harness.cached(x, (4, T), state=state)[0], y, **TOLERANCE)
+
+
+def test_attention_dropout_is_the_same_whatever_runs_it(x):
+    config = AttentionConfig(num_heads=4, rope=RoPE(), dropout=0.3)
+    ctx = Context(dropout_key=jax.random.key(5))
+    y = Harness(config, impl="reference").parallel(x, ctx)
+    assert_allclose(Harness(config, impl="chunked").parallel(x, ctx), y, **TOLERANCE)
+    assert np.abs(y - Harness(config).parallel(x)).max() > 1e-2
+    # Cached in two pieces, every position meets the same key and so the same bits.
+    harness = Harness(config)
+    state, out = harness.state(), []
+    for a, b in ((0, 10), (10, T)):
+        piece = dataclasses.replace(ctx, positions_BT=jnp.tile(jnp.arange(a, b), (B, 1)))
+        y_piece, state = harness.call(harness.params, x[:, a:b], state, piece)
+        out.append(y_piece)
+    assert_allclose(jnp.concatenate(out, 1), y, **TOLERANCE)
+
+
+def test_past_the_capacity_the_output_is_nan_not_wrong(x):
+    harness = Harness(AttentionConfig(num_heads=4))
+    _, state = harness.cached(x, (T,))
+    ctx = Context(positions_BT=jnp.tile(jnp.arange(CAPACITY - 1, CAPACITY + 2), (B, 1)))
+    y, _ = harness.call(harness.params, x[:, :3], state, ctx)
+    assert np.isfinite(y[:, 0]).all() and np.isnan(y[:, 1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 0}, "num_heads must be >= 1"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
+        ({"num_heads": 5}, "d_model 32 is not divisible by num_heads 5; set head_dim"),
+        ({"num_heads": 4, "head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd; set an even rope.width"),
+        ({"num_heads": 4, "rope": RoPE(width=16)}, "RoPE width 16 exceeds head_dim 8"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"mask": "SlidingWindow(0)"}, "window must be an integer >= 1"),
+    ],
+)
+def test_bad_configs(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        AttentionConfig(**arguments).build(D_MODEL, nnx.Rngs(0))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_calls(x):
+    harness = Harness(AttentionConfig(num_heads=4))
+    state = harness.state()
+    with pytest.raises(ValueError, match="needs ctx.positions_BT"):
+        harness.call(harness.params, x, state, Context())
+    positions = jnp.tile(jnp.arange(T), (B, 1))
+    with pytest.raises(ValueError, match="one document a row"):
+        harness.call(harness.params, x, state, Context(positions_BT=positions, segment_ids_BT=positions))
+    long = jnp.zeros((B, CAPACITY + 1, D_MODEL))
+    with pytest.raises(ValueError, match="do not fit a cache of capacity 24"):
+        harness.call(harness.params, long, state, Context(positions_BT=jnp.zeros(long.shape[:2], int)))
+    with pytest.raises(ValueError, match="needs ctx.memory_BSD"):
+        Harness(CROSS).parallel(x)
+    with pytest.raises(ValueError, match="needs memory="):
+        Harness(CROSS).state()

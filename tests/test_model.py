@@ -1,0 +1,206 @@
+"""The language model: one parameter layout, unrolled = scanned = rematerialised, causal, checked."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from attention_jax.mixers import AttentionConfig, Context
+from attention_jax.model import ModelConfig, apply, bind, count_params, init_params
+from attention_jax.positions import RoPE
+
+MIX = (
+    AttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE()),
+    AttentionConfig(num_heads=2, mask="SlidingWindow(4)", bias="alibi", qk_norm="rms", sinks=True),
+)
+CONFIG = ModelConfig(vocab_size=31, d_model=32, num_layers=5, mixers=MIX, init_std=0.2)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (2, 12), 0, 31)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+def loss_and_grads(config, params, tokens, ctx=None):
+    def loss(params):
+        logits = apply(config, params, tokens, ctx=ctx)[0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1).mean()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": "scan"}, {"remat": "nothing_saveable"}, {"layers": "scan", "remat": "dots_saveable"}]
+)
+def test_scan_and_remat_compute_the_same(params, tokens, change):
+    loss, grads = loss_and_grads(CONFIG, params, tokens)
+    loss2, grads2 = loss_and_grads(dataclasses.replace(CONFIG, **change), params, tokens)
+    assert_allclose(loss2, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads2, grads)
+
+
+def test_remat_saves_less(params, tokens):
+    """The policy reaches the layers: fewer residuals are kept from forward to backward."""
+
+    def residuals(config):
+        _, pullback = jax.vjp(lambda p: apply(config, p, tokens)[0], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert residuals(dataclasses.replace(CONFIG, remat="nothing_saveable")) < 0.7 * residuals(CONFIG)
+
+
+def test_parameters_are_stacked_per_place_in_the_period(params):
+    assert params["stacks"]["0"]["mixer"]["q"]["kernel"].shape == (3, 32, 32)
+    assert params["stacks"]["1"]["mixer"]["sinks"].shape == (2, 2)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert count_params(params) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_layers_differ_at_birth(params):
+    kernels = params["stacks"]["0"]["mixer"]["q"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scan"])
+def test_cached_equals_parallel(params, tokens, layers):
+    config = dataclasses.replace(CONFIG, layers=layers)
+    expected = apply(config, params, tokens)[0]
+    state = bind(config, params).init_state(2, 12)
+    step = jax.jit(lambda t, s, pos: apply(config, params, t, s, ctx=Context(positions_BT=pos)))
+    for a, b in ((0, 7), (7, 8), (8, 9), (9, 12)):
+        logits, state = step(tokens[:, a:b], state, jnp.tile(jnp.arange(a, b), (2, 1)))
+        assert_allclose(logits, expected[:, a:b], rtol=1e-4, atol=2e-5)
+
+
+def test_the_future_changes_no_bit_and_gets_no_gradient(params, tokens):
+    run = jax.jit(lambda t: apply(CONFIG, params, t)[0])
+    assert_array_equal(run(tokens.at[:, 6:].add(1) % 31)[:, :6], run(tokens)[:, :6])
+
+    def one_logit(embedding):
+        changed = params | {"embed": {"embedding": embedding}}
+        model = bind(dataclasses.replace(CONFIG, tie_embeddings=False), changed | {
+            "head": {"kernel": jnp.ones((32, 31))}})  # fmt: skip
+        return model(jnp.arange(12)[None])[0][0, 5].sum()
+
+    grad = jax.jit(jax.grad(one_logit))(params["embed"]["embedding"])
+    assert_array_equal(grad[6:12], 0)
+    assert (np.abs(grad[:6]).max(1) > 0).all()
+
+
+def test_packing_and_invalid_tokens(params, tokens):
+    """Packed documents give the logits they give alone; an invalid slot may hold any id."""
+    packed = jnp.concatenate([tokens[:1, :5], tokens[1:, :4], jnp.array([[999, -7, 31]])], axis=1)
+    ctx = Context(
+        positions_BT=jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, -1, -1, -1]]),
+        segment_ids_BT=jnp.array([[0] * 5 + [1] * 4 + [-1] * 3]),
+    )
+    run = jax.jit(lambda t, ctx: apply(CONFIG, params, t, ctx=ctx)[0])
+    logits = run(packed, ctx)
+    assert_allclose(logits[:, :5], run(tokens[:1, :5], None), rtol=1e-4, atol=2e-5)
+    assert_allclose(logits[:, 5:9], run(tokens[1:, :4], None), rtol=1e-4, atol=2e-5)
+    assert np.isfinite(logits).all()
+
+
+def test_bfloat16_computes_near_float32(params, tokens):
+    exact = apply(CONFIG, params, tokens)[0]
+    rough = apply(dataclasses.replace(CONFIG, dtype="bfloat16"), params, tokens)[0]
+    assert rough.dtype == jnp.float32
+    error = np.abs(rough - exact).max() / np.abs(exact).max()
+    assert 0 < error < 0.05
+
+
+def test_dropout_depends_on_the_key_alone(params, tokens):
+    config = dataclasses.replace(CONFIG, dropout=0.2, layers="scan")
+    run = jax.jit(lambda key: apply(config, params, tokens, ctx=Context(dropout_key=key))[0])
+    a, b, c = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0.1
+    unrolled = dataclasses.replace(config, layers="unrolled")
+    same = apply(unrolled, params, tokens, ctx=Context(dropout_key=jax.random.key(0)))[0]
+    assert_allclose(same, a, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "geglu", "gelu"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_a_block_equals_numpy(mlp, norm, tokens):
+    """One layer without attention's part (its output projection is 0): embed, norm, mlp, norm, head."""
+    config = ModelConfig(
+        vocab_size=31, d_model=16, num_layers=1, mixers=(AttentionConfig(num_heads=2),), mlp=mlp, norm=norm,
+        use_bias=True, max_positions=12, tie_embeddings=False, logit_softcap=3.0,
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(treedef, noise)
+    params["stacks"]["0"]["mixer"]["out"]["kernel"] *= 0
+    logits = apply(config, params, tokens)[0]
+
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    block = jax.tree.map(lambda a: a[0], p["stacks"]["0"])
+
+    def normal(x, w):
+        if norm == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w["scale"]
+        return y + w["bias"] if norm == "layernorm" else y
+
+    def dense(x, w):
+        return x @ w["kernel"] + w["bias"]
+
+    def gelu(x):
+        import math
+
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+
+    h = p["embed"]["embedding"][np.asarray(tokens)] + p["positions"]["embedding"][: tokens.shape[1]]
+    x = normal(h, block["norm2"])
+    up = dense(x, block["mlp"]["up"])
+    if mlp == "gelu":
+        up = gelu(up)
+    else:
+        gate = dense(x, block["mlp"]["gate"])
+        up = up * (gelu(gate) if mlp == "geglu" else gate / (1 + np.exp(-gate)))
+    h = h + dense(up, block["mlp"]["down"])
+    expected = normal(h, p["final_norm"]) @ p["head"]["kernel"]
+    assert_allclose(logits, 3 * np.tanh(expected / 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_model": 30}, "mixers.0: d_model 30 is not divisible by num_heads 4"),
+        ({"num_layers": 1}, "mixers: 2 given for 1 layers"),
+        ({"mixers": ()}, "mixers: 0 given"),
+        ({"vocab_size": 0}, "vocab_size must be >= 1"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+        ({"remat": "dots_savable"}, "no policy 'dots_savable'; did you mean 'dots_saveable'"),
+    ],
+)
+def test_bad_configs(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        dataclasses.replace(CONFIG, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_calls(params, tokens):
+    with pytest.raises(ValueError, match="vocab_size is not set"):
+        init_params(dataclasses.replace(CONFIG, vocab_size=None), jax.random.key(0))
+    with pytest.raises(ValueError, match="parameter /?head is missing|parameter head.* is missing"):
+        apply(dataclasses.replace(CONFIG, tie_embeddings=False), params, tokens)
+    with pytest.raises(ValueError, match=r"parameter embed/embedding must have shape \(32, 32\)"):
+        apply(dataclasses.replace(CONFIG, vocab_size=32), params, tokens)
+    short = dataclasses.replace(CONFIG, max_positions=8)
+    short_params = init_params(short, jax.random.key(0))
+    with pytest.raises(ValueError, match="12 tokens exceed the 8 learned positions"):
+        apply(short, short_params, tokens)
+    with pytest.raises(ValueError, match="capacity 9 exceeds the 8 learned positions"):
+        bind(short, short_params).init_state(1, 9)

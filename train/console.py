@@ -1,0 +1,64 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Console:
+    """`with Console(steps, done) as console:` shows steps done + 1 ... steps."""
+
+    def __init__(self, steps: int, done: int, file: TextIO | None = None):
+        self._file = file or sys.stdout
+        self._steps = steps
+        self._bar: Progress | None = None
+        if self._file.isatty():
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+                TimeRemainingColumn(),
+                console=RichConsole(file=self._file, highlight=False, markup=False),
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task("", total=steps, completed=done, loss=float("nan"), speed=0.0)
+
+    def __enter__(self) -> Console:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """A step is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=loss, speed=tokens_per_second)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl; on a terminal the bar already shows the training loss."""
+        if self._bar is None or "val/loss" in row:
+            names = [name for name in ("train/loss", "val/loss") if name in row]
+            losses = "  ".join(f"{name} {row[name]:.4f}" for name in names)
+            speed = row["tokens_per_second"]
+            self.line(f"step {row['step']}/{self._steps}  {losses}  {speed:,.0f} tokens/s")
+
+    def line(self, text: str) -> None:
+        """A line of its own; control characters in it, which a model may write, are replaced."""
+        text = printable(text)
+        if self._bar is not None:
+            self._bar.console.print(text, soft_wrap=True)
+        else:
+            print(text, file=self._file, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,209 @@
+"""Batches from text: what the trainer reads.
+
+Training rows come through a grain MapDataset, so that a batch is a function of (seed, step) and a resume
+needs no iterator state.
+
+packing: documents  every pair (token, next token) of every document once an epoch; documents are laid end to
+                    end and cut where a row ends, each piece a segment with positions from 0 (a piece that
+                    starts inside a document does not see what came before). The last row of an epoch may
+                    have room left. Every epoch has another order of documents, other cuts, other rows.
+packing: stream     windows of T tokens of the concatenated text at uniformly random starts, drawn anew for
+                    every row of every step; they run across documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from train import corpus, snapshot, tokenizers
+from train.packing import Batch, Piece, Sequential, assemble, rows_of, scoring_rows, shuffled
+from train.schema import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A run's text as batches: dicts of int32 [batch_size, T] arrays.
+
+    tokens; targets, the next tokens (-1: not scored); with packing `documents` also positions and
+    segment_ids (both -1 where a row holds no token).
+    """
+
+    config: DataConfig
+    snapshot: snapshot.Snapshot
+
+    @property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Text to ids and back."""
+        return self.snapshot.tokenizer
+
+    @property
+    def corpus_sha256(self) -> str:
+        """Of the names and contents of all documents, training and held out."""
+        return self.snapshot.meta["corpus_sha256"]
+
+    @property
+    def validation_bytes(self) -> int:
+        """UTF-8 bytes of the held-out text.
+
+        Bits per byte = (sum of nats over `scoring_batches`) / ln 2 / this. With the bytes tokenizer the
+        nats include those of every end of a document, which no byte of the denominator stands for; with
+        characters the first one of each document (of the text, for streams) is never predicted.
+        """
+        return self.snapshot.meta["validation"]["bytes"]
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        meta = self.snapshot.meta
+        return (
+            f"{meta['source']}: {meta['documents']} files, {meta['train']['bytes']:,} bytes to train on, "
+            f"{meta['validation']['bytes']:,} held out, {self.tokenizer.vocab_size} token ids, "
+            f"sha256 {self.corpus_sha256[:16]}"
+        )
+
+    def train_batch(self, step: int) -> Batch:
+        """The batch of step 0, 1, 2, ...: always the same for the same configuration and corpus.
+
+        Micro-batches of an accumulating step are consecutive slices of its rows.
+        """
+        return self._batches[step]
+
+    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """The held-out text in rows that share nothing, for the curve during training.
+
+        At most `limit` batches, of rows spread evenly over the text, the same ones at every call; None:
+        all of them. Every pair counts at most once; a row's context starts at the row (or the document).
+        """
+        B, rows = self.config.batch_size, self._validation.rows
+        chosen = rows if limit is None else min(limit * B, rows)
+        order = np.arange(chosen) * rows // chosen
+        return self._padded([tuple(self._validation.pieces(int(row))) for row in order])
+
+    def scoring_batches(self) -> Iterator[Batch]:
+        """The held-out text with every pair scored exactly once, for the final figure.
+
+        Windows of T tokens advance by T // 2 within each document (or, for streams, within the whole
+        text): a token is predicted from at least min(its offset, T / 2) tokens before it.
+        """
+        return self._padded(scoring_rows(self._held_out, self.config.sequence_length))
+
+    def validation_text(self) -> bytes:
+        """The held-out bytes, document after document: what a compressor is compared on."""
+        return self.tokenizer.raw_bytes(self.snapshot.validation.tokens)
+
+    @functools.cached_property
+    def _batches(self) -> grain.MapDataset:
+        config = self.config
+        if config.packing == "stream":
+            tokens = self.snapshot.train.tokens
+            starts = len(tokens) - config.sequence_length
+
+            def windows(_: int, rng: np.random.Generator) -> Batch:
+                drawn = rng.integers(starts, size=config.batch_size).tolist()
+                return self._assemble(tokens, [(Piece(start, config.sequence_length),) for start in drawn])
+
+            return grain.MapDataset.range(1).repeat().random_map(windows, seed=config.shuffle_seed)
+        rows = rows_of(self.snapshot.train.pairs, config.sequence_length)
+        numbered = grain.MapDataset.range(rows).shuffle(seed=config.shuffle_seed).repeat()
+        # The elements are numbers: only a whole batch is worth grain's cost per element.
+        placed = numbered.map_with_index(lambda index, row: (index // rows, row))
+        return placed.batch(config.batch_size, batch_fn=self._rows)
+
+    def _rows(self, places: Sequence[tuple[int, int]]) -> Batch:
+        rows = [tuple(self._epoch(epoch).pieces(row)) for epoch, row in places]
+        return self._assemble(self.snapshot.train.tokens, rows)
+
+    @functools.cached_property
+    def _epoch(self) -> Any:
+        config, train = self.config, self.snapshot.train
+
+        @functools.lru_cache(maxsize=2)  # a batch may hold the end of one epoch and the start of the next
+        def epoch(number: int) -> Sequential:
+            return shuffled(train, config.sequence_length, config.shuffle_seed, number)
+
+        return epoch
+
+    @functools.cached_property
+    def _held_out(self) -> Any:
+        split = self.snapshot.validation
+        return split if self.config.packing == "documents" else split.as_one()
+
+    @functools.cached_property
+    def _validation(self) -> Sequential:
+        return Sequential(self._held_out, self.config.sequence_length)
+
+    def _padded(self, rows: Sequence[Sequence[Piece]]) -> Iterator[Batch]:
+        B = self.config.batch_size
+        for first in range(0, len(rows), B):
+            some = list(rows[first : first + B])
+            yield self._assemble(self._held_out.tokens, some + [()] * (B - len(some)))
+
+    def _assemble(self, tokens: np.ndarray, rows: Sequence[Sequence[Piece]]) -> Batch:
+        segments = self.config.packing == "documents"
+        return assemble(tokens, rows, self.config.sequence_length, segments=segments)
+
+
+def prepare(config: DataConfig, run_dir: str | Path) -> Data:
+    """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call.
+
+    ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.corpus`), a
+    snapshot that is damaged or was made by another data section.
+    """
+    folder = Path(run_dir) / "data"
+    if not folder.exists():
+        snapshot.write(folder, _make(config))
+    data = Data(config, snapshot.read(folder))
+    _check_config(data, folder)
+    return data
+
+
+def _make(config: DataConfig) -> snapshot.Snapshot:
+    text = corpus.read(config.files)
+    parts = corpus.split(text, config.validation_split, config.validation_fraction)
+    tokenizer = tokenizers.make(config.tokenizer, (document.text for document in text.documents))
+    splits = [snapshot.encode(documents, tokenizer) for documents in parts]
+    meta: dict[str, Any] = {
+        "source": text.source,
+        "corpus_sha256": text.sha256(),
+        "documents": len(text.documents),
+        "skipped_files": text.skipped,
+        "vocab_size": tokenizer.vocab_size,
+        "config": dataclasses.asdict(config),
+    }
+    for name, documents, split in zip(("train", "validation"), parts, splits, strict=True):
+        _check_length(config, name, split)
+        sizes = [len(document.text.encode()) for document in documents]
+        meta[name] = {"documents": len(documents), "bytes": sum(sizes), "tokens": len(split.tokens)}
+    return snapshot.Snapshot(tokenizer, *splits, meta)
+
+
+def _check_length(config: DataConfig, name: str, split: snapshot.Split) -> None:
+    """ValueError where a split does not fill one row."""
+    needs = config.sequence_length
+    has = split.pairs if config.packing == "documents" else len(split.tokens) - 1
+    if has < needs:
+        part = {"train": "training", "validation": "held-out"}[name]
+        raise ValueError(
+            f"the corpus is too short: its {part} part has {max(has, 0)} tokens to predict, a row needs "
+            f"{needs}: give more text or lower data.sequence_length"
+        )
+
+
+def _check_config(data: Data, folder: Path) -> None:
+    """ValueError that names the keys in which the snapshot's data section differs."""
+    made, asked = data.snapshot.meta["config"], dataclasses.asdict(data.config)
+    differences = [
+        f"data.{key} was {json.dumps(made.get(key))}, is {json.dumps(asked.get(key))}"
+        for key in {**asked, **made}
+        if made.get(key) != asked.get(key)
+    ]
+    if differences:
+        raise ValueError(f"{folder} was made by another configuration: {'; '.join(differences)}")

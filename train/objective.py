@@ -1,0 +1,53 @@
+"""The causal language-modelling loss.
+
+    L = sum_i nll_i / n   over the n targets >= 0,    nll_i = logsumexp(z_i) - z_i[target_i]
+
+computed in float32 whatever dtype the model computes in. A target of -1 is not scored.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum of the negative log-likelihoods in nats: float32 [], number of scored targets: int32 []).
+
+    Both are 0 if no target is scored. What an unscored position's logits hold, NaN included, reaches
+    neither the sum nor a gradient. Targets must lie below V: see `check_ids`.
+    """
+    scored_BT = targets_BT >= 0
+    # Selecting the logits, not only the result: the gradient of logsumexp at NaN is NaN, and 0 * NaN too.
+    logits_BTV = jnp.where(scored_BT[..., None], logits_BTV.astype(jnp.float32), 0.0)
+    # A comparison instead of a gather: it fuses, and its transpose is no scatter.
+    is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
+    target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit_BT
+    return jnp.sum(jnp.where(scored_BT, nll_BT, 0.0)), jnp.sum(scored_BT, dtype=jnp.int32)
+
+
+def mean_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mean negative log-likelihood of the scored targets in nats, their number); (0, 0) if there is none."""
+    total, count = token_nll(logits_BTV, targets_BT)
+    return total / jnp.maximum(count, 1), count
+
+
+def check_ids(batch: dict[str, np.ndarray], vocab_size: int) -> None:
+    """ValueError if a token or target lies outside the vocabulary.
+
+    On the host, because on the device an id past the table gives NaN, -1 wraps, and a target past the
+    last logit would be scored as a logit of 0.
+    """
+    padding = batch["segment_ids"] < 0 if "segment_ids" in batch else None
+    for name, lowest in (("tokens", 0), ("targets", -1)):
+        ids = batch[name]
+        wrong = (ids < lowest) | (ids >= vocab_size)
+        if name == "tokens" and padding is not None:
+            wrong &= ~padding
+        if wrong.any():
+            raise ValueError(
+                f"{name} holds the id {ids[wrong][0]}, outside [{lowest}, {vocab_size}):"
+                " the data and model.vocab_size do not belong together"
+            )

@@ -1,0 +1,102 @@
+"""AdamW with a schedule and global-norm clipping (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    g <- g min(1, c / |g|);   m, v <- Adam moments;   w <- w - lr(n) (m^ / (sqrt(v^) + eps) + decay w)
+
+n = 1, 2, ... counts updates. Decay is decided by a parameter's path, never by its rank: layers are stacked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.schema import OptimizerConfig
+
+_DECAYED = ("kernel", "embedding")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array | int], jax.Array]:
+    """lr(count): float32 learning rate of update n = count + 1, defined at every count >= 0.
+
+    n <= W:   peak n / W                                               (warm-up of W steps)
+    constant: peak
+    cosine:   final + (peak - final) (1 + cos(pi p)) / 2,   p = (n - W) / (E - W),   E = decay_steps or steps
+    wsd:      final + (peak - final) (1 - p),   p = (n - steps) / D + 1,   D = decay_steps or steps / 5
+
+    with p clipped to [0, 1]: past the end of a decay the rate is `final`. W < E; W + D <= steps.
+    """
+    peak, final, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        start, end = warmup, config.decay_steps or steps
+    else:
+        start, end = steps - (config.decay_steps or max(1, math.ceil(steps / 5))), steps
+
+    def schedule(count):
+        n = jnp.asarray(count, jnp.float32) + 1.0
+        progress = jnp.clip((n - start) / max(end - start, 1), 0.0, 1.0)
+        if config.schedule == "constant":
+            rate = jnp.full_like(n, peak)
+        elif config.schedule == "cosine":
+            rate = final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        else:
+            rate = final + (peak - final) * (1.0 - progress)
+        return jnp.where(n <= warmup, peak * n / max(warmup, 1), rate)
+
+    return schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: leaves named kernel or embedding."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """AdamW before its learning rate: `update(grads, state, params, finite=bool []) -> (updates, state)`.
+
+    Where `finite` is false the state comes back unchanged and the updates mean nothing. The caller clips
+    first and subtracts learning rate x updates.
+    """
+    return optax.chain(
+        _scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    )
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` that keeps its state where the gradient is not finite.
+
+    Selecting inside, before the updates are formed, spares XLA a copy of both moments, which selecting
+    between the old and the new state afterwards costs (40 % of the optimiser's time on a CPU).
+    """
+
+    def update(grads, state, params=None, *, finite, **_):
+        def keep(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        mu = keep(optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
+        nu = keep(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
+        count = state.count + finite.astype(state.count.dtype)
+        mu_hat = optax.tree.bias_correction(mu, b1, count)
+        nu_hat = optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def clip_by_global_norm(grads: Any, limit: float | None) -> tuple[Any, jax.Array]:
+    """(gradients scaled to a norm of at most `limit`, their norm before that).
+
+    A non-finite gradient gives a non-finite norm, for the caller to refuse; so does one whose squares
+    overflow float32. A norm of 0 divides nothing.
+    """
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    if limit is None:
+        return grads, norm
+    scale = jnp.where(norm > limit, limit / norm, 1.0)
+    return jax.tree.map(lambda g: g * scale, grads), norm

@@ -1,0 +1,95 @@
+"""A trained run, read back for use: its model, its parameters, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from attention_jax.model import ModelConfig, init_params
+from train import config as config_lib
+from train import tokenizers
+from train.checkpoint import Checkpoints
+from train.optimizer import make_optimizer
+from train.schema import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """What a run folder holds at one checkpoint."""
+
+    config: RunConfig
+    model: ModelConfig
+    params: dict[str, Any]
+    tokenizer: tokenizers.Tokenizer
+    step: int
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Token ids as training saw a document begin: after the end-of-document mark, where there is one."""
+        return encode_prompt(self.tokenizer, text)
+
+
+def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
+    """The run in `run_dir` at checkpoint `step`: a number, "latest" or "best" (lowest val/loss).
+
+    ValueError, in one line: no run folder, no such checkpoint, a damaged one.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
+    config = config_lib.load(folder / "config.yaml", [])
+    tokenizer = tokenizers.load(folder / "data" / "tokenizer.json")
+    model = with_vocabulary(config.model, tokenizer.vocab_size)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+    number = _step(checkpoints, step)
+    state, _ = checkpoints.restore(number, abstract_state(config, model))
+    return TrainedRun(config, model, state["params"], tokenizer, number)
+
+
+def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
+    """The model with the tokenizer's vocabulary size, unless it states one that is large enough."""
+    if model.vocab_size is None:
+        return dataclasses.replace(model, vocab_size=size)
+    if model.vocab_size < size:
+        raise ValueError(
+            f"model.vocab_size {model.vocab_size} is less than the tokenizer's {size} ids: raise or null it"
+        )
+    return model
+
+
+def fresh_state(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """What a checkpoint's arrays are: new parameters and their optimiser state."""
+    params = init_params(model, key)
+    return {"params": params, "opt_state": make_optimizer(config.optimizer).init(params)}
+
+
+def abstract_state(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of `fresh_state`, on this process's first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda key: fresh_state(config, model, key), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+
+
+def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
+    """Ids of a prompt, behind the end-of-document mark with which every document starts in training."""
+    ids = tokenizer.encode(text)
+    if tokenizer.end_of_document is None:
+        return ids
+    return np.concatenate([np.array([tokenizer.end_of_document], np.int32), ids])
+
+
+def _step(checkpoints: Checkpoints, step: int | str) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise ValueError(f"{checkpoints.folder} holds no complete checkpoint: train first")
+    if step == "latest":
+        return steps[-1]
+    if step == "best":
+        best = checkpoints.info(steps[-1])["best"]
+        return steps[-1] if best is None else best["step"]
+    if step not in steps:
+        raise ValueError(f"no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return step

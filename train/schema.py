@@ -1,0 +1,214 @@
+"""What a run is made of: frozen dataclasses, one section per concern. `train.config` reads them from YAML.
+
+The text after a field's `#:` is its meaning, as `python -m train --help` prints it. A `__post_init__`
+raises ValueError in one line that starts with the key it is about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import field
+from typing import Any, Literal
+
+from attention_jax.mixers import CrossAttentionConfig
+from attention_jax.model import ModelConfig
+
+_FORBID = {"extra": "forbid", "strict": True}
+_SEED_LIMIT = 2**32
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes batches."""
+
+    __pydantic_config__ = _FORBID
+
+    #: glob of UTF-8 text files, ** for any depth; null reads the Python standard library's source
+    files: str | None = None
+    #: bytes: 256 ids + end of document; chars: the sorted characters of the text
+    tokenizer: Literal["bytes", "chars"] = "bytes"
+    sequence_length: int = 256  #: tokens a row (T)
+    batch_size: int = 16  #: rows of a step (B), all accumulation steps together
+    #: documents: end to end in rows, with segment ids and positions that restart; stream: random
+    #: windows of the concatenated text
+    packing: Literal["documents", "stream"] = "documents"
+    validation_fraction: float = 0.1  #: share of the text held out, between 0 and 1
+    #: files: whole files, chosen by a hash of their name; tail: the last characters of the text
+    validation_split: Literal["files", "tail"] = "files"
+    shuffle_seed: int = 0  #: order of the training rows
+
+    def __post_init__(self):
+        _at_least(self, 1, "sequence_length", "batch_size")
+        _seed(self, "shuffle_seed")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must lie between 0 and 1, both excluded, got {self.validation_fraction}"
+            )
+        if self.files is not None and not self.files.strip():
+            raise ValueError("files is an empty glob; null reads the Python standard library's source")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule; decay is decided by parameter path."""
+
+    __pydantic_config__ = _FORBID
+
+    learning_rate: float = 1e-3  #: its peak
+    final_learning_rate: float = 1e-4  #: at the last step; no part of `schedule: constant`
+    warmup_steps: int = 100  #: linear, from 0
+    #: wsd: warm-up, stable, linear decay; constant: no decay after the warm-up
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    #: cosine: the step at which it ends, null: the last one; wsd: length of the linear decay at the end,
+    #: null: a fifth of all steps
+    decay_steps: int | None = None
+    beta1: float = 0.9  #: decay of the first moment
+    beta2: float = 0.99  #: decay of the second moment
+    epsilon: float = 1e-8  #: added to the root of the second moment
+    #: decoupled; on matrices and embeddings, not on norms, biases, sinks
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0  #: limit of the gradient's global norm; null does not clip
+    accumulation_steps: int = 1  #: micro-batches a step, a divisor of data.batch_size
+
+    def __post_init__(self):
+        _finite(self, "learning_rate", "epsilon", "clip_norm", above=0)
+        _finite(self, "final_learning_rate", "weight_decay", least=0)
+        _at_least(self, 0, "warmup_steps")
+        _at_least(self, 1, "decay_steps", "accumulation_steps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.schedule == "constant":
+            if self.decay_steps is not None:
+                raise ValueError(
+                    f"decay_steps {self.decay_steps}: schedule constant does not decay; set it to null"
+                )
+        elif self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate {self.final_learning_rate} exceeds learning_rate {self.learning_rate}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The held-out text, scored during training."""
+
+    __pydantic_config__ = _FORBID
+
+    every: int = 250  #: steps between evaluations; the last step is always evaluated
+    #: batches of data.batch_size held-out rows at each, the same ones every time; null: all of them
+    batches: int | None = 20
+    final_full: bool = True  #: score every held-out token after the last step
+    sample_prompt: str = "def "  #: the model's text after this is saved with each evaluation
+    sample_tokens: int = 200  #: the sample's length in tokens; 0 samples nothing
+
+    def __post_init__(self):
+        _at_least(self, 1, "every", "batches")
+        _at_least(self, 0, "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    __pydantic_config__ = _FORBID
+
+    every: int = 500  #: steps between checkpoints; the last step is always saved
+    keep: int = 2  #: how many of the newest checkpoints are kept
+    keep_best: bool = True  #: also keep the one with the lowest val/loss
+
+    def __post_init__(self):
+        _at_least(self, 1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    __pydantic_config__ = _FORBID
+
+    run_dir: str | None = None  #: the run's folder; null: runs/NAME_OF_THE_CONFIG
+    seed: int = 0  #: of the first parameters and of dropout
+    steps: int = 1000  #: optimiser steps
+    log_every: int = 10  #: steps between rows of metrics.jsonl
+    model: ModelConfig = field(default_factory=ModelConfig)  #: the language model
+    data: DataConfig = field(default_factory=DataConfig)  #: the text
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  #: the optimiser
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  #: evaluation
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  #: checkpoints
+
+    def __post_init__(self):
+        _at_least(self, 1, "steps", "log_every")
+        _seed(self, "seed")
+        if self.run_dir is not None and not self.run_dir.strip():
+            raise ValueError("run_dir is empty; name a folder, or null for runs/NAME_OF_THE_CONFIG")
+        self._check_rows()
+        self._check_schedule()
+
+    def _check_rows(self) -> None:
+        model, data = self.model, self.data
+        rows, parts = data.batch_size, self.optimizer.accumulation_steps
+        if rows % parts:
+            raise ValueError(f"optimizer.accumulation_steps {parts} does not divide data.batch_size {rows}")
+        if model.max_positions is not None and model.max_positions < data.sequence_length:
+            raise ValueError(
+                f"data.sequence_length {data.sequence_length} exceeds "
+                f"model.max_positions {model.max_positions}"
+            )
+        if not model.causal:
+            raise ValueError(
+                "model.causal is false: the trainer predicts the next token, which such a model sees"
+            )
+        for index, mixer in enumerate(model.mixers):
+            if isinstance(mixer, CrossAttentionConfig):
+                raise ValueError(
+                    f"model.mixers.{index}.kind is cross: it reads an encoder's memory, "
+                    "which a language model does not have"
+                )
+        if self.evaluation.sample_tokens and not self.evaluation.sample_prompt and data.tokenizer == "chars":
+            raise ValueError(
+                "evaluation.sample_prompt is empty: the chars tokenizer has no token to start from; "
+                "give a character"
+            )
+
+    def _check_schedule(self) -> None:
+        optimizer, steps = self.optimizer, self.steps
+        warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+        if warmup > steps:
+            raise ValueError(f"optimizer.warmup_steps {warmup} exceeds steps {steps}: lower it or raise steps")
+        if optimizer.schedule == "cosine" and warmup >= (decay or steps):
+            raise ValueError(
+                f"optimizer.warmup_steps {warmup} leaves no room for the cosine, which ends at step "
+                f"{decay or steps}: lower it or raise steps"
+            )
+        if optimizer.schedule == "wsd":
+            length = decay or max(1, math.ceil(steps / 5))
+            if warmup + length > steps:
+                raise ValueError(
+                    f"optimizer.warmup_steps {warmup} and the decay of {length} steps exceed steps {steps}: "
+                    "lower one of them or raise steps"
+                )
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _finite(config: Any, *names: str, above: float | None = None, least: float | None = None) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not math.isfinite(value) or (above is not None and value <= above):
+            raise ValueError(f"{name} must be finite and > {above if least is None else least}, got {value}")
+        if least is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _seed(config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) < _SEED_LIMIT:
+        raise ValueError(f"{name} must be in [0, {_SEED_LIMIT}), got {getattr(config, name)}")

@@ -1,0 +1,88 @@
+"""The training step: a pure function of (parameters, optimiser state, batch, step, key)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.mixers import Context
+from attention_jax.model import ModelConfig, apply
+from train.objective import token_nll
+from train.optimizer import clip_by_global_norm, make_optimizer, make_schedule
+from train.schema import OptimizerConfig
+
+Batch = dict[str, jax.Array]
+
+
+def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) -> Callable[..., tuple]:
+    """`train_step(params, opt_state, batch, step, key) -> (params, opt_state, metrics)`, jitted.
+
+    batch: int32 [B, T] arrays tokens, targets (-1: not scored), optionally positions and segment_ids.
+    step: int32 [], the number of updates done before; key: dropout depends on (key, step, micro-batch).
+    params and opt_state are donated: the caller must not use them again. metrics: `finite` (bool), and
+    train/loss (nats), grad_norm (before clipping), learning_rate, tokens (scored ones). Where the loss or
+    the gradient is not finite, params and opt_state come back as they were.
+    """
+    transform = make_optimizer(optimizer)
+    schedule = make_schedule(optimizer, steps)
+    gradient = jax.value_and_grad(functools.partial(_loss, model))
+
+    def train_step(params, opt_state, batch, step, key):
+        count = jnp.sum(batch["targets"] >= 0, dtype=jnp.int32)
+        key = jax.random.fold_in(key, step)
+        if optimizer.accumulation_steps == 1:
+            loss, grads = gradient(params, batch, count, jax.random.fold_in(key, 0))
+        else:
+            loss, grads = _accumulate(gradient, optimizer.accumulation_steps, params, batch, count, key)
+        grads, norm = clip_by_global_norm(grads, optimizer.clip_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = transform.update(grads, opt_state, params, finite=finite)
+        rate = schedule(step)
+        params = jax.tree.map(lambda p, u: jnp.where(finite, p - rate * u, p), params, updates)
+        metrics = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
+        return params, opt_state, metrics | {"tokens": count, "finite": finite}
+
+    return jax.jit(train_step, donate_argnums=(0, 1))
+
+
+def make_eval_step(model: ModelConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`eval_step(params, batch) -> (sum of nll in nats, number of scored tokens)`, jitted; no dropout."""
+
+    def eval_step(params, batch):
+        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(batch, None))
+        return token_nll(logits_BTV, batch["targets"])
+
+    return jax.jit(eval_step)
+
+
+def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: jax.Array) -> jax.Array:
+    """The batch's share of the mean over `count` tokens."""
+    logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(batch, key))
+    return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1)
+
+
+def _context(batch: Batch, key: jax.Array | None) -> Context:
+    return Context(
+        positions_BT=batch.get("positions"), segment_ids_BT=batch.get("segment_ids"), dropout_key=key
+    )
+
+
+def _accumulate(gradient, parts: int, params: Any, batch: Batch, count: jax.Array, key: jax.Array):
+    """Loss and gradient of the whole batch from `parts` equal slices of its rows, one after another.
+
+    Every slice divides by the whole batch's token count, so the sum weighs each token alike.
+    """
+    slices = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+    def add(total, part):
+        index, micro = part
+        return jax.tree.map(
+            jnp.add, total, gradient(params, micro, count, jax.random.fold_in(key, index))
+        ), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, (jnp.arange(parts), slices))[0]
