@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,16 @@ def linear(
         dot_general=_flat_dot_general,
         rngs=rngs,
     )
+
+
+def together(linears: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]:
+    """[f(x) for f in linears] as one wider matrix product, forward and backward."""
+    dtype = linears[0].dtype
+    kernel = jnp.concatenate([f.kernel[...] for f in linears], axis=1).astype(dtype)
+    y = matmul(x.astype(dtype), kernel)
+    if linears[0].use_bias:
+        y = y + jnp.concatenate([f.bias[...] for f in linears]).astype(dtype)
+    return jnp.split(y, list(itertools.accumulate(f.out_features for f in linears))[:-1], axis=-1)
 
 
 def matmul(x: jax.Array, kernel: jax.Array, *, precision=None, preferred_element_type=None) -> jax.Array:

@@ -31,8 +31,8 @@ class RoPE:
     def __post_init__(self):
         if self.width is not None and (self.width < 2 or self.width % 2):
             raise ValueError(f"RoPE width must be even and >= 2, got {self.width}")
-        if not self.theta > 0:
-            raise ValueError(f"RoPE theta must be > 0, got {self.theta}")
+        if not 0 < self.theta < float("inf"):
+            raise ValueError(f"RoPE theta must be > 0 and finite, got {self.theta}")
         if self.layout not in ("half", "interleaved"):
             raise ValueError(f"RoPE layout must be 'half' or 'interleaved', got {self.layout!r}")
 

@@ -233,23 +233,25 @@ def test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl, small_tile
     before = program()
     rng = np.random.default_rng(1)
     groups = problem.keep.shape[1] // problem.learned["k"].shape[2]
-    for j in (0, 13, 29, problem.keep.shape[-1] - 1):
+    T, S = problem.keep.shape[2:]
+    partly = [j for j in range(S) if problem.keep[..., j].any() and not problem.keep[..., j].all()]
+    assert len(partly) > 20
+    for j in partly[:: len(partly) // 4]:
         learned = dict(problem.learned)
         for name in "kv":
             learned[name] = learned[name].copy()
             learned[name][:, j] = 1e3 * rng.normal(size=learned[name][:, j].shape)
         after = program(learned)
         hidden = ~problem.keep[..., j].swapaxes(1, 2)
-        assert hidden.any()
         rows = ((out, lse, grads["q"]) for out, lse, grads in (before, after))
         for name, x, y in zip(("out", "lse", "dq"), *rows, strict=True):
             assert_array_equal(x[hidden], y[hidden], err_msg=f"{name}, key {j}")
         assert (before[0] != after[0]).any()
-    for t in (0, 17, 39):
-        chosen = (np.arange(problem.do.shape[1]) == t)[None, :, None]
+    for t in (0, 17, T - 1):
+        chosen = (np.arange(T) == t)[None, :, None]
         grads = program(do=problem.do * chosen[..., None], dlse=problem.dlse * chosen)[2]
-        assert_array_equal(grads["q"][:, np.arange(problem.do.shape[1]) != t], 0)
-        B, N, _, S = problem.keep.shape
+        assert_array_equal(grads["q"][:, np.arange(T) != t], 0)
+        B, N = problem.keep.shape[:2]
         seen = problem.keep[:, :, t].reshape(B, N // groups, groups, S).any(2).swapaxes(1, 2)
         for name in "kv":
             assert_array_equal(grads[name][~seen], 0, err_msg=name)
@@ -257,9 +259,10 @@ def test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl, small_tile
 
 
 @each_implementation
-def test_a_hidden_key_may_be_as_large_as_its_dtype(impl, small_tiles):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_hidden_key_may_be_as_large_as_its_dtype(impl, softcap, small_tiles):
     """The products that overflow belong to pairs nobody sees, in the backward too."""
-    problem = problems.make(OpCase((36, 37), (8, 8), (2, 2), "causal", batch=1))
+    problem = problems.make(OpCase((36, 37), (8, 8), (2, 2), "causal", softcap=softcap, batch=1))
     program = problem.program(impl)
     before = program()
     learned = dict(problem.learned)
@@ -424,9 +427,10 @@ def test_different_lengths_need_a_pair_of_segment_ids():
 
 def test_numbers_may_be_numpy_scalars():
     q, k, v = arrays()
-    plain = dot_product_attention(q, k, v, scale=0.5, softcap=2.0)
+    wanted = str(jax.make_jaxpr(functools.partial(dot_product_attention, scale=0.5, softcap=2.0))(q, k, v))
     for kind in (np.float32, np.asarray, jnp.asarray):
-        assert_array_equal(dot_product_attention(q, k, v, scale=kind(0.5), softcap=kind(2.0)), plain)
+        attend = functools.partial(dot_product_attention, scale=kind(0.5), softcap=kind(2.0))
+        assert str(jax.make_jaxpr(attend)(q, k, v)) == wanted
         assert explain(q, k, v, scale=kind(0.5), softcap=kind(2.0)).chosen == "reference"
 
 
@@ -460,8 +464,9 @@ def test_a_named_implementation_never_falls_back(monkeypatch):
     never = dataclasses.replace(api._IMPLEMENTATIONS["chunked"], unsupported=lambda call: "it is Tuesday")
     monkeypatch.setitem(api._IMPLEMENTATIONS, "chunked", never)
     for call in (dot_product_attention, explain):
-        with pytest.raises(NotImplementedError, match="^impl='chunked' cannot run this call: it is Tuesday$"):
+        with pytest.raises(NotImplementedError) as error:
             call(*arrays(), impl="chunked")
+        assert str(error.value) == "impl='chunked' cannot run this call: it is Tuesday"
     found = explain(*arrays())
     assert found.chosen == "reference" and found.reasons["chunked"] == "it is Tuesday"
 

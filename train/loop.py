@@ -7,7 +7,6 @@ to have happened is on the disk before it, and a run that goes on from it first 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Iterable
@@ -18,14 +17,14 @@ import jax
 import numpy as np
 
 from attention_jax.generate import Sampling, generate
-from attention_jax.model import ModelConfig, count_params, init_params
+from attention_jax.model import ModelConfig, count_params
 from train import data as data_lib
 from train.checkpoint import Checkpoints
 from train.console import Console, printable
 from train.files import write_atomically
 from train.metrics import FINAL, MetricsWriter, draw_losses
 from train.objective import check_ids
-from train.optimizer import make_optimizer
+from train.restore import abstract_state, encode_prompt, fresh_state, with_vocabulary
 from train.run_folder import RunFolder, config_hash, package_versions
 from train.schema import RunConfig
 from train.step import Batch, make_eval_step, make_train_step
@@ -61,7 +60,7 @@ class Run:
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
         self.data = data_lib.prepare(config.data, folder.path)
-        self.model = _with_vocabulary(config.model, self.data.tokenizer.vocab_size)
+        self.model = with_vocabulary(config.model, self.data.tokenizer.vocab_size)
         self.prompt = _prompt(config, self.model, self.data.tokenizer)
         init_key, self.dropout_key, self.sample_key = jax.random.split(jax.random.key(config.seed), 3)
         self.train_step = make_train_step(self.model, config.optimizer, config.steps)
@@ -86,25 +85,16 @@ class Run:
     def _start(self, init_key: jax.Array) -> None:
         """Fresh parameters, or those of the newest checkpoint."""
 
-        def fresh(key):
-            params = init_params(self.model, key)
-            return {"params": params, "opt_state": make_optimizer(self.config.optimizer).init(params)}
-
-        # Fresh and restored arrays are placed alike: else the resumed run would compile another program.
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         saved = self.checkpoints.steps()
         self.done, self.tokens, self.best = saved[-1] if saved else 0, 0, None
         if saved:
-            like = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                jax.eval_shape(fresh, init_key),
-            )
+            like = abstract_state(self.config, self.model)
             state, info = self.checkpoints.restore(self.done, like)
             self.tokens, self.best = info["tokens"], info["best"]
             if info["config_sha256"] != config_hash(self.config):
                 raise ValueError(f"checkpoint {self.checkpoints.path(self.done)} was made by another config")
         else:
-            state = jax.jit(fresh, out_shardings=device)(init_key)
+            state = fresh_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
 
     def steps(self) -> None:
@@ -244,28 +234,15 @@ class Run:
         self._clock = (time.perf_counter(), self.tokens)
 
 
-def _with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
-    """The model with the tokenizer's vocabulary size, unless it states one that is large enough."""
-    if model.vocab_size is None:
-        return dataclasses.replace(model, vocab_size=size)
-    if model.vocab_size < size:
-        raise ValueError(
-            f"model.vocab_size {model.vocab_size} is less than the tokenizer's {size} ids: raise or null it"
-        )
-    return model
-
-
 def _prompt(config: RunConfig, model: ModelConfig, tokenizer: Any) -> np.ndarray | None:
     """What a sample starts from, None if none is asked for."""
     evaluation = config.evaluation
     if evaluation.sample_tokens == 0:
         return None
     try:
-        ids = tokenizer.encode(evaluation.sample_prompt)
+        ids = encode_prompt(tokenizer, evaluation.sample_prompt)
     except ValueError as error:
         raise ValueError(f"evaluation.sample_prompt: {error}") from None
-    if tokenizer.end_of_document is not None:  # in training every document starts with it
-        ids = np.concatenate([np.array([tokenizer.end_of_document], np.int32), ids])
     limit, length = model.max_positions, len(ids) + evaluation.sample_tokens
     if limit is not None and length > limit:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,27 @@ def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
 
 
 def fresh_state(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """What a checkpoint's arrays are: new parameters and their optimiser state."""
+    """What a checkpoint's arrays are: new parameters and their optimiser state, on the first device."""
+    return jax.jit(functools.partial(_fresh, config, model), out_shardings=_first_device())(key)
+
+
+def abstract_state(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """Shapes, dtypes and placement of `fresh_state`, to restore into.
+
+    Fresh and restored arrays are placed alike: else a resumed run would compile another program.
+    """
+    shapes = jax.eval_shape(functools.partial(_fresh, config, model), jax.random.key(0))
+    place = _first_device()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
+def _fresh(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
     params = init_params(model, key)
     return {"params": params, "opt_state": make_optimizer(config.optimizer).init(params)}
 
 
-def abstract_state(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of `fresh_state`, on this process's first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda key: fresh_state(config, model, key), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:

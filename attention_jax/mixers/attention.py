@@ -16,7 +16,7 @@ from flax import nnx
 
 from attention_jax.biases import ALiBi
 from attention_jax.caches import KVCache, MemoryCache
-from attention_jax.layers import linear
+from attention_jax.layers import linear, together
 from attention_jax.masks import Causal, Full, Mask, parse
 from attention_jax.mixers.base import Context
 from attention_jax.ops.softmax import dot_product_attention
@@ -140,11 +140,11 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, state: KVCache | MemoryCache | None = None, *, ctx: Context
     ) -> tuple[jax.Array, KVCache | MemoryCache | None]:
         """y [B, T, D] and the state with x appended (unchanged for a memory, None for None)."""
-        q_BTNH = self._heads(self.q, x_BTD, "q_norm")
         q_positions = ctx.positions_BT
         if self.cross:
-            return self._cross(q_BTNH, state, ctx)
-        k_BTKH, v_BTKH = self._keys_values(x_BTD)
+            return self._cross(self._heads(self.q(x_BTD), "q_norm"), state, ctx)
+        q, k, v = together([self.q, self.k, self.v], x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = self._heads(q, "q_norm"), self._heads(k, "k_norm"), self._heads(v)
         if self.rope is not None:
             positions_BT = jnp.arange(x_BTD.shape[1])[None] if q_positions is None else q_positions
             q_BTNH, k_BTKH = self.rope(q_BTNH, positions_BT), self.rope(k_BTKH, positions_BT)
@@ -215,19 +215,16 @@ class Attention(nnx.Module):
         return self._project(self._attend(q_BTNH, k, v, ctx, ctx.positions_BT, k_positions), ctx), state
 
     def _memory(self, memory_BSD, positions_BS):
-        k_BSKH, v_BSKH = self._keys_values(memory_BSD)
+        k, v = together([self.k, self.v], memory_BSD)
+        k_BSKH, v_BSKH = self._heads(k, "k_norm"), self._heads(v)
         if self.rope is not None:
             positions = jnp.arange(memory_BSD.shape[1])[None] if positions_BS is None else positions_BS
             k_BSKH = self.rope(k_BSKH, positions)
         return k_BSKH, v_BSKH
 
-    def _keys_values(self, x_BSD):
-        return self._heads(self.k, x_BSD, "k_norm"), self._heads(self.v, x_BSD, None)
-
-    def _heads(self, linear: nnx.Linear, x_BTD: jax.Array, norm: str | None) -> jax.Array:
-        """x projected and split into heads, normalised where the config says so."""
-        y = linear(x_BTD)
-        y = y.reshape(*y.shape[:2], -1, self.head_dim)
+    def _heads(self, y_BTE: jax.Array, norm: str | None = None) -> jax.Array:
+        """A projection split into heads, normalised where the config says so."""
+        y = y_BTE.reshape(*y_BTE.shape[:2], -1, self.head_dim)
         if norm is None or self.qk_norm is None:
             return y
         if self.qk_norm == "rms":

@@ -120,7 +120,8 @@ def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
     given = inspect.signature(dot_product_attention).bind(*args, impl=impl, **kwargs)
     given.apply_defaults()
     given = given.arguments
-    arrays = {name: x for name, x in given.items() if name in _ARRAYS and _is_array_tree(x)}
+    # Shapes are traced; whatever is concrete stays as it is.
+    arrays = {name: x for name, x in given.items() if _has_shape_only(x)}
     found = []
 
     def check(arrays):
@@ -132,14 +133,8 @@ def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
     return found[0]
 
 
-# The arguments that may be traced, in the order of the signature: `return_lse` and `impl` come last.
-_ARRAYS = ("q_BTNH", "k_BSKH", "v_BSKM", "mask", "bias", "sink_logits_N", "segment_ids")
-_ARRAYS += ("q_positions", "k_positions", "dropout_key")
-
-
-def _is_array_tree(value: Any) -> bool:
-    leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(map(_is_array, leaves))
+def _has_shape_only(value: Any) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
 
 
 def _is_array(x: Any) -> bool:

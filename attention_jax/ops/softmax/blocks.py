@@ -25,14 +25,14 @@ Array = Any  # NumPy for a static map, jax for one made at run time
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """For each of `n` rows the blocks to visit: `items[b, starts[b, i]:][:counts[b, i]]`.
+    """For each row i the blocks to visit: `items[b, starts[b, i] : stops[b, i]]`, int32.
 
-    CSR that may have slack: packed where the map is static, `starts = i * n` where it is made at run time
-    (its counts are traced). The leading axis has length 1 where all batch rows share the map.
+    CSR that may have slack: packed where the map is static; where it is made at run time each row has
+    room for all columns and `stops` is traced. The leading axis is 1 where all batch rows share the map.
     """
 
     starts: Array
-    counts: Array
+    stops: Array
     items: Array
 
     @property
@@ -41,13 +41,16 @@ class Lists:
         return self.items.shape[-1] == 0
 
     def row(self, batch: Array, i: Array) -> tuple[jax.Array, jax.Array]:
-        """(start, count) of row i of a batch row, both traced scalars."""
-        b = 0 if self.starts.shape[0] == 1 else batch
-        return jnp.asarray(self.starts)[b, i], jnp.asarray(self.counts)[b, i]
+        """(start, stop) of row i of a batch row, traced scalars."""
+        return _at(self.starts, batch, i), _at(self.stops, batch, i)
 
     def item(self, batch: Array, at: Array) -> jax.Array:
-        b = 0 if self.items.shape[0] == 1 else batch
-        return jnp.asarray(self.items)[b, at]
+        return _at(self.items, batch, at)
+
+
+def _at(x: Array, batch: Array, i: Array) -> jax.Array:
+    starts = [jnp.int32(0 if x.shape[0] == 1 else batch), jnp.int32(i)]
+    return jax.lax.dynamic_slice(jnp.asarray(x), starts, (1, 1), allow_negative_indices=False)[0, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +91,13 @@ def lists(chosen: Array, names: Array | None = None) -> Lists:
         names = np.broadcast_to(np.arange(columns, dtype=np.int32), chosen.shape) if names is None else names
         starts = np.cumsum(counts, axis=1, dtype=np.int32) - counts
         assert b == 1, "static maps are shared by all batch rows"
-        return Lists(starts, counts, names[chosen].astype(np.int32)[None])
+        return Lists(starts, starts + counts, names[chosen].astype(np.int32)[None])
     counts = chosen.sum(-1, dtype=jnp.int32)
     items = jnp.argsort(chosen == False, axis=-1, stable=True).astype(jnp.int32)  # noqa: E712
     if names is not None:
         items = jnp.take_along_axis(names, items, axis=-1)
     starts = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32) * columns, (b, n))
-    return Lists(starts, counts, items.reshape(b, n * columns))
+    return Lists(starts, starts + counts, items.reshape(b, n * columns))
 
 
 def static_map(mask: Mask, T: int, S: int, q_block: int, k_block: int) -> BlockMap:

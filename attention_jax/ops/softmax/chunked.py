@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,9 +85,14 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The call cut into tiles. Both sides are padded to whole tiles: T_pad, S_pad."""
+    """The call cut into tiles. Both sides are padded to whole tiles: T_pad, S_pad.
+
+    Keys, values, the leaves of the bias and the dense mask of `call` have been padded, queries have not.
+    """
 
     call: Call
+    T: int
+    S: int
     q_block: int
     k_unit: int
     units: int
@@ -101,11 +106,16 @@ class _Plan:
 
     @property
     def T_pad(self) -> int:
-        return _round_up(self.call.sizes[1], self.q_block)
+        return _round_up(self.T, self.q_block)
 
     @property
     def S_pad(self) -> int:
-        return _round_up(self.call.sizes[2], self.key_tile)
+        return _round_up(self.S, self.key_tile)
+
+    @property
+    def G(self) -> int:
+        """Query heads per kv head."""
+        return self.call.q_BTNH.shape[2] // self.call.k_BSKH.shape[2]
 
 
 def _plan(call: Call) -> _Plan:
@@ -124,7 +134,8 @@ def _plan(call: Call) -> _Plan:
     if call.mask_BNTS is not None:
         block_map = BlockMap(block_map.some, block_map.every & False)
     pieces = tuple(p for p in _pieces(block_map.transpose, units) if not p.lists.empty)
-    return _Plan(call, q_block, k_unit, units, q, k, pieces)
+    plan = _Plan(call, T, S, q_block, k_unit, units, q, k, pieces)
+    return dataclasses.replace(plan, call=_padded(call, plan.T_pad, plan.S_pad))
 
 
 def _balanced(length: int, most: int) -> int:
@@ -174,22 +185,19 @@ def _tiled(x: np.ndarray, units: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """A kv head of a batch row, loaded in float32 with invalid slots selected to 0, and its G query heads.
+    """A kv head of a batch row and its G query heads.
 
-    q holds the G heads one after another, scaled so that q . k is the base-2 exponent (with a softcap c:
-    the argument of tanh).
+    q holds the G heads one after another, in float32 with invalid slots selected to 0, scaled so that
+    q . k is the base-2 exponent (with a softcap c: the argument of tanh).
     """
 
     plan: _Plan
     batch: jax.Array
     kv_head: jax.Array
     q_RH: jax.Array  # R = G * T_pad rows
-    k_SH: jax.Array
-    v_SM: jax.Array
 
     def query_head(self, g: jax.Array) -> jax.Array:
-        _, _, _, N, K, *_ = self.plan.call.sizes
-        return self.kv_head * (N // K) + g
+        return self.kv_head * self.plan.G + g
 
 
 def _load_head(plan: _Plan, i: jax.Array) -> _Head:
@@ -197,35 +205,50 @@ def _load_head(plan: _Plan, i: jax.Array) -> _Head:
     K = call.sizes[4]
     b, kv = i // K, i % K
     scale = call.scale * _LOG2E if call.softcap is None else call.scale / call.softcap
-    q_RH = _load_queries(plan, call.q_BTNH, b, kv) * scale
-    k_SH = _load(call.k_BSKH, plan.k, b, kv, 1, plan.S_pad)
-    v_SM = _load(call.v_BSKM, plan.k, b, kv, 1, plan.S_pad)
-    return _Head(plan, b, kv, q_RH, k_SH[0], v_SM[0])
+    return _Head(plan, b, kv, _load_queries(plan, plan.q, call.q_BTNH, b, kv) * scale)
 
 
-def _load_queries(plan: _Plan, x_BTNH: jax.Array, b: jax.Array, kv: jax.Array) -> jax.Array:
-    G = plan.call.sizes[3] // plan.call.sizes[4]
-    x_GTH = _load(x_BTNH, plan.q, b, kv, G, plan.T_pad)
-    return x_GTH.reshape(G * plan.T_pad, -1)
+def _load_queries(plan: _Plan, tokens: Tokens | None, x_BTNH: jax.Array, b, kv) -> jax.Array:
+    """The G heads of a group as float32 [G * T_pad, H]."""
+    x_GTH = _load(x_BTNH, tokens, b, kv, plan.G, 0, plan.T)
+    return jnp.pad(x_GTH, ((0, 0), (0, plan.T_pad - plan.T), (0, 0))).reshape(plan.G * plan.T_pad, -1)
 
 
-def _load(x_BLNH, tokens: Tokens | None, b, group, G: int, padded: int) -> jax.Array:
-    """Heads [group * G, (group + 1) * G) of a batch row as float32 [G, padded, H]."""
-    _, L, _, H = x_BLNH.shape
-    x_LGH = lax.dynamic_slice(x_BLNH, (b, 0, group * G, 0), (1, L, G, H))[0].astype(jnp.float32)
+def _load(x_BLNH, tokens: Tokens | None, b, group, G: int, start, size: int) -> jax.Array:
+    """Heads [group * G, (group + 1) * G) of `size` tokens as float32 [G, size, H], invalid ones 0."""
+    sizes = (1, size, G, x_BLNH.shape[3])
+    x_LGH = _block(x_BLNH, (b, start, group * G), sizes)[0].astype(jnp.float32)
     if tokens is not None:
-        x_LGH = jnp.where(_row(tokens.valid, b)[:L, None, None], x_LGH, 0.0)
-    return jnp.pad(x_LGH.swapaxes(0, 1), ((0, 0), (0, padded - L), (0, 0)))
+        x_LGH = jnp.where(_cut(_row(tokens.valid, b), start, size)[:, None, None], x_LGH, 0.0)
+    return x_LGH.swapaxes(0, 1)
+
+
+def _store(x_BLNH: jax.Array, x_GLH: jax.Array, b: jax.Array, group: jax.Array, start=0) -> jax.Array:
+    """The inverse of `_load`, in x_BLNH's dtype."""
+    x_LGH = x_GLH.swapaxes(0, 1).astype(x_BLNH.dtype)
+    return _paste(x_BLNH, x_LGH[None], (b, start, group * x_GLH.shape[0]))
 
 
 def _row(x: jax.Array, b: jax.Array) -> jax.Array:
-    return x[0 if x.shape[0] == 1 else b]
+    return x[0] if x.shape[0] == 1 else _block(x, (b,), (1, *x.shape[1:]))[0]
 
 
-def _store(x_BLNH: jax.Array, x_GLH: jax.Array, b: jax.Array, group: jax.Array) -> jax.Array:
-    """The inverse of `_load`: the padding is cut off and the dtype is x_BLNH's."""
-    x_LGH = x_GLH[:, : x_BLNH.shape[1]].swapaxes(0, 1).astype(x_BLNH.dtype)
-    return lax.dynamic_update_slice(x_BLNH, x_LGH[None], (b, 0, group * x_GLH.shape[0], 0))
+def _block(x: jax.Array, starts: Sequence[Any], sizes: Sequence[int]) -> jax.Array:
+    """x[start : start + size, ...]; missing starts are 0. All in int32, whatever the default is."""
+    starts = [jnp.int32(i) for i in (*starts, *[0] * (x.ndim - len(starts)))]
+    return lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+
+
+def _paste(x: jax.Array, block: jax.Array, starts: Sequence[Any]) -> jax.Array:
+    """x with `block` written at the starts."""
+    starts = [jnp.int32(i) for i in (*starts, *[0] * (x.ndim - len(starts)))]
+    return lax.dynamic_update_slice(x, block, starts, allow_negative_indices=False)
+
+
+def _cut(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
+    """x[start : start + size] along one axis."""
+    sizes = [size if i == axis else n for i, n in enumerate(x.shape)]
+    return _block(x, [0] * axis + [start], sizes)
 
 
 # --- one tile ------------------------------------------------------------------------------------------
@@ -251,10 +274,10 @@ class _Tile:
         return self.g * self.head.plan.T_pad + self.q_start
 
     def take(self, x_R: jax.Array, axis: int = 0) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x_R, self.rows, self.head.plan.q_block, axis)
+        return _cut(x_R, self.rows, self.head.plan.q_block, axis)
 
     def put(self, x_R: jax.Array, strip: jax.Array, axis: int = 0) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x_R, strip, self.rows, axis)
+        return _paste(x_R, strip, [0] * axis + [self.rows])
 
     @property
     def positions(self) -> tuple[jax.Array, jax.Array]:
@@ -266,10 +289,10 @@ class _Tile:
         return self._q(plan.q.positions), self._k(plan.k.positions)
 
     def _q(self, x_BT: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(_row(x_BT, self.head.batch), self.q_start, self.head.plan.q_block)
+        return _cut(_row(x_BT, self.head.batch), self.q_start, self.head.plan.q_block)
 
     def _k(self, x_BS: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(_row(x_BS, self.head.batch), self.k_start, self.keys)
+        return _cut(_row(x_BS, self.head.batch), self.k_start, self.keys)
 
     def keep(self, transposed: bool) -> jax.Array:
         """Which pairs are kept, broadcastable to [q_block, keys] ([keys, q_block] where transposed)."""
@@ -286,8 +309,8 @@ class _Tile:
             if plan.q.segments is not None and plan.k.segments is not None:
                 q_seg, k_seg = pair(self._q(plan.q.segments), self._k(plan.k.segments))
                 kept = kept & (q_seg == k_seg)
-        elif plan.S_pad != call.sizes[2]:
-            kept = kept & (k_pos < call.sizes[2])
+        elif plan.S_pad != plan.S:
+            kept = kept & (k_pos < plan.S)
         if call.mask_BNTS is not None:
             block = self._dense_block(call.mask_BNTS)
             kept = kept & (block.T if transposed else block)
@@ -299,14 +322,14 @@ class _Tile:
         sizes = (1, 1, self.head.plan.q_block, self.keys)
         starts = [0 if n == 1 else i for n, i in zip(x_BNTS.shape, at, strict=True)]
         sizes = [1 if n == 1 else size for n, size in zip(x_BNTS.shape, sizes, strict=True)]
-        return lax.dynamic_slice(x_BNTS, starts, sizes)[0, 0]
+        return _block(x_BNTS, starts, sizes)[0, 0]
 
     def windows(self) -> dict[str, tuple[jax.Array, int]]:
         """Where the tile lies in the leaves of a bias."""
         return {
-            "batch": (self.head.batch, 1),
-            "query": (self.q_start, self.head.plan.q_block),
-            "key": (self.k_start, self.keys),
+            "batch": (self.head.batch.astype(int), 1),
+            "query": (self.q_start.astype(int), self.head.plan.q_block),
+            "key": (self.k_start.astype(int), self.keys),
         }
 
     def bias_scores(self, bias: Any, transposed: bool) -> jax.Array:
@@ -347,42 +370,46 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
 
 
+def _key_tiles(plan: _Plan, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
+    return lax.fori_loop(jnp.int32(0), jnp.int32(plan.S_pad // plan.key_tile), body, state)
+
+
 def _sweep(head: _Head, j: jax.Array, step: Callable[[_Tile, Any], Any], state: Any) -> Any:
     """`step` over every live strip of key tile j, for each query head of the group."""
     plan = head.plan
-    *_, N, K, _, _ = plan.call.sizes
     tile_start = j * plan.key_tile
-    k_KH = lax.dynamic_slice_in_dim(head.k_SH, tile_start, plan.key_tile)
+    k_KH, v_KM = (
+        _load(x, plan.k, head.batch, head.kv_head, 1, tile_start, plan.key_tile)[0]
+        for x in (plan.call.k_BSKH, plan.call.v_BSKM)
+    )
     k_HK = k_KH.T
-    v_KM = lax.dynamic_slice_in_dim(head.v_SM, tile_start, plan.key_tile)
 
     def one(piece: _Piece, g: jax.Array, at: jax.Array, state: Any) -> Any:
         item = piece.lists.item(head.batch, at)
         strip, unit = item // plan.units, item % plan.units
         keys, offset = piece.units * plan.k_unit, unit * plan.k_unit
-        cut = [x if keys == plan.key_tile else lax.dynamic_slice_in_dim(x, offset, keys, axis)
+        cut = [x if keys == plan.key_tile else _cut(x, offset, keys, axis)
                for x, axis in ((k_KH, 0), (k_HK, 1), (v_KM, 0))]  # fmt: skip
         tile = _Tile(head, g, strip * plan.q_block, tile_start + offset, keys, piece.masked, *cut)
         return step(tile, state)
 
     def query_head(g: jax.Array, state: Any) -> Any:
         for piece in plan.pieces:
-            start, count = piece.lists.row(head.batch, j)
+            start, stop = piece.lists.row(head.batch, j)
             state = lax.fori_loop(
-                start, start + count, lambda at, state, piece=piece: one(piece, g, at, state), state
+                start, stop, lambda at, state, piece=piece: one(piece, g, at, state), state
             )
         return state
 
-    if N == K:
+    if plan.G == 1:
         return query_head(jnp.int32(0), state)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(N // K), query_head, state)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(plan.G), query_head, state)
 
 
 # --- forward -------------------------------------------------------------------------------------------
 
 
 def _forward(call: Call) -> tuple[jax.Array, jax.Array]:
-    call = _padded(call)
     plan = _plan(call)
     B, T, _, N, K, _, M = call.sizes
     out_BTNM = jnp.zeros((B, T, N, M), call.q_BTNH.dtype)
@@ -402,14 +429,13 @@ def _forward(call: Call) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward_head(head: _Head) -> tuple[jax.Array, jax.Array]:
-    plan, call = head.plan, head.plan.call
-    *_, N, K, _, M = call.sizes
-    G = N // K
+    plan, call, G = head.plan, head.plan.call, head.plan.G
+    M = call.sizes[6]
     # The sink is a key without a value that every row has seen before the first tile.
     m_GT = jnp.full((G, plan.T_pad), _LOWEST, jnp.float32)
     l_GT = jnp.zeros((G, plan.T_pad), jnp.float32)
     if call.sink_logits_N is not None:
-        sinks_G = lax.dynamic_slice_in_dim(call.sink_logits_N, head.kv_head * G, G).astype(jnp.float32)
+        sinks_G = _cut(call.sink_logits_N, head.kv_head * G, G).astype(jnp.float32)
         m_GT = jnp.maximum(m_GT, sinks_G[:, None] * _LOG2E)
         l_GT = l_GT + jnp.where(sinks_G == -jnp.inf, 0.0, 1.0)[:, None]
     state = (m_GT.reshape(-1), l_GT.reshape(-1), jnp.zeros((G * plan.T_pad, M), jnp.float32))
@@ -417,18 +443,18 @@ def _forward_head(head: _Head) -> tuple[jax.Array, jax.Array]:
     def key_tile(j, state):
         return _sweep(head, j, _forward_step, state)
 
-    m_R, l_R, acc_RM = lax.fori_loop(jnp.int32(0), jnp.int32(plan.S_pad // plan.key_tile), key_tile, state)
+    m_R, l_R, acc_RM = _key_tiles(plan, key_tile, state)
     some_R = l_R > 0
     l_R = jnp.where(some_R, l_R, 1.0)
     out_RM = acc_RM * (1 / (l_R * (1 - call.dropout_rate)))[:, None]
     lse_R = jnp.where(some_R, (m_R + jnp.log2(l_R)) * (1 / _LOG2E), -jnp.inf)
-    return out_RM.reshape(G, plan.T_pad, M), lse_R.reshape(G, plan.T_pad, 1)
+    return tuple(x.reshape(G, plan.T_pad, -1)[:, : plan.T] for x in (out_RM, lse_R))
 
 
 def _forward_step(tile: _Tile, state):
     m_R, l_R, acc_RM = state
     m_Q, l_Q, acc_QM = (tile.take(x) for x in state)
-    z_QK, _ = _exponents(tile, _dot(tile.take(tile.head.q_RH), tile.k_KH, (1, 1)), transposed=False)
+    z_QK, _ = _exponents(tile, _dot(tile.take(tile.head.q_RH), tile.k_HK, (1, 0)), transposed=False)
     new_Q = jnp.maximum(m_Q, z_QK.max(1))
     decay_Q = _exp2(m_Q - new_Q)
     p_QK = _exp2(z_QK - new_Q[:, None])
@@ -465,15 +491,14 @@ def _exp2(x: jax.Array) -> jax.Array:
 
 
 def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
-    original, call = call, _padded(call)
     plan = _plan(call)
-    B, *_, K, _, _ = call.sizes
+    B, _, S, _, K, _, _ = call.sizes
     totals = (
         jnp.zeros_like(call.q_BTNH),
-        jnp.zeros_like(call.k_BSKH),
-        jnp.zeros_like(call.v_BSKM),
+        jnp.zeros_like(plan.call.k_BSKH),
+        jnp.zeros_like(plan.call.v_BSKM),
         None if call.sink_logits_N is None else jnp.zeros(call.sink_logits_N.shape, jnp.float32),
-        _bias_zeros(call.bias),
+        _bias_zeros(plan.call.bias),
     )
     saved = (out_BTNM, lse_BTN[..., None], dout_BTNM, dlse_BTN[..., None])
 
@@ -485,12 +510,12 @@ def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
         dsinks_N = dsinks_N.astype(call.sink_logits_N.dtype)
     # None stands for the zero cotangents of integer and boolean arrays.
     return dataclasses.replace(
-        original,
+        call,
         q_BTNH=dq_BTNH,
-        k_BSKH=dk_BSKH,
-        v_BSKM=dv_BSKM,
+        k_BSKH=dk_BSKH[:, :S],
+        v_BSKM=dv_BSKM[:, :S],
         sink_logits_N=dsinks_N,
-        bias=_bias_cotangent(original.bias, dbias),
+        bias=_bias_cotangent(call.bias, dbias),
         q_positions_BT=None,
         k_positions_BS=None,
         q_segments_BT=None,
@@ -501,27 +526,26 @@ def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
 
 
 def _backward_head(head: _Head, saved, totals):
-    plan, call = head.plan, head.plan.call
-    _, _, _, N, K, H, M = call.sizes
-    G, b, kv = N // K, head.batch, head.kv_head
+    plan, call, G = head.plan, head.plan.call, head.plan.G
+    *_, H, M = call.sizes
+    b, kv = head.batch, head.kv_head
     dq_BTNH, dk_BSKH, dv_BSKM, dsinks_N, dbias = totals
-    out_RM, do_RM = (_load_queries(plan, saved[x], b, kv) for x in (0, 2))
-    lse_R, dlse_R = (_load(saved[x], None, b, kv, G, plan.T_pad).reshape(-1) for x in (1, 3))
+    out_RM, do_RM = (_load_queries(plan, plan.q, saved[x], b, kv) for x in (0, 2))
+    lse_R, dlse_R = (_load_queries(plan, None, saved[x], b, kv)[:, 0] for x in (1, 3))
     # A row without a key (lse = -inf) has P = 0 and passes no gradient, and so have rows of padding:
     # +inf does that, 2^(z - inf).
-    padding_GT = jnp.broadcast_to(jnp.arange(plan.T_pad) >= call.sizes[1], (G, plan.T_pad))
+    padding_GT = jnp.broadcast_to(jnp.arange(plan.T_pad) >= plan.T, (G, plan.T_pad))
     dead_R = padding_GT.reshape(-1) | (lse_R == -jnp.inf)
     lse_R = jnp.where(dead_R, jnp.inf, lse_R * _LOG2E)
     delta_R = (out_RM * do_RM).sum(1) - jnp.where(dead_R, 0.0, dlse_R)
     if dsinks_N is not None:
-        sinks_G1 = lax.dynamic_slice_in_dim(call.sink_logits_N, kv * G, G).astype(jnp.float32)[:, None]
+        sinks_G1 = _cut(call.sink_logits_N, kv * G, G).astype(jnp.float32)[:, None]
         dsinks_G = -(_exp2(sinks_G1 * _LOG2E - lse_R.reshape(G, -1)) * delta_R.reshape(G, -1)).sum(1)
-        old_G = lax.dynamic_slice_in_dim(dsinks_N, kv * G, G)
-        dsinks_N = lax.dynamic_update_slice_in_dim(dsinks_N, old_G + dsinks_G, kv * G, 0)
+        dsinks_N = _paste(dsinks_N, _cut(dsinks_N, kv * G, G) + dsinks_G, [kv * G])
     rows = (do_RM, lse_R, delta_R)
 
     def key_tile(j, carry):
-        dq_HR, dk_SH, dv_SM, dbias = carry
+        dq_HR, dk_BSKH, dv_BSKM, dbias = carry
         zeros = (jnp.zeros((plan.key_tile, H), jnp.float32), jnp.zeros((plan.key_tile, M), jnp.float32))
         start = j * plan.key_tile
 
@@ -529,18 +553,16 @@ def _backward_head(head: _Head, saved, totals):
             return _backward_step(tile, rows, start, state)
 
         dq_HR, dk_KH, dv_KM, dbias = _sweep(head, j, step, (dq_HR, *zeros, dbias))
-        dk_SH = lax.dynamic_update_slice_in_dim(dk_SH, dk_KH, start, 0)
-        return dq_HR, dk_SH, lax.dynamic_update_slice_in_dim(dv_SM, dv_KM, start, 0), dbias
+        # q was loaded times scale * log2 e (scale / softcap), and the softcap's slope carries its c.
+        dk_KH = dk_KH * (1 / _LOG2E if call.softcap is None else 1.0)
+        dv_KM = dv_KM * (1 / (1 - call.dropout_rate))
+        dk_BSKH = _store(dk_BSKH, dk_KH[None], b, kv, start)
+        return dq_HR, dk_BSKH, _store(dv_BSKM, dv_KM[None], b, kv, start), dbias
 
-    zeros = (jnp.zeros_like(head.q_RH.T), jnp.zeros_like(head.k_SH), jnp.zeros_like(head.v_SM))
-    carry = lax.fori_loop(jnp.int32(0), jnp.int32(plan.S_pad // plan.key_tile), key_tile, (*zeros, dbias))
-    dq_HR, dk_SH, dv_SM, dbias = carry
-    # q was loaded times scale * log2 e (scale / softcap), and the softcap's slope carries its c.
-    dk_SH = dk_SH * (1 / _LOG2E if call.softcap is None else 1.0)
+    dq_HR = jnp.zeros((H, G * plan.T_pad), jnp.float32)
+    dq_HR, dk_BSKH, dv_BSKM, dbias = _key_tiles(plan, key_tile, (dq_HR, dk_BSKH, dv_BSKM, dbias))
     dq_RH = dq_HR.T * (call.scale if call.softcap is None else call.scale / call.softcap)
-    dq_BTNH = _store(dq_BTNH, dq_RH.reshape(G, plan.T_pad, H), b, kv)
-    dk_BSKH = _store(dk_BSKH, dk_SH[None], b, kv)
-    dv_BSKM = _store(dv_BSKM, (dv_SM * (1 / (1 - call.dropout_rate)))[None], b, kv)
+    dq_BTNH = _store(dq_BTNH, dq_RH.reshape(G, plan.T_pad, H)[:, : plan.T], b, kv)
     return dq_BTNH, dk_BSKH, dv_BSKM, dsinks_N, dbias
 
 
@@ -573,24 +595,18 @@ def _backward_step(tile: _Tile, rows, tile_start, state):
 def _add_rows(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
     if part.shape == total.shape:
         return total + part
-    old = lax.dynamic_slice_in_dim(total, start, part.shape[0])
-    return lax.dynamic_update_slice_in_dim(total, old + part, start, 0)
+    return _paste(total, _cut(total, start, part.shape[0]) + part, [start])
 
 
 # --- biases and dense masks ----------------------------------------------------------------------------
 
 
-def _padded(call: Call) -> Call:
-    """Per-query and per-key leaves of the bias and the dense mask, padded to whole tiles."""
-    if call.bias is None and call.mask_BNTS is None:
-        return call
-    plan = _plan(dataclasses.replace(call, bias=None, mask_BNTS=None))
-    lengths = {"query": plan.T_pad, "key": plan.S_pad}
+def _padded(call: Call, T_pad: int, S_pad: int) -> Call:
+    """Keys, values, per-query and per-key leaves of the bias and the dense mask in whole tiles."""
 
-    def pad(x, axes):
+    def pad(x: jax.Array, query: int | None, key: int | None) -> jax.Array:
         widths = [(0, 0)] * x.ndim
-        for side, to in lengths.items():
-            axis = axes[side]
+        for axis, to in ((query, T_pad), (key, S_pad)):
             if axis is not None and x.shape[axis] != 1:
                 widths[axis] = (0, to - x.shape[axis])
         return jnp.pad(x, widths)
@@ -598,11 +614,13 @@ def _padded(call: Call) -> Call:
     bias, mask = call.bias, call.mask_BNTS
     if bias is not None:
         leaves, treedef = jax.tree.flatten(bias)
-        leaves = [pad(x, a._asdict()) for x, a in zip(leaves, bias.axes(), strict=True)]
+        leaves = [pad(x, axes.query, axes.key) for x, axes in zip(leaves, bias.axes(), strict=True)]
         bias = jax.tree.unflatten(treedef, leaves)
-    if mask is not None:
-        mask = pad(mask, {"query": 2, "key": 3})
-    return dataclasses.replace(call, bias=bias, mask_BNTS=mask)
+    k_BSKH, v_BSKM = (
+        jnp.pad(x, ((0, 0), (0, S_pad - x.shape[1]), (0, 0), (0, 0))) for x in (call.k_BSKH, call.v_BSKM)
+    )
+    mask = None if mask is None else pad(mask, 2, 3)
+    return dataclasses.replace(call, k_BSKH=k_BSKH, v_BSKM=v_BSKM, bias=bias, mask_BNTS=mask)
 
 
 def _bias_zeros(bias: Any) -> Any:

@@ -1,0 +1,363 @@
+"""The mask algebra against its truth formulas, on NumPy and on traced arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from attention_jax.masks import And, Causal, Full, Mask, Retention, Sinks, SlidingWindow, parse
+from tests.cases import LEAVES, MASKS, MaskCase, Odd
+from tests.reference import masks as truth
+
+each_mask = pytest.mark.parametrize("row", MASKS.values(), ids=MASKS.keys())
+# No deadline: the machine's load is not a property of the code.
+quietly = settings(max_examples=150, deadline=None)
+
+
+def _leaves():
+    window = st.tuples(st.integers(1, 12), st.integers(0, 8)).map(
+        lambda x: MaskCase(SlidingWindow(*x), truth.sliding_window(*x))
+    )
+    first = st.integers(1, 9).map(lambda n: MaskCase(Sinks(n), truth.sinks(n)))
+    fixed = [MASKS[name] for name in ("full", "causal", "odd")]
+    return window | first | st.sampled_from(fixed)
+
+
+def _grow(inner):
+    pair = st.tuples(inner, inner)
+    return (
+        pair.map(lambda x: MaskCase(x[0].mask & x[1].mask, truth.both(x[0].truth, x[1].truth)))
+        | pair.map(lambda x: MaskCase(x[0].mask | x[1].mask, truth.either(x[0].truth, x[1].truth)))
+        | inner.map(lambda x: MaskCase(~x.mask, truth.negated(x.truth)))
+    )
+
+
+expressions = st.recursive(_leaves(), _grow, max_leaves=6)
+
+
+def _table(mask: Mask, q, k) -> np.ndarray:
+    q, k = np.asarray(q), np.asarray(k)
+    found = mask.dense(q, k)
+    assert found.dtype == bool
+    return np.broadcast_to(found, (*q.shape[:-1], q.shape[-1], k.shape[-1]))
+
+
+# --- keep ----------------------------------------------------------------------------------------------
+
+
+@each_mask
+def test_truth_table(row):
+    q, k = np.arange(0, 45), np.arange(-2, 50)
+    wanted = truth.table(row.truth, q, k)
+    assert_array_equal(_table(row.mask, q, k), wanted)
+    traced = jax.jit(row.mask.dense)(q, k)
+    assert traced.dtype == bool
+    assert_array_equal(np.broadcast_to(traced, wanted.shape), wanted)
+    for at in ((0, 0), (3, 40), (40, 3)):
+        assert bool(row.mask.keep(*at)) == bool(row.truth(*at))
+
+
+@given(expressions)
+@quietly
+def test_truth_tables_of_expressions(row):
+    positions = np.arange(24)
+    assert_array_equal(_table(row.mask, positions, positions), truth.table(row.truth, positions, positions))
+
+
+@each_mask
+def test_keep_and_bounds_use_no_negation(row):
+    """`~` on booleans does not lower inside a Mosaic kernel."""
+    positions = jnp.arange(8)
+    for program in (
+        jax.make_jaxpr(row.mask.keep)(positions, positions),
+        jax.make_jaxpr(row.mask.bounds)(positions, positions, positions, positions),
+    ):
+        assert "not" not in {equation.primitive.name for equation in program.eqns}
+
+
+def test_a_window_counts_keys():
+    assert _table(SlidingWindow(4), [10], np.arange(20)).sum() == 4
+    assert _table(SlidingWindow(4), [10], [10]).all()
+    assert_array_equal(np.flatnonzero(_table(SlidingWindow(2, 3), [10], np.arange(20))), np.arange(9, 14))
+
+
+# --- bounds --------------------------------------------------------------------------------------------
+
+
+def _rectangles(n):
+    """All [q_lo, q_hi] x [k_lo, k_hi] within 0..n-1, as four arrays that broadcast to [r, r]."""
+    lo, hi = np.triu_indices(n)
+    return lo[:, None], hi[:, None], lo[None], hi[None]
+
+
+def _some_and_every(table, n):
+    """By summed-area table: whether any, whether all entries of each rectangle are kept."""
+    area = np.pad(table.astype(int).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    q_lo, q_hi, k_lo, k_hi = _rectangles(n)
+    kept = area[q_hi + 1, k_hi + 1] - area[q_lo, k_hi + 1] - area[q_hi + 1, k_lo] + area[q_lo, k_lo]
+    return kept > 0, kept == (q_hi - q_lo + 1) * (k_hi - k_lo + 1)
+
+
+@pytest.mark.parametrize("numpy", [True, False], ids=["numpy", "traced"])
+@each_mask
+def test_bounds_on_every_rectangle(row, numpy):
+    n = 16
+    positions = np.arange(n)
+    any_kept, all_kept = _some_and_every(truth.table(row.truth, positions, positions), n)
+    bounds = row.mask.bounds if numpy else jax.jit(row.mask.bounds)
+    some, every = (np.broadcast_to(x, any_kept.shape) for x in bounds(*_rectangles(n)))
+    assert some.dtype == bool and every.dtype == bool
+    assert not (any_kept & ~some).any(), "a block with a kept pair is called empty"
+    assert not (every & ~all_kept).any(), "a block with a hidden pair is called full"
+    if row.exact:
+        assert_array_equal(some, any_kept)
+        assert_array_equal(every, all_kept)
+
+
+@given(expressions)
+@quietly
+def test_bounds_of_expressions_are_conservative(row):
+    n = 14
+    positions = np.arange(n)
+    any_kept, all_kept = _some_and_every(truth.table(row.truth, positions, positions), n)
+    some, every = (np.broadcast_to(x, any_kept.shape) for x in row.mask.bounds(*_rectangles(n)))
+    assert not (any_kept & ~some).any() and not (every & ~all_kept).any()
+
+
+@given(expressions, st.lists(st.integers(0, 10**6), min_size=4, max_size=4), st.integers(0, 40))
+@quietly
+def test_bounds_far_out(row, corners, size):
+    """Single pairs, and small rectangles far from the origin; a single pair of leaves is decided exactly."""
+    q_lo, k_lo = corners[0], corners[1] if corners[2] % 2 else corners[0] + corners[3] % 30 - 15
+    k_lo = max(k_lo, 0)
+    q_hi, k_hi = q_lo + size % 7, k_lo + size
+    table = truth.table(row.truth, np.arange(q_lo, q_hi + 1), np.arange(k_lo, k_hi + 1))
+    some, every = row.mask.bounds(np.array([q_lo]), np.array([q_hi]), np.array([k_lo]), np.array([k_hi]))
+    assert some.all() or not table.any()
+    assert not every.all() or table.all()
+
+
+@pytest.mark.parametrize(
+    "mask, live",
+    [
+        (Causal() & SlidingWindow(128), 64 + 63),
+        ((SlidingWindow(128) | Sinks(4)) & Causal(), 64 + 63 + 62),
+        (~~Causal(), 64 * 65 // 2),
+        (~Causal() & Causal(), 64),
+    ],
+    ids=str,
+)
+def test_bounds_of_composites_leave_few_blocks_live(mask, live):
+    """(True, False) everywhere would be conservative too, and useless."""
+    lo = np.arange(0, 8192, 128)
+    some, _ = mask.bounds(lo[:, None], lo[:, None] + 127, lo[None], lo[None] + 127)
+    assert some.sum() == live
+
+
+def test_a_predicate_without_bounds_decides_nothing():
+    zero = np.zeros((2, 3), int)
+    some, every = Odd().bounds(zero, zero, zero, zero)
+    assert_array_equal(some, np.ones((2, 3), bool))
+    assert_array_equal(every, np.zeros((2, 3), bool))
+
+
+# --- retention -----------------------------------------------------------------------------------------
+
+
+def _check_retention(row, n=26):
+    lookback, pins = row.mask.retention()
+    if lookback is None:
+        return
+    assert list(pins) == sorted(set(pins))
+    for newest in range(n):
+        k = np.arange(newest + 1)
+        forgotten = k[(k <= newest - lookback) & ~np.isin(k, pins)]
+        later = np.arange(newest, newest + n)
+        assert not truth.table(row.truth, later, forgotten).any(), (newest, lookback, pins)
+
+
+@each_mask
+def test_no_later_query_needs_what_is_not_retained(row):
+    _check_retention(row)
+
+
+@given(expressions)
+@quietly
+def test_retention_of_expressions_is_sound(row):
+    _check_retention(row)
+
+
+@pytest.mark.parametrize(
+    "mask, wanted",
+    [
+        (Full(), (None, ())),
+        (Causal(), (None, ())),
+        (Odd(), (None, ())),
+        (~SlidingWindow(3), (None, ())),
+        (SlidingWindow(9), (9, ())),
+        (SlidingWindow(9, 5), (9, ())),
+        (Sinks(3), (0, (0, 1, 2))),
+        (SlidingWindow(9) | Sinks(2), (9, (0, 1))),
+        (SlidingWindow(9) | SlidingWindow(5), (9, ())),
+        (SlidingWindow(9) & SlidingWindow(5, 2), (5, ())),
+        ((SlidingWindow(9) | Sinks(2)) & Causal(), (9, (0, 1))),
+        (SlidingWindow(9) | Causal(), (None, ())),
+    ],
+    ids=str,
+)
+def test_retention_keeps_no_more_than_needed(mask, wanted):
+    assert mask.retention() == Retention(*wanted)
+
+
+# --- causal --------------------------------------------------------------------------------------------
+
+
+@given(expressions)
+@quietly
+def test_causal_is_never_claimed_wrongly(row):
+    positions = np.arange(20)
+    if row.mask.causal:
+        assert not np.triu(truth.table(row.truth, positions, positions), 1).any()
+    assert (row.mask & Causal()).causal
+
+
+@pytest.mark.parametrize(
+    "mask, causal",
+    [
+        (Causal(), True),
+        (SlidingWindow(4), True),
+        (SlidingWindow(4, 1), False),
+        (Full(), False),
+        (Sinks(1), False),
+        (Causal() | Sinks(1), False),
+        (Causal() | SlidingWindow(3), True),
+        (Full() & Causal(), True),
+        (~Causal(), False),
+    ],
+    ids=str,
+)
+def test_causal(mask, causal):
+    assert mask.causal is causal
+
+
+# --- expressions as values -----------------------------------------------------------------------------
+
+
+@given(expressions)
+@quietly
+def test_str_parses_back(row):
+    assert parse(str(row.mask)) == row.mask
+    assert hash(parse(str(row.mask))) == hash(row.mask)
+
+
+@pytest.mark.parametrize(
+    "text, mask",
+    [
+        ("Causal", Causal()),
+        (" SlidingWindow(128) | Sinks(4) ", SlidingWindow(128) | Sinks(4)),
+        ("SlidingWindow(window=3, right=2) & Causal()", SlidingWindow(3, 2) & Causal()),
+        ("~Sinks(1) & Causal | SlidingWindow(2)", (~Sinks(1) & Causal()) | SlidingWindow(2)),
+        ("~(Sinks(1) & Causal)", ~(Sinks(1) & Causal())),
+    ],
+)
+def test_parse(text, mask):
+    assert parse(text) == mask
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("Casual()", "no mask 'Casual'; there are .*Causal"),
+        ("SlidingWindow(0)", "window must be an integer >= 1, got 0"),
+        ("SlidingWindow(-3)", "window must be an integer >= 1, got -3"),
+        ("SlidingWindow(True)", "got True"),
+        ("SlidingWindow(1.5)", "got 1.5"),
+        ("SlidingWindow(2, right=-1)", "right must be an integer >= 0, got -1"),
+        ("SlidingWindow()", "missing"),
+        ("SlidingWindow(2, left=1)", "left"),
+        ("Sinks(0)", "count must be an integer >= 1"),
+        ("And((Causal(),))", "no mask 'And'"),
+        ("Causal() and Sinks(2)", "joined by & | ~"),
+        ("Causal() ^ Sinks(2)", "joined by & | ~"),
+        ("Causal().keep(1, 2)", "joined by & | ~"),
+        ("__import__('os')", "no mask '__import__'"),
+        ("SlidingWindow(open('x'))", "malformed"),
+        ("Causal() &", "is no expression"),
+        ("", "is no expression"),
+        ("Causal()\nSinks(1)", "is no expression"),
+        ("3", "joined by & | ~"),
+    ],
+)
+def test_what_is_no_mask_is_a_one_line_error(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("combine", [lambda m: m & 3, lambda m: m | np.ones(2, bool), lambda m: m & Causal])
+def test_masks_combine_with_masks_only(combine):
+    with pytest.raises(TypeError, match="a Mask combines with a Mask by & and |"):
+        combine(Causal())
+
+
+@each_mask
+def test_masks_are_frozen_hashable_values(row):
+    copy = dataclasses.replace(row.mask)
+    assert copy == row.mask and hash(copy) == hash(row.mask) and {row.mask: 1}[copy] == 1
+    for field in dataclasses.fields(row.mask):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(row.mask, field.name, 1)
+
+
+def test_masks_that_differ_are_not_equal():
+    found = [row.mask for row in MASKS.values()]
+    assert len(set(found)) == len(found)
+    assert SlidingWindow(3) != SlidingWindow(3, 1) and Causal() != Full()
+
+
+def test_combining_flattens_and_drops_repetitions():
+    a, b, c = Causal(), SlidingWindow(3), Sinks(2)
+    assert (a & b) & c == a & (b & c) == And((a, b, c))
+    assert a & a == a and a | a == a and (a & b) & a == a & b
+    assert (a | b) & c != a | (b & c)
+
+
+def test_a_mask_is_a_static_argument():
+    """Equal masks share one compiled program."""
+    traces = []
+
+    def count(q, mask):
+        traces.append(mask)
+        return mask.dense(q, q).sum()
+
+    count = jax.jit(count, static_argnums=1)
+    for _ in range(3):
+        assert count(jnp.arange(9), SlidingWindow(2) & Causal()) == 17
+    assert len(traces) == 1
+
+
+# --- density -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T, S, block", [(1, 1, 128), (40, 40, 8), (37, 53, 16), (53, 37, 128), (64, 16, 7)])
+@each_mask
+def test_density_is_the_dense_mean(row, T, S, block):
+    wanted = truth.table(row.truth, np.arange(T), np.arange(S)).mean()
+    assert row.mask.density(T, S, block=block) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_density_of_a_long_row_is_exact_and_square_by_default():
+    n = 2**15
+    assert Causal().density(n) == (n + 1) / (2 * n)
+    assert SlidingWindow(128).density(n) == (128 * n - 128 * 127 // 2) / n**2
+
+
+def test_the_table_has_every_leaf():
+    assert {type(row.mask) for row in LEAVES.values()} == {Full, Causal, SlidingWindow, Sinks}
