@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.layers import gelu, linear, matmul, together
+from attention_jax.layers import gelu, linear, matmul
 from attention_jax.mixers import AttentionConfig, Context, MixerConfig
 from attention_jax.positions import RoPE
 
@@ -114,11 +114,11 @@ class MLP(nnx.Module):
         self.down = linear(F, D, kernel_init=_out_init(config), **common)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        up_BTF = self.up(x_BTD)
         if self.kind == "gelu":
-            return self.down(gelu(self.up(x_BTD)))
-        gate_BTF, up_BTF = together([self.gate, self.up], x_BTD)
+            return self.down(gelu(up_BTF))
         act = nnx.silu if self.kind == "swiglu" else gelu
-        return self.down(act(gate_BTF) * up_BTF)
+        return self.down(act(self.gate(x_BTD)) * up_BTF)
 
 
 class Block(nnx.Module):

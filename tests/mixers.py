@@ -43,7 +43,7 @@ MIXERS = {
     "alibi": _softmax(alibi=ALIBI_4, use_bias=True),
     "window": _softmax(SlidingWindow(5), rope=RoPE()),
     "window-1": _softmax(SlidingWindow(1)),
-    "window-sinks": _softmax((SlidingWindow(4) | Sinks(2)) & Causal(), num_kv_heads=2, rope=RoPE(theta=100.0)),
+    "window-sinks": _softmax((SlidingWindow(4) | Sinks(2)) & Causal(), num_kv_heads=2, rope=RoPE(theta=99.0)),
     "all-but-window": _softmax(Causal() & ~SlidingWindow(3)),
     "qk-rms-softcap": _softmax(qk_norm="rms", softcap=2.0, rope=RoPE()),
     "qk-l2-scale-sinks": _softmax(qk_norm="l2", scale=0.7, sinks=True, num_kv_heads=2),

@@ -23,7 +23,10 @@ from train.packing import Piece, Split, assemble
 from train.schema import DataConfig
 
 TEXTS = {
-    "a.txt": "Wer reitet so spät", "b.txt": "durch Nacht und Wind?" * 9, "c.txt": "x", "d.txt": "€." * 30,
+    "a.txt": "Wer reitet so spät",
+    "b.txt": "durch Nacht und Wind?" * 9,
+    "c.txt": "x",
+    "d.txt": "€." * 30,
 }
 NAMES = [
     "meta.json", "tokenizer.json", "train.npy", "train_spans.npy", "validation.npy", "validation_spans.npy"

@@ -38,7 +38,8 @@ def loss_and_grads(config, params, tokens, ctx=None):
 
 
 @pytest.mark.parametrize(
-    "change", [{"layers": "scan"}, {"remat": "nothing_saveable"}, {"layers": "scan", "remat": "dots_saveable"}]
+    "change",
+    [{"layers": "scan"}, {"remat": "nothing_saveable"}, {"layers": "scan", "remat": "dots_saveable"}],
 )
 def test_scan_and_remat_compute_the_same(params, tokens, change):
     loss, grads = loss_and_grads(CONFIG, params, tokens)

@@ -53,9 +53,7 @@ def read(files: str | None) -> Corpus:
     return _standard_library() if files is None else _matching(files)
 
 
-def split(
-    corpus: Corpus, how: str, fraction: float
-) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def split(corpus: Corpus, how: str, fraction: float) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
     """(training, held-out) documents, the same ones on every machine that has the same corpus.
 
     files: whole documents in the order of the SHA-256 of their names, each one taken that brings the

@@ -176,7 +176,9 @@ class RunConfig:
         optimizer, steps = self.optimizer, self.steps
         warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
         if warmup > steps:
-            raise ValueError(f"optimizer.warmup_steps {warmup} exceeds steps {steps}: lower it or raise steps")
+            raise ValueError(
+                f"optimizer.warmup_steps {warmup} exceeds steps {steps}: lower it or raise steps"
+            )
         if optimizer.schedule == "cosine" and warmup >= (decay or steps):
             raise ValueError(
                 f"optimizer.warmup_steps {warmup} leaves no room for the cosine, which ends at step "

@@ -396,9 +396,7 @@ def _sweep(head: _Head, j: jax.Array, step: Callable[[_Tile, Any], Any], state: 
     def query_head(g: jax.Array, state: Any) -> Any:
         for piece in plan.pieces:
             start, stop = piece.lists.row(head.batch, j)
-            state = lax.fori_loop(
-                start, stop, lambda at, state, piece=piece: one(piece, g, at, state), state
-            )
+            state = lax.fori_loop(start, stop, lambda at, state, piece=piece: one(piece, g, at, state), state)
         return state
 
     if plan.G == 1:
