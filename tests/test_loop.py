@@ -15,7 +15,7 @@ import pytest
 
 from attention_jax.model import init_params
 from train import config as config_lib
-from train import loop
+from train import loop, restore
 from train.checkpoint import Checkpoints
 from train.metrics import TIMING, MetricsWriter, draw_losses, read_rows
 from train.run_folder import RunFolder
@@ -57,7 +57,7 @@ def drawn_by_numpy(monkeypatch):
         shapes = jax.eval_shape(functools.partial(init_params, model), key)
         return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes)
 
-    monkeypatch.setattr(loop, "init_params", draw)
+    monkeypatch.setattr(restore, "init_params", draw)
 
 
 def saved(config):
@@ -107,7 +107,7 @@ def test_one_compilation_however_the_run_goes(config, monkeypatch):
     assert rows(whole) == rows(parts)
     for row, other in zip(rows(whole), rows(often), strict=True):
         assert row.items() <= other.items()
-    [model] = {loop._with_vocabulary(c.model, 257) for c in (whole, parts, often)}
+    [model] = {restore.with_vocabulary(c.model, 257) for c in (whole, parts, often)}
     assert train_step(model, whole.optimizer, whole.steps)._cache_size() == 1
     assert eval_step(model)._cache_size() == 1
 

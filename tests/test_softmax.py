@@ -259,10 +259,9 @@ def test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl, small_tile
 
 
 @each_implementation
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_hidden_key_may_be_as_large_as_its_dtype(impl, softcap, small_tiles):
+def test_a_hidden_key_may_be_as_large_as_its_dtype(impl, small_tiles):
     """The products that overflow belong to pairs nobody sees, in the backward too."""
-    problem = problems.make(OpCase((36, 37), (8, 8), (2, 2), "causal", softcap=softcap, batch=1))
+    problem = problems.make(OpCase((36, 37), (8, 8), (2, 2), "causal", softcap=2.0, batch=1))
     program = problem.program(impl)
     before = program()
     learned = dict(problem.learned)

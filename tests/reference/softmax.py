@@ -38,13 +38,7 @@ class Attention:
         groups = self.q.shape[2] // self.k.shape[2]
         # Query heads [0, G) share kv head 0.
         self.k_n, self.v_n = np.repeat(self.k, groups, axis=2), np.repeat(self.v, groups, axis=2)
-        x = np.einsum("btnh,bsnh->bnts", self.q, self.k_n) * self.dtype(self.scale)
-        self.slope = self.dtype(1)
-        if self.softcap is not None:
-            cap = self.dtype(self.softcap)
-            tanh = np.tanh(x / cap)
-            x, self.slope = cap * tanh, 1 - tanh**2
-        s = np.where(self.keep, x + self.bias, self.dtype(-np.inf))
+        s, self.slope = self._scores(self.q, self.k_n)
         sink = -np.inf * np.ones(1, self.dtype) if self.sinks is None else self.sinks
         sink = sink[None, :, None, None]
         top = np.maximum(s.max(-1, keepdims=True), sink)
@@ -59,6 +53,14 @@ class Attention:
         self.w = self.p * self.drop
         self.out = self._rounded(np.einsum("bnts,bsnm->btnm", self._rounded(self.w), self.v_n))
 
+    def _scores(self, q, k):
+        """(scores, -inf where hidden; the softcap's slope)."""
+        x, slope = np.einsum("btnh,bsnh->bnts", q, k) * self.dtype(self.scale), self.dtype(1)
+        if self.softcap is not None:
+            tanh = np.tanh(x / self.dtype(self.softcap))
+            x, slope = self.dtype(self.softcap) * tanh, 1 - tanh**2
+        return np.where(self.keep, x + self.bias, self.dtype(-np.inf)), slope
+
     def _rounded(self, x):
         return x if self.rounded is None else x.astype(self.rounded).astype(self.dtype)
 
@@ -70,9 +72,10 @@ class Attention:
     def backward(self, do, dlse):
         """{"q", "k", "v", "bias" (BNTS), "sinks"} of the sum of <do, out> + <dlse, lse>."""
         do, dlse = np.asarray(do).astype(self.dtype), np.asarray(dlse).astype(self.dtype)
-        # P as a backward recomputes it, from the scores and lse alone.
+        # P as a backward recomputes it: from lse and from scores summed in another order.
         lse = self.lse.transpose(0, 2, 1)[..., None]
-        p = np.exp(self.s - np.where(np.isneginf(lse), np.inf, lse))
+        s, _ = self._scores(self.q[..., ::-1].copy(), self.k_n[..., ::-1].copy())
+        p = np.exp(s - np.where(np.isneginf(lse), np.inf, lse))
         dp = np.einsum("btnm,bsnm->bnts", do, self.v_n) * self.drop
         shift = dlse.transpose(0, 2, 1)[..., None] - (p * dp).sum(-1, keepdims=True)
         ds = p * (dp + shift)

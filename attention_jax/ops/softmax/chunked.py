@@ -121,7 +121,8 @@ class _Plan:
 def _plan(call: Call) -> _Plan:
     _, T, S, *_ = call.sizes
     q_block = _balanced(T, _Q_BLOCK)
-    k_unit = _balanced(S, _KEY_UNIT)
+    # Short sequences take one kind of piece: there, compiling several costs more than they save.
+    k_unit = _balanced(S, _KEY_UNIT if S > 2 * _KEY_UNIT else 2 * _KEY_UNIT)
     units = min(_UNITS, -(-S // k_unit))
     if call.arange_positions:
         block_map = static_map(call.mask, T, S, q_block, k_unit)

@@ -38,13 +38,11 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
 
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     s_BNTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, precision="highest").reshape(B, N, T, S)
-    seen_BNTS = _kept(call, q_pos_BT, k_pos_BS, q_valid_BT, k_valid_BS)
     if call.softcap is not None:
-        # A hidden score that overflowed must not reach the slope of tanh: 0 * NaN.
-        s_BNTS = jnp.where(seen_BNTS, s_BNTS, 0.0)
         s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
     if call.bias is not None:
         s_BNTS = s_BNTS + call.bias.score(jnp.arange(N), q_pos_BT, k_pos_BS)
+    seen_BNTS = _kept(call, q_pos_BT, k_pos_BS, q_valid_BT, k_valid_BS)
     s_BNTS = jnp.where(seen_BNTS, s_BNTS, -jnp.inf)
 
     # The maximum only shifts the exponent, so no gradient flows through it; a row without a key (and
