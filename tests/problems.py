@@ -74,14 +74,14 @@ class Problem:
 
         return program
 
-    def truth(self, dtype: Any = np.float64, rounded: Any = None) -> truth.Attention:
+    def truth(self, dtype: Any = np.float64, **options) -> truth.Attention:
         clean = {}
         for name, valid in (("q", self.q_valid), ("k", self.k_valid), ("v", self.k_valid)):
             x = np.asarray(self.learned[name]).astype(dtype)
             clean[name] = np.where(valid[..., None, None], x, 0)
         return truth.Attention(
             **clean, keep=self.keep, scale=self.scale, softcap=self.softcap, bias=self.bias,
-            sinks=self.learned.get("sinks"), drop=self.drop, dtype=dtype, rounded=rounded,
+            sinks=self.learned.get("sinks"), drop=self.drop, dtype=dtype, **options,
         )  # fmt: skip
 
 

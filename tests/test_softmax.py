@@ -44,31 +44,39 @@ def small_tiles(monkeypatch):
 # --- numbers -------------------------------------------------------------------------------------------
 
 
+def results(attention: truth.Attention, problem: problems.Problem) -> dict[str, np.ndarray]:
+    """Outputs and gradients by name."""
+    grads = attention.backward(problem.do, problem.dlse)
+    found = {"out": attention.out, "lse": attention.lse, **grads}
+    if problem.bias_gradient is not None:
+        leaves = problem.bias_gradient(grads["bias"])
+        found |= {f"bias leaf {i}": leaf for i, leaf in enumerate(leaves)}
+    return found
+
+
 @functools.lru_cache(maxsize=2)
 def expected(case: OpCase) -> dict[str, tuple[np.ndarray, float]]:
     """Name to (the float64 truth, the tolerance of tests.cases) for outputs and gradients."""
     problem = problems.make(case)
-    exact, naive = problem.truth(), problem.truth(np.float32, problem.dtype)
+    exact = problem.truth()
+    wanted = results(exact, problem)
+    naive = [
+        results(problem.truth(np.float32, rounded=problem.dtype, reverse=reverse), problem)
+        for reverse in (False, True)
+    ]
     magnitudes = exact.magnitudes(problem.do, problem.dlse)
-    exact_grads, naive_grads = (x.backward(problem.do, problem.dlse) for x in (exact, naive))
-    scores = exact.s[np.isfinite(exact.s)]
-    rows = {
-        "out": (exact.out, naive.out, largest(exact.v) * largest(exact.drop), problem.dtype),
-        "lse": (exact.lse, naive.lse, max(1.0, largest(scores)), np.float32),
-        "sinks": (exact_grads["sinks"], naive_grads["sinks"], largest(magnitudes["sinks"]), problem.dtype),
-    }
-    for name in ("q", "k", "v"):
-        rows[name] = (exact_grads[name], naive_grads[name], largest(magnitudes[name]), problem.dtype)
+    magnitudes["out"] = np.abs(exact.v) * largest(exact.drop)
+    magnitudes["lse"] = np.append(exact.s[np.isfinite(exact.s)], 1.0)
     if problem.bias_gradient is not None:
-        leaves = (problem.bias_gradient(exact_grads["bias"]), problem.bias_gradient(naive_grads["bias"]),
-                  problem.bias_gradient(magnitudes["bias"], magnitude=True))  # fmt: skip
-        for i, (x, y, size) in enumerate(zip(*leaves, strict=True)):
-            rows[f"bias leaf {i}"] = (x, y, largest(size), problem.dtype)
+        leaves = problem.bias_gradient(magnitudes["bias"], magnitude=True)
+        magnitudes |= {f"bias leaf {i}": leaf for i, leaf in enumerate(leaves)}
     found = {}
-    for name, (x, y, magnitude, dtype) in rows.items():
+    for name, x in wanted.items():
         finite = np.isfinite(x)
+        error = max(largest(y[name][finite] - x[finite]) for y in naive)
+        dtype = np.float32 if name == "lse" else problem.dtype
         factor = 2 if name in ("out", "lse") else 3
-        found[name] = (x, tolerance(largest(x[finite] - y[finite]), dtype, magnitude, factor))
+        found[name] = (x, tolerance(error, dtype, largest(magnitudes[name]), factor))
     return found
 
 
@@ -80,18 +88,18 @@ def check(case: OpCase, impl: str, quick: bool = True) -> None:
     found |= {name: grads[name] for name in ("q", "k", "v", "sinks") if name in grads}
     leaves = [x for x in jax.tree.leaves(grads.get("bias")) if x.dtype != jax.dtypes.float0]
     found |= {f"bias leaf {i}": x for i, x in enumerate(leaves)}
-    truth = expected(case)
-    assert truth.keys() - found.keys() <= {"sinks"}
+    wanted = expected(case)
+    assert wanted.keys() - found.keys() <= {"sinks", "bias"}
     for name, x in found.items():
-        assert_close(name, x, *truth[name])
+        assert_close(name, x, *wanted[name])
 
 
-def assert_close(name: str, x: np.ndarray, truth: np.ndarray, allowed: float) -> None:
+def assert_close(name: str, x: np.ndarray, wanted: np.ndarray, allowed: float) -> None:
     x = x.astype(np.float64)
-    assert x.shape == truth.shape, (name, x.shape, truth.shape)
-    finite = np.isfinite(truth)
-    assert_array_equal(x[~finite], truth[~finite], err_msg=name)
-    error = largest(x[finite] - truth[finite])
+    assert x.shape == wanted.shape, (name, x.shape, wanted.shape)
+    finite = np.isfinite(wanted)
+    assert_array_equal(x[~finite], wanted[~finite], err_msg=name)
+    error = largest(x[finite] - wanted[finite])
     assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"
 
 

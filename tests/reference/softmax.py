@@ -10,6 +10,7 @@ operands of every matmul rounded to the inputs' dtype, it is the naive result th
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Attention:
     drop: np.ndarray | float = 1.0
     dtype: type = np.float64
     rounded: type | None = None
+    reverse: bool = False  # sum the products of the scores from the last feature to the first
 
     def __post_init__(self):
         to = lambda x: None if x is None else np.asarray(x).astype(self.dtype)  # noqa: E731
@@ -38,7 +40,7 @@ class Attention:
         groups = self.q.shape[2] // self.k.shape[2]
         # Query heads [0, G) share kv head 0.
         self.k_n, self.v_n = np.repeat(self.k, groups, axis=2), np.repeat(self.v, groups, axis=2)
-        s, self.slope = self._scores(self.q, self.k_n)
+        s, self.slope = self._scores(self.reverse)
         sink = -np.inf * np.ones(1, self.dtype) if self.sinks is None else self.sinks
         sink = sink[None, :, None, None]
         top = np.maximum(s.max(-1, keepdims=True), sink)
@@ -53,9 +55,16 @@ class Attention:
         self.w = self.p * self.drop
         self.out = self._rounded(np.einsum("bnts,bsnm->btnm", self._rounded(self.w), self.v_n))
 
-    def _scores(self, q, k):
+    def _scores(self, reverse):
         """(scores, -inf where hidden; the softcap's slope)."""
-        x, slope = np.einsum("btnh,bsnh->bnts", q, k) * self.dtype(self.scale), self.dtype(1)
+        order = slice(None, None, -1 if reverse else 1)
+        q, k = self.q[..., order], self.k_n[..., order]
+        if self.dtype is np.float64:
+            x = np.einsum("btnh,bsnh->bnts", q, k)
+        else:  # one product after another, as the textbook sums
+            q, k = q.transpose(3, 0, 2, 1)[..., None], k.transpose(3, 0, 2, 1)[..., None, :]
+            x = functools.reduce(lambda total, h: total + q[h] * k[h], range(len(q)), self.dtype(0))
+        x, slope = x * self.dtype(self.scale), self.dtype(1)
         if self.softcap is not None:
             tanh = np.tanh(x / self.dtype(self.softcap))
             x, slope = self.dtype(self.softcap) * tanh, 1 - tanh**2
@@ -74,7 +83,7 @@ class Attention:
         do, dlse = np.asarray(do).astype(self.dtype), np.asarray(dlse).astype(self.dtype)
         # P as a backward recomputes it: from lse and from scores summed in another order.
         lse = self.lse.transpose(0, 2, 1)[..., None]
-        s, _ = self._scores(self.q[..., ::-1].copy(), self.k_n[..., ::-1].copy())
+        s, _ = self._scores(not self.reverse)
         p = np.exp(s - np.where(np.isneginf(lse), np.inf, lse))
         dp = np.einsum("btnm,bsnm->bnts", do, self.v_n) * self.drop
         shift = dlse.transpose(0, 2, 1)[..., None] - (p * dp).sum(-1, keepdims=True)

@@ -579,11 +579,13 @@ def _backward_step(tile: _Tile, rows, tile_start, state):
     if dropped is not None:
         kept_KQ = jnp.where(dropped, 0.0, p_KQ)
         dp_KQ = jnp.where(dropped, 0.0, dp_KQ * (1 / (1 - call.dropout_rate)))
-    ds_KQ = p_KQ * (dp_KQ - delta_Q[None])
+    # Where a pair is hidden its products may have overflowed: select, since 0 * Inf is NaN.
+    hidden_KQ = z_KQ == -jnp.inf if tile.masked else False
+    ds_KQ = jnp.where(hidden_KQ, 0.0, p_KQ * (dp_KQ - delta_Q[None]))
     if dbias is not None:
         dbias = _add_bias_gradient(tile, dbias, ds_KQ)
     if tanh_KQ is not None:
-        ds_KQ = ds_KQ * (call.softcap * (1 - tanh_KQ * tanh_KQ))
+        ds_KQ = jnp.where(hidden_KQ, 0.0, ds_KQ * (call.softcap * (1 - tanh_KQ * tanh_KQ)))
     offset = tile.k_start - tile_start
     dv_KM = _add_rows(dv_KM, _dot(kept_KQ, do_QM, (1, 0)), offset)
     dk_KH = _add_rows(dk_KH, _dot(ds_KQ, q_QH, (1, 0)), offset)
