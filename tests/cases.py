@@ -162,8 +162,8 @@ FACTORS_FAST = {
 }
 FACTORS_SLOW = {
     "lengths": [
-        (1, 1), (2, 1), (3, 7), (1, 130), (8, 8), (16, 16), (17, 33), (32, 31), (64, 64), (97, 130), (127, 128),
-        (239, 239),
+        (1, 1), (2, 1), (3, 7), (1, 130), (8, 8), (16, 16), (17, 33), (32, 31), (64, 64), (97, 130),
+        (127, 128), (127, 128), (239, 239),
     ],
     "mask": [None, *MASKS, "array BNTS", "array 11TS", "array B11S", "array N11"],
     "bias": [None, "alibi", "gate", *(f"array {shape}" for shape in ARRAY_SHAPES)],
