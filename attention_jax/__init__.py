@@ -2,15 +2,43 @@
 
 One alphabet, in names, einsums and annotations: B batch, T query length, S key length, N query heads, K kv
 heads, G = N/K, H head width, M value width, D model width, F feed-forward width, V vocabulary, C chunk,
-L layers. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
+L layers, R latent width, P rotary width. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
 """
 
 from attention_jax import biases, caches, masks, positions
 from attention_jax.biases import ALiBi, Bias
+from attention_jax.catalogue import catalogue
 from attention_jax.generate import Sampling
-from attention_jax.masks import Causal, Full, Mask, Sinks, SlidingWindow
-from attention_jax.mixers import Attention, AttentionConfig, Context, CrossAttentionConfig
-from attention_jax.model import LanguageModel, ModelConfig, apply, init_params
+from attention_jax.masks import (
+    BigBird,
+    BlockLocal,
+    Causal,
+    Chunked,
+    Dense,
+    Dilated,
+    Full,
+    Global,
+    Longformer,
+    Mask,
+    Predicate,
+    Prefix,
+    Sinks,
+    SlidingWindow,
+    Strided,
+)
+from attention_jax.mixers import (
+    Attention,
+    AttentionConfig,
+    Context,
+    CrossAttention,
+    CrossAttentionConfig,
+    DifferentialAttentionConfig,
+    ForgettingAttentionConfig,
+    GatedAttentionConfig,
+    LatentAttentionConfig,
+    make_mixer,
+)
+from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply, encode, init_params
 from attention_jax.ops.softmax import dot_product_attention, explain
 from attention_jax.positions import RoPE
 
@@ -19,23 +47,42 @@ __all__ = [
     "Attention",
     "AttentionConfig",
     "Bias",
+    "BigBird",
+    "BlockLocal",
     "Causal",
+    "Chunked",
     "Context",
+    "CrossAttention",
     "CrossAttentionConfig",
+    "Dense",
+    "DifferentialAttentionConfig",
+    "Dilated",
+    "EncoderConfig",
+    "ForgettingAttentionConfig",
     "Full",
+    "GatedAttentionConfig",
+    "Global",
     "LanguageModel",
+    "LatentAttentionConfig",
+    "Longformer",
     "Mask",
     "ModelConfig",
+    "Predicate",
+    "Prefix",
     "RoPE",
     "Sampling",
     "Sinks",
     "SlidingWindow",
+    "Strided",
     "apply",
     "biases",
     "caches",
+    "catalogue",
     "dot_product_attention",
+    "encode",
     "explain",
     "init_params",
+    "make_mixer",
     "masks",
     "positions",
 ]

@@ -6,16 +6,19 @@ block, call `score`, and differentiate that call, so a bias costs O(block) memor
 and its gradient is exact.
 
 ALiBi: Press et al. 2022, "Train Short, Test Long" (arXiv 2108.12409).
+T5's relative bias: Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (arXiv 1910.10683).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Axes(NamedTuple):
@@ -136,3 +139,102 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * (num_heads - power) + 1, 2)]
     return tuple(slopes)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5:
+    """A learned score per head and bucket of relative positions: T5's bias, as an option of a mixer."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    kind: Literal["t5"] = "t5"  #: the bias
+    buckets: int = 32  #: rows of each layer's table, even; bidirectional: half of them for later keys
+    max_distance: int = 128  #: all distances from here on share the last bucket
+    #: own buckets for keys after the query; null: where the mask, with a causal model's, may show such keys
+    bidirectional: bool | None = None
+
+    def __post_init__(self):
+        if self.buckets < 4 or self.buckets % 2:
+            raise ValueError(f"T5 buckets must be even and >= 4, got {self.buckets}")
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"T5 max_distance must exceed buckets / 2 = {self.buckets // 2}, got {self.max_distance}"
+            )
+
+    def over(self, causal: bool) -> T5:
+        """The same with `bidirectional` decided: by itself, else by whether all keys are past ones."""
+        known = not causal if self.bidirectional is None else self.bidirectional
+        return dataclasses.replace(self, bidirectional=known)
+
+    def of(self, table: Any) -> T5Bias:
+        """The bias that holds a table [buckets, N]."""
+        assert self.bidirectional is not None, "decide by `over` first"
+        return T5Bias(table, self.bidirectional, self.max_distance)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class T5Bias(Bias):
+    """table[bucket(q_pos - k_pos), head]; `table` is float [buckets, N].
+
+    With n buckets for a side and e = n // 2, distance d >= 0 falls into bucket d below e and into
+    e + floor(ln(d / e) / ln(max_distance / e) * (n - e)), at most n - 1, from there on. Keys after the query
+    have distance 0, or the second half of the buckets where `bidirectional`.
+    """
+
+    table: Any
+    bidirectional: bool = dataclasses.field(metadata={"static": True})
+    max_distance: int = dataclasses.field(metadata={"static": True}, default=128)
+
+    def check(self, sizes):
+        shape = self.table.shape
+        if len(shape) != 2 or shape[1] != sizes[1]:
+            raise ValueError(f"T5Bias table must be [buckets, {sizes[1]}], one column per head, got {shape}")
+        if not jnp.issubdtype(self.table.dtype, jnp.floating):
+            raise ValueError(f"T5Bias table must be floating point, got {self.table.dtype}")
+        side = shape[0] // 2 if self.bidirectional else shape[0]
+        if side < 2 or (self.bidirectional and shape[0] % 2):
+            need = "an even number >= 4" if self.bidirectional else ">= 2"
+            raise ValueError(f"T5Bias buckets must be {need}, got a table of {shape[0]}")
+        if self.max_distance <= side // 2:
+            raise ValueError(f"T5Bias max_distance must exceed {side // 2}, got {self.max_distance}")
+
+    def score(self, heads_N, q_pos_BT, k_pos_BS):
+        side = self.table.shape[0] // 2 if self.bidirectional else self.table.shape[0]
+        distance_BTS = q_pos_BT[:, :, None] - k_pos_BS[:, None, :]
+        past_BTS = jnp.abs(distance_BTS) if self.bidirectional else jnp.maximum(distance_BTS, 0)
+        nearest_BTS = jnp.minimum(past_BTS, self.max_distance)
+        bucket_BTS = jnp.asarray(_t5_buckets(side, self.max_distance)).at[nearest_BTS].get(mode="clip")
+        if self.bidirectional:
+            bucket_BTS = bucket_BTS + jnp.where(distance_BTS < 0, side, 0)
+        table_RN = jnp.take(self.table, heads_N, axis=1, mode="clip").astype(jnp.float32)
+        return jnp.swapaxes(table_RN.T.at[:, bucket_BTS].get(mode="clip"), 0, 1)
+
+
+def t5_boundaries(side: int, max_distance: int) -> tuple[int, ...]:
+    """The smallest distance of each of the buckets 1 .. side - 1 of one side, in ascending order.
+
+    Bucket e + i (e = side // 2) starts where (d / e)^(side - e) >= (max_distance / e)^i. Both sides are
+    integers once multiplied out, so that no rounding of a logarithm moves a distance across a boundary.
+    """
+    exact = side // 2
+    rest = side - exact
+
+    def reached(distance: int, i: int) -> bool:
+        return distance**rest * exact**i >= max_distance**i * exact**rest
+
+    starts = list(range(1, exact + 1))
+    for i in range(1, rest):
+        low, high = starts[-1], max_distance
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if reached(middle, i) else (middle + 1, high)
+        starts.append(low)
+    return tuple(starts)
+
+
+@functools.cache
+def _t5_buckets(side: int, max_distance: int) -> np.ndarray:
+    """The bucket of distances 0 .. max_distance, int32."""
+    starts = np.array(t5_boundaries(side, max_distance))
+    return np.searchsorted(starts, np.arange(max_distance + 1), side="right").astype(np.int32)

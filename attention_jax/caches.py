@@ -9,9 +9,11 @@ Attention reads positions, so a ring needs no rotation and left padding no case 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention_jax.masks import Mask
 
@@ -21,19 +23,37 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """k [B, slots, K, H], v [B, slots, K, M], positions int32 [B, slots]."""
+    """k [B, slots, K, H], v [B, slots, K, M], positions int32 [B, slots].
+
+    v is None where values are made from the keys (a latent cache). `extra` is a pytree of further
+    arrays [B, slots, ...] that belong to a key, or None.
+    """
 
     k_BSKH: jax.Array
-    v_BSKM: jax.Array
+    v_BSKM: jax.Array | None
     positions_BS: jax.Array
     capacity: int = dataclasses.field(metadata=_STATIC)
     pins: tuple[int, ...] = dataclasses.field(metadata=_STATIC, default=())
+    extra: Any = None
 
     @staticmethod
     def empty(
-        batch: int, capacity: int, kv_heads: int, head_dim: int, value_dim: int, *, mask: Mask, dtype
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None,
+        *,
+        mask: Mask,
+        dtype,
+        value_heads: int | None = None,
+        extra: Any = None,
     ) -> KVCache:
-        """A cache for positions 0 .. capacity-1 of `batch` rows, as small as `mask` allows."""
+        """A cache for positions 0 .. capacity-1 of `batch` rows, as small as `mask` allows.
+
+        value_dim: None keeps no values. value_heads: where they are not as many as `kv_heads`. extra: a
+        pytree of ShapeDtypeStructs, what each key keeps beside: shapes without batch and slot axes.
+        """
         if capacity < 1:
             raise ValueError(f"cache capacity must be >= 1, got {capacity}")
         lookback, pins = mask.retention()
@@ -41,12 +61,16 @@ class KVCache:
         if lookback is None or lookback + len(pins) >= capacity:
             lookback, pins = capacity, ()
         slots = max(lookback, 1) + len(pins)
+        values = None
+        if value_dim is not None:
+            values = jnp.zeros((batch, slots, value_heads or kv_heads, value_dim), dtype)
         return KVCache(
             jnp.zeros((batch, slots, kv_heads, head_dim), dtype),
-            jnp.zeros((batch, slots, kv_heads, value_dim), dtype),
+            values,
             jnp.full((batch, slots), -1, jnp.int32),
             capacity,
             pins,
+            jax.tree.map(lambda x: jnp.zeros((batch, slots, *x.shape), x.dtype), extra),
         )
 
     @property
@@ -59,7 +83,9 @@ class KVCache:
         """The ring is shorter than the capacity, so new keys may overwrite old ones."""
         return self.ring < self.capacity
 
-    def append(self, k_BTKH: jax.Array, v_BTKM: jax.Array, positions_BT: jax.Array) -> KVCache:
+    def append(
+        self, k_BTKH: jax.Array, v_BTKM: jax.Array | None, positions_BT: jax.Array, extra: Any = None
+    ) -> KVCache:
         """The cache with the tokens at positions_BT written; positions < 0 are left out.
 
         Of tokens that share a ring slot only the newest is written. Positions must lie below the
@@ -68,13 +94,36 @@ class KVCache:
         """
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         slots_BT = self._slots(positions_BT)
-        # Slots out of range are dropped by the scatter: the one place where that is what we want.
-        write = {"mode": "drop", "unique_indices": False}
+
+        def write(held: jax.Array, new: jax.Array) -> jax.Array:
+            # Slots out of range are dropped by the scatter: the one place where that is what we want.
+            return held.at[rows_B1, slots_BT].set(new.astype(held.dtype), mode="drop")
+
         return dataclasses.replace(
             self,
-            k_BSKH=self.k_BSKH.at[rows_B1, slots_BT].set(k_BTKH.astype(self.k_BSKH.dtype), **write),
-            v_BSKM=self.v_BSKM.at[rows_B1, slots_BT].set(v_BTKM.astype(self.v_BSKM.dtype), **write),
-            positions_BS=self.positions_BS.at[rows_B1, slots_BT].set(positions_BT, **write),
+            k_BSKH=write(self.k_BSKH, k_BTKH),
+            v_BSKM=None if self.v_BSKM is None else write(self.v_BSKM, v_BTKM),
+            positions_BS=write(self.positions_BS, positions_BT),
+            extra=jax.tree.map(write, self.extra, extra),
+        )
+
+    def beside(
+        self, k_BTKH: jax.Array, v_BTKM: jax.Array | None, positions_BT: jax.Array, extra: Any = None
+    ) -> KVCache:
+        """What several new tokens attend to where appending would overwrite what the first of them see.
+
+        The old slots and the new tokens side by side; only to be read, never to be appended to.
+        """
+
+        def join(held: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.concatenate([held, new.astype(held.dtype)], axis=1)
+
+        return dataclasses.replace(
+            self,
+            k_BSKH=join(self.k_BSKH, k_BTKH),
+            v_BSKM=None if self.v_BSKM is None else join(self.v_BSKM, v_BTKM),
+            positions_BS=join(self.positions_BS, positions_BT),
+            extra=jax.tree.map(join, self.extra, extra),
         )
 
     def overflow(self, positions_BT: jax.Array) -> jax.Array:
@@ -88,8 +137,10 @@ class KVCache:
         slots_BT = len(self.pins) + positions_BT % self.ring
         written = (positions_BT >= 0) & (positions_BT > newest_B1 - self.ring)
         slots_BT = jnp.where(written, slots_BT, self.positions_BS.shape[1])
-        for index, pin in enumerate(self.pins):
-            slots_BT = jnp.where(positions_BT == pin, index, slots_BT)
+        if self.pins:
+            pins = np.array(self.pins, np.int32)
+            index_BT = jnp.minimum(jnp.searchsorted(pins, positions_BT), pins.size - 1)
+            slots_BT = jnp.where(jnp.asarray(pins)[index_BT] == positions_BT, index_BT, slots_BT)
         return jnp.where(fits_BT, slots_BT, self.positions_BS.shape[1])
 
 

@@ -58,6 +58,7 @@ def generate(
     eos_id: int | None = None,
     request_ids: Sequence[int] | None = None,
     capacity: int | None = None,
+    sources: Sequence[Sequence[int] | np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """The new tokens of each prompt, up to and without `eos_id`, int32.
 
@@ -66,6 +67,7 @@ def generate(
       key: a jax PRNG key; needed unless the temperature is 0.
       request_ids: what tells the requests' randomness apart; 0, 1, 2, ... by default.
       capacity: positions the state holds a row; by default what prompt and new tokens need.
+      sources: for a model with an encoder, the token ids each request's `cross` mixers attend to.
 
     Raises:
       ValueError, before compiling: an empty prompt, an id outside the vocabulary, prompt and new tokens
@@ -74,7 +76,8 @@ def generate(
     pieces = list(
         stream(
             config, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, key=key,
-            eos_id=eos_id, request_ids=request_ids, capacity=capacity, chunk=max_new_tokens,
+            eos_id=eos_id, request_ids=request_ids, capacity=capacity, sources=sources,
+            chunk=max_new_tokens,
         )
     )  # fmt: skip
     return [np.concatenate(rows) for rows in zip(*pieces, strict=True)]
@@ -91,6 +94,7 @@ def stream(
     eos_id: int | None = None,
     request_ids: Sequence[int] | None = None,
     capacity: int | None = None,
+    sources: Sequence[Sequence[int] | np.ndarray] | None = None,
     chunk: int = 8,
 ) -> Iterator[list[np.ndarray]]:
     """`generate`, a few tokens at a time: yields the next tokens (at most `chunk`) of each request."""
@@ -105,10 +109,11 @@ def stream(
     ids = np.arange(len(prompts)) if request_ids is None else np.asarray(request_ids)
     if ids.shape != (len(prompts),):
         raise ValueError(f"request_ids must name each of {len(prompts)} prompts once, got {ids.shape}")
+    source = _sources(config, sources, len(prompts))
     tokens_BT, positions_BT = _left_padded(prompts, capacity)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(ids)
     width = -(-max_new_tokens // _BUCKET) * _BUCKET
-    carry = _prefill(config, capacity, width, params, tokens_BT, positions_BT)
+    carry = _prefill(config, capacity, width, params, tokens_BT, positions_BT, source)
     eos = jnp.int32(-1 if eos_id is None else eos_id)
 
     def produce(carry):
@@ -125,16 +130,45 @@ def stream(
     return produce(carry)
 
 
-def _checked_prompt(config: ModelConfig, index: int, prompt: Any) -> np.ndarray:
+def _checked_prompt(config: ModelConfig, index: int, prompt: Any, what: str = "prompt") -> np.ndarray:
     prompt = np.asarray(prompt)
     if prompt.ndim != 1 or prompt.size == 0:
-        raise ValueError(f"prompt {index} must be a non-empty list of token ids, got shape {prompt.shape}")
+        raise ValueError(f"{what} {index} must be a non-empty list of token ids, got shape {prompt.shape}")
     if not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(f"prompt {index} must hold integer token ids, got {prompt.dtype}")
+        raise ValueError(f"{what} {index} must hold integer token ids, got {prompt.dtype}")
     outside = prompt[(prompt < 0) | (prompt >= config.vocab_size)]
     if outside.size:
-        raise ValueError(f"prompt {index}: token id {outside[0]} is outside 0..{config.vocab_size - 1}")
+        raise ValueError(f"{what} {index}: token id {outside[0]} is outside 0..{config.vocab_size - 1}")
+    if what == "prompt" and prompt.size < config.prefix:
+        # Tokens drawn inside the prefix would have to be seen by those before them.
+        raise ValueError(
+            f"prompt {index} has {prompt.size} tokens, fewer than the prefix of {config.prefix} that every "
+            "token sees; give a longer prompt"
+        )
     return prompt.astype(np.int32)
+
+
+def _sources(config: ModelConfig, sources: Any, requests: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Source tokens and positions [B, S], right-padded with positions -1; None without an encoder."""
+    if (sources is None) != (config.encoder is None):
+        state = "needs sources, one per prompt" if sources is None else "takes no sources"
+        raise ValueError(f"a model {'without' if config.encoder is None else 'with'} an encoder {state}")
+    if sources is None:
+        return None
+    rows = [_checked_prompt(config, index, source, "source") for index, source in enumerate(sources)]
+    if len(rows) != requests:
+        raise ValueError(f"{len(rows)} sources for {requests} prompts; give one each")
+    S = -(-max(map(len, rows)) // _BUCKET) * _BUCKET
+    if config.max_positions is not None:
+        S = min(S, config.max_positions)
+        if max(map(len, rows)) > S:
+            raise ValueError(f"a source of {max(map(len, rows))} tokens exceeds the {S} learned positions")
+    tokens_BS = np.zeros((requests, S), np.int32)
+    positions_BS = np.full((requests, S), -1, np.int32)
+    for row, source in enumerate(rows):
+        tokens_BS[row, : len(source)] = source
+        positions_BS[row, : len(source)] = np.arange(len(source))
+    return tokens_BS, positions_BS
 
 
 def _capacity(config: ModelConfig, longest: int, new: int, capacity: int | None) -> int:
@@ -161,11 +195,13 @@ def _left_padded(prompts: list[np.ndarray], capacity: int) -> tuple[np.ndarray, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, positions_BT) -> dict:
+def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, positions_BT, source) -> dict:
     model, B = bind(config, params), tokens_BT.shape[0]
-    x_BTD, state = model.hidden(
-        tokens_BT, model.init_state(B, capacity), ctx=Context(positions_BT=positions_BT)
-    )
+    memory = None
+    if source is not None:
+        memory = (model.encode(source[0], ctx=Context(positions_BT=source[1])), source[1])
+    state = model.init_state(B, capacity, memory=memory)
+    x_BTD, state = model.hidden(tokens_BT, state, ctx=Context(positions_BT=positions_BT))
     return {
         "state": state,
         "logits": model.logits(x_BTD[:, -1]),

@@ -18,6 +18,7 @@ def linear(
     use_bias: bool = False,
     dtype=jnp.float32,
     kernel_init,
+    bias_init=nnx.initializers.zeros_init(),  # noqa: B008 (a function)
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """y = x W (+ b) over the last axis, float32 parameters, computed in `dtype`."""
@@ -27,6 +28,7 @@ def linear(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,
+        bias_init=bias_init,
         dot_general=_flat_dot_general,
         rngs=rngs,
     )

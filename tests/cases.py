@@ -15,7 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.biases import Axes, Bias
-from attention_jax.masks import Causal, Full, Mask, Sinks, SlidingWindow
+from attention_jax.masks import (
+    BigBird,
+    BlockLocal,
+    Causal,
+    Chunked,
+    Dense,
+    Dilated,
+    Full,
+    Global,
+    Longformer,
+    Mask,
+    Predicate,
+    Prefix,
+    RandomBlocks,
+    Sinks,
+    SlidingWindow,
+    Strided,
+)
 from tests.reference import masks as truth
 
 IMPLEMENTATIONS = ("reference", "chunked")
@@ -46,6 +63,16 @@ def _leaf(mask: Mask, formula: Callable) -> MaskCase:
     return MaskCase(mask, formula, exact=True, leaf=True)
 
 
+_SOME = np.random.default_rng(0).random((13, 11)) < 0.6
+_SOME[3:7, 2:9] = True  # a rectangle that is full
+_SOME[8:, :5] = False
+_MANY = tuple(range(1, 260, 2))
+
+
+def _same_parity(q, k):
+    return (q + k) % 2 == 0
+
+
 LEAVES = {
     "full": _leaf(Full(), truth.full),
     "causal": _leaf(Causal(), truth.causal),
@@ -54,6 +81,20 @@ LEAVES = {
     "window 7 right 4": _leaf(SlidingWindow(7, 4), truth.sliding_window(7, 4)),
     "window 1 right 20": _leaf(SlidingWindow(1, right=20), truth.sliding_window(1, 20)),
     "sinks 3": _leaf(Sinks(3), truth.sinks(3)),
+    "dilated": _leaf(Dilated(3, 4), truth.dilated(3, 4)),
+    "dilated 1": _leaf(Dilated(5, 1), truth.dilated(5, 1)),
+    "strided": _leaf(Strided(5), truth.strided(5)),
+    "strided 2": _leaf(Strided(2), truth.strided(2)),
+    "chunked": _leaf(Chunked(6), truth.chunked(6)),
+    "block local": _leaf(BlockLocal(4), truth.block_local(4, 1)),
+    "own block": _leaf(BlockLocal(3, 0), truth.block_local(3, 0)),
+    "global": _leaf(Global((0, 7, 8, 9)), truth.named((0, 7, 8, 9))),
+    "global many": _leaf(Global(_MANY), truth.named(_MANY)),
+    "prefix 6": _leaf(Prefix(6), truth.prefix(6)),
+    "dense": _leaf(Dense(_SOME), truth.array(_SOME)),
+    # Exact where positions are NumPy; while tracing, for rectangles of one block.
+    "random blocks": MaskCase(RandomBlocks(2, 2, 3, 1, 1), truth.random_blocks(2, 2, 3, 1, 1), leaf=True),
+    "predicate": MaskCase(Predicate(_same_parity), _same_parity, leaf=True),
 }
 
 MASKS = LEAVES | {
@@ -72,6 +113,16 @@ MASKS = LEAVES | {
     "not all of both": MaskCase(
         ~(Sinks(5) & (Causal() | SlidingWindow(2, 30))),
         truth.negated(truth.both(truth.sinks(5), truth.either(truth.causal, truth.sliding_window(2, 30)))),
+    ),
+    "prefix lm": MaskCase(Prefix(6) | Causal(), truth.either(truth.prefix(6), truth.causal)),
+    "longformer": MaskCase(Longformer(8, (0, 20)), truth.longformer(8, (0, 20))),
+    "bigbird": MaskCase(BigBird(4, 3, 1, 2, 5), truth.bigbird(4, 3, 1, 2, 5)),
+    "causal bigbird": MaskCase(
+        BigBird(2, 3, 1, 2) & Causal(), truth.both(truth.bigbird(2, 3, 1, 2, 0), truth.causal)
+    ),
+    "strided window": MaskCase(
+        (SlidingWindow(4) | Strided(7)) & Causal(),
+        truth.both(truth.either(truth.sliding_window(4), truth.strided(7)), truth.causal),
     ),
     "nothing": MaskCase(Causal() & ~Causal(), lambda q, k: ~truth.full(q, k)),
     "odd past": MaskCase(Odd() & Causal(), truth.both(lambda q, k: (q - k) % 2 == 1, truth.causal)),

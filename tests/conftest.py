@@ -1,4 +1,4 @@
-"""Numeric tests compare with float64: matrix products run in full precision on every platform."""
+"""How tests run: a core per worker, quick compilation, full precision of matrix products everywhere."""
 
 import os
 
@@ -8,6 +8,11 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
-import jax
+# Nearly all time goes into compiling programs that run once. LLVM's optimisations make that two to four
+# times longer; XLA's own passes stay on. Tests of what users run ask for them again (tests.problems.USERS).
+_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+
+import jax  # noqa: E402 (after the environment it reads)
 
 jax.config.update("jax_default_matmul_precision", "highest")

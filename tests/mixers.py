@@ -5,9 +5,19 @@ from collections.abc import Callable
 
 import numpy as np
 
+from attention_jax.biases import T5
 from attention_jax.masks import Causal, Full, Mask, Sinks, SlidingWindow
-from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig
-from attention_jax.positions import RoPE
+from attention_jax.mixers import (
+    AttentionConfig,
+    CrossAttentionConfig,
+    DifferentialAttentionConfig,
+    ForgettingAttentionConfig,
+    GatedAttentionConfig,
+    LatentAttentionConfig,
+    MixerConfig,
+)
+from attention_jax.positions import RoPE, Temperature, XPos, YaRN
+from tests.reference import variants
 from tests.reference.attention import attention_mixer
 
 D_MODEL = 32
@@ -23,14 +33,16 @@ class MixerCase:
     reference: Callable
 
 
-def _softmax(mask: Mask = Causal(), alibi=None, **options) -> MixerCase:  # noqa: B008 (frozen)
-    config = AttentionConfig(mask=mask, bias="alibi" if alibi else None, **options)
-    names = ("rope", "qk_norm", "softcap", "scale")
+def _softmax(mask: Mask = Causal(), alibi=None, t5=None, **options) -> MixerCase:  # noqa: B008 (frozen)
+    config = AttentionConfig(mask=mask, bias="alibi" if alibi else t5, **options)
+    names = ("rope", "qk_norm", "softcap", "scale", "temperature")
+    if t5 is not None:
+        t5 = {"buckets": t5.buckets, "max_distance": t5.max_distance, "bidirectional": mask == Full()}
 
     def reference(params, x, keep):
         return attention_mixer(
             params, x, heads=config.num_heads, kv_heads=config.num_kv_heads or config.num_heads, keep=keep,
-            alibi=alibi, **{name: getattr(config, name) for name in names},
+            alibi=alibi, t5=t5, **{name: getattr(config, name) for name in names},
         )  # fmt: skip
 
     return MixerCase(config, reference)
@@ -48,19 +60,73 @@ MIXERS = {
     "qk-rms-softcap": _softmax(qk_norm="rms", softcap=2.0, rope=RoPE()),
     "qk-l2-scale-sinks": _softmax(qk_norm="l2", scale=0.7, sinks=True, num_kv_heads=2),
     "wide-heads": _softmax(num_heads=2, head_dim=24, rope=RoPE(width=16)),
+    "yarn-temperature": _softmax(
+        rope=RoPE(50.0, scaling=YaRN(factor=4.0, original_length=64, beta_fast=10.0, truncate=False)),
+        temperature=Temperature(floor=4, scale=0.5),
+    ),
+    "xpos": _softmax(rope=RoPE(xpos=XPos(scale_base=16.0, centre=5))),
+    "t5-gqa": _softmax(t5=T5(buckets=8, max_distance=14), num_kv_heads=2),
 }
+
+
+def _variant(formula: Callable, config: MixerConfig, *names: str, **given) -> MixerCase:
+    """A row whose reference takes the config's fields of these names."""
+    options = {name: getattr(config, name) for name in names} | given
+    return MixerCase(
+        config, lambda params, x, keep: formula(params, x, keep, heads=config.num_heads, **options)
+    )
+
+
+MIXERS |= {
+    "gated": _variant(
+        variants.gated,
+        GatedAttentionConfig(num_kv_heads=2, rope=RoPE(), mask=Causal()),
+        "gate", "rope", kv_heads=2,
+    ),
+    "gated-headwise-window": _variant(
+        variants.gated,
+        GatedAttentionConfig(gate="headwise", qk_norm="rms", mask=SlidingWindow(5), use_bias=True),
+        "gate", "qk_norm", kv_heads=4,
+    ),
+    "forgetting": _variant(
+        variants.forgetting,
+        ForgettingAttentionConfig(num_kv_heads=2, mask=Causal(), gate_bias=1.0),
+        kv_heads=2,
+    ),
+    "forgetting-window": _variant(
+        variants.forgetting, ForgettingAttentionConfig(mask=SlidingWindow(6)), kv_heads=4
+    ),
+    "differential": _variant(
+        variants.differential,
+        DifferentialAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(), mask=Causal()),
+        "lambda_init", "rope", kv_heads=2,
+    ),
+    "mla": _variant(
+        variants.latent,
+        LatentAttentionConfig(latent_dim=12, head_dim=8, rotary_dim=4, value_dim=6, mask=Causal()),
+        "head_dim", "rotary_dim", "rope",
+    ),
+    "mla-window-query-latent": _variant(
+        variants.latent,
+        LatentAttentionConfig(
+            latent_dim=10, query_latent_dim=9, head_dim=6, rotary_dim=0, mask=SlidingWindow(5)
+        ),
+        "head_dim", "rotary_dim", "rope",
+    ),
+}  # fmt: skip
 
 TWO_SIDED = {
     "full": _softmax(Full(), rope=RoPE()),
     "window-both": _softmax(SlidingWindow(4, right=3)),
+    "t5-both": _softmax(Full(), t5=T5(buckets=8, max_distance=14)),
 }
 
 
 def cross_reference(params, x, memory, keep):
-    return attention_mixer(params, x, memory, heads=4, kv_heads=2, keep=keep)
+    return attention_mixer(params, x, memory, heads=4, kv_heads=2, keep=keep, rope=CROSS.rope)
 
 
-CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2)
+CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(xpos=XPos(scale_base=16.0)))
 
 
 def dense(mask: Mask, T: int, S: int | None = None) -> np.ndarray:

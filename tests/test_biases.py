@@ -1,6 +1,8 @@
-"""ALiBi against the published slopes; slicing of bias leaves against its transpose."""
+"""ALiBi against the published slopes, T5's buckets against its formula; slices of leaves."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,21 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.biases import ALiBi, ArrayBias, add_to_slices, alibi_slopes, slice_leaves
-from attention_jax.ops.softmax import dot_product_attention, explain
+from attention_jax.biases import (
+    T5,
+    ALiBi,
+    ArrayBias,
+    T5Bias,
+    add_to_slices,
+    alibi_slopes,
+    slice_leaves,
+    t5_boundaries,
+)
+from attention_jax.ops.softmax import chunked, dot_product_attention, explain
 from tests.cases import Gate
-from tests.reference.positions import ALIBI_SLOPES
+from tests.problems import QUICK
+from tests.reference import softmax as truth
+from tests.reference.positions import ALIBI_SLOPES, t5_bucket
 
 
 @pytest.mark.parametrize("heads", ALIBI_SLOPES)
@@ -43,6 +56,112 @@ def test_alibi_of_a_decoded_token_is_not_zero():
 def test_alibi_needs_heads(heads):
     with pytest.raises(ValueError, match=f"num_heads must be >= 1, got {heads}"):
         ALiBi(heads)
+
+
+def test_t5_boundaries_of_the_published_setting():
+    """32 buckets up to 128: bucket 16 + 16/3 log2(d / 16) or, of two sides, 8 + 2 log2(d / 8)."""
+    coarse = (19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113)
+    assert t5_boundaries(32, 128) == (*range(1, 17), *coarse)
+    # sqrt(2), 2, 2 sqrt(2), ... times 8; 16, 32 and 64 are reached exactly.
+    assert t5_boundaries(16, 128) == (*range(1, 9), 12, 16, 23, 32, 46, 64, 91)
+
+
+@pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 14), (4, 3), (64, 10_000), (6, 1000)])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_t5_buckets_follow_the_published_formula(buckets, max_distance, bidirectional):
+    table = np.arange(buckets, dtype=np.float32)[:, None] * [1, 100]
+    bias = T5Bias(jnp.asarray(table, jnp.float32), bidirectional, max_distance)
+    farthest = min(2 * max_distance, 3000)
+    q, k = np.array([[farthest]]), np.arange(2 * farthest)[None]
+    found = np.asarray(bias.score(jnp.array([1]), q, k))
+    assert found.shape == (1, 1, 1, 2 * farthest) and found.dtype == np.float32
+    options = {"bidirectional": bidirectional, "buckets": buckets, "max_distance": max_distance}
+    wanted = [t5_bucket(int(j) - farthest, **options) for j in k[0]]
+    differ = np.flatnonzero(found[0, 0, 0] != 100 * np.array(wanted))
+    # The formula's logarithms may fall short of a whole number where the distance reaches it exactly.
+    side = buckets // 2 if bidirectional else buckets
+    exact, rest = side // 2, side - side // 2
+    for d in (abs(int(j) - farthest) for j in differ):
+        assert any(d**rest * exact**i == max_distance**i * exact**rest for i in range(rest)), d
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional, monkeypatch):
+    """Shuffled positions, grouped heads, several tiles, empty slots."""
+    monkeypatch.setattr(chunked, "_Q_BLOCK", 16)
+    monkeypatch.setattr(chunked, "_KEY_UNIT", 8)
+    rng = np.random.default_rng(0)
+    B, T, S, N, K, H = 2, 21, 35, 4, 2, 8
+    q, do = (rng.normal(size=(B, T, N, H)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(B, S, K, H)).astype(np.float32) for _ in range(2))
+    table = rng.normal(size=(8, N)).astype(np.float32)
+    q_pos, k_pos = (rng.permuted(np.tile(np.arange(n) + lo, (B, 1)), axis=1) for n, lo in ((T, 20), (S, -1)))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(table):
+        def attend(table):
+            bias = T5Bias(table, bidirectional, 14)
+            return dot_product_attention(q, k, v, bias=bias, q_positions=q_pos, k_positions=k_pos, impl=impl)
+
+        out, vjp = jax.vjp(attend, table)
+        return out, vjp(do)[0]
+
+    options = {"bidirectional": bidirectional, "buckets": 8, "max_distance": 14}
+    difference = k_pos[:, None, :] - q_pos[:, :, None]
+    bucket = np.vectorize(lambda d: t5_bucket(int(d), **options))(difference)
+    keep = np.broadcast_to((k_pos >= 0)[:, None, None], (B, N, T, S))
+    exact = truth.Attention(q, k, v, keep, H**-0.5, bias=table.astype(float)[bucket].transpose(0, 3, 1, 2))
+    ds = exact.backward(do, np.zeros((B, T, N)))["bias"]
+    gradient = [[ds[:, n][bucket == row].sum() for n in range(N)] for row in range(8)]
+    out, found = run(table)
+    assert_allclose(out, exact.out, rtol=1e-5, atol=1e-5)
+    assert_allclose(found, gradient, rtol=1e-5, atol=1e-5)
+    assert (np.abs(gradient) > 1e-3).sum() > 20
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"buckets": 3}, "T5 buckets must be even and >= 4, got 3"),
+        ({"buckets": 2}, "T5 buckets must be even and >= 4, got 2"),
+        ({"max_distance": 16}, "T5 max_distance must exceed buckets / 2 = 16, got 16"),
+    ],
+)
+def test_t5_refuses(arguments, message):
+    with pytest.raises(ValueError) as error:
+        T5(**arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, bidirectional, max_distance, message",
+    [
+        (
+            (32, 3),
+            float,
+            False,
+            128,
+            r"T5Bias table must be \[buckets, 4\], one column per head, got \(32, 3\)",
+        ),
+        ((32,), float, False, 128, r"T5Bias table must be \[buckets, 4\]"),
+        ((32, 4), int, False, 128, "T5Bias table must be floating point, got int32"),
+        ((6, 4), float, True, 128, None),
+        ((7, 4), float, False, 128, None),
+        ((7, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table of 7"),
+        ((2, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table of 2"),
+        ((1, 4), float, False, 128, "T5Bias buckets must be >= 2, got a table of 1"),
+        ((32, 4), float, False, 16, "T5Bias max_distance must exceed 16, got 16"),
+    ],
+)
+def test_t5_tables_that_do_not_fit(shape, dtype, bidirectional, max_distance, message):
+    bias = T5Bias(jnp.zeros(shape, dtype), bidirectional, max_distance)
+    q = jnp.zeros((1, 5, 4, 8))
+    if message is None:
+        assert explain(q, q, q, bias=bias).chosen
+        return
+    with pytest.raises(ValueError, match=message):
+        explain(q, q, q, bias=bias)
 
 
 def _gate(rng, B=3, N=4, T=10, S=12):

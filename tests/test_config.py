@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention_jax.biases import T5
 from attention_jax.masks import SlidingWindow
 from attention_jax.mixers import AttentionConfig, MixerConfig
 from attention_jax.model import ModelConfig
-from attention_jax.positions import RoPE
+from attention_jax.positions import Llama3, LongRoPE, RoPE, Temperature, XPos, YaRN
 from train import cli, config, plain_yaml
 from train import help as help_lib
 from train import keys as keys_lib
@@ -57,6 +59,35 @@ def test_values_reach_their_fields(load):
     assert run.checkpoint.keep_best is False
 
 
+_LISTS = "short_factor: [1, 2e0], long_factor: [3, 4], original_length: 8, length: 9"
+_LONG = RoPE(
+    width=4,
+    scaling=LongRoPE(short_factor=(1.0, 2.0), long_factor=(3.0, 4.0), original_length=8, length=9),
+)
+
+
+@pytest.mark.parametrize(
+    "written, value",
+    [
+        ("rope: {theta: 5e5, scaling: {kind: llama3}}", {"rope": RoPE(5e5, scaling=Llama3())}),
+        (f"rope: {{width: 4, scaling: {{kind: longrope, {_LISTS}}}}}", {"rope": _LONG}),
+        ("rope: {xpos: {centre: 100}}", {"rope": RoPE(xpos=XPos(centre=100))}),
+        ("temperature: {floor: 64}", {"temperature": Temperature(64)}),
+        ("bias: t5", {"bias": T5()}),
+        ("bias: {kind: t5, buckets: 16}", {"bias": T5(buckets=16)}),
+        ("bias: alibi", {"bias": "alibi"}),
+    ],
+)
+def test_options_that_are_sections_of_several_kinds(load, written, value):
+    run = load(f"model: {{mixers: [{{kind: softmax, {written}}}]}}")
+    assert run.model.mixers == (AttentionConfig(**value),)
+    assert config.from_dict(config.to_dict(run)) == run
+
+
+def _mixer(options: str) -> str:
+    return f"model: {{mixers: [{{kind: softmax, {options}}}]}}"
+
+
 REFUSED = [
     # (YAML, words the one-line message must hold)
     ("optimzer: {}", ["unknown key optimzer", "optimizer?"]),
@@ -65,6 +96,19 @@ REFUSED = [
     ("num_heads: 1", ["unknown key num_heads", "model.mixers.0.num_heads?"]),
     ("xyzzy: 1", ["unknown key xyzzy", "the nearest is "]),
     ("model: {mixers: [{kind: softmax, rope: {teta: 1}}]}", ["unknown key model.mixers.0.rope.teta", "a?"]),
+    (_mixer("rope: {scaling: {factor: 8}}"), ["rope.scaling.kind is missing; there are: linear, "]),
+    (_mixer("rope: {scaling: {kind: llama4}}"), ["model.mixers.0.rope.scaling.kind: there is no 'llama4'"]),
+    (_mixer("rope: {scaling: {kind: yarn, factr: 8}}"), ["unknown key", "rope.scaling.factor?"]),
+    (_mixer("rope: {scaling: {kind: yarn, factor: 8}}"), ["rope.scaling.original_length is missing"]),
+    (_mixer("rope: {scaling: {kind: linear, factor: .5}}"), ["rope.scaling: LinearScaling factor must be"]),
+    (_mixer("rope: {scaling: yarn}"), ["rope.scaling: expected a mapping of keys or null, got 'yarn'"]),
+    (_mixer("rope: {xpos: {scale_base: x}}"), ["mixers.0.rope.xpos.scale_base: expected a number, got 'x'"]),
+    (_mixer("bias: t6"), ['bias: expected "alibi" or "t5" or a mapping of keys or null, got', "'t6'"]),
+    (_mixer("bias: {buckets: 8}"), ["model.mixers.0.bias.kind is missing; there are: t5"]),
+    (_mixer("bias: {kind: t5, buckets: x}"), ["model.mixers.0.bias.buckets: expected an integer, got 'x'"]),
+    (_mixer("bias: {kind: t5, buckets: 15}"), ["bias: T5 buckets must be even and >= 4, got 15"]),
+    (_mixer("temperature: {floor: 0}"), ["temperature: Temperature floor must be >= 1, got 0"]),
+    ("model: {sinusoidal: true, max_positions: 256}", ["model.sinusoidal and max_positions 256 both add"]),
     ("steps: 1\nseed: 1\nsteps: 2", ["tiny.yaml:3: duplicate key 'steps'"]),
     ("model:\n  d_model: 4\n  d_model: 4", ["tiny.yaml:3: duplicate key 'd_model'"]),
     ("steps: true", ["steps: expected an integer, got true"]),
@@ -170,6 +214,19 @@ def test_an_override_inside_a_default_keeps_the_rest_of_it(load):
     )
 
 
+def test_an_override_may_choose_a_kind_where_none_is_chosen(load):
+    at = "model.mixers.0.rope.scaling"
+    run = load(
+        "", f"{at}.kind=yarn", f"{at}.factor=4", f"{at}.original_length=64", "model.mixers.0.bias.kind=t5"
+    )
+    (mixer,) = run.model.mixers
+    assert (mixer.rope.scaling, mixer.bias) == (YaRN(factor=4.0, original_length=64), T5())
+    with pytest.raises(ConfigError, match=f"{at}.kind is missing; there are: linear, "):
+        load("", f"{at}.factor=4")
+    with pytest.raises(ConfigError, match=f"{at}.kind: there is no 'yarm'; there are: linear, "):
+        load("", f"{at}.kind=yarm")
+
+
 @pytest.mark.parametrize(
     "written, value",
     [("*.txt", "*.txt"), ("a: b", "a: b"), ("x ", "x "), ("null", None), ("'null'", "null"), ("010", "010"),
@@ -271,8 +328,9 @@ def test_every_key_has_a_meaning_a_type_and_a_default():
 def test_help_shows_every_key_and_kind_within_100_columns():
     text = help_lib.help_text()
     assert max(map(len, text.splitlines())) <= help_lib.WIDTH
-    for key in help_lib.keys():
-        assert key.path in text
+    for key in help_lib.keys():  # a section met a second time refers to the first
+        assert key.path in text or re.search(rf"\.{key.path.rpartition('.')[2]} ", text)
+    assert "with the keys of model.mixers.N.rope above" in text
     for cls in typing.get_args(MixerConfig):
         assert f"kind: {keys_lib.kind_of(cls)}" in text
 

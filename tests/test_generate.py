@@ -9,9 +9,10 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from attention_jax.generate import Sampling, generate, sample, stream
-from attention_jax.mixers import AttentionConfig
-from attention_jax.model import ModelConfig, apply, init_params
+from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
+from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
 from attention_jax.positions import RoPE
+from tests.params import random_params
 
 GREEDY = Sampling(temperature=0)
 
@@ -20,7 +21,7 @@ def model(*mixers, **options):
     config = ModelConfig(
         vocab_size=61, d_model=32, num_layers=max(2, len(mixers)), mixers=mixers, init_std=0.3, **options
     )
-    return config, init_params(config, jax.random.key(0))
+    return config, random_params(config)
 
 
 MODELS = {
@@ -48,6 +49,61 @@ def test_greedy_equals_the_uncached_argmax_for_256_tokens(name):
         padded = jnp.pad(whole, (0, 275 - len(whole)))[None]
         expected = np.argmax(logits(padded)[0], -1)[len(prompt) - 1 : len(whole) - 1]
         assert_array_equal(tokens, expected)
+
+
+SEQ2SEQ = {
+    "mixers": (AttentionConfig(num_heads=4, rope=RoPE()), CrossAttentionConfig(num_heads=4, num_kv_heads=2)),
+    "encoder": EncoderConfig(num_layers=1, mixers=(AttentionConfig(num_heads=2, rope=RoPE()),)),
+}
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scan"])
+def test_greedy_from_a_source_equals_the_uncached_argmax(layers):
+    config, params = model(*SEQ2SEQ["mixers"], encoder=SEQ2SEQ["encoder"], layers=layers)
+    sources, prompts = [np.arange(9), np.arange(20, 51)], [[1], [4, 5, 6]]
+    new = generate(config, params, prompts, sources=sources, max_new_tokens=24, sampling=GREEDY)
+
+    @jax.jit
+    def logits(tokens, source, positions):
+        memory = encode(config, params, source, positions)
+        ctx = Context(memory_BSD=memory, memory_positions_BS=positions)
+        return apply(config, params, tokens, ctx=ctx)[0]
+
+    for source, prompt, tokens in zip(sources, prompts, new, strict=True):
+        whole = jnp.concatenate([jnp.array(prompt), tokens])
+        # Whatever an invalid source slot holds, it is not read.
+        padded = jnp.full((1, 40), 60).at[0, : len(source)].set(source)
+        positions = jnp.full((1, 40), -1).at[0, : len(source)].set(jnp.arange(len(source)))
+        out = logits(jnp.pad(whole, (0, 27 - len(whole)))[None], padded, positions)
+        expected = np.argmax(out[0], -1)[len(prompt) - 1 : len(whole) - 1]
+        assert_array_equal(tokens, expected)
+    other = generate(config, params, prompts, sources=sources[::-1], max_new_tokens=24, sampling=GREEDY)
+    assert (other[0] != new[0]).any()
+
+
+def test_sources_and_prefixes_are_checked(small):
+    config, params = model(*SEQ2SEQ["mixers"], encoder=SEQ2SEQ["encoder"])
+    options = {"max_new_tokens": 4, "sampling": GREEDY}
+    with pytest.raises(ValueError, match="with an encoder needs sources, one per prompt"):
+        generate(config, params, [[1]], **options)
+    with pytest.raises(ValueError, match="2 sources for 1 prompts; give one each"):
+        generate(config, params, [[1]], sources=[[1], [2]], **options)
+    with pytest.raises(ValueError, match="source 0: token id 61 is outside 0..60"):
+        generate(config, params, [[1]], sources=[[61]], **options)
+    with pytest.raises(ValueError, match="without an encoder takes no sources"):
+        generate(*small, [[1]], sources=[[1]], **options)
+    prefix = dataclasses.replace(small[0], mixers=(AttentionConfig(mask="Prefix(3) | Causal()"),))
+    with pytest.raises(ValueError, match="prompt 0 has 2 tokens, fewer than the prefix of 3"):
+        generate(prefix, small[1], [[1, 2]], **options)
+
+
+def test_a_prefix_lm_decodes_what_it_computes_in_parallel():
+    config, params = model(AttentionConfig(mask="Prefix(5) | Causal()", rope=RoPE()))
+    prompt = np.arange(3, 12)
+    [tokens] = generate(config, params, [prompt], max_new_tokens=16, sampling=GREEDY)
+    whole = np.concatenate([prompt, tokens])
+    logits = jax.jit(lambda t: apply(config, params, t)[0])(whole[None])
+    assert_array_equal(tokens, np.argmax(logits[0], -1)[len(prompt) - 1 : -1])
 
 
 @pytest.fixture(scope="module")

@@ -12,34 +12,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from attention_jax.masks import And, Causal, Full, Mask, Retention, Sinks, SlidingWindow, parse
-from tests.cases import LEAVES, MASKS, MaskCase, Odd
+from attention_jax import masks
+from attention_jax.masks import (
+    And,
+    BigBird,
+    BlockLocal,
+    Causal,
+    Chunked,
+    Dense,
+    Dilated,
+    Full,
+    Global,
+    Longformer,
+    Mask,
+    Predicate,
+    Prefix,
+    RandomBlocks,
+    Retention,
+    Sinks,
+    SlidingWindow,
+    Strided,
+    parse,
+)
+from tests.cases import LEAVES, MASKS, Odd
 from tests.reference import masks as truth
+from tests.strategies import expressions
 
 each_mask = pytest.mark.parametrize("row", MASKS.values(), ids=MASKS.keys())
 # No deadline: the machine's load is not a property of the code.
 quietly = settings(max_examples=150, deadline=None)
-
-
-def _leaves():
-    window = st.tuples(st.integers(1, 12), st.integers(0, 8)).map(
-        lambda x: MaskCase(SlidingWindow(*x), truth.sliding_window(*x))
-    )
-    first = st.integers(1, 9).map(lambda n: MaskCase(Sinks(n), truth.sinks(n)))
-    fixed = [MASKS[name] for name in ("full", "causal", "odd")]
-    return window | first | st.sampled_from(fixed)
-
-
-def _grow(inner):
-    pair = st.tuples(inner, inner)
-    return (
-        pair.map(lambda x: MaskCase(x[0].mask & x[1].mask, truth.both(x[0].truth, x[1].truth)))
-        | pair.map(lambda x: MaskCase(x[0].mask | x[1].mask, truth.either(x[0].truth, x[1].truth)))
-        | inner.map(lambda x: MaskCase(~x.mask, truth.negated(x.truth)))
-    )
-
-
-expressions = st.recursive(_leaves(), _grow, max_leaves=6)
 
 
 def _table(mask: Mask, q, k) -> np.ndarray:
@@ -209,6 +210,16 @@ def test_retention_of_expressions_is_sound(row):
         (SlidingWindow(9) & SlidingWindow(5, 2), (5, ())),
         ((SlidingWindow(9) | Sinks(2)) & Causal(), (9, (0, 1))),
         (SlidingWindow(9) | Causal(), (None, ())),
+        (Dilated(3, 4), (9, ())),
+        (Chunked(8), (8, ())),
+        (BlockLocal(4), (8, ())),
+        (BlockLocal(4, 0), (4, ())),
+        (Strided(4), (None, ())),
+        (Global((2, 5)), (6, (2, 5))),
+        (Prefix(3), (0, (0, 1, 2))),
+        (Longformer(8, (0,)) & Causal(), (5, (0,))),
+        (BigBird(4), (None, ())),
+        (BigBird(4, random_blocks=0), (8, (0, 1, 2, 3))),
     ],
     ids=str,
 )
@@ -240,11 +251,41 @@ def test_causal_is_never_claimed_wrongly(row):
         (Causal() | SlidingWindow(3), True),
         (Full() & Causal(), True),
         (~Causal(), False),
+        (Dilated(3, 2), True),
+        (Prefix(3) | Causal(), False),
+        (Prefix(3) & Causal(), True),
+        (BigBird(4) & Causal(), True),
     ],
     ids=str,
 )
 def test_causal(mask, causal):
     assert mask.causal is causal
+
+
+@given(expressions)
+@quietly
+def test_a_mask_is_causal_beyond_its_prefix(row):
+    if row.mask.prefix is None:
+        return
+    table = truth.table(row.truth, np.arange(20), np.arange(20))
+    assert not np.triu(table, 1)[:, row.mask.prefix :].any()
+
+
+@pytest.mark.parametrize(
+    "mask, prefix",
+    [
+        (Prefix(3), 3),
+        (Prefix(3) | Causal(), 3),
+        (Prefix(3) | Prefix(5) | SlidingWindow(2), 5),
+        (Prefix(3) | SlidingWindow(2, 1), None),
+        (Prefix(3) & Full(), 3),
+        (Sinks(3) | Causal(), None),
+        (~Prefix(3), None),
+    ],
+    ids=str,
+)
+def test_prefix(mask, prefix):
+    assert mask.prefix == prefix
 
 
 # --- expressions as values -----------------------------------------------------------------------------
@@ -253,6 +294,8 @@ def test_causal(mask, causal):
 @given(expressions)
 @quietly
 def test_str_parses_back(row):
+    if "Dense" in str(row.mask) or "Predicate" in str(row.mask):
+        return  # they hold an array, a function
     assert parse(str(row.mask)) == row.mask
     assert hash(parse(str(row.mask))) == hash(row.mask)
 
@@ -265,6 +308,10 @@ def test_str_parses_back(row):
         ("SlidingWindow(window=3, right=2) & Causal()", SlidingWindow(3, 2) & Causal()),
         ("~Sinks(1) & Causal | SlidingWindow(2)", (~Sinks(1) & Causal()) | SlidingWindow(2)),
         ("~(Sinks(1) & Causal)", ~(Sinks(1) & Causal())),
+        ("Global([3, 1])", Global((1, 3))),
+        ("Longformer(6, (0, 4))", Longformer(6, (0, 4))),
+        ("BigBird(block=8, random_blocks=2)", BigBird(8, random_blocks=2)),
+        ("Dense([[True, False], [False, True]])", Dense(np.eye(2, dtype=bool))),
     ],
 )
 def test_parse(text, mask):
@@ -283,6 +330,18 @@ def test_parse(text, mask):
         ("SlidingWindow()", "missing"),
         ("SlidingWindow(2, left=1)", "left"),
         ("Sinks(0)", "count must be an integer >= 1"),
+        ("Chunked(0)", "Chunked size must be an integer >= 1, got 0"),
+        ("Dilated(2, 0)", "Dilated stride must be an integer >= 1, got 0"),
+        ("Strided(0)", "Strided stride must be an integer >= 1, got 0"),
+        ("BlockLocal(4, -1)", "BlockLocal neighbours must be an integer >= 0, got -1"),
+        ("Global(())", "Global needs at least one position"),
+        ("Global((3, -1))", "Global positions must be an integer >= 0, got -1"),
+        ("Prefix(0)", "Prefix length must be an integer >= 1"),
+        ("BigBird(4, window_blocks=2)", "BigBird window_blocks must be odd, got 2"),
+        ("Longformer(0, (1,))", "Longformer window must be an integer >= 1"),
+        ("Dense([[1, 0]])", "Dense needs a boolean array .T, S., got int64"),
+        ("Predicate(3)", "Predicate needs a function"),
+        ("Recipe()", "no mask 'Recipe'"),
         ("And((Causal(),))", "no mask 'And'"),
         ("Causal() and Sinks(2)", "joined by & | ~"),
         ("Causal() ^ Sinks(2)", "joined by & | ~"),
@@ -305,6 +364,38 @@ def test_what_is_no_mask_is_a_one_line_error(text, message):
 def test_masks_combine_with_masks_only(combine):
     with pytest.raises(TypeError, match="a Mask combines with a Mask by & and |"):
         combine(Causal())
+
+
+def test_random_blocks_are_as_many_as_asked_and_the_same_at_any_length():
+    mask, count = BigBird(4, window_blocks=3, global_blocks=2, random_blocks=3, seed=11), 3
+    for i in range(40):
+        drawn = truth.draws(i, count, 11, 1, 2)
+        assert len(drawn) == min(count, max(i - 1 - 2, 0))
+        seen = _table(RandomBlocks(4, count, 11, 1, 2), [4 * i], np.arange(0, 4 * i, 4))[0]
+        assert set(np.flatnonzero(seen)) == drawn
+    whole = _table(mask, np.arange(96), np.arange(96))
+    assert_array_equal(whole, whole.T)
+    assert_array_equal(_table(mask, np.arange(40), np.arange(40)), whole[:40, :40])
+    assert (_table(mask & Causal(), np.arange(96), np.arange(96)).sum(1) > 0).all()
+    other = _table(dataclasses.replace(mask, seed=12), np.arange(96), np.arange(96))
+    assert (whole != other).any()
+
+
+def test_dense_is_equal_by_content_and_keeps_a_copy():
+    array = np.eye(3, dtype=bool)
+    mask = Dense(array)
+    array[0, 1] = True
+    assert mask == Dense(np.eye(3, dtype=bool)) != Dense(array)
+    assert not mask.keep(0, 1) and not mask.array.flags.writeable
+    assert Dense(np.ones((2, 8), bool)) != Dense(np.ones((4, 4), bool))
+
+
+def test_a_predicate_is_equal_where_its_function_is():
+    def far(q, k):
+        return q - k > 3
+
+    assert Predicate(far) == Predicate(far) != Predicate(lambda q, k: q - k > 3)
+    assert str(Predicate(far)) == "Predicate(far)"
 
 
 @each_mask
@@ -359,5 +450,19 @@ def test_density_of_a_long_row_is_exact_and_square_by_default():
     assert SlidingWindow(128).density(n) == (128 * n - 128 * 127 // 2) / n**2
 
 
+def test_density_of_many_undecided_blocks_is_sampled_and_says_so():
+    T = 16384
+    sampled = Predicate(lambda q, k: (q + k) % 4 == 0).density(T)
+    assert not sampled.exact and str(sampled).startswith("~25.0")
+    assert Causal().density(T).exact and str(Causal().density(T)) == "50.00%"
+    assert Causal().density(T) == (T + 1) / (2 * T)
+    with pytest.raises(ValueError, match="lengths >= 1, got 0"):
+        Causal().density(0)
+
+
 def test_the_table_has_every_leaf():
-    assert {type(row.mask) for row in LEAVES.values()} == {Full, Causal, SlidingWindow, Sinks}
+    every = {getattr(masks, name) for name in masks.__all__}
+    leaves = {c for c in every if isinstance(c, type) and issubclass(c, Mask)}
+    leaves -= {Mask, masks.And, masks.Or, masks.Not, masks.Recipe}
+    assert {type(row.mask) for row in MASKS.values()} >= leaves
+    assert {type(row.mask) for row in LEAVES.values()} >= leaves - {Longformer, BigBird}

@@ -1,6 +1,7 @@
 """The language model: one parameter layout, unrolled = scanned = rematerialised, causal, checked."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply, bind, count_params, init_params
 from attention_jax.positions import RoPE
+from tests.params import random_params
+from tests.reference import positions as truth
 
 MIX = (
     AttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE()),
     AttentionConfig(num_heads=2, mask="SlidingWindow(4)", bias="alibi", qk_norm="rms", sinks=True),
 )
-CONFIG = ModelConfig(vocab_size=31, d_model=32, num_layers=5, mixers=MIX, init_std=0.2)
+CONFIG = ModelConfig(vocab_size=31, d_model=32, num_layers=3, mixers=MIX, init_std=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,11 @@ def tokens():
 @pytest.fixture(scope="module")
 def params():
     return init_params(CONFIG, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config, params, tokens, ctx=None):
+    return apply(config, params, tokens, ctx=ctx)[0]
 
 
 def loss_and_grads(config, params, tokens, ctx=None):
@@ -52,15 +60,15 @@ def test_remat_saves_less(params, tokens):
     """The policy reaches the layers: fewer residuals are kept from forward to backward."""
 
     def residuals(config):
-        _, pullback = jax.vjp(lambda p: apply(config, p, tokens)[0], params)
+        pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: apply(config, p, tokens)[0], p)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
     assert residuals(dataclasses.replace(CONFIG, remat="nothing_saveable")) < 0.7 * residuals(CONFIG)
 
 
 def test_parameters_are_stacked_per_place_in_the_period(params):
-    assert params["stacks"]["0"]["mixer"]["q"]["kernel"].shape == (3, 32, 32)
-    assert params["stacks"]["1"]["mixer"]["sinks"].shape == (2, 2)
+    assert params["stacks"]["0"]["mixer"]["q"]["kernel"].shape == (2, 32, 32)
+    assert params["stacks"]["1"]["mixer"]["sinks"].shape == (1, 2)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert count_params(params) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -73,7 +81,7 @@ def test_layers_differ_at_birth(params):
 @pytest.mark.parametrize("layers", ["unrolled", "scan"])
 def test_cached_equals_parallel(params, tokens, layers):
     config = dataclasses.replace(CONFIG, layers=layers)
-    expected = apply(config, params, tokens)[0]
+    expected = logits_of(config, params, tokens)
     state = bind(config, params).init_state(2, 12)
     step = jax.jit(lambda t, s, pos: apply(config, params, t, s, ctx=Context(positions_BT=pos)))
     for a, b in ((0, 7), (7, 8), (8, 9), (9, 12)):
@@ -111,8 +119,8 @@ def test_packing_and_invalid_tokens(params, tokens):
 
 
 def test_bfloat16_computes_near_float32(params, tokens):
-    exact = apply(CONFIG, params, tokens)[0]
-    rough = apply(dataclasses.replace(CONFIG, dtype="bfloat16"), params, tokens)[0]
+    exact = logits_of(CONFIG, params, tokens)
+    rough = logits_of(dataclasses.replace(CONFIG, dtype="bfloat16"), params, tokens)
     assert rough.dtype == jnp.float32
     error = np.abs(rough - exact).max() / np.abs(exact).max()
     assert 0 < error < 0.05
@@ -125,7 +133,7 @@ def test_dropout_depends_on_the_key_alone(params, tokens):
     assert_array_equal(a, b)
     assert np.abs(a - c).max() > 0.1
     unrolled = dataclasses.replace(config, layers="unrolled")
-    same = apply(unrolled, params, tokens, ctx=Context(dropout_key=jax.random.key(0)))[0]
+    same = logits_of(unrolled, params, tokens, Context(dropout_key=jax.random.key(0)))
     assert_allclose(same, a, rtol=1e-3, atol=1e-4)
 
 
@@ -137,13 +145,9 @@ def test_a_block_equals_numpy(mlp, norm, tokens):
         vocab_size=31, d_model=16, num_layers=1, mixers=(AttentionConfig(num_heads=2),), mlp=mlp, norm=norm,
         use_bias=True, max_positions=12, tie_embeddings=False, logit_softcap=3.0,
     )  # fmt: skip
-    params = init_params(config, jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noise = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
-    params = jax.tree.unflatten(treedef, noise)
+    params = random_params(dataclasses.replace(config, init_std=0.3))
     params["stacks"]["0"]["mixer"]["out"]["kernel"] *= 0
-    logits = apply(config, params, tokens)[0]
+    logits = logits_of(config, params, tokens)
 
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     block = jax.tree.map(lambda a: a[0], p["stacks"]["0"])
@@ -175,9 +179,35 @@ def test_a_block_equals_numpy(mlp, norm, tokens):
     assert_allclose(logits, 3 * np.tanh(expected / 3), rtol=1e-4, atol=1e-5)
 
 
+def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
+    """Without attention's and the mlp's part the logits are those of sqrt(D) E[token] + P[position]."""
+    config = ModelConfig(
+        vocab_size=31, d_model=16, num_layers=1, mixers=(AttentionConfig(num_heads=2),), sinusoidal=True,
+        tie_embeddings=False,
+    )  # fmt: skip
+    params = random_params(config)
+    for name in ("mixer/out", "mlp/down"):
+        part, leaf = name.split("/")
+        params["stacks"]["0"][part][leaf]["kernel"] *= 0
+    positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, -1], [*range(90_000, 90_012)]])
+    tokens = jnp.where(positions < 0, 99, tokens)
+    logits = logits_of(config, params, tokens, Context(positions_BT=positions))
+    assert np.isfinite(logits).all()
+    at = np.where(positions < 0, 0, positions)
+    h = np.array([[[truth.sinusoid(int(p), i, 16) for i in range(16)] for p in row] for row in at])
+    h += 4 * np.asarray(params["embed"]["embedding"], np.float64)[np.where(positions < 0, 0, tokens)]
+    h /= np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
+    h *= np.asarray(params["final_norm"]["scale"], np.float64)
+    wanted = h @ np.asarray(params["head"]["kernel"], np.float64)
+    assert_allclose(logits[0, :10], wanted[0, :10], rtol=1e-5, atol=1e-6)
+    assert_allclose(logits[1], wanted[1], atol=1e-3)  # an angle of 90,000 is known to 0.005
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"sinusoidal": True, "max_positions": 8}, "sinusoidal and max_positions 8 both add positions"),
+        ({"sinusoidal": True, "d_model": 33}, "sinusoidal positions need an even d_model, got 33"),
         ({"d_model": 30}, "mixers.0: d_model 30 is not divisible by num_heads 4"),
         ({"num_layers": 1}, "mixers: 2 given for 1 layers"),
         ({"mixers": ()}, "mixers: 0 given"),
@@ -200,7 +230,7 @@ def test_bad_calls(params, tokens):
     with pytest.raises(ValueError, match=r"parameter embed/embedding must have shape \(32, 32\)"):
         apply(dataclasses.replace(CONFIG, vocab_size=32), params, tokens)
     short = dataclasses.replace(CONFIG, max_positions=8)
-    short_params = init_params(short, jax.random.key(0))
+    short_params = random_params(short)
     with pytest.raises(ValueError, match="12 tokens exceed the 8 learned positions"):
         apply(short, short_params, tokens)
     with pytest.raises(ValueError, match="capacity 9 exceeds the 8 learned positions"):

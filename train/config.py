@@ -172,15 +172,17 @@ def _locate(loc: tuple[str | int, ...], raw: Any) -> tuple[str, Any, Any] | None
     path, annotation, value = "", RunConfig, raw
     for step in loc:
         classes = {cls.__name__: cls for cls in sections(annotation)}
-        if len(classes) > 1 and step in classes:
+        if step in classes and isinstance(value, dict):
             annotation = classes[step]
-            if isinstance(value, dict) and kind_of(annotation) != value.get("kind"):
+            if kind_of(annotation) != value.get("kind"):
                 return None
             continue
         if isinstance(step, int):
             annotation = item_type(annotation)
         elif classes and step in (fields := hints(next(iter(classes.values())))):
             annotation = fields[step]
+        elif isinstance(value, dict) and classes:
+            return None  # the tag of a scalar, where a mapping was written
         else:
             break  # the tag of a union of scalars: the message is about the key itself
         path = _join(path, step)
@@ -217,7 +219,9 @@ def _step(annotation: Any, node: Any, name: str, path: str) -> tuple[str | int, 
         raise ConfigError(f"override {_join(path, name)}: {path} is no section, but {expected(annotation)}")
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: expected {expected(annotation)}, got {_show(node)}")
-    cls = _choose(annotation, node, path)
+    # Where nothing is chosen yet, an override may choose: any kind's `kind` will do.
+    choosing = name == "kind" and "kind" not in node
+    cls = sections(annotation)[0] if choosing else _choose(annotation, node, path)
     if name not in hints(cls):
         raise _unknown(cls, name, path)
     return name, hints(cls)[name]

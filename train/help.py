@@ -48,7 +48,7 @@ def keys() -> Iterator[Key]:
 
 def help_text() -> str:
     """The whole text, at most `WIDTH` columns wide."""
-    return "\n".join([USAGE, "Keys:", *_lines(RunConfig, "")]) + "\n"
+    return "\n".join([USAGE, "Keys:", *_lines(RunConfig, "", {})]) + "\n"
 
 
 def _keys(cls: type, path: str) -> Iterator[Key]:
@@ -71,7 +71,8 @@ def _sections_below(annotation: Any, path: str) -> list[tuple[type, str]]:
     return [(cls, path) for cls in sections(annotation)] + [(cls, f"{path}.N") for cls in items]
 
 
-def _lines(cls: type, path: str) -> Iterator[str]:
+def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
+    """The keys of a section and of those below; `told` gathers where each section was first described."""
     for key in _own_keys(cls, path):
         below = _sections_below(hints(cls)[key.path.rpartition(".")[2]], key.path)
         if below:
@@ -80,7 +81,11 @@ def _lines(cls: type, path: str) -> Iterator[str]:
         yield from textwrap.wrap(head, WIDTH, subsequent_indent=" " * 36, break_long_words=False)
         yield from _wrapped(key.meaning or "", "      ")
         shown: list[type] = []
+        if below and all(section in told for section, _ in below):
+            yield from _wrapped(f"with the keys of {told[below[0][0]]} above", "      ")
+            continue
         for section, place in below:
+            told[section] = place
             kind = kind_of(section)
             if kind is not None:
                 yield ""
@@ -89,7 +94,7 @@ def _lines(cls: type, path: str) -> Iterator[str]:
                 if base is not None:
                     yield f"      the keys of kind: {kind_of(base)}"
                     continue
-            yield from _lines(section, place)
+            yield from _lines(section, place, told)
             shown.append(section)
 
 

@@ -1,8 +1,75 @@
 """Sequence mixers: a frozen config and a module each. `MixerConfig` is the union YAML chooses from."""
 
-from attention_jax.mixers.attention import Attention, AttentionConfig, CrossAttentionConfig
+import dataclasses
+import difflib
+import typing
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.mixers.attention import (
+    Attention,
+    AttentionConfig,
+    CrossAttention,
+    CrossAttentionConfig,
+)
 from attention_jax.mixers.base import Context, Mixer
+from attention_jax.mixers.differential import DifferentialAttention, DifferentialAttentionConfig
+from attention_jax.mixers.forgetting import ForgettingAttention, ForgettingAttentionConfig
+from attention_jax.mixers.gated import GatedAttention, GatedAttentionConfig
+from attention_jax.mixers.mla import LatentAttention, LatentAttentionConfig
 
-MixerConfig = AttentionConfig | CrossAttentionConfig
+MixerConfig = (
+    AttentionConfig
+    | CrossAttentionConfig
+    | GatedAttentionConfig
+    | ForgettingAttentionConfig
+    | DifferentialAttentionConfig
+    | LatentAttentionConfig
+)
 
-__all__ = ["Attention", "AttentionConfig", "Context", "CrossAttentionConfig", "Mixer", "MixerConfig"]
+
+def mixer_kinds() -> dict[str, type]:
+    """The config class of every mixer `kind`."""
+    return {cls.kind: cls for cls in typing.get_args(MixerConfig)}
+
+
+def make_mixer(
+    kind: str, d_model: int, *, rngs: nnx.Rngs, causal: bool = False, dtype=jnp.float32, **options
+) -> Mixer:
+    """The mixer of a `kind`: `mixer(x_BTD, state, ctx=Context()) -> (y_BTD, state)`.
+
+    options: the fields of the kind's config, such as num_heads. causal: intersects its mask with Causal().
+    Raises: ValueError naming an unknown kind or option, or what does not fit together.
+    """
+    kinds = mixer_kinds()
+    if kind not in kinds:
+        near = difflib.get_close_matches(str(kind), kinds, 1, 0)[0]
+        raise ValueError(f"no mixer {kind!r}; did you mean {near!r}? There are {', '.join(kinds)}")
+    known = [f.name for f in dataclasses.fields(kinds[kind]) if f.name != "kind"]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0)[0]
+            raise ValueError(f"mixer {kind!r} has no option {name!r}; did you mean {near!r}?")
+    return kinds[kind](**options).build(d_model, rngs, causal=causal, dtype=dtype)
+
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "Context",
+    "CrossAttention",
+    "CrossAttentionConfig",
+    "DifferentialAttention",
+    "DifferentialAttentionConfig",
+    "ForgettingAttention",
+    "ForgettingAttentionConfig",
+    "GatedAttention",
+    "GatedAttentionConfig",
+    "LatentAttention",
+    "LatentAttentionConfig",
+    "Mixer",
+    "MixerConfig",
+    "make_mixer",
+    "mixer_kinds",
+]

@@ -14,13 +14,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.biases import ALiBi
+from attention_jax.about import About
+from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import KVCache, MemoryCache
 from attention_jax.layers import linear, together
 from attention_jax.masks import Causal, Full, Mask, parse
 from attention_jax.mixers.base import Context
-from attention_jax.ops.softmax import dot_product_attention
-from attention_jax.positions import RoPE
+from attention_jax.mixers.parts import (
+    Keys,
+    check_heads,
+    dropout_options,
+    head_norm,
+    head_width,
+    positions_of,
+    recall,
+    split_heads,
+    zero_invalid,
+)
+from attention_jax.positions import RoPE, Temperature
 
 _FORBID = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 
@@ -29,6 +40,9 @@ _FORBID = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 class AttentionConfig:
     """Self-attention; `kind: softmax`."""
 
+    about = About(
+        "Softmax attention: MHA, GQA, MQA", "arXiv 1706.03762, 2305.13245", "O(T^2)", cache="by the mask"
+    )
     __pydantic_config__ = _FORBID
 
     kind: Literal["softmax"] = "softmax"  #: the mixer
@@ -41,7 +55,9 @@ class AttentionConfig:
         Full()
     )  #: which pairs see each other, such as "SlidingWindow(128) | Sinks(4)"; a causal model adds Causal()
     rope: RoPE | None = None  #: rotary position embedding; null: none
-    bias: Literal["alibi"] | None = None  #: additive score term; alibi: fixed slopes over distance
+    #: additive score term; alibi: fixed slopes over distance; t5: a learned table of relative positions
+    bias: Literal["alibi", "t5"] | T5 | None = None
+    temperature: Temperature | None = None  #: sharper queries far into a text; null: off
     qk_norm: Literal["rms", "l2"] | None = (
         None  #: normalise queries and keys: rms (learned scale) or l2; null: neither
     )
@@ -57,18 +73,14 @@ class AttentionConfig:
     def __post_init__(self):
         if isinstance(self.mask, str):
             object.__setattr__(self, "mask", parse(self.mask))
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads must be >= 1, got {self.num_heads}")
-        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        if kv_heads < 1 or self.num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads {kv_heads} does not divide num_heads {self.num_heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.bias == "t5":
+            object.__setattr__(self, "bias", T5())
+        check_heads(self.num_heads, self.num_kv_heads, self.dropout)
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
         del causal  # a causal model intersects the mask with Causal()
-        head_dim = _head_dim(d_model, self.num_heads, self.head_dim)
+        head_dim = head_width(d_model, self.num_heads, self.head_dim)
         if self.rope is not None:
             self.rope.rotated_width(head_dim)
 
@@ -76,18 +88,23 @@ class AttentionConfig:
         """The mixer; `module` holds dtype and initialisers."""
         self.check(d_model, causal=causal)
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kind"}
-        if causal and not self.mask.causal:
+        if causal and self.mask.prefix is None:
             arguments["mask"] = self.mask & Causal()
-        return Attention(d_model, rngs=rngs, **arguments, **module)
+        made = CrossAttention if module.pop("cross", False) else Attention
+        return made(d_model, rngs=rngs, **arguments, **module)
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossAttentionConfig(AttentionConfig):
     """Attention over an encoder's memory; `kind: cross`."""
 
+    about = About("Cross-attention", "arXiv 1706.03762", "O(T S)", "O(T + S)", "the memory's keys, once")
+
     kind: Literal["cross"] = "cross"  #: the mixer
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Attention:
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> CrossAttention:
+        """The mixer; a causal model may see the whole memory."""
+        del causal
         return super().build(d_model, rngs, causal=False, cross=True, **module)
 
 
@@ -103,7 +120,8 @@ class Attention(nnx.Module):
         head_dim: int | None = None,
         mask: Mask = Full(),  # noqa: B008 (frozen)
         rope: RoPE | None = None,
-        bias: Literal["alibi"] | None = None,
+        bias: Literal["alibi", "t5"] | T5 | None = None,
+        temperature: Temperature | None = None,
         qk_norm: Literal["rms", "l2"] | None = None,
         softcap: float | None = None,
         scale: float | None = None,
@@ -119,10 +137,13 @@ class Attention(nnx.Module):
     ):
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = _head_dim(d_model, num_heads, head_dim)
+        self.head_dim = head_width(d_model, num_heads, head_dim)
         self.mask, self.rope, self.cross, self.dropout = mask, rope, cross, dropout
         self.softcap, self.scale, self.impl, self.dtype = softcap, scale, impl, dtype
-        self.bias = ALiBi(num_heads) if bias == "alibi" else None
+        self.bias = ALiBi(num_heads) if bias == "alibi" else T5() if bias == "t5" else bias
+        if isinstance(self.bias, T5):
+            self.bias = self.bias.over(mask.causal)
+        self.temperature = temperature
         kv_width = self.num_kv_heads * self.head_dim
 
         common = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
@@ -130,30 +151,26 @@ class Attention(nnx.Module):
         self.k = linear(d_model, kv_width, kernel_init=kernel_init, **common)
         self.v = linear(d_model, kv_width, kernel_init=kernel_init, **common)
         self.out = linear(num_heads * self.head_dim, d_model, kernel_init=out_init or kernel_init, **common)
-        self.qk_norm = qk_norm
-        if qk_norm == "rms":
-            self.q_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs)
-            self.k_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = (
+            head_norm(qk_norm, self.head_dim, dtype=dtype, rngs=rngs) for _ in range(2)
+        )
         self.sinks = nnx.Param(jnp.zeros((num_heads,), jnp.float32)) if sinks else None
+        table = None
+        if isinstance(self.bias, T5):
+            table = nnx.initializers.normal(0.02)(rngs.params(), (self.bias.buckets, num_heads), jnp.float32)
+        self.bias_table = None if table is None else nnx.Param(table)
 
     def __call__(
         self, x_BTD: jax.Array, state: KVCache | MemoryCache | None = None, *, ctx: Context
     ) -> tuple[jax.Array, KVCache | MemoryCache | None]:
         """y [B, T, D] and the state with x appended (unchanged for a memory, None for None)."""
-        q_positions = ctx.positions_BT
         if self.cross:
-            return self._cross(self._heads(self.q(x_BTD), "q_norm"), state, ctx)
+            return self._cross(x_BTD, state, ctx)
         q, k, v = together([self.q, self.k, self.v], x_BTD)
-        q_BTNH, k_BTKH, v_BTKH = self._heads(q, "q_norm"), self._heads(k, "k_norm"), self._heads(v)
-        if self.rope is not None:
-            positions_BT = jnp.arange(x_BTD.shape[1])[None] if q_positions is None else q_positions
-            q_BTNH, k_BTKH = self.rope(q_BTNH, positions_BT), self.rope(k_BTKH, positions_BT)
-        if state is None:
-            y_BTNH = self._attend(
-                q_BTNH, k_BTKH, v_BTKH, ctx, q_positions, q_positions, segment_ids=ctx.segment_ids_BT
-            )
-            return self._project(y_BTNH, ctx), None
-        return self._cached(q_BTNH, k_BTKH, v_BTKH, state, ctx)
+        q_BTNH = self._queries(split_heads(q, self.head_dim, self.q_norm), ctx)
+        k_BTKH = self._keys(split_heads(k, self.head_dim, self.k_norm), ctx)
+        keys, state = recall(state, ctx, k_BTKH, split_heads(v, self.head_dim))
+        return self._output(keys, q_BTNH, ctx), state
 
     def init_state(
         self,
@@ -177,30 +194,15 @@ class Attention(nnx.Module):
             positions_BS = jnp.broadcast_to(jnp.arange(memory_BSD.shape[1]), memory_BSD.shape[:2])
         return MemoryCache(k_BSKH, v_BSKH, positions_BS)
 
-    def _cached(self, q_BTNH, k_BTKH, v_BTKH, state: KVCache, ctx: Context):
-        if ctx.positions_BT is None:
-            raise ValueError("a cached call needs ctx.positions_BT: where in the stream its tokens stand")
-        if ctx.segment_ids_BT is not None:
-            raise ValueError("a cached stream holds one document a row: ctx.segment_ids_BT must be None")
-        B, T = q_BTNH.shape[:2]
-        if T > state.capacity:
-            raise ValueError(f"{T} tokens do not fit a cache of capacity {state.capacity}")
-        positions_BT = jnp.broadcast_to(ctx.positions_BT, (B, T))
-        grown = state.append(k_BTKH, v_BTKH, positions_BT)
-        if T > 1 and state.wraps:
-            # Appending may overwrite what the first new tokens still see: read the old ring and the new
-            # keys side by side.
-            k = jnp.concatenate([state.k_BSKH, k_BTKH.astype(state.k_BSKH.dtype)], axis=1)
-            v = jnp.concatenate([state.v_BSKM, v_BTKH.astype(state.v_BSKM.dtype)], axis=1)
-            k_positions = jnp.concatenate([state.positions_BS, positions_BT], axis=1)
-        else:
-            k, v, k_positions = grown.k_BSKH, grown.v_BSKM, grown.positions_BS
-        y_BTNH = self._attend(q_BTNH, k, v, ctx, positions_BT, k_positions)
-        # A traced position cannot raise; NaN is seen, a silently shortened context is not.
-        y_BTNH = jnp.where(state.overflow(positions_BT)[:, :, None, None], jnp.nan, y_BTNH)
-        return self._project(y_BTNH, ctx), grown
+    def _queries(self, q_BTNH: jax.Array, ctx: Context) -> jax.Array:
+        positions_BT = positions_of(ctx, q_BTNH.shape[1])
+        q_BTNH = q_BTNH if self.rope is None else self.rope.queries(q_BTNH, positions_BT)
+        return q_BTNH if self.temperature is None else self.temperature(q_BTNH, positions_BT)
 
-    def _cross(self, q_BTNH, state: MemoryCache | None, ctx: Context):
+    def _keys(self, k_BSKH: jax.Array, ctx: Context) -> jax.Array:
+        return k_BSKH if self.rope is None else self.rope.keys(k_BSKH, positions_of(ctx, k_BSKH.shape[1]))
+
+    def _cross(self, x_BTD, state: MemoryCache | None, ctx: Context):
         if state is not None:
             k, v, k_positions = state.k_BSKH, state.v_BSKM, state.positions_BS
         elif ctx.memory_BSD is None:
@@ -208,65 +210,32 @@ class Attention(nnx.Module):
         else:
             k_positions = ctx.memory_positions_BS
             k, v = self._memory(ctx.memory_BSD, k_positions)
-        if self.rope is not None:
-            positions_BT = ctx.positions_BT
-            positions_BT = jnp.arange(q_BTNH.shape[1])[None] if positions_BT is None else positions_BT
-            q_BTNH = self.rope(q_BTNH, positions_BT)
-        return self._project(self._attend(q_BTNH, k, v, ctx, ctx.positions_BT, k_positions), ctx), state
+        q_BTNH = self._queries(split_heads(self.q(x_BTD), self.head_dim, self.q_norm), ctx)
+        keys = Keys(k, v, None, ctx.positions_BT, k_positions, None, None)
+        return self._output(keys, q_BTNH, ctx), state
 
     def _memory(self, memory_BSD, positions_BS):
         k, v = together([self.k, self.v], memory_BSD)
-        k_BSKH, v_BSKH = self._heads(k, "k_norm"), self._heads(v)
-        if self.rope is not None:
-            positions = jnp.arange(memory_BSD.shape[1])[None] if positions_BS is None else positions_BS
-            k_BSKH = self.rope(k_BSKH, positions)
-        return k_BSKH, v_BSKH
+        k_BSKH = split_heads(k, self.head_dim, self.k_norm)
+        k_BSKH = self._keys(k_BSKH, Context(positions_BT=positions_BS))
+        return k_BSKH, split_heads(v, self.head_dim)
 
-    def _heads(self, y_BTE: jax.Array, norm: str | None = None) -> jax.Array:
-        """A projection split into heads, normalised where the config says so."""
-        y = y_BTE.reshape(*y_BTE.shape[:2], -1, self.head_dim)
-        if norm is None or self.qk_norm is None:
-            return y
-        if self.qk_norm == "rms":
-            return getattr(self, norm)(y)
-        y32 = y.astype(jnp.float32)
-        return (y32 * jax.lax.rsqrt(jnp.mean(y32 * y32, -1, keepdims=True) + 1e-6)).astype(y.dtype)
-
-    def _attend(self, q, k, v, ctx: Context, q_positions, k_positions, segment_ids=None) -> jax.Array:
-        dropout = self.dropout if ctx.dropout_key is not None else 0.0
-        return dot_product_attention(
-            q, k.astype(q.dtype), v.astype(q.dtype),
+    def _output(self, keys: Keys, q_BTNH: jax.Array, ctx: Context) -> jax.Array:
+        y_BTNH = keys.attend(
+            q_BTNH,
             mask=self.mask,
-            bias=self.bias,
+            bias=self.bias if self.bias_table is None else self.bias.of(self.bias_table[...]),
             scale=self.scale,
             softcap=self.softcap,
             sink_logits_N=None if self.sinks is None else self.sinks[...],
-            segment_ids=segment_ids,
-            q_positions=q_positions,
-            k_positions=k_positions,
-            dropout_rate=dropout,
-            dropout_key=ctx.dropout_key if dropout else None,
             impl=self.impl,
-        )  # fmt: skip
-
-    def _project(self, y_BTNH: jax.Array, ctx: Context) -> jax.Array:
-        y_BTD = self.out(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
-        return zero_invalid(y_BTD, ctx)
+            **dropout_options(self.dropout, ctx),
+        )
+        return zero_invalid(self.out(y_BTNH.reshape(*y_BTNH.shape[:2], -1)), ctx)
 
 
-def zero_invalid(y_BTD: jax.Array, ctx: Context) -> jax.Array:
-    """y with the rows of invalid tokens selected to 0 (an output bias or their own NaN stays out)."""
-    for ids in (ctx.positions_BT, ctx.segment_ids_BT):
-        if ids is not None:
-            y_BTD = jnp.where((ids >= 0)[..., None], y_BTD, jnp.zeros((), y_BTD.dtype))
-    return y_BTD
+class CrossAttention(Attention):
+    """`Attention` over `ctx.memory_BSD`, an encoder's output."""
 
-
-def _head_dim(d_model: int, num_heads: int, head_dim: int | None) -> int:
-    if head_dim is not None:
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be >= 1, got {head_dim}")
-        return head_dim
-    if d_model % num_heads:
-        raise ValueError(f"d_model {d_model} is not divisible by num_heads {num_heads}; set head_dim")
-    return d_model // num_heads
+    def __init__(self, d_model: int, *, rngs: nnx.Rngs, **options):
+        super().__init__(d_model, cross=True, rngs=rngs, **options)

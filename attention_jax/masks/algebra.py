@@ -1,4 +1,4 @@
-"""Masks: functions of positions, never arrays.
+"""The mask algebra: functions of positions, never arrays.
 
 A `Mask` is a frozen, hashable relation between a query position and a key position. It answers three
 questions, and everything else (the dense reference, the block lists of the kernels, the decode row, the
@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from attention_jax.about import About
 
 Array = Any  # a NumPy array, a jax array, a tracer or a kernel value: the algebra does not care
 
@@ -37,8 +39,27 @@ class Retention(NamedTuple):
     pins: tuple[int, ...] = ()
 
 
+class Density(float):
+    """A fraction in [0, 1] that knows whether it was counted (`exact`) or sampled."""
+
+    exact: bool
+
+    def __new__(cls, value: float, exact: bool = True) -> Density:
+        self = super().__new__(cls, value)
+        self.exact = exact
+        return self
+
+    def __str__(self) -> str:
+        return f"{float(self):.2%}" if self.exact else f"~{float(self):.2%} (sampled)"
+
+
+_EXACT_BLOCKS = 4096  # undecided blocks that `density` still counts entry by entry
+
+
 class Mask:
     """Base of all masks. Subclasses are frozen dataclasses of plain Python values."""
+
+    about: ClassVar[About | None] = None  # its line in the catalogue
 
     def keep(self, q_pos: Array, k_pos: Array) -> Array:
         """Boolean, elementwise over the broadcast shapes: may `q_pos` attend to `k_pos`?"""
@@ -50,7 +71,7 @@ class Mask:
         Exact for leaves; for composites `any` may be True and `all` False without need, never the
         reverse. A user predicate that brings none is (True, False) everywhere.
         """
-        anywhere = _like(q_lo, q_hi, k_lo, k_hi)
+        anywhere = like(q_lo, q_hi, k_lo, k_hi)
         return anywhere, anywhere == False  # noqa: E712
 
     def retention(self) -> Retention:
@@ -58,9 +79,17 @@ class Mask:
         return Retention(None)
 
     @property
+    def prefix(self) -> int | None:
+        """The smallest n known such that every kept pair has k <= q or k < n; None where there is none.
+
+        0 is causal. A causal model takes such a mask as it is, and its loss skips what a prefix shows.
+        """
+        return None
+
+    @property
     def causal(self) -> bool:
         """True where it is certain that no key after the query is ever kept."""
-        return False
+        return self.prefix == 0
 
     def __and__(self, other: Mask) -> Mask:
         masks = _flatten(And, self, _checked(other))
@@ -77,27 +106,44 @@ class Mask:
         """The truth table [..., T, S] for positions [..., T] and [..., S]."""
         return self.keep(q_pos[..., :, None], k_pos[..., None, :])
 
-    def density(self, T: int, S: int | None = None, *, block: int = 128) -> float:
-        """The fraction of kept pairs over positions 0..T-1 x 0..S-1, exact, in O(partial blocks).
+    def density(self, T: int, S: int | None = None, *, block: int = 128) -> Density:
+        """The fraction of kept pairs over positions 0..T-1 x 0..S-1.
 
-        Blocks that `bounds` decides cost nothing; only undecided ones are evaluated entry by entry.
+        Blocks that `bounds` decides cost nothing. Up to 4096 undecided ones (a causal mask of 512k
+        tokens) are evaluated entry by entry, and the figure is exact. Of more, 4096 drawn by a fixed
+        seed stand for all, and the figure says that it is sampled.
         """
         S = T if S is None else S
-        kept = 0
-        k_lo = np.arange(0, S, block)
-        k_hi = np.minimum(k_lo + block, S) - 1
-        for q_lo in range(0, T, block):
-            q_hi = min(q_lo + block, T) - 1
-            some, every = (np.broadcast_to(x, k_lo.shape) for x in self.bounds(q_lo, q_hi, k_lo, k_hi))
-            kept += int((k_hi - k_lo + 1)[every].sum()) * (q_hi - q_lo + 1)
-            q_pos = np.arange(q_lo, q_hi + 1)[:, None]
-            for j in np.flatnonzero(some & ~every):
-                k_pos = np.arange(k_lo[j], k_hi[j] + 1)[None]
-                kept += int(np.broadcast_to(self.keep(q_pos, k_pos), (len(q_pos), k_pos.size)).sum())
-        return kept / (T * S)
+        if T < 1 or S < 1:
+            raise ValueError(f"density needs lengths >= 1, got {T} and {S}")
+        q_lo, k_lo = np.arange(0, T, block)[:, None], np.arange(0, S, block)[None]
+        q_hi, k_hi = np.minimum(q_lo + block, T) - 1, np.minimum(k_lo + block, S) - 1
+        shape = (q_lo.size, k_lo.size)
+        some, every = (np.broadcast_to(x, shape) for x in self.bounds(q_lo, q_hi, k_lo, k_hi))
+        kept = int(((q_hi - q_lo + 1) * (k_hi - k_lo + 1))[every].sum())
+        undecided = np.flatnonzero(some & ~every)
+        chosen = undecided
+        if undecided.size > _EXACT_BLOCKS:
+            chosen = np.random.default_rng(0).choice(undecided, _EXACT_BLOCKS, replace=False)
+        found = 0
+        for i, j in zip(*np.unravel_index(chosen, shape), strict=True):
+            q_pos = np.arange(q_lo[i, 0], q_hi[i, 0] + 1)[:, None]
+            k_pos = np.arange(k_lo[0, j], k_hi[0, j] + 1)[None]
+            found += int(np.broadcast_to(self.keep(q_pos, k_pos), (q_pos.size, k_pos.size)).sum())
+        share = undecided.size / chosen.size if chosen.size else 0
+        return Density((kept + found * share) / (T * S), exact=chosen is undecided)
+
+    def plot(self, T: int, S: int | None = None, *, block: int | None = None, axes: Any = None) -> Any:
+        """A matplotlib picture of the pattern over positions 0..T-1 x 0..S-1; see `masks.picture`.
+
+        Needs matplotlib (the extra `viz`). Returns the figure.
+        """
+        from attention_jax.masks.picture import plot
+
+        return plot(self, T, S, block=block, axes=axes)
 
 
-def _like(*arrays: Array) -> Array:
+def like(*arrays: Array) -> Array:
     """An all-True boolean of the broadcast shape, on NumPy and on traced arrays alike."""
     total = arrays[0]
     for array in arrays[1:]:
@@ -125,7 +171,7 @@ def parse(text: str) -> Mask:
     Names are those of the Mask classes, arguments are literals, operators are & | ~. `str(mask)` is an
     expression that parses back to an equal mask. ValueError names what is not understood.
     """
-    known = {cls.__name__: cls for cls in _subclasses(Mask) if cls not in (And, Or, Not)}
+    known = {cls.__name__: cls for cls in _subclasses(Mask) - {And, Or, Not, Recipe}}
 
     def build(node: ast.AST) -> Mask:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
@@ -157,89 +203,9 @@ def _subclasses(cls: type) -> set[type]:
     return {cls}.union(*map(_subclasses, cls.__subclasses__())) - {Mask}
 
 
-def _natural(name: str, value: int, least: int = 0) -> None:
+def natural(name: str, value: int, least: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Full(Mask):
-    """Every pair is kept."""
-
-    def keep(self, q_pos, k_pos):
-        return _like(q_pos, k_pos)
-
-    def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        everywhere = _like(q_lo, q_hi, k_lo, k_hi)
-        return everywhere, everywhere
-
-
-@dataclasses.dataclass(frozen=True)
-class Causal(Mask):
-    """k <= q: a query sees itself and what came before."""
-
-    def keep(self, q_pos, k_pos):
-        return k_pos <= q_pos
-
-    def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        return k_lo <= q_hi, k_hi <= q_lo
-
-    @property
-    def causal(self):
-        return True
-
-
-@dataclasses.dataclass(frozen=True)
-class SlidingWindow(Mask):
-    """-right <= q - k < window: `window` keys, the query's own included, and `right` keys ahead.
-
-    `SlidingWindow(1)` sees itself alone. (Some libraries count window + 1 keys; this one counts keys.)
-    """
-
-    window: int
-    right: int = 0
-
-    def __post_init__(self):
-        _natural("SlidingWindow window", self.window, 1)
-        _natural("SlidingWindow right", self.right)
-
-    def keep(self, q_pos, k_pos):
-        distance = q_pos - k_pos
-        return (distance >= -self.right) & (distance < self.window)
-
-    def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        # q - k takes every integer in [nearest, farthest] over the rectangle.
-        nearest, farthest = q_lo - k_hi, q_hi - k_lo
-        some = (farthest >= -self.right) & (nearest < self.window)
-        every = (nearest >= -self.right) & (farthest < self.window)
-        return some, every
-
-    def retention(self):
-        return Retention(self.window)
-
-    @property
-    def causal(self):
-        return self.right == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sinks(Mask):
-    """k < count: the first `count` positions, kept by every query (StreamingLLM, arXiv 2309.17453)."""
-
-    count: int
-
-    def __post_init__(self):
-        _natural("Sinks count", self.count, 1)
-
-    def keep(self, q_pos, k_pos):
-        return k_pos + 0 * q_pos < self.count
-
-    def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        span = 0 * (q_lo + q_hi)
-        return k_lo + span < self.count, k_hi + span < self.count
-
-    def retention(self):
-        return Retention(0, tuple(range(self.count)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -273,8 +239,9 @@ class And(Mask):
         return Retention(min(r.lookback for r in bounded), _union(bounded))
 
     @property
-    def causal(self):
-        return any(mask.causal for mask in self.masks)
+    def prefix(self):
+        known = [mask.prefix for mask in self.masks if mask.prefix is not None]
+        return min(known) if known else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -306,8 +273,9 @@ class Or(Mask):
         return Retention(max(r.lookback for r in each), _union(each))
 
     @property
-    def causal(self):
-        return all(mask.causal for mask in self.masks)
+    def prefix(self):
+        each = [mask.prefix for mask in self.masks]
+        return None if None in each else max(each)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -325,6 +293,29 @@ class Not(Mask):
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         some, every = self.mask.bounds(q_lo, q_hi, k_lo, k_hi)
         return every == False, some == False  # noqa: E712
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Mask):
+    """Base of masks that stand for an expression of others."""
+
+    @property
+    def expression(self) -> Mask:
+        """The masks this one is made of."""
+        raise NotImplementedError
+
+    def keep(self, q_pos, k_pos):
+        return self.expression.keep(q_pos, k_pos)
+
+    def bounds(self, q_lo, q_hi, k_lo, k_hi):
+        return self.expression.bounds(q_lo, q_hi, k_lo, k_hi)
+
+    def retention(self):
+        return self.expression.retention()
+
+    @property
+    def prefix(self):
+        return self.expression.prefix
 
 
 def _union(retentions: list[Retention]) -> tuple[int, ...]:

@@ -1,0 +1,102 @@
+"""Every mechanism with its paper, cost, cache and implementations: `catalogue()`, `python -m attention_jax`.
+
+The rows are read from the classes themselves, so that a new mask or mixer is listed as soon as it exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import attention_jax.masks as masks
+from attention_jax.about import About
+from attention_jax.masks import Mask
+from attention_jax.mixers import mixer_kinds
+from attention_jax.ops.softmax.api import implementations
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A mechanism: how it is named in code and YAML, and what its `About` tells."""
+
+    group: str
+    name: str
+    title: str
+    paper: str
+    time: str
+    memory: str
+    cache: str
+    causal: bool
+    implementations: tuple[str, ...]
+
+
+def catalogue() -> list[Entry]:
+    """All mechanisms: mixers by `kind`, masks by class, biases and position codes by name."""
+    entries = [_entry("mixer", kind, cls.about, _runs(cls)) for kind, cls in mixer_kinds().items()]
+    entries += [_entry("mask", name, cls.about, implementations()) for name, cls in _masks().items()]
+    return entries + [
+        _entry(group, name, dataclasses.replace(about, cache="-"), implementations())
+        for group, name, about in _TERMS
+    ]
+
+
+def table() -> str:
+    """The catalogue as text."""
+    rows = [("name", "what", "paper", "time", "memory", "cache", "causal", "implementations")]
+    entries = catalogue()
+    for e in entries:
+        causal = "yes" if e.causal else "no"
+        runs = ", ".join(e.implementations)
+        rows.append((e.name, e.title, e.paper or "-", e.time, e.memory, e.cache, causal, runs))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines, group = [cells[0]], None
+    for line, entry in zip(cells[1:], entries, strict=True):
+        if entry.group != group:
+            group = entry.group
+            lines += ["", _HEADINGS[group]]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+_HEADINGS = {
+    "mixer": "mixers (`kind` in YAML)",
+    "mask": "masks, which compose with & | ~",
+    "bias": "additive score terms",
+    "score": "other score terms",
+    "position": "positions",
+}
+
+# What is an option of a mixer and no class of masks or mixers.
+_TERMS = (
+    ("bias", "alibi", About("ALiBi", "arXiv 2108.12409", "O(1) per pair")),
+    ("bias", "t5", About("T5 relative position bias", "arXiv 1910.10683", "O(1) per pair")),
+    ("bias", "an array", About("Additive bias, differentiated", "", "O(1) per pair", "the array")),
+    ("score", "softcap", About("c tanh(x / c)", "arXiv 2408.00118", "O(1) per pair")),
+    ("score", "sinks", About("Learned sink logit per head", "arXiv 2508.10925", "O(1) per row")),
+    ("score", "qk_norm: rms", About("RMS norm of q and k", "arXiv 2010.04245", "O(1) per token")),
+    ("score", "qk_norm: l2", About("L2 norm of q and k", "Llama 4 model card", "O(1) per token")),
+    ("score", "temperature", About("Query temperature", "Llama 4 model card", "O(1) per token")),
+    ("score", "dropout", About("Attention dropout by position", "arXiv 1706.03762", "O(1) per pair")),
+    ("position", "rope", About("Rotary", "arXiv 2104.09864", "O(1) per token")),
+    ("position", "rope.scaling: linear", About("Interpolation", "arXiv 2306.15595", "O(1) per token")),
+    ("position", "rope.scaling: dynamic_ntk", About("NTK-aware base", "arXiv 2309.00071", "O(1) per token")),
+    ("position", "rope.scaling: yarn", About("YaRN", "arXiv 2309.00071", "O(1) per token")),
+    ("position", "rope.scaling: llama3", About("Llama 3", "arXiv 2407.21783", "O(1) per token")),
+    ("position", "rope.scaling: longrope", About("LongRoPE", "arXiv 2402.13753", "O(1) per token")),
+    ("position", "rope.xpos", About("xPos, fixed centre", "arXiv 2212.10554", "O(1) per token")),
+    ("position", "max_positions", About("Learned absolute", "arXiv 1706.03762", "O(1) per token")),
+    ("position", "sinusoidal", About("Sinusoidal absolute", "arXiv 1706.03762", "O(1) per token")),
+)  # fmt: skip
+
+
+def _entry(group: str, name: str, about: About, runs: tuple[str, ...]) -> Entry:
+    return Entry(group, name, **dataclasses.asdict(about), implementations=tuple(runs))
+
+
+def _runs(cls: type) -> tuple[str, ...]:
+    return getattr(cls, "implementations", implementations)()
+
+
+def _masks() -> dict[str, type]:
+    classes = {name: getattr(masks, name) for name in masks.__all__}
+    return {n: c for n, c in classes.items() if isinstance(c, type) and issubclass(c, Mask) and c.about}

@@ -1,0 +1,202 @@
+"""Multi-head latent attention: keys and values are projections of one small latent, and only it is cached.
+
+    c_t = RMSNorm(x_t W_dkv)  [R],   k_r,t = RoPE(x_t W_kr)  [P]  (one for all heads)
+    k_n,t = [c_t W_uk_n ; k_r,t],   v_n,t = c_t W_uv_n,   q_n,t = [q^C_n ; RoPE(q^R_n)]
+    y = W_o concat_n softmax(q_n k_n^T * scale + mask) v_n,   scale = 1 / sqrt(H + P)
+
+DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434). The cache holds [c ; k_r], R + P numbers a token. Decoding
+absorbs the up-projections: q^C_n W_uk_n^T meets c itself, so attention runs with one kv head of width R + P
+whose values are its first R features, and W_uv follows. Many new tokens expand the keys instead, which
+costs fewer operations per pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.about import About
+from attention_jax.caches import KVCache
+from attention_jax.layers import linear, together
+from attention_jax.masks import Causal, Full, Mask, parse
+from attention_jax.mixers.base import Context
+from attention_jax.mixers.parts import (
+    Keys,
+    check_heads,
+    dropout_options,
+    positions_of,
+    recall,
+    split_heads,
+    zero_invalid,
+)
+from attention_jax.positions import RoPE
+
+# New tokens up to which a cached call absorbs the up-projections rather than expand all cached keys.
+_ABSORB_UP_TO = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Multi-head latent self-attention; `kind: mla`."""
+
+    about = About(
+        "Multi-head latent attention",
+        "arXiv 2405.04434",
+        "O(T^2)",
+        cache="latent_dim + rotary_dim per token, by the mask",
+    )
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
+
+    kind: Literal["mla"] = "mla"  #: the mixer
+    num_heads: int = 4  #: heads (N)
+    latent_dim: int = 64  #: width of the cached latent (R)
+    query_latent_dim: int | None = None  #: width of a latent for the queries too; null: a full projection
+    head_dim: int = 32  #: width of a head's content part (H)
+    rotary_dim: int = 16  #: width of its rotary part (P), even, shared by the keys of all heads; 0: none
+    value_dim: int | None = None  #: width of a head's values (M); null: head_dim
+    mask: Mask | str = Full()  #: which pairs see each other; a causal model adds Causal()
+    rope: RoPE = RoPE()  #: of the rotary part
+    dropout: float = 0.0  #: on the attention probabilities
+    impl: str | None = None  #: implementation of the attention op by name; null: the best
+
+    def __post_init__(self):
+        if isinstance(self.mask, str):
+            object.__setattr__(self, "mask", parse(self.mask))
+        check_heads(self.num_heads, None, self.dropout)
+        for name in ("latent_dim", "query_latent_dim", "head_dim", "value_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.rotary_dim < 0 or self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be even and >= 0, got {self.rotary_dim}")
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        del d_model, causal  # a causal model intersects the mask with Causal()
+        if self.rotary_dim:
+            self.rope.rotated_width(self.rotary_dim)
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> LatentAttention:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        config = self
+        if causal and self.mask.prefix is None:
+            config = dataclasses.replace(self, mask=self.mask & Causal())
+        return LatentAttention(d_model, config, rngs=rngs, **module)
+
+
+class LatentAttention(nnx.Module):
+    """Softmax self-attention over a cached latent."""
+
+    def __init__(
+        self,
+        d_model: int,
+        config: LatentAttentionConfig,
+        *,
+        dtype: Any = jnp.float32,
+        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
+        out_init=None,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype = config, dtype
+        N, R, H, P = config.num_heads, config.latent_dim, config.head_dim, config.rotary_dim
+        self.value_dim = M = config.value_dim or H
+        common = {"dtype": dtype, "rngs": rngs}
+
+        def projection(features_in: int, features_out: int) -> nnx.Linear:
+            return linear(features_in, features_out, kernel_init=kernel_init, **common)
+
+        if config.query_latent_dim is not None:
+            self.q_down = projection(d_model, config.query_latent_dim)
+            self.q_latent_norm = nnx.RMSNorm(config.query_latent_dim, **common)
+        self.q = projection(config.query_latent_dim or d_model, N * (H + P))
+        self.kv_down = projection(d_model, R)
+        self.kv_latent_norm = nnx.RMSNorm(R, **common)
+        if P:
+            self.k_rotary = projection(d_model, P)
+        self.k_up = projection(R, N * H)
+        self.v_up = projection(R, N * M)
+        self.out = linear(N * M, d_model, kernel_init=out_init or kernel_init, **common)
+
+    def __call__(
+        self, x_BTD: jax.Array, state: KVCache | None = None, *, ctx: Context
+    ) -> tuple[jax.Array, KVCache | None]:
+        """y [B, T, D] and the state with x appended."""
+        T = x_BTD.shape[1]
+        q_BTNH = self._queries(x_BTD, ctx)
+        cached = state is not None
+        # One head of [latent ; rotary key] is what the cache holds; its values are a part of it.
+        keys, state = recall(state, ctx, self._latents(x_BTD, ctx)[:, :, None], None)
+        attend = self._absorbed if cached and T <= _ABSORB_UP_TO else self._expanded
+        y_BTNM = attend(q_BTNH, keys, ctx)
+        return zero_invalid(self.out(y_BTNM.reshape(*x_BTD.shape[:2], -1)), ctx), state
+
+    def _queries(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        config = self.config
+        if config.query_latent_dim is not None:
+            x_BTD = self.q_latent_norm(self.q_down(x_BTD))
+        q_BTNH = split_heads(self.q(x_BTD), config.head_dim + config.rotary_dim)
+        if not config.rotary_dim:
+            return q_BTNH
+        content, rotary = jnp.split(q_BTNH, [config.head_dim], axis=-1)
+        rotary = config.rope.queries(rotary, positions_of(ctx, x_BTD.shape[1]))
+        return jnp.concatenate([content, rotary], axis=-1)
+
+    def _latents(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        """[c ; k_r] of the new tokens, [B, T, R + P]."""
+        if not self.config.rotary_dim:
+            return self.kv_latent_norm(self.kv_down(x_BTD))
+        down, rotary = together([self.kv_down, self.k_rotary], x_BTD)
+        rotary = self.config.rope.keys(rotary[:, :, None], positions_of(ctx, x_BTD.shape[1]))[:, :, 0]
+        return jnp.concatenate([self.kv_latent_norm(down), rotary], axis=-1)
+
+    def _expanded(self, q_BTNH: jax.Array, keys: Keys, ctx: Context) -> jax.Array:
+        """Attention with a key and a value per head, made from the latents."""
+        N, R = self.config.num_heads, self.config.latent_dim
+        latent_BSR = self._latent_part(keys)
+        k_up, v_up = together([self.k_up, self.v_up], latent_BSR)
+        k_BSNH = k_up.reshape(*k_up.shape[:2], N, -1)
+        if self.config.rotary_dim:
+            rotary_BS1P = keys.k_BSKH[..., R:].astype(k_BSNH.dtype)
+            shape = (*k_BSNH.shape[:3], rotary_BS1P.shape[-1])
+            k_BSNH = jnp.concatenate([k_BSNH, jnp.broadcast_to(rotary_BS1P, shape)], axis=-1)
+        v_BSNM = v_up.reshape(*v_up.shape[:2], N, -1)
+        return keys.attend(q_BTNH, k=k_BSNH, v=v_BSNM, **self._options(ctx))
+
+    def _absorbed(self, q_BTNH: jax.Array, keys: Keys, ctx: Context) -> jax.Array:
+        """Attention of absorbed queries with the latents themselves: K = 1, v a part of k."""
+        config = self.config
+        N, R, H = config.num_heads, config.latent_dim, config.head_dim
+        k_up_RNH = self.k_up.kernel[...].astype(self.dtype).reshape(R, N, H)
+        v_up_RNM = self.v_up.kernel[...].astype(self.dtype).reshape(R, N, -1)
+        q_BTNR = jnp.einsum("btnh,rnh->btnr", q_BTNH[..., :H], k_up_RNH)
+        q_BTNE = jnp.concatenate([q_BTNR, q_BTNH[..., H:]], axis=-1)
+        latent_BS1R = self._latent_part(keys)[:, :, None]
+        y_BTNR = keys.attend(q_BTNE, v=latent_BS1R, **self._options(ctx))
+        return jnp.einsum("btnr,rnm->btnm", y_BTNR, v_up_RNM)
+
+    def _latent_part(self, keys: Keys) -> jax.Array:
+        """c [B, S, R] with what empty slots hold selected to 0: it is multiplied before the op selects."""
+        latent_BSR = keys.k_BSKH[:, :, 0, : self.config.latent_dim].astype(self.dtype)
+        valid_BS = keys.valid_BS
+        return latent_BSR if valid_BS is None else jnp.where(valid_BS[..., None], latent_BSR, 0)
+
+    def _options(self, ctx: Context) -> dict[str, Any]:
+        config = self.config
+        # Under YaRN both parts of the score are scaled by mscale^2, as the published models do it.
+        scale = config.rope.softmax_factor if config.rotary_dim else 1.0
+        scale = scale * (config.head_dim + config.rotary_dim) ** -0.5
+        options = dropout_options(config.dropout, ctx)
+        return {"mask": config.mask, "scale": scale, "impl": config.impl} | options
+
+    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> KVCache:
+        """An empty cache of R + P numbers a token for `capacity` tokens a row."""
+        del memory
+        width = self.config.latent_dim + self.config.rotary_dim
+        return KVCache.empty(
+            batch, capacity, 1, width, None, mask=self.config.mask, dtype=dtype or self.dtype
+        )

@@ -1,0 +1,252 @@
+"""RoPE's frequencies, and how scalings change them to read texts longer than those trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+FORBID = {"extra": "forbid", "strict": True}
+INFINITY = float("inf")
+
+
+def check(kind: str, name: str, value: Any, good: bool, need: str) -> None:
+    if not good:
+        raise ValueError(f"{kind} {name} must be {need}, got {value}")
+
+
+def plain_frequencies(theta: float, width: int) -> np.ndarray:
+    """theta^(-2j / width) for the pairs j, float64 [width / 2]."""
+    return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+
+
+class BaseScaling:
+    """What every scaling answers: frozen dataclasses with a `kind` that YAML chooses by."""
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by, and so each score twice."""
+        return 1.0
+
+    @property
+    def softmax_factor(self) -> float:
+        """What latent attention (MLA) multiplies its softmax scale by; plain attention does not."""
+        return 1.0
+
+    def frequencies(self, theta: float, width: int) -> np.ndarray:
+        """The angle per position of each pair, float64 [width / 2]; ValueError where there is none."""
+        raise NotImplementedError
+
+    def _check_factor(self) -> None:
+        check(type(self).__name__, "factor", self.factor, 1 <= self.factor < INFINITY, "finite and >= 1")
+
+    def _check_lengths(self, *names: str, least: int = 1) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(type(self).__name__, name, value, value >= least, f">= {least}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling(BaseScaling):
+    """Position interpolation, p / factor: Chen et al. 2023 (arXiv 2306.15595)."""
+
+    __pydantic_config__ = FORBID
+
+    kind: Literal["linear"] = "linear"  #: the scaling
+    factor: float  #: the new length over the one trained on
+
+    def __post_init__(self):
+        self._check_factor()
+
+    def frequencies(self, theta: float, width: int) -> np.ndarray:
+        return plain_frequencies(theta, width) / self.factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicNTK(BaseScaling):
+    """A base that grows with the text: bloc97 and emozilla 2023, told in YaRN's section 3.3 (2309.00071).
+
+        theta' = theta * (factor * r - (factor - 1))^(width / (width - 2)),   r = max(1, length / original)
+
+    `length` is fixed: with a base that followed the growing text, new queries would not agree with the
+    keys already rotated in a cache, nor one piece of a text with the next.
+    """
+
+    __pydantic_config__ = FORBID
+
+    kind: Literal["dynamic_ntk"] = "dynamic_ntk"  #: the scaling
+    factor: float = 1.0  #: how steeply the base grows with length
+    original_length: int  #: tokens of the texts trained on
+    length: int  #: tokens of the longest text to be read; fixed, so that cached keys stay true
+
+    def __post_init__(self):
+        self._check_factor()
+        self._check_lengths("original_length", "length")
+
+    def frequencies(self, theta: float, width: int) -> np.ndarray:
+        if width < 4:
+            raise ValueError(f"DynamicNTK needs a RoPE width of at least 4, got {width}")
+        ratio = max(1.0, self.length / self.original_length)
+        stretch = (self.factor * ratio - (self.factor - 1)) ** (width / (width - 2))
+        return plain_frequencies(theta * stretch, width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YaRN(BaseScaling):
+    """Interpolate slow pairs, leave fast ones: Peng et al. 2023 (arXiv 2309.00071).
+
+    The pair that turns r times over the original length has the index
+
+        c(r) = width ln(original / (2 pi r)) / (2 ln theta)
+
+    Below c(beta_fast) a frequency stays, above c(beta_slow) it is divided by `factor`, between them the mix
+    is linear in the index, as in the authors' code. Cosines and sines are multiplied by 0.1 ln(factor) + 1,
+    or by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1, as in DeepSeek-V2 (2405.04434).
+    """
+
+    __pydantic_config__ = FORBID
+
+    kind: Literal["yarn"] = "yarn"  #: the scaling
+    factor: float  #: the new length over the one trained on
+    original_length: int  #: tokens of the texts trained on
+    beta_fast: float = 32.0  #: pairs with more turns than this over the original length stay
+    beta_slow: float = 1.0  #: pairs with fewer turns than this are interpolated
+    attention_factor: float | None = None  #: multiplies cosines and sines; null: from factor and mscales
+    #: weight of ln(factor) in the numerator of the attention factor
+    mscale: float = 1.0
+    #: weight of ln(factor) in its denominator; for latent attention see `softmax_factor`
+    mscale_all_dim: float = 0.0
+    truncate: bool = True  #: round the ends of the range between beta_fast and beta_slow outward
+
+    def __post_init__(self):
+        self._check_factor()
+        self._check_lengths("original_length")
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            check("YaRN", name, value, value is None or 0 < value < INFINITY, "finite and > 0")
+        check("YaRN", "beta_fast", self.beta_fast, self.beta_fast > self.beta_slow, "above beta_slow")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            check("YaRN", name, value, 0 <= value < INFINITY, "finite and >= 0")
+        if self.attention_factor is not None and (self.mscale, self.mscale_all_dim) != (1.0, 0.0):
+            raise ValueError("YaRN attention_factor replaces mscale and mscale_all_dim: leave either out")
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+
+    @property
+    def softmax_factor(self) -> float:
+        return self._mscale(self.mscale_all_dim) ** 2
+
+    def _mscale(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1
+
+    def frequencies(self, theta: float, width: int) -> np.ndarray:
+        low, high = self._correction_range(theta, width)
+        # The published code avoids 0 / 0 so; the ramp is then a step after pair `low`.
+        high = high + 0.001 if low == high else high
+        interpolated = np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
+        return plain_frequencies(theta, width) * (1 - interpolated + interpolated / self.factor)
+
+    def _correction_range(self, theta: float, width: int) -> tuple[float, float]:
+        check("YaRN", "RoPE theta", theta, theta > 1, "> 1")
+        low, high = (
+            width * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        if low > high:
+            raise ValueError(
+                f"YaRN: over original_length {self.original_length} no pair of RoPE width {width}, theta "
+                f"{theta} makes beta_slow {self.beta_slow} to beta_fast {self.beta_fast} turns; change these"
+            )
+        return low, high
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3(BaseScaling):
+    """Llama 3.1's scaling by wavelength: Meta's released code (Grattafiori et al. 2024, arXiv 2407.21783).
+
+    With r = original / wavelength, the turns of a pair over the original length: r > high_freq_factor stays,
+    r < low_freq_factor is divided by `factor`, between them the frequency is mixed linearly in r.
+    """
+
+    __pydantic_config__ = FORBID
+
+    kind: Literal["llama3"] = "llama3"  #: the scaling
+    factor: float = 8.0  #: what the frequencies of slow pairs are divided by
+    low_freq_factor: float = 1.0  #: pairs with fewer turns than this over the original length are slow
+    high_freq_factor: float = 4.0  #: pairs with more turns than this stay
+    original_length: int = 8192  #: tokens of the texts trained on
+
+    def __post_init__(self):
+        self._check_factor()
+        self._check_lengths("original_length")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        check("Llama3", "low_freq_factor", low, 0 < low < INFINITY, "finite and > 0")
+        need = f"finite and above low_freq_factor {low}"
+        check("Llama3", "high_freq_factor", high, low < high < INFINITY, need)
+
+    def frequencies(self, theta: float, width: int) -> np.ndarray:
+        plain = plain_frequencies(theta, width)
+        turns = self.original_length * plain / (2 * np.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return plain * (kept + (1 - kept) / self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRoPE(BaseScaling):
+    """A searched divisor for each pair: Ding et al. 2024 (arXiv 2402.13753).
+
+    Up to the original length `short_factor` divides the frequencies, beyond it `long_factor`, and cosines
+    and sines are multiplied by sqrt(1 + ln(length / original) / ln(original)). `length` is fixed: keys in a
+    cache, rotated with one list, would not agree with queries rotated with the other.
+    """
+
+    __pydantic_config__ = FORBID
+
+    kind: Literal["longrope"] = "longrope"  #: the scaling
+    short_factor: tuple[float, ...]  #: width / 2 divisors, for lengths up to original_length
+    long_factor: tuple[float, ...]  #: width / 2 divisors, for longer ones
+    original_length: int  #: tokens of the texts trained on
+    length: int  #: tokens of the longest text to be read; fixed, it decides which list applies
+    #: multiplies cosines and sines; null: from length and original_length, 1 up to the latter. Models that
+    #: apply theirs to short texts too (Phi-3) need it given
+    attention_factor: float | None = None
+
+    def __post_init__(self):
+        self._check_lengths("original_length", least=2)
+        self._check_lengths("length")
+        for name in ("short_factor", "long_factor"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            bad = [value for value in values if not 0 < value < INFINITY]
+            check("LongRoPE", name, bad, not bad, "finite numbers > 0")
+        factor = self.attention_factor
+        good = factor is None or 0 < factor < INFINITY
+        check("LongRoPE", "attention_factor", factor, good, "finite and > 0")
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        ratio = max(1.0, self.length / self.original_length)
+        return math.sqrt(1 + math.log(ratio) / math.log(self.original_length))
+
+    def frequencies(self, theta: float, width: int) -> np.ndarray:
+        for name in ("short_factor", "long_factor"):
+            count = len(getattr(self, name))
+            check("LongRoPE", name, count, count == width // 2, f"{width // 2} numbers (RoPE width / 2)")
+        long = self.length > self.original_length
+        return plain_frequencies(theta, width) / np.array(self.long_factor if long else self.short_factor)
+
+
+Scaling = LinearScaling | DynamicNTK | YaRN | Llama3 | LongRoPE

@@ -1,0 +1,68 @@
+"""Random mask expressions through attention itself: blocked, and decoded with the cache they allow."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from numpy.testing import assert_allclose
+
+from attention_jax.caches import KVCache
+from attention_jax.masks import Causal
+from attention_jax.mixers import Context
+from attention_jax.mixers.parts import recall
+from attention_jax.ops.softmax import chunked, dot_product_attention
+from tests.reference import masks as truth
+from tests.strategies import expressions
+
+T, N, H = 26, 2, 4
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
+_RNG = np.random.default_rng(0)
+Q, K, V = (_RNG.normal(size=(1, T, N, H)).astype(np.float32) for _ in range(3))
+# Programs would differ with every mask: run operation by operation, each compiled once for all of them.
+quietly = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def dense(table: np.ndarray) -> np.ndarray:
+    """Softmax attention over what the table keeps; a row that keeps nothing is 0."""
+    out = np.zeros((T, N, H))
+    for n in range(N):
+        scores = Q[0, :, n].astype(np.float64) @ K[0, :, n].T / np.sqrt(H)
+        for t in range(T):
+            seen = np.flatnonzero(table[t])
+            if seen.size:
+                p = np.exp(scores[t, seen] - scores[t, seen].max())
+                out[t, n] = p @ V[0, seen, n] / p.sum()
+    return out
+
+
+@given(expressions)
+@quietly
+def test_the_blocked_form(monkeypatch, row):
+    with monkeypatch.context() as patch, jax.disable_jit():
+        for name, value in {"_Q_BLOCK": 8, "_KEY_UNIT": 8, "_UNITS": 2}.items():
+            patch.setattr(chunked, name, value)
+        out = dot_product_attention(Q, K, V, mask=row.mask, impl="chunked")
+    assert_allclose(out[0], dense(truth.table(row.truth, np.arange(T), np.arange(T))), **TOLERANCE)
+
+
+@pytest.mark.parametrize("pieces", [(1,) * T, (9, 1, 1, 7, 1, 7)], ids=["token by token", "in pieces"])
+@given(expressions)
+@quietly
+def test_decoding_with_the_cache_the_mask_allows(pieces, row):
+    mask = row.mask & Causal()
+    wanted = dense(truth.table(truth.both(row.truth, truth.causal), np.arange(T), np.arange(T)))
+    state = KVCache.empty(1, T, N, H, H, mask=mask, dtype=jnp.float32)
+    start = 0
+    with jax.disable_jit():
+        for size in pieces:
+            at = slice(start, start + size)
+            ctx = Context(positions_BT=jnp.arange(T)[None, at])
+            keys, state = recall(state, ctx, K[:, at], V[:, at])
+            out = keys.attend(jnp.asarray(Q[:, at]), mask=mask, impl="reference")
+            assert_allclose(out[0], wanted[at], **TOLERANCE)
+            start += size
