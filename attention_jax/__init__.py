@@ -6,7 +6,7 @@ L layers, R latent width, P rotary width. An array's name ends in its axes: `q_B
 """
 
 from attention_jax import biases, caches, masks, positions
-from attention_jax.biases import ALiBi, Bias
+from attention_jax.biases import T5, ALiBi, Bias
 from attention_jax.catalogue import catalogue
 from attention_jax.generate import Sampling
 from attention_jax.masks import (
@@ -36,9 +36,11 @@ from attention_jax.mixers import (
     ForgettingAttentionConfig,
     GatedAttentionConfig,
     LatentAttentionConfig,
+    NSAConfig,
     make_mixer,
 )
 from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply, encode, init_params
+from attention_jax.ops.selected import selected_attention
 from attention_jax.ops.softmax import dot_product_attention, explain
 from attention_jax.positions import RoPE
 
@@ -67,6 +69,7 @@ __all__ = [
     "Longformer",
     "Mask",
     "ModelConfig",
+    "NSAConfig",
     "Predicate",
     "Prefix",
     "RoPE",
@@ -74,6 +77,7 @@ __all__ = [
     "Sinks",
     "SlidingWindow",
     "Strided",
+    "T5",
     "apply",
     "biases",
     "caches",
@@ -85,4 +89,5 @@ __all__ = [
     "make_mixer",
     "masks",
     "positions",
+    "selected_attention",
 ]

@@ -1,5 +1,6 @@
 """How tests run: a core per worker, quick compilation, full precision of matrix products everywhere."""
 
+import importlib.metadata
 import os
 
 # Each pytest-xdist worker gets a core of its own, before jax counts them: two runtimes whose threads spin
@@ -11,6 +12,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 # Nearly all time goes into compiling programs that run once. LLVM's optimisations make that two to four
 # times longer; XLA's own passes stay on. Tests of what users run ask for them again (tests.problems.USERS).
 _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if int(importlib.metadata.version("jax").split(".")[1]) < 11:
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"  # the older emitters, which later versions lack
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
 import jax  # noqa: E402 (after the environment it reads)

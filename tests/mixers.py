@@ -15,10 +15,12 @@ from attention_jax.mixers import (
     GatedAttentionConfig,
     LatentAttentionConfig,
     MixerConfig,
+    NSAConfig,
 )
 from attention_jax.positions import RoPE, Temperature, XPos, YaRN
 from tests.reference import variants
 from tests.reference.attention import attention_mixer
+from tests.reference.nsa import nsa_mixer
 
 D_MODEL = 32
 
@@ -115,6 +117,32 @@ MIXERS |= {
     ),
 }  # fmt: skip
 
+
+def nsa_reference(config: NSAConfig, params, x_TD, **options) -> np.ndarray:
+    """The NumPy twin of an NSA config; it is causal by itself."""
+    names = ("rope", "compress_block", "compress_stride", "select_block", "select_count", "window")
+    given = {name: getattr(config, name) for name in names} | options
+    kv_heads = config.num_kv_heads or config.num_heads
+    return nsa_mixer(params, x_TD, heads=config.num_heads, kv_heads=kv_heads, **given)
+
+
+def _nsa(**options) -> MixerCase:
+    config = NSAConfig(**options)
+    return MixerCase(config, lambda params, x, keep: nsa_reference(config, params, x))
+
+
+MIXERS |= {
+    "nsa-rope": _nsa(
+        num_kv_heads=2, rope=RoPE(), compress_block=4, compress_stride=2, select_block=4, select_count=4,
+        window=5,
+    ),
+    # Compressed blocks longer than selected ones, a stretch of one token, many blocks to choose among.
+    "nsa-fine": _nsa(
+        num_kv_heads=1, compress_block=3, compress_stride=1, compress_width=7, select_block=2,
+        select_count=5, window=3, use_bias=True,
+    ),
+}  # fmt: skip
+
 TWO_SIDED = {
     "full": _softmax(Full(), rope=RoPE()),
     "window-both": _softmax(SlidingWindow(4, right=3)),
@@ -127,6 +155,11 @@ def cross_reference(params, x, memory, keep):
 
 
 CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(xpos=XPos(scale_base=16.0)))
+
+
+def mask_of(config: MixerConfig) -> Mask:
+    """What a causal model's mixer may see; a mixer without a mask sees all before."""
+    return getattr(config, "mask", Causal())
 
 
 def dense(mask: Mask, T: int, S: int | None = None) -> np.ndarray:

@@ -19,10 +19,10 @@ from tests.reference import masks as truth_masks
 from tests.reference import positions as truth_positions
 from tests.reference import softmax as truth
 
-# Compiler options on top of what tests/conftest.py sets for all: programs that run once compile faster with
-# the older emitters; and what users get.
-QUICK = {} if jax.version.__version_info__ >= (0, 11) else {"xla_cpu_use_fusion_emitters": False}
+# What users compile with, where tests/conftest.py sets quicker compilation for all.
 USERS = {"xla_backend_optimization_level": 3, "xla_cpu_parallel_codegen_split_count": 32}
+if jax.version.__version_info__ < (0, 11):
+    USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ class Problem:
     def program(self, impl: str | None, quick: bool = True):
         """A jitted function of (learned, do, dlse), by default the problem's own: (out, lse, gradients)."""
 
-        @functools.partial(jax.jit, compiler_options=QUICK if quick else USERS)
+        @functools.partial(jax.jit, compiler_options=None if quick else USERS)
         def run(learned, do, dlse):
             (out, lse), vjp = jax.vjp(lambda x: self.attend(x, impl), learned)
             return out, lse, vjp((do, dlse))[0]

@@ -22,7 +22,6 @@ from attention_jax.biases import (
 )
 from attention_jax.ops.softmax import chunked, dot_product_attention, explain
 from tests.cases import Gate
-from tests.problems import QUICK
 from tests.reference import softmax as truth
 from tests.reference.positions import ALIBI_SLOPES, t5_bucket
 
@@ -98,7 +97,7 @@ def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional, 
     table = rng.normal(size=(8, N)).astype(np.float32)
     q_pos, k_pos = (rng.permuted(np.tile(np.arange(n) + lo, (B, 1)), axis=1) for n, lo in ((T, 20), (S, -1)))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit)
     def run(table):
         def attend(table):
             bias = T5Bias(table, bidirectional, 14)

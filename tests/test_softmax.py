@@ -295,7 +295,6 @@ def _probabilities(impl, *, batch=2, rate=0.5):
             *x, q_positions=q_positions, k_positions=k_positions, impl=impl, dropout_rate=rate,
             dropout_key=key,
         ),
-        compiler_options=problems.QUICK,
     )(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))  # fmt: skip
     bits = truth.dropout_keep(
         np.asarray(jax.random.key_data(key)),
@@ -511,8 +510,8 @@ def test_vmap_over_calls(impl, small_tiles):
         return (out**2).sum()
 
     gradient = jax.value_and_grad(loss, (0, 1, 2))
-    together = jax.jit(jax.vmap(gradient), compiler_options=problems.QUICK)(q, k, v, positions)
-    alone = jax.jit(gradient, compiler_options=problems.QUICK)
+    together = jax.jit(jax.vmap(gradient))(q, k, v, positions)
+    alone = jax.jit(gradient)
     each = [alone(*x) for x in zip(q, k, v, positions, strict=True)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *each)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), together, stacked)
@@ -535,5 +534,5 @@ def test_scan_and_checkpoint(impl, small_tiles):
             x = layer(x, scale)
         return (x**2).sum()
 
-    found, wanted = (jax.jit(jax.grad(f), compiler_options=problems.QUICK)(x) for f in (scanned, plain))
+    found, wanted = (jax.jit(jax.grad(f))(x) for f in (scanned, plain))
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)

@@ -18,6 +18,7 @@ from attention_jax.mixers.differential import DifferentialAttention, Differentia
 from attention_jax.mixers.forgetting import ForgettingAttention, ForgettingAttentionConfig
 from attention_jax.mixers.gated import GatedAttention, GatedAttentionConfig
 from attention_jax.mixers.mla import LatentAttention, LatentAttentionConfig
+from attention_jax.mixers.nsa import NSA, NSAConfig
 
 MixerConfig = (
     AttentionConfig
@@ -26,6 +27,7 @@ MixerConfig = (
     | ForgettingAttentionConfig
     | DifferentialAttentionConfig
     | LatentAttentionConfig
+    | NSAConfig
 )
 
 
@@ -70,6 +72,8 @@ __all__ = [
     "LatentAttentionConfig",
     "Mixer",
     "MixerConfig",
+    "NSA",
+    "NSAConfig",
     "make_mixer",
     "mixer_kinds",
 ]

@@ -1,0 +1,413 @@
+"""Native sparse attention (NSA): Yuan et al. 2025 (arXiv 2502.11089).
+
+    o_t = sum_c g^c_t Attn(q_t, K^c_t, V^c_t),   c in {compressed, selected, window},   g_t = sigmoid(W_g x_t)   (5)
+
+    compressed: k^cmp_i = phi(k_{i d}, ..., k_{i d + l - 1}) of every complete block; phi is an MLP over the
+                block's features with an embedding of the place within the block added, v likewise   (7)
+    selected:   the tokens of the n blocks of l' tokens that the compressed probabilities find most
+                important, the same for all query heads of a kv group   (9-12, ops/selected/choose.py)
+    window:     the last w tokens
+
+As in the paper each branch projects its own keys and values, and one query serves all three. The gates are
+one linear layer, for each head and branch.
+
+Positions: rope turns q and the keys of the selected and window branches. phi takes keys as they were before
+rope, so that a block has the same summary wherever it stands; the compressed key is then turned to the
+position of its last token, so that its scores too depend on the distance alone.
+
+No gradient flows through the choice of blocks; what phi learns it learns from the compressed branch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.about import About
+from attention_jax.caches import KVCache
+from attention_jax.layers import gelu, linear, together
+from attention_jax.masks import Causal, Full, SlidingWindow
+from attention_jax.mixers.base import Context
+from attention_jax.mixers.parts import (
+    cached_positions,
+    check_heads,
+    head_width,
+    positions_of,
+    recall,
+    split_heads,
+    zero_invalid,
+)
+from attention_jax.ops.selected import choose_blocks, selected_attention
+from attention_jax.ops.softmax import dot_product_attention
+from attention_jax.positions import RoPE
+
+# What an implementation of softmax attention is called in the op of the selected branch.
+_SELECTED_IMPL = {None: None, "reference": "reference", "chunked": "gathered"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NSAConfig:
+    """Native sparse attention; `kind: nsa`. Causal models only."""
+
+    about = About(
+        "Native sparse attention",
+        "arXiv 2502.11089",
+        "O(T (T / compress_stride + select_count select_block + window))",
+        cache="all keys, compressed keys, ring of window",
+    )
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    kind: Literal["nsa"] = "nsa"  #: the mixer
+    num_heads: int = 4  #: query heads (N)
+    num_kv_heads: int | None = (
+        None  #: key-value heads (K), a divisor of num_heads; each selects its own blocks; null: num_heads
+    )
+    head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
+    rope: RoPE | None = None  #: rotary position embedding; null: none
+    compress_block: int = 32  #: tokens that one compressed key stands for (l)
+    compress_stride: int = 16  #: tokens from one compressed block to the next (d), a divisor of l and l'
+    compress_width: int | None = None  #: hidden width of the compressing MLP; null: head_dim
+    select_block: int = 64  #: tokens of a selected block (l')
+    select_count: int = 16  #: selected blocks (n), the first and the last two, always taken, among them
+    window: int = 512  #: tokens of the window branch, the query's own included (w)
+    use_bias: bool = False  #: biases in the projections, the gates and the compressing MLP
+    #: implementation of the attention ops by name, reference or chunked; null: the best for the shape
+    impl: str | None = None
+
+    def __post_init__(self):
+        check_heads(self.num_heads, self.num_kv_heads, 0.0)
+        for name in ("compress_block", "compress_stride", "compress_width", "select_block", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        for name in ("compress_block", "select_block"):
+            if getattr(self, name) % self.compress_stride:
+                raise ValueError(
+                    f"compress_stride {self.compress_stride} does not divide {name} {getattr(self, name)}"
+                )
+        if self.select_count < 3:
+            raise ValueError(
+                f"select_count must be >= 3, got {self.select_count}: the first and the last two blocks "
+                "are always selected"
+            )
+        if self.impl not in _SELECTED_IMPL:
+            raise ValueError(f"impl must be 'reference', 'chunked' or null for nsa, got {self.impl!r}")
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        if not causal:
+            raise ValueError(
+                "nsa is causal only: it compresses, selects and windows the past of a query; "
+                "use kind softmax in a model with causal: false"
+            )
+        head_dim = head_width(d_model, self.num_heads, self.head_dim)
+        if self.rope is not None:
+            self.rope.rotated_width(head_dim)
+            if self.rope.xpos is not None:
+                raise ValueError("nsa takes no rope.xpos: one query meets keys of blocks and of tokens alike")
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> NSA:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kind"}
+        return NSA(d_model, rngs=rngs, **arguments, **module)
+
+
+class Compressed(NamedTuple):
+    """Compressed keys (turned to their positions) and values, and the position of each block's last token.
+
+    Entries without a block have position -1 and hold 0.
+    """
+
+    k_BCKH: jax.Array
+    v_BCKH: jax.Array
+    positions_BC: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NSAState:
+    """What NSA keeps of a stream: entry i of `compressed` is block i.
+
+    tail: the keys and values of the compressed branch, before phi, of the last compress_block tokens.
+    """
+
+    selected: KVCache
+    window: KVCache
+    tail: KVCache
+    compressed: Compressed
+
+
+class _Blocks(NamedTuple):
+    """Compressed blocks to be computed: where their tokens stand, [B, C, l], and where they end.
+
+    A block that is not complete has position -1.
+    """
+
+    tokens_BCl: jax.Array
+    positions_BC: jax.Array
+
+
+class Compress(nnx.Module):
+    """phi: the features of a block's l tokens, each with the embedding of its place, to one vector by an MLP."""
+
+    def __init__(self, block: int, head_dim: int, width: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
+        # Unit gain whatever the model's init_std: a compressed key then starts out as large as a key.
+        init = nnx.initializers.lecun_normal()
+        common = {"use_bias": use_bias, "dtype": dtype, "kernel_init": init, "rngs": rngs}
+        self.places = nnx.Param(0.02 * jax.random.normal(rngs.params(), (block, head_dim), jnp.float32))
+        self.up = linear(block * head_dim, width, **common)
+        self.down = linear(width, head_dim, **common)
+
+    def __call__(self, x_BCKlH: jax.Array) -> jax.Array:
+        """[B, C, K, H]."""
+        x_BCKlH = x_BCKlH + self.places[...].astype(x_BCKlH.dtype)
+        return self.down(gelu(self.up(x_BCKlH.reshape(*x_BCKlH.shape[:3], -1))))
+
+
+class NSA(nnx.Module):
+    """Three branches of attention to the past, summed by gates."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope: RoPE | None = None,
+        compress_block: int = 32,
+        compress_stride: int = 16,
+        compress_width: int | None = None,
+        select_block: int = 64,
+        select_count: int = 16,
+        window: int = 512,
+        use_bias: bool = False,
+        impl: str | None = None,
+        dtype: Any = jnp.float32,
+        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008
+        out_init=None,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = head_width(d_model, num_heads, head_dim)
+        self.block, self.stride = compress_block, compress_stride
+        self.select_block, self.select_count = select_block, select_count
+        self.rope, self.window, self.impl, self.dtype = rope, window, impl, dtype
+
+        common = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
+        kv_width = self.num_kv_heads * self.head_dim
+        self.q = linear(d_model, num_heads * self.head_dim, kernel_init=kernel_init, **common)
+        (
+            self.compressed_k,
+            self.compressed_v,
+            self.selected_k,
+            self.selected_v,
+            self.window_k,
+            self.window_v,
+        ) = (linear(d_model, kv_width, kernel_init=kernel_init, **common) for _ in range(6))
+        self.gates = linear(d_model, 3 * num_heads, kernel_init=kernel_init, **common)
+        self.phi_k, self.phi_v = (
+            Compress(compress_block, self.head_dim, compress_width or self.head_dim, **common)
+            for _ in range(2)
+        )
+        self.out = linear(num_heads * self.head_dim, d_model, kernel_init=out_init or kernel_init, **common)
+
+    def __call__(
+        self, x_BTD: jax.Array, state: NSAState | None = None, *, ctx: Context
+    ) -> tuple[jax.Array, NSAState | None]:
+        """y [B, T, D] and the state with x appended (None for None)."""
+        # An empty slot's NaN would reach the gradients of all three branches through its gates, as 0 * NaN.
+        x_BTD = zero_invalid(x_BTD, ctx)
+        q, ck, cv, sk, sv, wk, wv, gates = together(
+            [self.q, self.compressed_k, self.compressed_v, self.selected_k, self.selected_v, self.window_k,
+             self.window_v, self.gates],
+            x_BTD,
+        )  # fmt: skip
+        ck, cv, sk, sv, wk, wv = (split_heads(x, self.head_dim) for x in (ck, cv, sk, sv, wk, wv))
+        at_BT = positions_of(ctx, x_BTD.shape[1])
+        q_BTNH, sk, wk = (self._turned(x, at_BT) for x in (split_heads(q, self.head_dim), sk, wk))
+        held = (None, None) if state is None else (state.selected, state.window)
+        selected, selected_state = recall(held[0], ctx, sk, sv)
+        window, window_state = recall(held[1], ctx, wk, wv)
+        if state is None:
+            compressed, segment_ids, shift_BT = self._compress_rows(ck, cv, ctx)
+        else:
+            tail, compressed = self._append_compressed(state, ck, cv, ctx)
+            state = NSAState(selected_state, window_state, tail, compressed)
+            segment_ids = shift_BT = None
+        by_branch = (
+            *self._coarse_and_selected(q_BTNH, compressed, selected, segment_ids, shift_BT),
+            window.attend(q_BTNH, mask=SlidingWindow(self.window), impl=self.impl),
+        )
+        gates_BTcN = jax.nn.sigmoid(gates.astype(jnp.float32)).reshape(*gates.shape[:2], 3, -1)
+        y_BTNH = sum(gates_BTcN[:, :, c, :, None] * by_branch[c].astype(jnp.float32) for c in range(3))
+        y_BTD = self.out(y_BTNH.astype(q_BTNH.dtype).reshape(*x_BTD.shape[:2], -1))
+        return zero_invalid(y_BTD, ctx), state
+
+    def init_state(self, batch: int, capacity: int, *, memory: Any = None, dtype=None) -> NSAState:
+        """Empty caches: all tokens for the selection, a ring each for window and unfinished blocks."""
+        del memory
+        dtype = dtype or self.dtype
+
+        def cache(mask):
+            heads, width = self.num_kv_heads, self.head_dim
+            return KVCache.empty(batch, capacity, heads, width, width, mask=mask, dtype=dtype)
+
+        blocks = max((capacity - self.block) // self.stride + 1, 1)
+        empty = jnp.zeros((batch, blocks, self.num_kv_heads, self.head_dim), dtype)
+        return NSAState(
+            selected=cache(Full()),
+            window=cache(SlidingWindow(self.window)),
+            tail=cache(SlidingWindow(self.block)),
+            compressed=Compressed(empty, empty, jnp.full((batch, blocks), -1, jnp.int32)),
+        )
+
+    def _turned(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        return x_BTNH if self.rope is None else self.rope(x_BTNH, positions_BT)
+
+    def _coarse_and_selected(self, q_BTNH, compressed: Compressed, selected, segment_ids, shift_BT):
+        """The outputs of the compressed and of the selected branch."""
+        B, T, _, H = q_BTNH.shape
+        k_BCKH, v_BCKH, ends_BC = compressed
+        k_BCKH, v_BCKH = k_BCKH.astype(q_BTNH.dtype), v_BCKH.astype(q_BTNH.dtype)
+        coarse_BTNH, lse_BTN = dot_product_attention(
+            q_BTNH, k_BCKH, v_BCKH, mask=Causal(), segment_ids=segment_ids,
+            q_positions=selected.q_positions_BT, k_positions=ends_BC, return_lse=True, impl=self.impl,
+        )  # fmt: skip
+        given = selected.q_positions_BT
+        q_positions_BT = jnp.broadcast_to(jnp.arange(T) if given is None else given, (B, T))
+        num_blocks = -(-selected.k_BSKH.shape[1] // self.select_block)
+        blocks_BTKn = choose_blocks(
+            q_BTNH, k_BCKH, lse_BTN,
+            scale=H**-0.5,
+            compress_block=self.block,
+            compress_stride=self.stride,
+            select_block=self.select_block,
+            select_count=self.select_count,
+            num_blocks=num_blocks,
+            q_positions=q_positions_BT,
+            k_positions=ends_BC,
+            segment_ids=segment_ids,
+            shift_BT=shift_BT,
+        )  # fmt: skip
+        fine_BTNH = selected_attention(
+            q_BTNH, selected.k_BSKH.astype(q_BTNH.dtype), selected.v_BSKM.astype(q_BTNH.dtype), blocks_BTKn,
+            block_size=self.select_block,
+            segment_ids=selected.segment_ids_BT,
+            q_positions=given,
+            k_positions=selected.k_positions_BS,
+            impl=_SELECTED_IMPL[self.impl],
+        )  # fmt: skip
+        if given is not None:
+            # Blocks were counted for rows that start at position 0; a traced position past them cannot raise.
+            beyond_BT = q_positions_BT >= num_blocks * self.select_block
+            fine_BTNH = jnp.where(beyond_BT[..., None, None], jnp.nan, fine_BTNH)
+        return coarse_BTNH, fine_BTNH
+
+    def _compressed(self, k_BSKH: jax.Array, v_BSKH: jax.Array, blocks: _Blocks) -> Compressed:
+        """phi of the blocks' tokens, turned; 0 where a block is not complete."""
+        complete_BC = blocks.positions_BC >= 0
+        rows = jnp.arange(k_BSKH.shape[0])[:, None, None]
+
+        def summary(phi, x_BSKH):
+            y_BCKH = phi(jnp.swapaxes(x_BSKH[rows, blocks.tokens_BCl], 2, 3))
+            return jnp.where(complete_BC[..., None, None], y_BCKH, jnp.zeros((), y_BCKH.dtype))
+
+        k_BCKH = self._turned(summary(self.phi_k, k_BSKH), blocks.positions_BC)
+        return Compressed(k_BCKH, summary(self.phi_v, v_BSKH), blocks.positions_BC)
+
+    def _compress_rows(self, k_BTKH, v_BTKH, ctx: Context):
+        """The compressed keys of whole rows, the segments of queries and blocks, and block 0's entry."""
+        B, T = k_BTKH.shape[:2]
+        if ctx.positions_BT is None and ctx.segment_ids_BT is None:
+            blocks = _blocks_of_plain_rows(B, T, self.block, self.stride)
+            return self._compressed(k_BTKH, v_BTKH, blocks), None, None
+        blocks, segment_ids, shift_BT = _blocks_of_rows(ctx, B, T, self.block, self.stride)
+        return self._compressed(k_BTKH, v_BTKH, blocks), segment_ids, shift_BT
+
+    def _append_compressed(self, state: NSAState, k_BTKH, v_BTKH, ctx: Context):
+        """The tail with the new tokens, and the compressed keys with the blocks that they complete."""
+        tail, held = state.tail, state.compressed
+        positions_BT = cached_positions(tail.capacity, ctx, *k_BTKH.shape[:2])
+        new = (k_BTKH, v_BTKH, positions_BT)
+        beside = tail.beside(*new)
+        blocks, number_BC = _completed_blocks(tail, beside, positions_BT, self.block, self.stride)
+        k_BSKH, v_BSKH = (x.astype(k_BTKH.dtype) for x in (beside.k_BSKH, beside.v_BSKM))
+        made = self._compressed(k_BSKH, v_BSKH, blocks)
+        rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+        # Out of range is dropped: blocks that are not complete change nothing.
+        into_BC = jnp.where(blocks.positions_BC >= 0, number_BC, held.positions_BC.shape[1])
+        written = (
+            old.at[rows_B1, into_BC].set(x.astype(old.dtype), mode="drop")
+            for old, x in zip(held, made, strict=True)
+        )
+        return tail.append(*new), Compressed(*written)
+
+
+def _blocks_of_plain_rows(B: int, T: int, l: int, d: int) -> _Blocks:  # noqa: E741 (the paper's names)
+    """The blocks of rows that are one document each, from position 0; at least one, complete or not."""
+    starts_C = jnp.arange(max((T - l) // d + 1, 1)) * d
+    tokens_Cl = starts_C[:, None] + jnp.arange(l)
+    ends_C = jnp.where(tokens_Cl[:, -1] < T, tokens_Cl[:, -1], -1)
+    tokens_BCl = jnp.broadcast_to(jnp.minimum(tokens_Cl, T - 1), (B, *tokens_Cl.shape))
+    return _Blocks(tokens_BCl, jnp.broadcast_to(ends_C, (B, *ends_C.shape)))
+
+
+def _blocks_of_rows(ctx: Context, B: int, T: int, l: int, d: int):  # noqa: E741
+    """The blocks of all documents of a row, one after another; d <= l, so T // d entries hold them.
+
+    Also their segments beside the queries' (None without), and what to add to a block's number to get its
+    entry, for the document of each query.
+    """
+    positions_BT = jnp.broadcast_to(positions_of(ctx, T), (B, T))
+    segments_BT = jnp.zeros((1, T), jnp.int32) if ctx.segment_ids_BT is None else ctx.segment_ids_BT
+    segments_BT = jnp.broadcast_to(segments_BT, (B, T))
+    valid_BT = (positions_BT >= 0) & (segments_BT >= 0)
+    last_T = jnp.minimum(jnp.arange(T) + l - 1, T - 1)
+    # A document is contiguous: if a block's last token is where it should be, so are the others.
+    starts_BT = (
+        valid_BT
+        & (positions_BT % d == 0)
+        & valid_BT[:, last_T]
+        & (positions_BT[:, last_T] == positions_BT + l - 1)
+        & (segments_BT[:, last_T] == segments_BT)
+    )
+    entries = max(T // d, 1)
+    order_BC = jnp.argsort(starts_BT == False, axis=1, stable=True)[:, :entries]  # noqa: E712
+    begins_BC, found_BC, segments_BC = (
+        jnp.take_along_axis(x, order_BC, axis=1) for x in (positions_BT, starts_BT, segments_BT)
+    )
+    ends_BC = jnp.where(found_BC, begins_BC + l - 1, -1)
+    tokens_BCl = jnp.minimum(order_BC[..., None] + jnp.arange(l), T - 1)
+    # The last block that begins at or before a query is of its document, if it sees any block at all.
+    newest_BT = jnp.maximum(jnp.cumsum(starts_BT, axis=1) - 1, 0)
+    shift_BT = jnp.take_along_axis(jnp.arange(entries) - begins_BC // d, newest_BT, axis=1)
+    segment_ids = None if ctx.segment_ids_BT is None else (segments_BT, segments_BC)
+    return _Blocks(tokens_BCl, ends_BC), segment_ids, shift_BT
+
+
+def _completed_blocks(tail: KVCache, beside: KVCache, positions_BT, l: int, d: int):  # noqa: E741
+    """The blocks that end within the new tokens, at slots of `beside` (the tail and them), and their numbers."""
+    T = positions_BT.shape[1]
+    # A row without a new token begins at the capacity, where no block can end any more.
+    begin_BT = jnp.where(positions_BT >= 0, positions_BT, tail.capacity)
+    begin_B1 = begin_BT.min(1, keepdims=True)
+    first_slot_B1 = tail.positions_BS.shape[1] + begin_BT.argmin(1, keepdims=True) - begin_B1
+    # Block i ends at i d + l - 1: from the first that ends at `begin` or later.
+    number_BC = jnp.maximum((begin_B1 - (l - 1) + d - 1) // d, 0) + jnp.arange(-(-T // d))
+    wanted_BCl = number_BC[..., None] * d + jnp.arange(l)
+    slots_BCl = jnp.where(
+        wanted_BCl < begin_B1[..., None], wanted_BCl % tail.ring, wanted_BCl + first_slot_B1[..., None]
+    )
+    slots_BCl = jnp.clip(slots_BCl, 0, beside.positions_BS.shape[1] - 1)
+    rows_B11 = jnp.arange(positions_BT.shape[0])[:, None, None]
+    complete_BC = (beside.positions_BS[rows_B11, slots_BCl] == wanted_BCl).all(-1)
+    ends_BC = wanted_BCl[..., -1]
+    fits_BC = complete_BC & (ends_BC < tail.capacity)
+    return _Blocks(slots_BCl, jnp.where(fits_BC, ends_BC, -1)), number_BC

@@ -1,0 +1,170 @@
+"""Selected attention by gathering: each query's blocks are copied side by side, a chunk of queries at a time.
+
+With n blocks of C tokens the work is O(T n C) whatever S is, and so is the memory of a chunk. The backward
+keeps q, k, v alone: it gathers once more, differentiates the chunk and adds what its keys and values get to
+the totals, so that a gradient costs a chunk too.
+
+Where a token stands follows from its position: the tokens of a document stand in a row, so slot - position
+is one number for each document. Rows of which that is not true give NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.ops.selected.common import Call, chunk_length, cut, join, over_chunks
+
+
+class _Rows(NamedTuple):
+    """Queries and what each needs to find its keys; `first_BT` is the slot of position 0 of its document."""
+
+    q_BTNH: jax.Array
+    blocks_BTKn: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+    first_BT: jax.Array
+
+
+@jax.custom_vjp
+def attend(call: Call) -> jax.Array:
+    """out_BTNM in q's dtype."""
+    call, rows, broken_B, length = _prepared(call)
+    out_BTNM = over_chunks(lambda rows: _attend_rows(call, rows), rows, call.sizes[1], length)
+    # A traced position cannot raise; NaN is seen, keys left out are not.
+    return jnp.where(broken_B[:, None, None, None], jnp.nan, out_BTNM)
+
+
+def _attend_fwd(call: Call):
+    return attend(call), call
+
+
+def _attend_bwd(given: Call, dout_BTNM: jax.Array):
+    call, rows, _, length = _prepared(given)
+    batch, heads = _batch_and_head(call)
+
+    def body(totals, chunk):
+        rows, dout_BTNM = chunk
+        slots_BTKL, seen_BTKL = _find(call, rows)
+        # In float32 from here on, so that every part is rounded once, in the total.
+        learned = [rows.q_BTNH, *(x[batch, slots_BTKL, heads] for x in (call.k_BSKH, call.v_BSKM))]
+        learned = [x.astype(jnp.float32) for x in learned]
+        _, pull = jax.vjp(lambda *qkv: _softmax_attention(call, *qkv, seen_BTKL), *learned)
+        dq_BTNH, *parts = pull(dout_BTNM.astype(jnp.float32))
+        totals = [
+            total.at[batch, slots_BTKL, heads].add(part) for total, part in zip(totals, parts, strict=True)
+        ]
+        return totals, dq_BTNH
+
+    totals = [jnp.zeros(x.shape, jnp.float32) for x in (call.k_BSKH, call.v_BSKM)]
+    (dk_BSKH, dv_BSKM), dq = jax.lax.scan(body, totals, cut((rows, dout_BTNM), length))
+    # None stands for the zero cotangents of integer arrays.
+    gradient = dataclasses.replace(
+        given,
+        q_BTNH=join(dq, call.sizes[1]).astype(given.q_BTNH.dtype),
+        k_BSKH=dk_BSKH.astype(given.k_BSKH.dtype),
+        v_BSKM=dv_BSKM.astype(given.v_BSKM.dtype),
+        block_indices_BTKn=None, q_positions_BT=None, k_positions_BS=None,
+        q_segments_BT=None, k_segments_BS=None,
+    )  # fmt: skip
+    return (gradient,)
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _prepared(call: Call) -> tuple[Call, _Rows, jax.Array, int]:
+    """The call with empty slots selected to 0, its queries, rows that cannot be served, the chunk length."""
+    B, T, _, _, K, H, M = call.sizes
+    valid_BT, valid_BS = call.q_positions_BT >= 0, call.k_positions_BS >= 0
+    q, k, v = (
+        jnp.where(valid[..., None, None], x, jnp.zeros((), x.dtype))
+        for x, valid in ((call.q_BTNH, valid_BT), (call.k_BSKH, valid_BS), (call.v_BSKM, valid_BS))
+    )
+    call = dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v)
+    first_BT, broken_B = _first_slots(call)
+    rows = _Rows(q, call.block_indices_BTKn, call.q_positions_BT, call.q_segments_BT, first_BT)
+    gathered = call.block_indices_BTKn.shape[-1] * call.block_size
+    return call, rows, broken_B, chunk_length(T, B * K * gathered * (H + M))
+
+
+def _first_slots(call: Call) -> tuple[jax.Array, jax.Array]:
+    """The slot [B, T] of position 0 of each query's document, and rows whose documents are not contiguous."""
+    k_pos_BS = call.k_positions_BS
+    valid_BS = k_pos_BS >= 0
+    first_BS = jnp.arange(k_pos_BS.shape[1]) - k_pos_BS
+    if call.q_segments_BT is None:
+        some_B1 = jnp.argmax(valid_BS, axis=1, keepdims=True)
+        own_B1 = jnp.take_along_axis(first_BS, some_B1, axis=1)
+        first_BT, expected_BS = jnp.broadcast_to(own_B1, call.q_positions_BT.shape), own_B1
+    else:
+        none = jnp.iinfo(jnp.int32).max
+
+        def look_up(ids_S, first_S, q_ids_T):
+            # Any key of the document will do: sorted by document, the first is found by bisection.
+            order_S = jnp.argsort(ids_S)
+            at_T, at_S = (jnp.searchsorted(ids_S[order_S], ids) for ids in (q_ids_T, ids_S))
+            return tuple(first_S[order_S[jnp.minimum(at, ids_S.size - 1)]] for at in (at_T, at_S))
+
+        ids_BS = jnp.where(valid_BS, call.k_segments_BS, none)
+        first_BT, expected_BS = jax.vmap(look_up)(ids_BS, first_BS, call.q_segments_BT)
+    return first_BT, (valid_BS & (first_BS != expected_BS)).any(1)
+
+
+def _attend_rows(call: Call, rows: _Rows) -> jax.Array:
+    slots_BTKL, seen_BTKL = _find(call, rows)
+    batch, heads = _batch_and_head(call)
+    k_BTKLH, v_BTKLM = (x[batch, slots_BTKL, heads] for x in (call.k_BSKH, call.v_BSKM))
+    return _softmax_attention(call, rows.q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL)
+
+
+def _batch_and_head(call: Call) -> tuple[jax.Array, jax.Array]:
+    """Indices that with slots [B, T, K, L] pick features from [B, S, K, H]."""
+    B, _, _, _, K, _, _ = call.sizes
+    return jnp.arange(B)[:, None, None, None], jnp.arange(K)[:, None]
+
+
+def _find(call: Call, rows: _Rows) -> tuple[jax.Array, jax.Array]:
+    """Slots [B, T, K, n * block_size] of the named blocks' tokens, all in range, and which are seen."""
+    B, _, S, *_ = call.sizes
+    blocks, q_pos_BT11 = rows.blocks_BTKn, rows.positions_BT[..., None, None]
+    n = blocks.shape[-1]
+    before = jnp.tril(jnp.ones((n, n), bool), -1)
+    repeated_BTKn = ((blocks[..., :, None] == blocks[..., None, :]) & before).any(-1)
+    # An index past the query's own block is hidden anyway; as a product it might overflow.
+    live_BTKn = (blocks >= 0) & (blocks <= q_pos_BT11 // call.block_size) & (repeated_BTKn == False)  # noqa: E712
+    positions = jnp.where(live_BTKn, blocks, 0)[..., None] * call.block_size + jnp.arange(call.block_size)
+    positions_BTKL = positions.reshape(*blocks.shape[:3], -1)
+    slots_BTKL = positions_BTKL + rows.first_BT[..., None, None]
+    inside_BTKL = (slots_BTKL >= 0) & (slots_BTKL < S)
+    slots_BTKL = jnp.clip(slots_BTKL, 0, S - 1)
+    batch = jnp.arange(B)[:, None, None, None]
+    seen_BTKL = (
+        jnp.repeat(live_BTKn, call.block_size, axis=-1)
+        & inside_BTKL
+        & (positions_BTKL <= q_pos_BT11)
+        & (call.k_positions_BS[batch, slots_BTKL] == positions_BTKL)
+    )
+    if rows.segments_BT is not None:
+        seen_BTKL &= call.k_segments_BS[batch, slots_BTKL] == rows.segments_BT[..., None, None]
+    return slots_BTKL, seen_BTKL
+
+
+def _softmax_attention(call: Call, q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL) -> jax.Array:
+    """Attention of each query over its own keys, in float32; a row without a key gives 0."""
+    B, T, K, _, H = k_BTKLH.shape
+    q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, -1, H) * call.scale
+    s_BTKGL = jnp.einsum("btkgh,btklh->btkgl", q_BTKGH, k_BTKLH.astype(jnp.float32), precision="highest")
+    seen_BTK1L = seen_BTKL[:, :, :, None]
+    s_BTKGL = jnp.where(seen_BTK1L, s_BTKGL, -jnp.inf)
+    m_BTKG1 = s_BTKGL.max(-1, keepdims=True)
+    # The maximum only shifts the exponent, so no gradient flows through it.
+    m_BTKG1 = jax.lax.stop_gradient(jnp.where(m_BTKG1 == -jnp.inf, 0.0, m_BTKG1))
+    p_BTKGL = jnp.exp(s_BTKGL - m_BTKG1)
+    l_BTKG1 = p_BTKGL.sum(-1, keepdims=True)
+    w_BTKGL = jnp.where(seen_BTK1L, p_BTKGL / jnp.where(l_BTKG1 > 0, l_BTKG1, 1.0), 0.0)
+    out = jnp.einsum("btkgl,btklm->btkgm", w_BTKGL, v_BTKLM.astype(jnp.float32), precision="highest")
+    return out.reshape(B, T, -1, v_BTKLM.shape[-1]).astype(q_BTNH.dtype)

@@ -1,0 +1,69 @@
+"""Every YAML in configs/ trains: twenty steps on real text, with falling loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from attention_jax.mixers import mixer_kinds
+from tests.params import random_params
+from train import config as config_lib
+from train.optimizer import make_optimizer
+from train.step import make_train_step
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+ROWS, LENGTH, STEPS = 2, 96, 20
+VOCABULARY = 257
+
+
+def _load(path: Path):
+    return config_lib.load(path, ["data.files=unread.txt"])
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """The same few windows of this project's own source, over and over: the loss must fall."""
+    text = b"".join(path.read_bytes() for path in sorted((ROOT / "attention_jax").glob("*.py")))
+    ids = np.frombuffer(text, np.uint8).astype(np.int32)
+    starts = np.random.default_rng(0).integers(0, ids.size - LENGTH - 1, (4, ROWS))
+    rows = ids[starts[..., None] + np.arange(LENGTH + 1)]
+    return [{"tokens": r[:, :-1], "targets": r[:, 1:]} for r in rows]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs").with_suffix("")))
+def test_twenty_steps_lower_the_loss(path, batches):
+    config = _load(path)
+    if config.objective != "causal_lm":
+        pytest.skip("not the causal objective: tests/test_seq2seq.py trains it")
+    model = dataclasses.replace(
+        config.model, vocab_size=VOCABULARY, num_layers=len(config.model.mixers),
+        max_positions=None if config.model.max_positions is None else 128,
+    )  # fmt: skip
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=3e-3, final_learning_rate=3e-3, schedule="constant", warmup_steps=2,
+        decay_steps=None,
+    )  # fmt: skip
+    step = make_train_step(model, optimizer, STEPS)
+    params = jax.tree.map(jax.numpy.asarray, random_params(model))
+    opt_state, losses = make_optimizer(optimizer).init(params), []
+    for i in range(STEPS):
+        batch = batches[i % len(batches)]
+        params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))
+        losses.append(float(metrics["train/loss"]))
+        assert bool(metrics["finite"])
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5, losses
+
+
+def test_every_kind_of_mixer_has_a_config():
+    used = {mixer.kind for path in CONFIGS for mixer in _load(path).model.mixers}
+    assert used == set(mixer_kinds())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
