@@ -1,6 +1,8 @@
 """Text from a trained run, printed as it is drawn.
 
 python scripts/generate.py RUN_DIR --prompt "def main(" [--tokens 300] [--temperature 0.8] [--top-k 40] ...
+
+For a run of objective seq2seq the prompt is the source, and what is drawn is its target.
 """
 
 from __future__ import annotations
@@ -41,16 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_text(run: TrainedRun, args: argparse.Namespace, sampling: Sampling) -> None:
     seed = secrets.randbits(32) if args.seed is None else args.seed
     decoder = StreamDecoder(run.tokenizer)
+    requests = run.requests([args.prompt])
     pieces = stream(
         run.model,
         run.params,
-        [run.encode_prompt(args.prompt)],
+        requests.prompts,
+        sources=requests.sources,
         max_new_tokens=args.tokens,
         sampling=sampling,
         key=jax.random.key(seed),
         eos_id=run.tokenizer.end_of_document,
     )
-    sys.stdout.write(args.prompt)
+    sys.stdout.write(requests.heads[0])
     for [ids] in pieces:
         sys.stdout.write("".join(decoder.push(int(token)) for token in ids))
         sys.stdout.flush()
@@ -60,7 +64,7 @@ def _print_text(run: TrainedRun, args: argparse.Namespace, sampling: Sampling) -
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Text from a trained run, printed as it is drawn.")
     parser.add_argument("run_dir", help="the folder of a run of `python -m train`")
-    parser.add_argument("--prompt", default="", help="what the text starts with")
+    parser.add_argument("--prompt", default="", help="what the text starts with; for seq2seq: the source")
     parser.add_argument("--tokens", type=int, default=300, help="how many to draw at most (default 300)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens")

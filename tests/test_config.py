@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from attention_jax.biases import T5
 from attention_jax.masks import SlidingWindow
-from attention_jax.mixers import AttentionConfig, MixerConfig
-from attention_jax.model import ModelConfig
+from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig
+from attention_jax.model import EncoderConfig, ModelConfig
 from attention_jax.positions import Llama3, LongRoPE, RoPE, Temperature, XPos, YaRN
 from train import cli, config, plain_yaml
 from train import help as help_lib
@@ -88,6 +88,20 @@ def _mixer(options: str) -> str:
     return f"model: {{mixers: [{{kind: softmax, {options}}}]}}"
 
 
+def _seq2seq(rest: str = "", model: str = "", mask: str = "Full()") -> str:
+    mixers = f"mixers: [{{kind: softmax, mask: {mask}}}, {{kind: cross}}]"
+    return f"objective: seq2seq\nmodel: {{encoder: {{}}, {mixers}, {model}}}\n{rest}"
+
+
+def test_a_seq2seq_run_reads_back(load):
+    run = load(_seq2seq("data: {source_length: 40}", "max_positions: 256"))
+    assert run.objective == "seq2seq" and run.data.source_width == 40
+    assert run.model.encoder == EncoderConfig() and isinstance(run.model.mixers[1], CrossAttentionConfig)
+    assert config.from_dict(config.to_dict(run)) == run
+    assert load(_seq2seq("data: {sequence_length: 32}")).data.source_width == 32
+    assert load(_seq2seq(), "model.encoder.num_layers=3").model.encoder.num_layers == 3
+
+
 REFUSED = [
     # (YAML, words the one-line message must hold)
     ("optimzer: {}", ["unknown key optimzer", "optimizer?"]),
@@ -145,7 +159,23 @@ REFUSED = [
     ("model: {d_model: 10, mixers: [{kind: softmax, num_heads: 2, rope: {}}]}", ["model.mixers.0", "odd"]),
     ("model: {d_model: 0}", ["model.d_model must be >= 1, got 0"]),
     ("model: {causal: false}", ["model.causal is false"]),
-    ("model: {mixers: [{kind: cross}]}", ["model.mixers.0.kind is cross", "memory"]),
+    ("model: {mixers: [{kind: cross}]}", ["model.mixers.0.kind is cross", "memory", "objective: seq2seq"]),
+    ("model: {encoder: {}}", ["model.encoder: no mixer reads it", "cross"]),
+    ("objective: mlm", ['objective: expected "causal_lm" or "seq2seq", got', "'mlm'"]),
+    ("objective: seq2seq", ["model.encoder is null: objective seq2seq", "kind cross"]),
+    (
+        "model: {encoder: {}, mixers: [{kind: softmax}, {kind: cross}]}",
+        ["model.mixers.1.kind is cross", "objective: seq2seq and model.encoder"],
+    ),
+    ("model: {encoder: {num_layers: 1, mixers: [{kind: cross}]}}", ["model.encoder", "no memory"]),
+    ("data: {source_length: 8}", ["data.source_length 8: objective causal_lm has no source"]),
+    ("data: {source_length: 0}", ["data.source_length must be >= 1, got 0"]),
+    (_seq2seq("data: {tokenizer: chars}"), ["data.tokenizer is chars", "end of document", "use bytes"]),
+    (_seq2seq("data: {packing: stream}"), ["data.packing is stream", "a pair a row"]),
+    (_seq2seq("evaluation: {sample_prompt: a}"), ["evaluation.sample_prompt", "held-out sources"]),
+    (_seq2seq("data: {source_length: 400}", "max_positions: 300"), ["data.source_length 400 exceeds"]),
+    (_seq2seq("", "causal: false"), ["model.causal is false"]),
+    (_seq2seq("", mask="Prefix(4)"), ["model.mixers: a prefix of 4 tokens", "causal masks only"]),
     ("model: {max_positions: 16}", ["data.sequence_length 256 exceeds model.max_positions 16"]),
     ("steps: 0", ["steps must be >= 1, got 0"]),
     ("seed: -1", ["seed must be in [0, 4294967296), got -1"]),

@@ -77,11 +77,15 @@ def test_ids_are_checked():
 
     check_ids(batch([0, 6], [6, -1]), 7)
     check_ids(batch([0, -9], [6, -1], segment_ids=np.array([[0, -1]])), 7)  # a padding slot may hold anything
+    sources = {"sources": np.array([[6, -9]]), "source_positions": np.array([[0, -1]])}
+    check_ids(batch([0], [0]) | sources, 7)
     for bad, message in [
         (batch([0, 7], [0, 0]), r"tokens holds the id 7, outside \[0, 7\)"),
         (batch([-1, 0], [0, 0]), r"tokens holds the id -1"),
         (batch([0, 0], [0, 7]), r"targets holds the id 7, outside \[-1, 7\)"),
         (batch([0, 0], [-2, 0]), r"targets holds the id -2"),
+        (batch([0], [0]) | sources | {"sources": np.array([[7, 0]])}, r"sources holds the id 7, outside"),
+        (batch([0], [0]) | sources | {"source_positions": np.array([[0, 1]])}, r"sources holds the id -9"),
     ]:
         with pytest.raises(ValueError, match=message):
             check_ids(bad, 7)

@@ -195,3 +195,21 @@ def test_loss_falls():
     for count in range(40):
         params, opt_state, _ = step(params, opt_state, batch, np.int32(count), KEY)
     assert score() < before / 4
+
+
+def test_the_loss_skips_what_a_prefix_shows():
+    """Of positions 0, 1, 2 and a prefix of 3, the first two targets are seen by their own queries."""
+    model = dataclasses.replace(MODEL, mixers=(AttentionConfig(num_heads=2, mask="Prefix(3) | Causal()"),))
+    batch = packed_batch()
+    kept = batch | {"targets": np.where(batch["positions"] < 2, -1, batch["targets"])}
+    params, _ = fresh()
+    found, wanted = (jax.jit(make_eval_step(model))(params, b) for b in (batch, kept))
+    scored = (kept["targets"] >= 0).sum()
+    assert int(found[1]) == int(wanted[1]) == scored < (batch["targets"] >= 0).sum()
+    assert float(found[0]) == float(wanted[0])
+    metrics = stepped(batch, model=model)[2]
+    assert int(metrics["tokens"]) == int(found[1])
+    np.testing.assert_allclose(metrics["train/loss"], found[0] / found[1], rtol=1e-6)
+    plain = {name: batch[name] for name in ("tokens", "targets")}
+    shown = jax.jit(make_eval_step(model))(params, plain)
+    assert int(shown[1]) == int((plain["targets"][:, 2:] >= 0).sum())

@@ -9,6 +9,8 @@ packing: documents  every pair (token, next token) of every document once an epo
                     have room left. Every epoch has another order of documents, other cuts, other rows.
 packing: stream     windows of T tokens of the concatenated text at uniformly random starts, drawn anew for
                     every row of every step; they run across documents.
+objective: seq2seq  a pair a row, every pair once an epoch, in another order in each. The row holds the mark
+                    and the target, to predict the target and the mark; the source stands beside it.
 """
 
 from __future__ import annotations
@@ -24,17 +26,25 @@ import grain
 import numpy as np
 
 from train import corpus, snapshot, tokenizers
-from train.packing import Batch, Piece, Sequential, assemble, rows_of, scoring_rows, shuffled
+from train import pairs as pairs_lib
+from train.corpus import Document
+from train.packing import (
+    Batch,
+    Piece,
+    Sequential,
+    assemble,
+    pad_sources,
+    rows_of,
+    scoring_rows,
+    shuffled,
+)
+from train.pairs import Pair
 from train.schema import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A run's text as batches: dicts of int32 [batch_size, T] arrays.
-
-    tokens; targets, the next tokens (-1: not scored); with packing `documents` also positions and
-    segment_ids (both -1 where a row holds no token).
-    """
+    """A run's corpus as batches: dicts of int32 arrays; `TextData` or `PairData`."""
 
     config: DataConfig
     snapshot: snapshot.Snapshot
@@ -48,6 +58,25 @@ class Data:
     def corpus_sha256(self) -> str:
         """Of the names and contents of all documents, training and held out."""
         return self.snapshot.meta["corpus_sha256"]
+
+    def train_batch(self, step: int) -> Batch:
+        """The batch of step 0, 1, 2, ...: always the same for the same configuration and corpus.
+
+        Micro-batches of an accumulating step are consecutive slices of its rows.
+        """
+        return self._batches[step]
+
+    def validation_text(self) -> bytes:
+        """The held-out bytes, document after document: what a compressor is compared on."""
+        return self.tokenizer.raw_bytes(self.snapshot.validation.tokens)
+
+
+class TextData(Data):
+    """Text, to predict each token from those before it: arrays [batch_size, T].
+
+    tokens; targets, the next tokens (-1: not scored); with packing `documents` also positions and
+    segment_ids (both -1 where a row holds no token).
+    """
 
     @property
     def validation_bytes(self) -> int:
@@ -69,13 +98,6 @@ class Data:
             f"sha256 {self.corpus_sha256[:16]}"
         )
 
-    def train_batch(self, step: int) -> Batch:
-        """The batch of step 0, 1, 2, ...: always the same for the same configuration and corpus.
-
-        Micro-batches of an accumulating step are consecutive slices of its rows.
-        """
-        return self._batches[step]
-
     def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
         """The held-out text in rows that share nothing, for the curve during training.
 
@@ -94,10 +116,6 @@ class Data:
         text): a token is predicted from at least min(its offset, T / 2) tokens before it.
         """
         return self._padded(scoring_rows(self._held_out, self.config.sequence_length))
-
-    def validation_text(self) -> bytes:
-        """The held-out bytes, document after document: what a compressor is compared on."""
-        return self.tokenizer.raw_bytes(self.snapshot.validation.tokens)
 
     @functools.cached_property
     def _batches(self) -> grain.MapDataset:
@@ -151,17 +169,85 @@ class Data:
         return assemble(tokens, rows, self.config.sequence_length, segments=segments)
 
 
-def prepare(config: DataConfig, run_dir: str | Path) -> Data:
+class PairData(Data):
+    """Pairs, to write each target from its source: a pair a row.
+
+    tokens, targets, positions and segment_ids [batch_size, T] as in packing `documents`; sources and
+    source_positions [batch_size, S] (-1 where a row holds no token).
+    """
+
+    @property
+    def validation_bytes(self) -> int:
+        """UTF-8 bytes of the held-out targets.
+
+        Bits per byte = (sum of nats over `scoring_batches`) / ln 2 / this: of the targets, their sources
+        given. The nats include those of every target's end, which no byte of the denominator stands for.
+        """
+        return self.snapshot.meta["validation"]["bytes"]
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        meta = self.snapshot.meta
+        train, held = meta["train"], meta["validation"]
+        return (
+            f"{meta['source']}: {train['pairs']:,} pairs to train on, {held['pairs']:,} held out; "
+            f"{train['left_out'] + held['left_out']:,} left out as longer than a row; "
+            f"{self.tokenizer.vocab_size} token ids, sha256 {self.corpus_sha256[:16]}"
+        )
+
+    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """At most `limit` batches of held-out pairs, spread evenly, the same at every call; None: all."""
+        B, pairs = self.config.batch_size, len(self.snapshot.validation.counts)
+        chosen = self._spread(pairs if limit is None else limit * B)
+        for first in range(0, len(chosen), B):
+            rows = chosen[first : first + B]
+            yield self._assemble("validation", rows + [-1] * (B - len(rows)))
+
+    def scoring_batches(self) -> Iterator[Batch]:
+        """Every held-out pair once, for the final figure."""
+        return self.validation_batches()
+
+    def held_out_sources(self, count: int) -> list[str]:
+        """The sources of at most `count` held-out pairs, spread evenly."""
+        sources = self.snapshot.validation_sources
+        spans = [(int(sources.starts[row]), int(sources.counts[row])) for row in self._spread(count)]
+        return [self.tokenizer.decode(sources.tokens[start : start + n]) for start, n in spans]
+
+    @functools.cached_property
+    def _batches(self) -> grain.MapDataset:
+        pairs = len(self.snapshot.train.counts)
+        numbered = grain.MapDataset.range(pairs).shuffle(seed=self.config.shuffle_seed).repeat()
+        return numbered.batch(self.config.batch_size, batch_fn=functools.partial(self._assemble, "train"))
+
+    def _spread(self, count: int) -> list[int]:
+        pairs = len(self.snapshot.validation.counts)
+        chosen = min(count, pairs)
+        return (np.arange(chosen) * pairs // chosen).tolist()
+
+    def _assemble(self, part: str, rows: Sequence[int]) -> Batch:
+        """The pairs of these numbers; a number < 0 is an empty row."""
+        targets, sources = getattr(self.snapshot, part), getattr(self.snapshot, f"{part}_sources")
+        pieces = [
+            (Piece(int(targets.starts[row]), int(targets.counts[row])),) if row >= 0 else () for row in rows
+        ]
+        batch = assemble(targets.tokens, pieces, self.config.sequence_length, segments=True)
+        return batch | pad_sources(sources, rows, self.config.source_width)
+
+
+def prepare(config: DataConfig, run_dir: str | Path, objective: str = "causal_lm") -> TextData | PairData:
     """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call.
 
-    ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.corpus`), a
-    snapshot that is damaged or was made by another data section.
+    ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.corpus` and
+    `train.pairs`), a snapshot that is damaged or was made by another data section.
     """
     folder = Path(run_dir) / "data"
+    make, kind = {"causal_lm": (_make, TextData), "seq2seq": (_make_pairs, PairData)}[objective]
     if not folder.exists():
-        snapshot.write(folder, _make(config))
-    data = Data(config, snapshot.read(folder))
+        snapshot.write(folder, make(config))
+    data = kind(config, snapshot.read(folder))
     _check_config(data, folder)
+    assert (data.snapshot.train_sources is not None) == (kind is PairData), "run_folder compares objectives"
     return data
 
 
@@ -170,7 +256,38 @@ def _make(config: DataConfig) -> snapshot.Snapshot:
     parts = corpus.split(text, config.validation_split, config.validation_fraction)
     tokenizer = tokenizers.make(config.tokenizer, (document.text for document in text.documents))
     splits = [snapshot.encode(documents, tokenizer) for documents in parts]
-    meta: dict[str, Any] = {
+    meta = _meta(config, text, tokenizer)
+    for name, documents, split in zip(("train", "validation"), parts, splits, strict=True):
+        _check_length(config, name, split)
+        sizes = [len(document.text.encode()) for document in documents]
+        meta[name] = {"documents": len(documents), "bytes": sum(sizes), "tokens": len(split.tokens)}
+    return snapshot.Snapshot(tokenizer, *splits, meta)
+
+
+def _make_pairs(config: DataConfig) -> snapshot.Snapshot:
+    found = pairs_lib.read(config.files, config.validation_split, config.validation_fraction)
+    tokenizer = tokenizers.make(config.tokenizer, ())
+    assert tokenizer.end_of_document is not None, "train.schema refuses a tokenizer without it"
+    meta = _meta(config, found.text, tokenizer) | {"unparsed_files": found.unparsed}
+    splits, known = {}, set(found.train)
+    for name, every in (("train", found.train), ("validation", found.validation)):
+        pairs = [pair for pair in every if _fits(config, pair, tokenizer)]
+        if not pairs:
+            raise ValueError(_no_pair(config, name, len(every)))
+        splits[name] = snapshot.encode([Document("", pair.target) for pair in pairs], tokenizer)
+        splits[f"{name}_sources"] = snapshot.encode_sources([pair.source for pair in pairs], tokenizer)
+        meta[name] = {
+            "pairs": len(pairs),
+            "left_out": len(every) - len(pairs),
+            "bytes": sum(len(pair.target.encode()) for pair in pairs),
+            "tokens": len(splits[name].tokens),
+        }
+    meta["validation"]["also_in_training"] = sum(pair in known for pair in pairs)
+    return snapshot.Snapshot(tokenizer, meta=meta, **splits)
+
+
+def _meta(config: DataConfig, text: corpus.Corpus, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    return {
         "source": text.source,
         "corpus_sha256": text.sha256(),
         "documents": len(text.documents),
@@ -178,11 +295,22 @@ def _make(config: DataConfig) -> snapshot.Snapshot:
         "vocab_size": tokenizer.vocab_size,
         "config": dataclasses.asdict(config),
     }
-    for name, documents, split in zip(("train", "validation"), parts, splits, strict=True):
-        _check_length(config, name, split)
-        sizes = [len(document.text.encode()) for document in documents]
-        meta[name] = {"documents": len(documents), "bytes": sum(sizes), "tokens": len(split.tokens)}
-    return snapshot.Snapshot(tokenizer, *splits, meta)
+
+
+def _fits(config: DataConfig, pair: Pair, tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether the source, and the target with a mark, each fit a row."""
+    target, source = tokenizer.encode(pair.target), tokenizer.encode(pair.source)
+    return target.size < config.sequence_length and source.size <= config.source_width
+
+
+def _no_pair(config: DataConfig, name: str, found: int) -> str:
+    part = {"train": "training", "validation": "held-out"}[name]
+    if not found:
+        return f"the {part} part of the corpus holds no pair: give more, or change data.validation_fraction"
+    return (
+        f"none of the {found} {part} pairs fits data.source_length {config.source_width} and "
+        f"data.sequence_length {config.sequence_length} (the target and a mark): raise them"
+    )
 
 
 def _check_length(config: DataConfig, name: str, split: snapshot.Split) -> None:

@@ -24,12 +24,13 @@ from train.console import Console, printable
 from train.files import write_atomically
 from train.metrics import FINAL, MetricsWriter, draw_losses
 from train.objective import check_ids
-from train.restore import abstract_state, encode_prompt, fresh_state, with_vocabulary
+from train.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
 from train.run_folder import RunFolder, config_hash, package_versions
 from train.schema import RunConfig
 from train.step import Batch, make_eval_step, make_train_step
 
 _SAMPLING = Sampling(temperature=0.8)
+_SAMPLED_SOURCES = 4
 
 
 class NonFiniteError(ValueError):
@@ -59,9 +60,9 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
-        self.data = data_lib.prepare(config.data, folder.path)
+        self.data = data_lib.prepare(config.data, folder.path, config.objective)
         self.model = with_vocabulary(config.model, self.data.tokenizer.vocab_size)
-        self.prompt = _prompt(config, self.model, self.data.tokenizer)
+        self.requests = _requests(config, self.model, self.data)
         init_key, self.dropout_key, self.sample_key = jax.random.split(jax.random.key(config.seed), 3)
         self.train_step = make_train_step(self.model, config.optimizer, config.steps)
         self.eval_step = make_eval_step(self.model)
@@ -139,7 +140,7 @@ class Run:
         if self._evaluates(step) or step % self.config.log_every == 0:
             self.console.row(self.metrics.write(step, {**values, "tokens_per_second": round(speed, 1)}))
             self._reset_clock()
-        if self._evaluates(step) and self.prompt is not None:
+        if self._evaluates(step) and self.requests is not None:
             self._sample(step)
         if self._saves(step):
             self._save(step, values.get("val/loss"))
@@ -174,10 +175,11 @@ class Run:
 
     def _sample(self, step: int) -> None:
         evaluation, tokenizer = self.config.evaluation, self.data.tokenizer
-        [ids] = generate(
+        rows = generate(
             self.model,
             self.params,
-            [self.prompt],
+            self.requests.prompts,
+            sources=self.requests.sources,
             max_new_tokens=evaluation.sample_tokens,
             sampling=_SAMPLING,
             key=jax.random.fold_in(self.sample_key, step),
@@ -185,7 +187,8 @@ class Run:
         )
         path = self._sample_path(step)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, evaluation.sample_prompt + tokenizer.decode(ids))
+        texts = [head + tokenizer.decode(ids) for head, ids in zip(self.requests.heads, rows, strict=True)]
+        write_atomically(path, "\n".join(texts))
 
     def _sample_path(self, step: int) -> Path:
         return self.folder.path / "samples" / f"step_{step:06d}.txt"
@@ -212,7 +215,11 @@ class Run:
         if self.config.evaluation.final_full:
             self.console.line("scoring every held-out token")
             nll, count = self._score(self.data.scoring_batches())
-            bits = nll / math.log(2) / self.data.validation_bytes
+            scored = self.data.validation_bytes
+            if self.model.prefix:  # what a prefix shows is not scored: count the bytes of the rest alone
+                every = sum(int((batch["targets"] >= 0).sum()) for batch in self.data.scoring_batches())
+                scored = scored * count / every
+            bits = nll / math.log(2) / scored
             scores = {"val/full_loss": nll / count, "val/tokens": count, FINAL: bits}
             self.metrics.write(steps, scores)
             result |= scores
@@ -234,22 +241,31 @@ class Run:
         self._clock = (time.perf_counter(), self.tokens)
 
 
-def _prompt(config: RunConfig, model: ModelConfig, tokenizer: Any) -> np.ndarray | None:
-    """What a sample starts from, None if none is asked for."""
+def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | None:
+    """What samples start from, None if none is asked for: the prompt, or a few held-out sources."""
     evaluation = config.evaluation
     if evaluation.sample_tokens == 0:
         return None
+    texts = [evaluation.sample_prompt]
+    if config.objective == "seq2seq":
+        texts = data.held_out_sources(_SAMPLED_SOURCES)
     try:
-        ids = encode_prompt(tokenizer, evaluation.sample_prompt)
+        requests = make_requests(config.objective, data.tokenizer, texts)
     except ValueError as error:
         raise ValueError(f"evaluation.sample_prompt: {error}") from None
-    limit, length = model.max_positions, len(ids) + evaluation.sample_tokens
+    prompt = len(requests.prompts[0])
+    if prompt < model.prefix:
+        raise ValueError(
+            f"evaluation.sample_prompt has {prompt} tokens, fewer than the prefix of {model.prefix} that the "
+            "mask shows: give a longer one, or set evaluation.sample_tokens to 0"
+        )
+    limit, length = model.max_positions, prompt + evaluation.sample_tokens
     if limit is not None and length > limit:
         raise ValueError(
-            f"evaluation.sample_tokens {evaluation.sample_tokens}: with the prompt's {len(ids)} tokens it"
-            f" exceeds model.max_positions {limit}: lower it to {max(0, limit - len(ids))}"
+            f"evaluation.sample_tokens {evaluation.sample_tokens}: with the prompt's {prompt} tokens it"
+            f" exceeds model.max_positions {limit}: lower it to {max(0, limit - prompt)}"
         )
-    return ids
+    return requests
 
 
 def _print_result(path: Path, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The causal language-modelling loss.
+"""The loss of causal language modelling, and of a target given its source.
 
     L = sum_i nll_i / n   over the n targets >= 0,    nll_i = logsumexp(z_i) - z_i[target_i]
 
@@ -35,17 +35,19 @@ def mean_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, j
 
 
 def check_ids(batch: dict[str, np.ndarray], vocab_size: int) -> None:
-    """ValueError if a token or target lies outside the vocabulary.
+    """ValueError if a token, target or source token lies outside the vocabulary.
 
     On the host, because on the device an id past the table gives NaN, -1 wraps, and a target past the
     last logit would be scored as a logit of 0.
     """
-    padding = batch["segment_ids"] < 0 if "segment_ids" in batch else None
-    for name, lowest in (("tokens", 0), ("targets", -1)):
+    places = {"tokens": "segment_ids", "sources": "source_positions"}
+    for name, lowest in (("tokens", 0), ("targets", -1), ("sources", 0)):
+        if name not in batch:
+            continue
         ids = batch[name]
         wrong = (ids < lowest) | (ids >= vocab_size)
-        if name == "tokens" and padding is not None:
-            wrong &= ~padding
+        if places.get(name) in batch:  # a padding slot may hold anything
+            wrong &= batch[places[name]] >= 0
         if wrong.any():
             raise ValueError(
                 f"{name} holds the id {ids[wrong][0]}, outside [{lowest}, {vocab_size}):"

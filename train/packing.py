@@ -145,3 +145,18 @@ def assemble(tokens: np.ndarray, rows: Sequence[Sequence[Piece]], T: int, *, seg
                 batch["segment_ids"][b, t:end] = segment
             t = end
     return batch
+
+
+def pad_sources(split: Split, rows: Sequence[int], S: int) -> Batch:
+    """int32 [B, S]: sources, the tokens of spans `rows`, and source_positions (-1: no token).
+
+    A row < 0 is empty. Here `split.counts` are numbers of tokens, each at most S.
+    """
+    sources = np.zeros((len(rows), S), np.int32)
+    positions = np.full((len(rows), S), -1, np.int32)
+    for b, row in enumerate(rows):
+        if row >= 0:
+            start, length = int(split.starts[row]), int(split.counts[row])
+            sources[b, :length] = split.tokens[start : start + length]
+            positions[b, :length] = np.arange(length)
+    return {"sources": sources, "source_positions": positions}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,9 +29,17 @@ class TrainedRun:
     tokenizer: tokenizers.Tokenizer
     step: int
 
-    def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids as training saw a document begin: after the end-of-document mark, where there is one."""
-        return encode_prompt(self.tokenizer, text)
+    def requests(self, texts: Sequence[str]) -> Requests:
+        """What `generate` takes to go on from the texts, or for seq2seq to write their targets."""
+        return make_requests(self.config.objective, self.tokenizer, texts)
+
+
+class Requests(NamedTuple):
+    """Token ids for `generate`, and what to print in front of each answer."""
+
+    prompts: list[np.ndarray]
+    sources: list[np.ndarray] | None
+    heads: list[str]
 
 
 def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
@@ -91,6 +100,16 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
     if tokenizer.end_of_document is None:
         return ids
     return np.concatenate([np.array([tokenizer.end_of_document], np.int32), ids])
+
+
+def make_requests(objective: str, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Requests:
+    """The texts as prompts, or as sources whose targets are to be written. ValueError for an empty source."""
+    if objective == "causal_lm":
+        return Requests([encode_prompt(tokenizer, text) for text in texts], None, list(texts))
+    if not all(texts):
+        raise ValueError("the source is empty: the model writes a target for a text, give one")
+    sources = [tokenizer.encode(text) for text in texts]
+    return Requests([encode_prompt(tokenizer, "") for _ in texts], sources, [f"{text} -> " for text in texts])
 
 
 def _step(checkpoints: Checkpoints, step: int | str) -> int:

@@ -24,22 +24,27 @@ class DataConfig:
 
     __pydantic_config__ = _FORBID
 
-    #: glob of UTF-8 text files, ** for any depth; null reads the Python standard library's source
+    #: glob of UTF-8 text files, ** for any depth; null reads the Python standard library's source.
+    #: objective seq2seq: files of lines source<TAB>target; null: the first lines of docstrings in the
+    #: standard library, their spaces and capitals to be restored, about 7,000 pairs
     files: str | None = None
     #: bytes: 256 ids + end of document; chars: the sorted characters of the text
     tokenizer: Literal["bytes", "chars"] = "bytes"
-    sequence_length: int = 256  #: tokens a row (T)
+    #: tokens a row (T); objective seq2seq: of a target and its end, a longer pair is left out and counted
+    sequence_length: int = 256
+    #: objective seq2seq: tokens a source row (S), a longer pair is left out; null: sequence_length
+    source_length: int | None = None
     batch_size: int = 16  #: rows of a step (B), all accumulation steps together
     #: documents: end to end in rows, with segment ids and positions that restart; stream: random
-    #: windows of the concatenated text
+    #: windows of the concatenated text. objective seq2seq packs nothing, leave it out
     packing: Literal["documents", "stream"] = "documents"
     validation_fraction: float = 0.1  #: share of the text held out, between 0 and 1
-    #: files: whole files, chosen by a hash of their name; tail: the last characters of the text
+    #: files: whole files, chosen by a hash of their name; tail: the last characters of the text, or pairs
     validation_split: Literal["files", "tail"] = "files"
     shuffle_seed: int = 0  #: order of the training rows
 
     def __post_init__(self):
-        _at_least(self, 1, "sequence_length", "batch_size")
+        _at_least(self, 1, "sequence_length", "source_length", "batch_size")
         _seed(self, "shuffle_seed")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
@@ -47,6 +52,11 @@ class DataConfig:
             )
         if self.files is not None and not self.files.strip():
             raise ValueError("files is an empty glob; null reads the Python standard library's source")
+
+    @property
+    def source_width(self) -> int:
+        """Tokens a source row (S)."""
+        return self.sequence_length if self.source_length is None else self.source_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +110,10 @@ class EvaluationConfig:
     #: batches of data.batch_size held-out rows at each, the same ones every time; null: all of them
     batches: int | None = 20
     final_full: bool = True  #: score every held-out token after the last step
-    sample_prompt: str = "def "  #: the model's text after this is saved with each evaluation
-    sample_tokens: int = 200  #: the sample's length in tokens; 0 samples nothing
+    #: the model's text after this is saved with each evaluation; objective seq2seq: leave it out, a few
+    #: held-out sources and what the model writes for them are saved
+    sample_prompt: str = "def "
+    sample_tokens: int = 200  #: a sample's length in tokens, at most; 0 samples nothing
 
     def __post_init__(self):
         _at_least(self, 1, "every", "batches")
@@ -132,6 +144,10 @@ class RunConfig:
     seed: int = 0  #: of the first parameters and of dropout
     steps: int = 1000  #: optimiser steps
     log_every: int = 10  #: steps between rows of metrics.jsonl
+    #: causal_lm: each token from those before it; seq2seq: a target text from a source text, through
+    #: model.encoder and mixers of kind cross. Losses are in nats per target token, bits per byte are of the
+    #: targets, their sources given
+    objective: Literal["causal_lm", "seq2seq"] = "causal_lm"
     model: ModelConfig = field(default_factory=ModelConfig)  #: the language model
     data: DataConfig = field(default_factory=DataConfig)  #: the text
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  #: the optimiser
@@ -144,6 +160,10 @@ class RunConfig:
         if self.run_dir is not None and not self.run_dir.strip():
             raise ValueError("run_dir is empty; name a folder, or null for runs/NAME_OF_THE_CONFIG")
         self._check_rows()
+        if self.objective == "seq2seq":
+            self._check_seq2seq()
+        else:
+            self._check_language_model()
         self._check_schedule()
 
     def _check_rows(self) -> None:
@@ -151,25 +171,61 @@ class RunConfig:
         rows, parts = data.batch_size, self.optimizer.accumulation_steps
         if rows % parts:
             raise ValueError(f"optimizer.accumulation_steps {parts} does not divide data.batch_size {rows}")
-        if model.max_positions is not None and model.max_positions < data.sequence_length:
-            raise ValueError(
-                f"data.sequence_length {data.sequence_length} exceeds "
-                f"model.max_positions {model.max_positions}"
-            )
+        lengths = {"sequence_length": data.sequence_length, "source_length": data.source_length}
+        for name, length in lengths.items():
+            if length is not None and model.max_positions is not None and model.max_positions < length:
+                raise ValueError(f"data.{name} {length} exceeds model.max_positions {model.max_positions}")
         if not model.causal:
             raise ValueError(
                 "model.causal is false: the trainer predicts the next token, which such a model sees"
             )
-        for index, mixer in enumerate(model.mixers):
+
+    def _check_language_model(self) -> None:
+        for index, mixer in enumerate(self.model.mixers):
             if isinstance(mixer, CrossAttentionConfig):
                 raise ValueError(
-                    f"model.mixers.{index}.kind is cross: it reads an encoder's memory, "
-                    "which a language model does not have"
+                    f"model.mixers.{index}.kind is cross: it reads an encoder's memory, which a language "
+                    "model does not have; set objective: seq2seq and model.encoder"
                 )
-        if self.evaluation.sample_tokens and not self.evaluation.sample_prompt and data.tokenizer == "chars":
+        if self.model.encoder is not None:
+            raise ValueError(
+                "model.encoder is set: it reads a source, which objective causal_lm does not have; set "
+                "objective: seq2seq"
+            )
+        if self.data.source_length is not None:
+            raise ValueError(
+                f"data.source_length {self.data.source_length}: objective causal_lm has no source; leave it out"
+            )
+        evaluation, tokenizer = self.evaluation, self.data.tokenizer
+        if evaluation.sample_tokens and not evaluation.sample_prompt and tokenizer == "chars":
             raise ValueError(
                 "evaluation.sample_prompt is empty: the chars tokenizer has no token to start from; "
                 "give a character"
+            )
+
+    def _check_seq2seq(self) -> None:
+        if self.model.encoder is None:  # a model with one has a mixer that reads it
+            raise ValueError(
+                "model.encoder is null: objective seq2seq reads the source with it; set model.encoder and a "
+                "mixer of kind cross"
+            )
+        if self.data.tokenizer == "chars":
+            raise ValueError(
+                "data.tokenizer is chars: it has no end of document, with which objective seq2seq starts and "
+                "ends a target; use bytes"
+            )
+        if self.data.packing == "stream":
+            raise ValueError(
+                "data.packing is stream: objective seq2seq has a pair a row and packs nothing; leave it out"
+            )
+        if self.evaluation.sample_prompt != EvaluationConfig.sample_prompt:
+            raise ValueError(
+                "evaluation.sample_prompt: objective seq2seq samples from held-out sources; leave it out"
+            )
+        if self.model.prefix:
+            raise ValueError(
+                f"model.mixers: a prefix of {self.model.prefix} tokens sees all of itself, so the start of a "
+                "target would see what it has to predict; objective seq2seq takes causal masks only"
             )
 
     def _check_schedule(self) -> None:

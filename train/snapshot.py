@@ -3,6 +3,8 @@
     data/
       train.npy, validation.npy              token ids, in the smallest type that holds the vocabulary
       train_spans.npy, validation_spans.npy  int64 [2, D]: first token and number of pairs of each document
+      *_sources.npy, *_sources_spans.npy     objective seq2seq: the sources' tokens; the first one and the
+                                             number of each. Its documents above are the targets, one by one.
       tokenizer.json
       meta.json                              where it came from, sizes, and the SHA-256 of every other file
 
@@ -28,7 +30,8 @@ from train.files import sync_folder
 from train.packing import Split
 
 FORMAT = 1
-_ARRAYS = ("train", "train_spans", "validation", "validation_spans")
+_SPLITS = ("train", "validation")
+_SOURCES = ("train_sources", "validation_sources")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Snapshot:
     train: Split
     validation: Split
     meta: dict[str, Any]
+    train_sources: Split | None = None
+    validation_sources: Split | None = None
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -71,14 +76,25 @@ def encode(documents: Sequence[Document], tokenizer: tokenizers.Tokenizer) -> Sp
     return Split(tokens, starts, lengths + 2 * marked - 1)
 
 
+def encode_sources(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> Split:
+    """The texts end to end, without marks; `counts` are the numbers of their tokens."""
+    parts = [tokenizer.encode(text) for text in texts]
+    counts = np.array([part.size for part in parts], np.int64)
+    tokens = np.concatenate(parts or [np.empty(0, np.int32)])
+    assert tokens.min(initial=0) >= 0 and tokens.max(initial=0) < tokenizer.vocab_size
+    return Split(tokens.astype(token_type(tokenizer.vocab_size)), np.cumsum(counts) - counts, counts)
+
+
 def write(folder: Path, snapshot: Snapshot) -> None:
     """Make the folder, whole or not at all; `meta` gets the hashes."""
     temporary = folder.with_name(f"tmp.{folder.name}")
     if temporary.exists():  # left by a process that was killed
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    for name in ("train", "validation"):
+    for name in (*_SPLITS, *_SOURCES):
         split = getattr(snapshot, name)
+        if split is None:
+            continue
         _write(temporary / f"{name}.npy", lambda file, a=split.tokens: np.save(file, a))
         spans = np.stack([split.starts, split.counts])
         _write(temporary / f"{name}_spans.npy", lambda file, a=spans: np.save(file, a))
@@ -96,7 +112,8 @@ def write(folder: Path, snapshot: Snapshot) -> None:
 def read(folder: Path) -> Snapshot:
     """The verified snapshot. ValueError in one line names a file that is missing or damaged."""
     meta = _read_meta(folder / "meta.json")
-    for name in [*(f"{array}.npy" for array in _ARRAYS), "tokenizer.json"]:
+    names = [name for name in (*_SPLITS, *_SOURCES) if f"{name}.npy" in meta["sha256"]]
+    for name in [*(f"{name}{part}.npy" for name in names for part in ("", "_spans")), "tokenizer.json"]:
         path = folder / name
         try:
             intact = _sha256(path) == meta["sha256"][name]
@@ -104,12 +121,12 @@ def read(folder: Path) -> Snapshot:
             raise _damaged(path, f"cannot be read: {error.strerror}") from None
         if not intact:
             raise _damaged(path, "is damaged: its SHA-256 is not the one in meta.json")
-    splits = []
-    for name in ("train", "validation"):
+    splits = {}
+    for name in names:
         # np.asarray: a plain view of the mapped file, which slices faster than np.memmap.
         tokens = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-        splits.append(Split(tokens, *np.load(folder / f"{name}_spans.npy")))
-    return Snapshot(tokenizers.load(folder / "tokenizer.json"), *splits, meta)
+        splits[name] = Split(tokens, *np.load(folder / f"{name}_spans.npy"))
+    return Snapshot(tokenizers.load(folder / "tokenizer.json"), meta=meta, **splits)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.mixers import Context
-from attention_jax.model import ModelConfig, apply
+from attention_jax.model import ModelConfig, apply, encode
 from train.objective import token_nll
 from train.optimizer import clip_by_global_norm, make_optimizer, make_schedule
 from train.schema import OptimizerConfig
@@ -21,7 +21,8 @@ Batch = dict[str, jax.Array]
 def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) -> Callable[..., tuple]:
     """`train_step(params, opt_state, batch, step, key) -> (params, opt_state, metrics)`, jitted.
 
-    batch: int32 [B, T] arrays tokens, targets (-1: not scored), optionally positions and segment_ids.
+    batch: int32 [B, T] arrays tokens, targets (-1: not scored), optionally positions and segment_ids. For
+    seq2seq also [B, S] arrays sources and source_positions, which the encoder reads first.
     step: int32 [], the number of updates done before; key: dropout depends on (key, step, micro-batch).
     params and opt_state are donated: the caller must not use them again. metrics: `finite` (bool), and
     train/loss (nats), grad_norm (before clipping), learning_rate, tokens (scored ones). Where the loss or
@@ -32,6 +33,7 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
     gradient = jax.value_and_grad(functools.partial(_loss, model))
 
     def train_step(params, opt_state, batch, step, key):
+        batch = _unseen(model, batch)
         count = jnp.sum(batch["targets"] >= 0, dtype=jnp.int32)
         key = jax.random.fold_in(key, step)
         if optimizer.accumulation_steps == 1:
@@ -53,7 +55,8 @@ def make_eval_step(model: ModelConfig) -> Callable[..., tuple[jax.Array, jax.Arr
     """`eval_step(params, batch) -> (sum of nll in nats, number of scored tokens)`, jitted; no dropout."""
 
     def eval_step(params, batch):
-        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(batch, None))
+        batch = _unseen(model, batch)
+        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None))
         return token_nll(logits_BTV, batch["targets"])
 
     return jax.jit(eval_step)
@@ -61,13 +64,30 @@ def make_eval_step(model: ModelConfig) -> Callable[..., tuple[jax.Array, jax.Arr
 
 def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: jax.Array) -> jax.Array:
     """The batch's share of the mean over `count` tokens."""
-    logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(batch, key))
+    logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, key))
     return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1)
 
 
-def _context(batch: Batch, key: jax.Array | None) -> Context:
+def _unseen(model: ModelConfig, batch: Batch) -> Batch:
+    """The batch without the targets that a prefix shows: those at positions below `model.prefix`."""
+    if not model.prefix:
+        return batch
+    positions = batch.get("positions")
+    positions = jnp.arange(batch["tokens"].shape[1])[None] if positions is None else positions
+    return batch | {"targets": jnp.where(positions + 1 < model.prefix, -1, batch["targets"])}
+
+
+def _context(model: ModelConfig, params: Any, batch: Batch, key: jax.Array | None) -> Context:
+    """What the layers know beside the tokens: where they stand and, with sources, the encoder's memory."""
+    memory_BSD, positions_BS = None, batch.get("source_positions")
+    if "sources" in batch:
+        memory_BSD = encode(model, params, batch["sources"], positions_BS, dropout_key=key)
     return Context(
-        positions_BT=batch.get("positions"), segment_ids_BT=batch.get("segment_ids"), dropout_key=key
+        positions_BT=batch.get("positions"),
+        segment_ids_BT=batch.get("segment_ids"),
+        memory_BSD=memory_BSD,
+        memory_positions_BS=positions_BS,
+        dropout_key=key,
     )
 
 

@@ -387,8 +387,15 @@ class RandomBlocks(Mask):
 
     def _drawn(self, a, b):
         """Did block a draw block b, or b draw a?"""
-        found = [(self._draw(a, r) == b) | (self._draw(b, r) == a) for r in range(self.count)]
-        return functools.reduce(lambda x, y: x | y, found)
+        pairs = [pair for r in range(self.count) for pair in ((self._draw(a, r), b), (self._draw(b, r), a))]
+        if not _is_numpy(a, b):
+            return functools.reduce(lambda x, y: x | y, (x == y for x, y in pairs))
+        # Block maps are large: two arrays in all, since fresh ones cost more than what is computed.
+        found = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b)), bool)
+        one = np.empty_like(found)
+        for x, y in pairs:
+            found |= np.equal(x, y, out=one)
+        return found
 
     def _draw(self, i, stratum: int):
         """The block that block i draws from a stratum; far below 0 where the stratum is empty."""
@@ -397,6 +404,8 @@ class RandomBlocks(Mask):
         size = hi - lo
         # 24 bits of hash: everything fits int32 and stays >= 0.
         drawn = self.first + lo + _hash(self.seed, stratum, i) % (size + (size == 0))
+        if isinstance(i, np.ndarray):
+            drawn = drawn.astype(i.dtype)  # comparisons of one dtype are twice as fast
         return drawn * (size > 0) - (size == 0) * 2**30
 
 
