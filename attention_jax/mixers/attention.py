@@ -18,7 +18,7 @@ from attention_jax.about import About
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import KVCache, MemoryCache
 from attention_jax.layers import linear, together
-from attention_jax.masks import Causal, Full, Mask, parse
+from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     Keys,
@@ -26,9 +26,11 @@ from attention_jax.mixers.parts import (
     dropout_options,
     head_norm,
     head_width,
+    parse_mask,
     positions_of,
     recall,
     split_heads,
+    within,
     zero_invalid,
 )
 from attention_jax.positions import RoPE, Temperature
@@ -71,8 +73,7 @@ class AttentionConfig:
     )
 
     def __post_init__(self):
-        if isinstance(self.mask, str):
-            object.__setattr__(self, "mask", parse(self.mask))
+        parse_mask(self)
         if self.bias == "t5":
             object.__setattr__(self, "bias", T5())
         check_heads(self.num_heads, self.num_kv_heads, self.dropout)
@@ -88,8 +89,7 @@ class AttentionConfig:
         """The mixer; `module` holds dtype and initialisers."""
         self.check(d_model, causal=causal)
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kind"}
-        if causal and self.mask.prefix is None:
-            arguments["mask"] = self.mask & Causal()
+        arguments["mask"] = within(self.mask, causal)
         made = CrossAttention if module.pop("cross", False) else Attention
         return made(d_model, rngs=rngs, **arguments, **module)
 

@@ -22,16 +22,18 @@ from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
 from attention_jax.caches import KVCache
 from attention_jax.layers import linear, together
-from attention_jax.masks import Causal, Full, Mask, parse
+from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     check_heads,
     dropout_options,
     head_norm,
     head_width,
+    parse_mask,
     recall,
     split_heads,
     valid_tokens,
+    within,
     zero_invalid,
 )
 
@@ -57,8 +59,7 @@ class ForgettingAttentionConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        if isinstance(self.mask, str):
-            object.__setattr__(self, "mask", parse(self.mask))
+        parse_mask(self)
         check_heads(self.num_heads, self.num_kv_heads, self.dropout)
         if not math.isfinite(self.gate_bias):
             raise ValueError(f"gate_bias must be finite, got {self.gate_bias}")
@@ -78,7 +79,7 @@ class ForgettingAttentionConfig:
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> ForgettingAttention:
         """The mixer; `module` holds dtype and initialisers."""
         self.check(d_model, causal=causal)
-        config = self if self.mask.causal else dataclasses.replace(self, mask=self.mask & Causal())
+        config = dataclasses.replace(self, mask=within(self.mask, causal))
         return ForgettingAttention(d_model, config, rngs=rngs, **module)
 
 

@@ -18,16 +18,18 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import KVCache
 from attention_jax.layers import linear, together
-from attention_jax.masks import Causal, Full, Mask, parse
+from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     check_heads,
     dropout_options,
     head_norm,
     head_width,
+    parse_mask,
     positions_of,
     recall,
     split_heads,
+    within,
     zero_invalid,
 )
 from attention_jax.positions import RoPE
@@ -53,8 +55,7 @@ class GatedAttentionConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        if isinstance(self.mask, str):
-            object.__setattr__(self, "mask", parse(self.mask))
+        parse_mask(self)
         check_heads(self.num_heads, self.num_kv_heads, self.dropout)
 
     def check(self, d_model: int, *, causal: bool) -> None:
@@ -67,9 +68,7 @@ class GatedAttentionConfig:
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> GatedAttention:
         """The mixer; `module` holds dtype and initialisers."""
         self.check(d_model, causal=causal)
-        config = self
-        if causal and self.mask.prefix is None:
-            config = dataclasses.replace(self, mask=self.mask & Causal())
+        config = dataclasses.replace(self, mask=within(self.mask, causal))
         return GatedAttention(d_model, config, rngs=rngs, **module)
 
 

@@ -22,15 +22,17 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import KVCache
 from attention_jax.layers import linear, together
-from attention_jax.masks import Causal, Full, Mask, parse
+from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     Keys,
     check_heads,
     dropout_options,
+    parse_mask,
     positions_of,
     recall,
     split_heads,
+    within,
     zero_invalid,
 )
 from attention_jax.positions import RoPE
@@ -64,8 +66,7 @@ class LatentAttentionConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        if isinstance(self.mask, str):
-            object.__setattr__(self, "mask", parse(self.mask))
+        parse_mask(self)
         check_heads(self.num_heads, None, self.dropout)
         for name in ("latent_dim", "query_latent_dim", "head_dim", "value_dim"):
             value = getattr(self, name)
@@ -83,9 +84,7 @@ class LatentAttentionConfig:
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> LatentAttention:
         """The mixer; `module` holds dtype and initialisers."""
         self.check(d_model, causal=causal)
-        config = self
-        if causal and self.mask.prefix is None:
-            config = dataclasses.replace(self, mask=self.mask & Causal())
+        config = dataclasses.replace(self, mask=within(self.mask, causal))
         return LatentAttention(d_model, config, rngs=rngs, **module)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.caches import KVCache
+from attention_jax.masks import Causal, Mask, parse
 from attention_jax.mixers.base import Context
 from attention_jax.ops.softmax import dot_product_attention
 
@@ -137,6 +138,17 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
     if d_model % num_heads:
         raise ValueError(f"d_model {d_model} is not divisible by num_heads {num_heads}; set head_dim")
     return d_model // num_heads
+
+
+def parse_mask(config: Any) -> None:
+    """A frozen config's `mask` as a Mask where it was given as an expression."""
+    if isinstance(config.mask, str):
+        object.__setattr__(config, "mask", parse(config.mask))
+
+
+def within(mask: Mask, causal: bool) -> Mask:
+    """The mask a layer of such a model runs: a causal one adds Causal() where no prefix says otherwise."""
+    return mask & Causal() if causal and mask.prefix is None else mask
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None, dropout: float) -> None:

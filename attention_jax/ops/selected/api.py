@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops.arguments import per_token, segment_pair
 from attention_jax.ops.selected import gathered, reference
 from attention_jax.ops.selected.common import Call
 
@@ -109,31 +110,18 @@ def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, 
     )  # fmt: skip
 
 
-def _per_token(name: str, x: Any, B: int, length: int) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, got {x.dtype}")
-    if x.shape not in ((length,), (1, length), (B, length)):
-        raise ValueError(f"{name} must be [{B}, {length}] or [{length}], got {x.shape}")
-    return jnp.broadcast_to(x.astype(jnp.int32), (B, length))
-
-
 def _positions(name: str, positions: Any, segments: jax.Array | None, B: int, length: int) -> jax.Array:
-    """The given positions, or 0, 1, 2, ...; -1 where there is no segment."""
-    positions = _per_token(name, jnp.arange(length) if positions is None else positions, B, length)
+    """The given positions, or 0, 1, 2, ...; -1 where there is no segment. [B, length]"""
+    positions = per_token(name, jnp.arange(length) if positions is None else positions, B, length)
+    positions = jnp.broadcast_to(positions, (B, length))
     return positions if segments is None else jnp.where(segments >= 0, positions, -1)
 
 
 def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:
-    if ids is None:
+    q, k = segment_pair(ids, B, T, S)
+    if q is None or k is None:
         return None, None
-    if not isinstance(ids, tuple):
-        if T != S:
-            raise ValueError(f"T = {T} and S = {S} differ: give segment_ids as a pair (queries, keys)")
-        ids = (ids, ids)
-    if len(ids) != 2 or ids[0] is None or ids[1] is None:
-        raise ValueError("segment_ids must be an array [B, T] or a pair ([B, T], [B, S]) of arrays")
-    return _per_token("segment_ids", ids[0], B, T), _per_token("segment_ids", ids[1], B, S)
+    return jnp.broadcast_to(q, (B, T)), jnp.broadcast_to(k, (B, S))
 
 
 implementations = functools.partial(tuple, _IMPLEMENTATIONS)

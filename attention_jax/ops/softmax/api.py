@@ -21,6 +21,7 @@ import numpy as np
 
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
+from attention_jax.ops.arguments import per_token, segment_pair
 from attention_jax.ops.softmax import chunked, reference
 from attention_jax.ops.softmax.common import Call
 
@@ -181,12 +182,12 @@ def _checked_call(
         raise ValueError(f"{K} kv heads do not divide {N} query heads (axis 2 of [B, T, N, H])")
     if not (q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
-    q_segments, k_segments = _segments(segment_ids, B, T, S)
+    q_segments, k_segments = segment_pair(segment_ids, B, T, S)
     mask, mask_BNTS = _mask(mask, (B, N, T, S))
     return Call(
         q, k, v,
-        _per_token("q_positions", q_positions, B, T),
-        _per_token("k_positions", k_positions, B, S),
+        per_token("q_positions", q_positions, B, T),
+        per_token("k_positions", k_positions, B, S),
         q_segments, k_segments, mask_BNTS,
         _bias(bias, (B, N, T, S)),
         _sinks(sinks, N),
@@ -227,32 +228,6 @@ def _dropout_words(rate: float, key: jax.Array | None) -> jax.Array | None:
         return jnp.asarray(key)
     what = f"{key.dtype} {key.shape}" if _is_array(key) else type(key).__name__
     raise ValueError(f"dropout_key must be one jax.random.key (or its data, uint32 [n]), got {what}")
-
-
-def _per_token(name: str, x: jax.Array | None, B: int, length: int) -> jax.Array | None:
-    if x is None:
-        return None
-    x = x if _is_array(x) else np.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, got {x.dtype}")
-    if isinstance(x, np.ndarray) and x.size and max(x.max(), -x.min()) > np.iinfo(np.int32).max:
-        raise ValueError(f"{name} must fit int32, got {x.min()} .. {x.max()}")
-    x = x[None] if x.ndim == 1 else x
-    if x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1] != length:
-        raise ValueError(f"{name} must be [{B}, {length}] or [{length}], got {x.shape}")
-    return jnp.asarray(x, jnp.int32)
-
-
-def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:
-    if ids is None:
-        return None, None
-    if not isinstance(ids, tuple):
-        if T != S:
-            raise ValueError(f"T = {T} and S = {S} differ: give segment_ids as a pair (queries, keys)")
-        ids = (ids, ids)
-    if len(ids) != 2 or ids[0] is None or ids[1] is None:
-        raise ValueError("segment_ids must be an array [B, T] or a pair ([B, T], [B, S]) of arrays")
-    return _per_token("segment_ids", ids[0], B, T), _per_token("segment_ids", ids[1], B, S)
 
 
 def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
