@@ -129,9 +129,6 @@ MASKS = LEAVES | {
 }
 
 
-# --- biases --------------------------------------------------------------------------------------------
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gate(Bias):
@@ -163,9 +160,6 @@ ARRAY_SHAPES = {
     "TS": lambda B, N, T, S: (T, S),
     "scalar": lambda B, N, T, S: (),
 }
-
-
-# --- the op --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +237,6 @@ TILED_SLOW = [
     OpCase((257, 2400), (8, 8), (2, 1), None, positions="cache", batch=2),
     OpCase((1300, 1300), (8, 8), (2, 2), "window 7 right 4", segments="packed", positions="left padded"),
 ]
-
-
-# --- tolerances ----------------------------------------------------------------------------------------
 
 
 def tolerance(naive_error: float, dtype: Any, magnitude: float, factor: float = 2) -> float:

@@ -50,9 +50,6 @@ def _table(mask: Mask, q, k) -> np.ndarray:
     return np.broadcast_to(found, (*q.shape[:-1], q.shape[-1], k.shape[-1]))
 
 
-# --- keep ----------------------------------------------------------------------------------------------
-
-
 @each_mask
 def test_truth_table(row):
     q, k = np.arange(0, 45), np.arange(-2, 50)
@@ -87,9 +84,6 @@ def test_a_window_counts_keys():
     assert _table(SlidingWindow(4), [10], np.arange(20)).sum() == 4
     assert _table(SlidingWindow(4), [10], [10]).all()
     assert_array_equal(np.flatnonzero(_table(SlidingWindow(2, 3), [10], np.arange(20))), np.arange(9, 14))
-
-
-# --- bounds --------------------------------------------------------------------------------------------
 
 
 def _rectangles(n):
@@ -169,9 +163,6 @@ def test_a_predicate_without_bounds_decides_nothing():
     assert_array_equal(every, np.zeros((2, 3), bool))
 
 
-# --- retention -----------------------------------------------------------------------------------------
-
-
 def _check_retention(row, n=26):
     lookback, pins = row.mask.retention()
     if lookback is None:
@@ -225,9 +216,6 @@ def test_retention_of_expressions_is_sound(row):
 )
 def test_retention_keeps_no_more_than_needed(mask, wanted):
     assert mask.retention() == Retention(*wanted)
-
-
-# --- causal --------------------------------------------------------------------------------------------
 
 
 @given(expressions)
@@ -286,9 +274,6 @@ def test_a_mask_is_causal_beyond_its_prefix(row):
 )
 def test_prefix(mask, prefix):
     assert mask.prefix == prefix
-
-
-# --- expressions as values -----------------------------------------------------------------------------
 
 
 @given(expressions)
@@ -432,9 +417,6 @@ def test_a_mask_is_a_static_argument():
     for _ in range(3):
         assert count(jnp.arange(9), SlidingWindow(2) & Causal()) == 17
     assert len(traces) == 1
-
-
-# --- density -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("T, S, block", [(1, 1, 128), (40, 40, 8), (37, 53, 16), (53, 37, 128), (64, 16, 7)])

@@ -41,9 +41,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(chunked, "_UNITS", 2)
 
 
-# --- numbers -------------------------------------------------------------------------------------------
-
-
 def results(attention: truth.Attention, problem: problems.Problem) -> dict[str, np.ndarray]:
     """Outputs and gradients by name."""
     grads = attention.backward(problem.do, problem.dlse)
@@ -176,8 +173,6 @@ def test_a_large_score_common_to_all_keys_changes_nothing(impl, small_tiles):
             np.testing.assert_allclose(grads[name], plain[2][name], atol=1e-4, err_msg=name)
 
 
-# --- what is not seen ----------------------------------------------------------------------------------
-
 # Rows without keys, invalid slots on both sides, several tiles.
 HOLES = OpCase((40, 40), (8, 4), (4, 2), "far past", "array B11S", segments="ragged", positions="left padded")
 RING = OpCase(
@@ -279,9 +274,6 @@ def test_a_hidden_key_may_be_as_large_as_its_dtype(impl, small_tiles):
     jax.tree.map(assert_array_equal, program(learned), before)
 
 
-# --- dropout -------------------------------------------------------------------------------------------
-
-
 def _probabilities(impl, *, batch=2, rate=0.5):
     """P [B, N, T, S] after dropout, read through values that are the identity, and the hash's own bits."""
     T, S, N, K = 20, 24, 4, 2
@@ -347,9 +339,6 @@ def test_dropout_keeps_the_expectation():
     drawn = jax.jit(jax.vmap(lambda key: attend(dropout_rate=0.25, dropout_key=key)))(keys)
     drawn, plain = np.asarray(drawn), np.asarray(jax.jit(attend)())
     assert (np.abs(drawn.mean(0) - plain) < 5 * drawn.std(0) / 400**0.5 + 1e-6).all()
-
-
-# --- the interface -------------------------------------------------------------------------------------
 
 
 def arrays(T=6, S=6, N=4, K=2, H=8, M=8, B=2, dtype=jnp.float32):
@@ -483,9 +472,6 @@ def test_lse_is_returned_on_request_and_changes_nothing(impl):
     out, lse = dot_product_attention(q, k, v, return_lse=True, impl=impl)
     assert lse.shape == (2, 6, 4) and lse.dtype == jnp.float32
     assert_array_equal(dot_product_attention(q, k, v, impl=impl), out)
-
-
-# --- transformations -----------------------------------------------------------------------------------
 
 
 @each_implementation

@@ -1,22 +1,25 @@
 """Masks: relations between a query and a key position, and their algebra.
 
-`algebra` holds what every mask is and how masks combine, `patterns` the patterns, `picture` their pictures.
+`algebra` holds what every mask is and how masks combine, `patterns` and `irregular` the patterns, `picture`
+their pictures.
 """
 
 from attention_jax.masks.algebra import And, Density, Mask, Not, Or, Recipe, Retention, parse
-from attention_jax.masks.patterns import (
+from attention_jax.masks.irregular import (
     BigBird,
-    BlockLocal,
-    Causal,
-    Chunked,
     Dense,
-    Dilated,
-    Full,
     Global,
     Longformer,
     Predicate,
-    Prefix,
     RandomBlocks,
+)
+from attention_jax.masks.patterns import (
+    BlockLocal,
+    Causal,
+    Chunked,
+    Dilated,
+    Full,
+    Prefix,
     Sinks,
     SlidingWindow,
     Strided,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attention_jax.masks.algebra import Mask
+if TYPE_CHECKING:  # a mask draws itself through this module
+    from attention_jax.masks.algebra import Mask
 
 # Empty, hidden in a partial block, kept in a partial block, kept in a full block.
 _SHADES = ("#ffffff", "#f7e3c5", "#e08e2b", "#2a6f97")

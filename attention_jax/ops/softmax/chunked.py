@@ -181,9 +181,6 @@ def _tiled(x: np.ndarray, units: int) -> np.ndarray:
     return x.reshape(1, -1, units, strips).swapaxes(2, 3)
 
 
-# --- one head ------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class _Head:
     """A kv head of a batch row and its G query heads.
@@ -250,9 +247,6 @@ def _cut(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
     """x[start : start + size] along one axis."""
     sizes = [size if i == axis else n for i, n in enumerate(x.shape)]
     return _block(x, [0] * axis + [start], sizes)
-
-
-# --- one tile ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,9 +399,6 @@ def _sweep(head: _Head, j: jax.Array, step: Callable[[_Tile, Any], Any], state: 
     return lax.fori_loop(jnp.int32(0), jnp.int32(plan.G), query_head, state)
 
 
-# --- forward -------------------------------------------------------------------------------------------
-
-
 def _forward(call: Call) -> tuple[jax.Array, jax.Array]:
     plan = _plan(call)
     B, T, _, N, K, _, M = call.sizes
@@ -484,9 +475,6 @@ def _exp2(x: jax.Array) -> jax.Array:
     b = f * (f2 * _TANH_B1 + _TANH_B0)
     shift = lax.bitcast_convert_type(n + 1.5 * 2.0**23, jnp.int32) << 23
     return lax.bitcast_convert_type(lax.bitcast_convert_type(a + b, jnp.int32) + shift, jnp.float32) / (a - b)
-
-
-# --- backward ------------------------------------------------------------------------------------------
 
 
 def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
@@ -597,9 +585,6 @@ def _add_rows(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
     if part.shape == total.shape:
         return total + part
     return _paste(total, _cut(total, start, part.shape[0]) + part, [start])
-
-
-# --- biases and dense masks ----------------------------------------------------------------------------
 
 
 def _padded(call: Call, T_pad: int, S_pad: int) -> Call:

@@ -1,0 +1,320 @@
+"""Patterns that no arithmetic of distance describes: named tokens, random blocks, predicates, arrays.
+
+Longformer and BigBird are recipes made of them. `bounds` is exact for `Global` and `Dense`, and for
+`RandomBlocks` where positions are NumPy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.about import About
+from attention_jax.masks.algebra import Mask, Recipe, Retention, like, natural
+from attention_jax.masks.patterns import BlockLocal, SlidingWindow
+
+
+@dataclasses.dataclass(frozen=True)
+class Global(Mask):
+    """q in positions or k in positions: named tokens attend to all and are attended by all.
+
+    (Beltagy et al. 2020, arXiv 2004.05150.) `positions` are sorted and made unique.
+    """
+
+    about = About(
+        "Global tokens", "arXiv 2004.05150", "O(T positions)", cache="pinned keys and a ring up to the last"
+    )
+
+    positions: tuple[int, ...]
+
+    def __post_init__(self):
+        given = (self.positions,) if isinstance(self.positions, int) else self.positions
+        for position in given:
+            natural("Global positions", position)
+        if not given:
+            raise ValueError("Global needs at least one position")
+        object.__setattr__(self, "positions", tuple(sorted({int(p) for p in given})))
+
+    def keep(self, q_pos, k_pos):
+        return self._named(q_pos) | self._named(k_pos)
+
+    def bounds(self, q_lo, q_hi, k_lo, k_hi):
+        q, k = self._count(q_lo, q_hi), self._count(k_lo, k_hi)
+        return (q > 0) | (k > 0), (q == q_hi - q_lo + 1) | (k == k_hi - k_lo + 1)
+
+    def retention(self):
+        # A named query sees all before it: none of those lies more than the last name back.
+        return Retention(self.positions[-1] + 1, self.positions)
+
+    def _named(self, x):
+        runs = _runs(self.positions)
+        if len(runs) > _UNROLLED:
+            table = np.zeros(self.positions[-1] + 2, bool)
+            table[list(self.positions)] = True
+            return _look_up(table, x) & (x >= 0)
+        found = [(x >= lo) & (x <= hi) if lo < hi else x == lo for lo, hi in runs]
+        return functools.reduce(lambda a, b: a | b, found)
+
+    def _count(self, lo, hi):
+        """How many of lo..hi are named."""
+        runs = _runs(self.positions)
+        if len(runs) > _UNROLLED:
+            below = np.searchsorted(self.positions, np.arange(self.positions[-1] + 2)).astype(np.int32)
+            return _look_up(below, hi + 1) - _look_up(below, lo)
+        return sum(_clip(hi + 1, a, b + 1) - _clip(lo, a, b + 1) for a, b in runs)
+
+
+_UNROLLED = 64  # runs of named positions; beyond it a table is looked up
+
+
+@functools.cache
+def _runs(positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Sorted positions as inclusive runs of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for p in positions:
+        if runs and runs[-1][1] == p - 1:
+            runs[-1] = (runs[-1][0], p)
+        else:
+            runs.append((p, p))
+    return tuple(runs)
+
+
+def _clip(x, lo: int, hi: int):
+    """x limited to [lo, hi] by arithmetic alone."""
+    return lo + (x > lo) * (x - lo) - (x > hi) * (x - hi)
+
+
+def _look_up(table: np.ndarray, x):
+    """table[x], past the end its last entry; NumPy or traced, 0 <= x."""
+    at = _clip(x, 0, table.size - 1)
+    return table[at] if _is_numpy(x) else jnp.asarray(table)[at]
+
+
+def _is_numpy(*arrays: Any) -> bool:
+    return all(isinstance(x, (np.ndarray, np.generic, int)) for x in arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomBlocks(Mask):
+    """Each block of queries sees `count` blocks drawn from its past, and is seen by them.
+
+    Block i draws one block from each of `count` equal strata of [first, i - skip), by an integer
+    hash of (seed, i, stratum): distinct, the same whatever the length, and valid when causal. The relation
+    is symmetric. Strata that are empty near the start draw nothing.
+    """
+
+    about = About("Random blocks", "arXiv 2007.14062", "O(T count block)", cache="all keys")
+
+    block: int
+    count: int
+    seed: int = 0
+    skip: int = 0
+    first: int = 0
+
+    def __post_init__(self):
+        natural("RandomBlocks block", self.block, 1)
+        natural("RandomBlocks count", self.count, 1)
+        natural("RandomBlocks seed", self.seed)
+        natural("RandomBlocks skip", self.skip)
+        natural("RandomBlocks first", self.first)
+
+    def keep(self, q_pos, k_pos):
+        return self._drawn(q_pos // self.block, k_pos // self.block)
+
+    def bounds(self, q_lo, q_hi, k_lo, k_hi):
+        q_lo, q_hi, k_lo, k_hi = (x // self.block for x in (q_lo, q_hi, k_lo, k_hi))
+        if not _is_numpy(q_lo, q_hi, k_lo, k_hi):
+            # How many blocks a rectangle spans is not known while tracing: decide those of one block.
+            drawn = self._drawn(q_lo, k_lo)
+            one = (q_lo == q_hi) & (k_lo == k_hi)
+            return drawn | (one == False), drawn & one  # noqa: E712
+        rows, columns = (int(np.max(hi - lo)) + 1 for lo, hi in ((q_lo, q_hi), (k_lo, k_hi)))
+        some = every = None
+        for i in range(rows):
+            q = np.minimum(q_lo + i, q_hi)
+            for j in range(columns):
+                drawn = self._drawn(q, np.minimum(k_lo + j, k_hi))
+                some, every = (drawn, drawn) if some is None else (some | drawn, every & drawn)
+        return some, every
+
+    def _drawn(self, a, b):
+        """Did block a draw block b, or b draw a?"""
+        pairs = [pair for r in range(self.count) for pair in ((self._draw(a, r), b), (self._draw(b, r), a))]
+        if not _is_numpy(a, b):
+            return functools.reduce(lambda x, y: x | y, (x == y for x, y in pairs))
+        # Block maps are large: two arrays in all, since fresh ones cost more than what is computed.
+        found = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b)), bool)
+        one = np.empty_like(found)
+        for x, y in pairs:
+            found |= np.equal(x, y, out=one)
+        return found
+
+    def _draw(self, i, stratum: int):
+        """The block that block i draws from a stratum; far below 0 where the stratum is empty."""
+        span = _clip(i - self.skip - self.first, 0, 2**24)
+        lo, hi = stratum * span // self.count, (stratum + 1) * span // self.count
+        size = hi - lo
+        # 24 bits of hash: everything fits int32 and stays >= 0.
+        drawn = self.first + lo + _hash(self.seed, stratum, i) % (size + (size == 0))
+        if isinstance(i, np.ndarray):
+            drawn = drawn.astype(i.dtype)  # comparisons of one dtype are twice as fast
+        return drawn * (size > 0) - (size == 0) * 2**30
+
+
+def _hash(seed: int, stratum: int, x):
+    """24 bits of a full-avalanche hash (lowbias32, Wellons 2018), the same on NumPy and traced arrays."""
+    start = (seed * 0x9E3779B9 + stratum * 0x85EBCA6B + 0x27220A95) & 0xFFFFFFFF
+    if _is_numpy(x):
+        h = (np.asarray(x, np.int64) * 0x01000193 ^ start) & 0xFFFFFFFF
+        h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        h = ((h ^ (h >> 15)) * 0x6BA68B) & 0xFFFFFFFF
+        return (h ^ (h >> 16)) & 0xFFFFFF
+    h = x.astype(jnp.uint32) * jnp.uint32(0x01000193) ^ jnp.uint32(start)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x6BA68B)
+    return ((h ^ (h >> 16)) & jnp.uint32(0xFFFFFF)).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicate(Mask):
+    """fn(q, k), a user's own relation: elementwise, of comparisons, integer arithmetic, & and |.
+
+    It brings no bounds, so that every block is evaluated, and a cache keeps everything. For speed write a
+    Mask class with `bounds` (docs/extend.md). Two predicates are equal where their functions are.
+    """
+
+    about = About("A user's predicate", "", "O(T^2)", cache="all keys")
+
+    fn: Callable[[Any, Any], Any]
+
+    def __post_init__(self):
+        if not callable(self.fn):
+            raise ValueError(f"Predicate needs a function of (q, k) positions, got {self.fn!r}")
+
+    def __repr__(self):
+        return f"Predicate({getattr(self.fn, '__name__', self.fn)})"
+
+    def keep(self, q_pos, k_pos):
+        return self.fn(q_pos, k_pos) & like(q_pos, k_pos)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Dense(Mask):
+    """array[q, k], a boolean array [T, S] over positions; pairs outside it are hidden.
+
+    The array is copied, read-only, and compared by its digest. For masks that differ by batch row or head
+    give an array to `dot_product_attention(mask=...)`.
+    """
+
+    about = About("A boolean array", "", "O(T^2) by blocks", cache="all keys")
+
+    array: np.ndarray | Sequence[Sequence[bool]]
+
+    def __post_init__(self):
+        array = np.array(self.array)
+        if array.ndim != 2 or array.dtype != bool or not array.size:
+            raise ValueError(f"Dense needs a boolean array [T, S], got {array.dtype} {array.shape}")
+        array.flags.writeable = False
+        object.__setattr__(self, "array", array)
+        object.__setattr__(self, "_digest", hashlib.sha256(np.packbits(array).tobytes()).hexdigest())
+
+    def _identity(self):
+        return self.array.shape, self._digest
+
+    def __eq__(self, other):
+        return isinstance(other, Dense) and self._identity() == other._identity()
+
+    def __hash__(self):
+        return hash(self._identity())
+
+    def __repr__(self):
+        T, S = self.array.shape
+        return f"Dense({T} x {S}, {self._digest[:8]})"
+
+    def keep(self, q_pos, k_pos):
+        T, S = self.array.shape
+        inside = (q_pos >= 0) & (q_pos < T) & (k_pos >= 0) & (k_pos < S)
+        return self._take(self.array, q_pos, k_pos) & inside
+
+    def bounds(self, q_lo, q_hi, k_lo, k_hi):
+        # `area[i, j]` counts what is kept in the i x j corner.
+        area = np.pad(self.array, ((1, 0), (1, 0))).astype(np.int32).cumsum(0).cumsum(1, dtype=np.int32)
+        kept = (
+            self._take(area, q_hi + 1, k_hi + 1) - self._take(area, q_lo, k_hi + 1)
+            - self._take(area, q_hi + 1, k_lo) + self._take(area, q_lo, k_lo)
+        )  # fmt: skip
+        return kept > 0, kept == (q_hi - q_lo + 1) * (k_hi - k_lo + 1)
+
+    @staticmethod
+    def _take(table, i, j):
+        i, j = _clip(i, 0, table.shape[0] - 1), _clip(j, 0, table.shape[1] - 1)
+        return table[i, j] if _is_numpy(i, j) else jnp.asarray(table)[i, j]
+
+
+@dataclasses.dataclass(frozen=True)
+class Longformer(Recipe):
+    """SlidingWindow(window // 2 + 1, right=window // 2) | Global(positions) (arXiv 2004.05150)."""
+
+    about = About(
+        "Longformer",
+        "arXiv 2004.05150",
+        "O(T (window + positions))",
+        cache="ring of window / 2 + 1, pinned keys",
+    )
+
+    window: int
+    positions: tuple[int, ...]
+
+    def __post_init__(self):
+        natural("Longformer window", self.window, 1)
+        object.__setattr__(self, "positions", Global(self.positions).positions)
+
+    @property
+    def expression(self):
+        half = self.window // 2
+        return SlidingWindow(half + 1, right=half) | Global(self.positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class BigBird(Recipe):
+    """Block window | global blocks | random blocks (Zaheer et al. 2020, arXiv 2007.14062).
+
+    block: positions per block. window_blocks: odd, one's own block and its neighbours. global_blocks: the
+    first blocks, which attend to all and are attended by all. random_blocks: drawn for each block from what
+    lies behind its window, see `RandomBlocks`; the relation is symmetric.
+    """
+
+    about = About(
+        "BigBird", "arXiv 2007.14062", "O(T block (window + global + random blocks))", cache="all keys"
+    )
+
+    block: int
+    window_blocks: int = 3
+    global_blocks: int = 1
+    random_blocks: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        natural("BigBird block", self.block, 1)
+        natural("BigBird window_blocks", self.window_blocks, 1)
+        natural("BigBird global_blocks", self.global_blocks)
+        natural("BigBird random_blocks", self.random_blocks)
+        natural("BigBird seed", self.seed)
+        if self.window_blocks % 2 == 0:
+            raise ValueError(f"BigBird window_blocks must be odd, got {self.window_blocks}")
+
+    @property
+    def expression(self):
+        half = self.window_blocks // 2
+        mask = BlockLocal(self.block, half)
+        if self.global_blocks:
+            mask = mask | Global(tuple(range(self.global_blocks * self.block)))
+        if self.random_blocks:
+            mask = mask | RandomBlocks(self.block, self.random_blocks, self.seed, half, self.global_blocks)
+        return mask
