@@ -20,7 +20,7 @@ from attention_jax.biases import (
     slice_leaves,
     t5_boundaries,
 )
-from attention_jax.ops.softmax import chunked, dot_product_attention, explain
+from attention_jax.ops.softmax import dot_product_attention, explain, tiles
 from tests.cases import Gate
 from tests.reference import softmax as truth
 from tests.reference.positions import ALIBI_SLOPES, t5_bucket
@@ -88,8 +88,8 @@ def test_t5_buckets_follow_the_published_formula(buckets, max_distance, bidirect
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional, monkeypatch):
     """Shuffled positions, grouped heads, several tiles, empty slots."""
-    monkeypatch.setattr(chunked, "_Q_BLOCK", 16)
-    monkeypatch.setattr(chunked, "_KEY_UNIT", 8)
+    monkeypatch.setattr(tiles, "Q_BLOCK", 16)
+    monkeypatch.setattr(tiles, "KEY_UNIT", 8)
     rng = np.random.default_rng(0)
     B, T, S, N, K, H = 2, 21, 35, 4, 2, 8
     q, do = (rng.normal(size=(B, T, N, H)).astype(np.float32) for _ in range(2))

@@ -13,7 +13,7 @@ from attention_jax.caches import KVCache
 from attention_jax.masks import Causal
 from attention_jax.mixers import Context
 from attention_jax.mixers.parts import recall
-from attention_jax.ops.softmax import chunked, dot_product_attention
+from attention_jax.ops.softmax import dot_product_attention, tiles
 from tests.reference import masks as truth
 from tests.strategies import expressions
 
@@ -22,6 +22,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 _RNG = np.random.default_rng(0)
 Q, K, V = (_RNG.normal(size=(1, T, N, H)).astype(np.float32) for _ in range(3))
 # Programs would differ with every mask: run operation by operation, each compiled once for all of them.
+# The fixture may be shared by examples: each undoes its own patch.
 quietly = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -44,8 +45,8 @@ def dense(table: np.ndarray) -> np.ndarray:
 @quietly
 def test_the_blocked_form(monkeypatch, row):
     with monkeypatch.context() as patch, jax.disable_jit():
-        for name, value in {"_Q_BLOCK": 8, "_KEY_UNIT": 8, "_UNITS": 2}.items():
-            patch.setattr(chunked, name, value)
+        for name, value in {"Q_BLOCK": 8, "KEY_UNIT": 8, "UNITS": 2}.items():
+            patch.setattr(tiles, name, value)
         out = dot_product_attention(Q, K, V, mask=row.mask, impl="chunked")
     assert_allclose(out[0], dense(truth.table(row.truth, np.arange(T), np.arange(T))), **TOLERANCE)
 

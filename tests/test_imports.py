@@ -21,7 +21,7 @@ STOREYS = [
 ]  # fmt: skip
 
 # The ground floor of an op's folder, and its roof; what is between are implementations.
-OP_SHARED, OP_ROOF = {"common", "blocks"}, {"api", "__init__"}
+OP_SHARED, OP_ROOF = {"common", "blocks", "tiles"}, {"api", "__init__"}
 # What every mixer may use: the contract, and what the softmax family shares.
 MIXERS_SHARED = {"attention_jax.mixers.base", "attention_jax.mixers.parts"}
 

@@ -14,7 +14,7 @@ from numpy.testing import assert_array_equal
 
 from attention_jax.biases import ALiBi
 from attention_jax.masks import Causal, Full, SlidingWindow
-from attention_jax.ops.softmax import api, chunked, dot_product_attention, explain
+from attention_jax.ops.softmax import api, dot_product_attention, explain, tiles
 from attention_jax.ops.softmax.common import dropout_keep
 from tests import problems
 from tests.cases import (
@@ -36,9 +36,9 @@ each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 queries x 1 or 2 units of 8 keys: short rows then have tiles of every kind."""
-    monkeypatch.setattr(chunked, "_Q_BLOCK", 16)
-    monkeypatch.setattr(chunked, "_KEY_UNIT", 8)
-    monkeypatch.setattr(chunked, "_UNITS", 2)
+    monkeypatch.setattr(tiles, "Q_BLOCK", 16)
+    monkeypatch.setattr(tiles, "KEY_UNIT", 8)
+    monkeypatch.setattr(tiles, "UNITS", 2)
 
 
 def results(attention: truth.Attention, problem: problems.Problem) -> dict[str, np.ndarray]:
@@ -304,8 +304,8 @@ def _probabilities(impl, *, batch=2, rate=0.5):
 def test_dropout_bits_are_a_fixed_hash_of_key_row_head_and_positions(impl, tile, monkeypatch):
     if impl == "reference" and tile != 8:
         pytest.skip("has no tiles")
-    monkeypatch.setattr(chunked, "_Q_BLOCK", tile)
-    monkeypatch.setattr(chunked, "_KEY_UNIT", tile)
+    monkeypatch.setattr(tiles, "Q_BLOCK", tile)
+    monkeypatch.setattr(tiles, "KEY_UNIT", tile)
     found, bits = _probabilities(impl)
     assert_array_equal(found > 0, bits)
     alone, _ = _probabilities(impl, batch=1)

@@ -42,6 +42,12 @@ from attention_jax.mixers.parts import (
     zero_invalid,
 )
 from attention_jax.ops.selected import choose_blocks, selected_attention
+from attention_jax.ops.selected.compressed import (
+    Blocks,
+    blocks_of_plain_rows,
+    blocks_of_rows,
+    completed_blocks,
+)
 from attention_jax.ops.softmax import dot_product_attention
 from attention_jax.positions import RoPE
 
@@ -140,16 +146,6 @@ class NSAState:
     window: KVCache
     tail: KVCache
     compressed: Compressed
-
-
-class _Blocks(NamedTuple):
-    """Compressed blocks to be computed: where their tokens stand, [B, C, l], and where they end.
-
-    A block that is not complete has position -1.
-    """
-
-    tokens_BCl: jax.Array
-    positions_BC: jax.Array
 
 
 class Compress(nnx.Module):
@@ -310,7 +306,7 @@ class NSA(nnx.Module):
             fine_BTNH = jnp.where(beyond_BT[..., None, None], jnp.nan, fine_BTNH)
         return coarse_BTNH, fine_BTNH
 
-    def _compressed(self, k_BSKH: jax.Array, v_BSKH: jax.Array, blocks: _Blocks) -> Compressed:
+    def _compressed(self, k_BSKH: jax.Array, v_BSKH: jax.Array, blocks: Blocks) -> Compressed:
         """phi of the blocks' tokens, turned; 0 where a block is not complete."""
         complete_BC = blocks.positions_BC >= 0
         rows = jnp.arange(k_BSKH.shape[0])[:, None, None]
@@ -326,9 +322,12 @@ class NSA(nnx.Module):
         """The compressed keys of whole rows, the segments of queries and blocks, and block 0's entry."""
         B, T = k_BTKH.shape[:2]
         if ctx.positions_BT is None and ctx.segment_ids_BT is None:
-            blocks = _blocks_of_plain_rows(B, T, self.block, self.stride)
+            blocks = blocks_of_plain_rows(B, T, self.block, self.stride)
             return self._compressed(k_BTKH, v_BTKH, blocks), None, None
-        blocks, segment_ids, shift_BT = _blocks_of_rows(ctx, B, T, self.block, self.stride)
+        positions_BT = jnp.broadcast_to(positions_of(ctx, T), (B, T))
+        blocks, segment_ids, shift_BT = blocks_of_rows(
+            positions_BT, ctx.segment_ids_BT, self.block, self.stride
+        )
         return self._compressed(k_BTKH, v_BTKH, blocks), segment_ids, shift_BT
 
     def _append_compressed(self, state: NSAState, k_BTKH, v_BTKH, ctx: Context):
@@ -337,7 +336,7 @@ class NSA(nnx.Module):
         positions_BT = cached_positions(tail.capacity, ctx, *k_BTKH.shape[:2])
         new = (k_BTKH, v_BTKH, positions_BT)
         beside = tail.beside(*new)
-        blocks, number_BC = _completed_blocks(tail, beside, positions_BT, self.block, self.stride)
+        blocks, number_BC = completed_blocks(tail, beside, positions_BT, self.block, self.stride)
         k_BSKH, v_BSKH = (x.astype(k_BTKH.dtype) for x in (beside.k_BSKH, beside.v_BSKM))
         made = self._compressed(k_BSKH, v_BSKH, blocks)
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
@@ -348,66 +347,3 @@ class NSA(nnx.Module):
             for old, x in zip(held, made, strict=True)
         )
         return tail.append(*new), Compressed(*written)
-
-
-def _blocks_of_plain_rows(B: int, T: int, l: int, d: int) -> _Blocks:  # noqa: E741 (the paper's names)
-    """The blocks of rows that are one document each, from position 0; at least one, complete or not."""
-    starts_C = jnp.arange(max((T - l) // d + 1, 1)) * d
-    tokens_Cl = starts_C[:, None] + jnp.arange(l)
-    ends_C = jnp.where(tokens_Cl[:, -1] < T, tokens_Cl[:, -1], -1)
-    tokens_BCl = jnp.broadcast_to(jnp.minimum(tokens_Cl, T - 1), (B, *tokens_Cl.shape))
-    return _Blocks(tokens_BCl, jnp.broadcast_to(ends_C, (B, *ends_C.shape)))
-
-
-def _blocks_of_rows(ctx: Context, B: int, T: int, l: int, d: int):  # noqa: E741
-    """The blocks of all documents of a row, one after another; d <= l, so T // d entries hold them.
-
-    Also their segments beside the queries' (None without), and what to add to a block's number to get its
-    entry, for the document of each query.
-    """
-    positions_BT = jnp.broadcast_to(positions_of(ctx, T), (B, T))
-    segments_BT = jnp.zeros((1, T), jnp.int32) if ctx.segment_ids_BT is None else ctx.segment_ids_BT
-    segments_BT = jnp.broadcast_to(segments_BT, (B, T))
-    valid_BT = (positions_BT >= 0) & (segments_BT >= 0)
-    last_T = jnp.minimum(jnp.arange(T) + l - 1, T - 1)
-    # A document is contiguous: if a block's last token is where it should be, so are the others.
-    starts_BT = (
-        valid_BT
-        & (positions_BT % d == 0)
-        & valid_BT[:, last_T]
-        & (positions_BT[:, last_T] == positions_BT + l - 1)
-        & (segments_BT[:, last_T] == segments_BT)
-    )
-    entries = max(T // d, 1)
-    order_BC = jnp.argsort(starts_BT == False, axis=1, stable=True)[:, :entries]  # noqa: E712
-    begins_BC, found_BC, segments_BC = (
-        jnp.take_along_axis(x, order_BC, axis=1) for x in (positions_BT, starts_BT, segments_BT)
-    )
-    ends_BC = jnp.where(found_BC, begins_BC + l - 1, -1)
-    tokens_BCl = jnp.minimum(order_BC[..., None] + jnp.arange(l), T - 1)
-    # The last block that begins at or before a query is of its document, if it sees any block at all.
-    newest_BT = jnp.maximum(jnp.cumsum(starts_BT, axis=1) - 1, 0)
-    shift_BT = jnp.take_along_axis(jnp.arange(entries) - begins_BC // d, newest_BT, axis=1)
-    segment_ids = None if ctx.segment_ids_BT is None else (segments_BT, segments_BC)
-    return _Blocks(tokens_BCl, ends_BC), segment_ids, shift_BT
-
-
-def _completed_blocks(tail: KVCache, beside: KVCache, positions_BT, l: int, d: int):  # noqa: E741
-    """The blocks that end within the new tokens, at slots of `beside` (the tail and them), and their numbers."""
-    T = positions_BT.shape[1]
-    # A row without a new token begins at the capacity, where no block can end any more.
-    begin_BT = jnp.where(positions_BT >= 0, positions_BT, tail.capacity)
-    begin_B1 = begin_BT.min(1, keepdims=True)
-    first_slot_B1 = tail.positions_BS.shape[1] + begin_BT.argmin(1, keepdims=True) - begin_B1
-    # Block i ends at i d + l - 1: from the first that ends at `begin` or later.
-    number_BC = jnp.maximum((begin_B1 - (l - 1) + d - 1) // d, 0) + jnp.arange(-(-T // d))
-    wanted_BCl = number_BC[..., None] * d + jnp.arange(l)
-    slots_BCl = jnp.where(
-        wanted_BCl < begin_B1[..., None], wanted_BCl % tail.ring, wanted_BCl + first_slot_B1[..., None]
-    )
-    slots_BCl = jnp.clip(slots_BCl, 0, beside.positions_BS.shape[1] - 1)
-    rows_B11 = jnp.arange(positions_BT.shape[0])[:, None, None]
-    complete_BC = (beside.positions_BS[rows_B11, slots_BCl] == wanted_BCl).all(-1)
-    ends_BC = wanted_BCl[..., -1]
-    fits_BC = complete_BC & (ends_BC < tail.capacity)
-    return _Blocks(slots_BCl, jnp.where(fits_BC, ends_BC, -1)), number_BC

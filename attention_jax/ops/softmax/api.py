@@ -26,7 +26,7 @@ from attention_jax.ops.softmax import chunked, reference
 from attention_jax.ops.softmax.common import Call
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
-# (`scripts/benchmark.py attention --crossover`, docs/results.md).
+# (`scripts/benchmark.py crossover`, docs/results.md).
 _DENSE_UP_TO = 128 * 128
 
 

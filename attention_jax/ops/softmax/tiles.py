@@ -1,0 +1,365 @@
+"""The blocked form's tiles: how a call is cut, and what a tile reads of it.
+
+A kv head of a batch row (`Head`) meets tiles of `key_tile` keys one after another; for each, `sweep` visits
+the strips of `q_block` queries that the block map lists: full ones without mask code, partial ones cut to the
+key units between their first and last live one. `chunked` says what happens on a `Tile`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention_jax.ops.softmax.blocks import (
+    BlockMap,
+    Lists,
+    Tokens,
+    lists,
+    runtime_map,
+    static_map,
+)
+from attention_jax.ops.softmax.common import Call, dropout_keep, positions_of, valid_slots
+
+LOG2E = math.log2(math.e)
+
+# Tiles measured on 2 cores that share a 1 MiB L2 cache (docs/results.md): a strip of scores is 256 x 1024.
+Q_BLOCK = 256
+KEY_UNIT = 256
+UNITS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One kind of work: strips of queries against `units` key units, with or without mask code.
+
+    The lists have a row per key tile; an item is strip * units per tile + first unit within the tile.
+    """
+
+    units: int
+    masked: bool
+    lists: Lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The call cut into tiles. Both sides are padded to whole tiles: T_pad, S_pad.
+
+    Keys, values, the leaves of the bias and the dense mask of `call` have been padded, queries have not.
+    """
+
+    call: Call
+    T: int
+    S: int
+    q_block: int
+    k_unit: int
+    units: int
+    q: Tokens | None  # None where positions are implicit and every slot is valid
+    k: Tokens | None
+    pieces: tuple[_Piece, ...]
+
+    @property
+    def key_tile(self) -> int:
+        return self.k_unit * self.units
+
+    @property
+    def T_pad(self) -> int:
+        return _round_up(self.T, self.q_block)
+
+    @property
+    def S_pad(self) -> int:
+        return _round_up(self.S, self.key_tile)
+
+    @property
+    def G(self) -> int:
+        """Query heads per kv head."""
+        return self.call.q_BTNH.shape[2] // self.call.k_BSKH.shape[2]
+
+
+def make_plan(call: Call) -> Plan:
+    _, T, S, *_ = call.sizes
+    q_block = _balanced(T, Q_BLOCK)
+    # Short sequences take one kind of piece: there, compiling several costs more than they save.
+    k_unit = _balanced(S, KEY_UNIT if S > 2 * KEY_UNIT else 2 * KEY_UNIT)
+    units = min(UNITS, -(-S // k_unit))
+    if call.arange_positions:
+        block_map = static_map(call.mask, T, S, q_block, k_unit)
+        q = k = None
+    else:
+        k_unit, units = k_unit * units, 1
+        q = _tokens(call.q_positions_BT, call.q_segments_BT, T, _round_up(T, q_block))
+        k = _tokens(call.k_positions_BS, call.k_segments_BS, S, _round_up(S, k_unit))
+        block_map = runtime_map(call.mask, q, k, q_block, k_unit)
+    if call.mask_BNTS is not None:
+        block_map = BlockMap(block_map.some, block_map.every & False)
+    pieces = tuple(p for p in _pieces(block_map.transpose, units) if not p.lists.empty)
+    plan = Plan(call, T, S, q_block, k_unit, units, q, k, pieces)
+    return dataclasses.replace(plan, call=_padded(call, plan.T_pad, plan.S_pad))
+
+
+def _balanced(length: int, most: int) -> int:
+    """The block that cuts `length` into the fewest equal parts <= most, a multiple of 8."""
+    return _round_up(-(-length // -(-length // most)), 8)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _tokens(positions, segments, length: int, padded: int) -> Tokens:
+    valid = valid_slots(positions, segments)
+    valid = jnp.ones((1, length), bool) if valid is None else valid
+    pad = ((0, 0), (0, padded - length))
+    segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
+    return Tokens(
+        jnp.pad(positions_of(positions, length), pad, constant_values=-1), jnp.pad(valid, pad), segments
+    )
+
+
+def _pieces(by_key: BlockMap, units: int) -> list[_Piece]:
+    """The work of a map with key units as rows, as lists with key tiles as rows."""
+    if units == 1:
+        return [_Piece(1, False, by_key.full), _Piece(1, True, by_key.partial)]
+    some, every = (_tiled(x, units) for x in (by_key.some, by_key.every))
+    full = every.all(-1)
+    live = some.any(-1) & ~full
+    first = some.argmax(-1)
+    count = units - some[..., ::-1].argmax(-1) - first
+    names = np.arange(some.shape[2]) * units + first
+    found = [_Piece(units, False, lists(full, names))]
+    for width in range(1, units + 1):
+        found.append(_Piece(width, True, lists(live & (count == width), names)))
+    return found
+
+
+def _tiled(x: np.ndarray, units: int) -> np.ndarray:
+    """[1, key units, strips] to [1, key tiles, strips, units]; missing units of the last tile are empty."""
+    _, n, strips = x.shape
+    x = np.pad(x, ((0, 0), (0, -n % units), (0, 0)))
+    return x.reshape(1, -1, units, strips).swapaxes(2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A kv head of a batch row and its G query heads.
+
+    q holds the G heads one after another, in float32 with invalid slots selected to 0, scaled so that
+    q . k is the base-2 exponent (with a softcap c: the argument of tanh).
+    """
+
+    plan: Plan
+    batch: jax.Array
+    kv_head: jax.Array
+    q_RH: jax.Array  # R = G * T_pad rows
+
+    def query_head(self, g: jax.Array) -> jax.Array:
+        return self.kv_head * self.plan.G + g
+
+
+def load_head(plan: Plan, i: jax.Array) -> Head:
+    call = plan.call
+    K = call.sizes[4]
+    b, kv = i // K, i % K
+    scale = call.scale * LOG2E if call.softcap is None else call.scale / call.softcap
+    return Head(plan, b, kv, load_queries(plan, plan.q, call.q_BTNH, b, kv) * scale)
+
+
+def load_queries(plan: Plan, tokens: Tokens | None, x_BTNH: jax.Array, b, kv) -> jax.Array:
+    """The G heads of a group as float32 [G * T_pad, H]."""
+    x_GTH = _load(x_BTNH, tokens, b, kv, plan.G, 0, plan.T)
+    return jnp.pad(x_GTH, ((0, 0), (0, plan.T_pad - plan.T), (0, 0))).reshape(plan.G * plan.T_pad, -1)
+
+
+def _load(x_BLNH, tokens: Tokens | None, b, group, G: int, start, size: int) -> jax.Array:
+    """Heads [group * G, (group + 1) * G) of `size` tokens as float32 [G, size, H], invalid ones 0."""
+    sizes = (1, size, G, x_BLNH.shape[3])
+    x_LGH = _block(x_BLNH, (b, start, group * G), sizes)[0].astype(jnp.float32)
+    if tokens is not None:
+        x_LGH = jnp.where(cut(_row(tokens.valid, b), start, size)[:, None, None], x_LGH, 0.0)
+    return x_LGH.swapaxes(0, 1)
+
+
+def store(x_BLNH: jax.Array, x_GLH: jax.Array, b: jax.Array, group: jax.Array, start=0) -> jax.Array:
+    """The inverse of `_load`, in x_BLNH's dtype."""
+    x_LGH = x_GLH.swapaxes(0, 1).astype(x_BLNH.dtype)
+    return paste(x_BLNH, x_LGH[None], (b, start, group * x_GLH.shape[0]))
+
+
+def _row(x: jax.Array, b: jax.Array) -> jax.Array:
+    return x[0] if x.shape[0] == 1 else _block(x, (b,), (1, *x.shape[1:]))[0]
+
+
+def _block(x: jax.Array, starts: Sequence[Any], sizes: Sequence[int]) -> jax.Array:
+    """x[start : start + size, ...]; missing starts are 0. All in int32, whatever the default is."""
+    starts = [jnp.int32(i) for i in (*starts, *[0] * (x.ndim - len(starts)))]
+    return lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+
+
+def paste(x: jax.Array, block: jax.Array, starts: Sequence[Any]) -> jax.Array:
+    """x with `block` written at the starts."""
+    starts = [jnp.int32(i) for i in (*starts, *[0] * (x.ndim - len(starts)))]
+    return lax.dynamic_update_slice(x, block, starts, allow_negative_indices=False)
+
+
+def cut(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
+    """x[start : start + size] along one axis."""
+    sizes = [size if i == axis else n for i, n in enumerate(x.shape)]
+    return _block(x, [0] * axis + [start], sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A strip of queries against some key units of one head."""
+
+    head: Head
+    g: jax.Array  # query head within the group
+    q_start: jax.Array  # token index of the strip
+    k_start: jax.Array
+    keys: int
+    masked: bool
+    k_KH: jax.Array
+    k_HK: jax.Array
+    v_KM: jax.Array
+
+    @property
+    def rows(self) -> jax.Array:
+        """Where the strip starts in arrays of G * T_pad rows."""
+        return self.g * self.head.plan.T_pad + self.q_start
+
+    def take(self, x_R: jax.Array, axis: int = 0) -> jax.Array:
+        return cut(x_R, self.rows, self.head.plan.q_block, axis)
+
+    def put(self, x_R: jax.Array, strip: jax.Array, axis: int = 0) -> jax.Array:
+        return paste(x_R, strip, [0] * axis + [self.rows])
+
+    @property
+    def positions(self) -> tuple[jax.Array, jax.Array]:
+        plan = self.head.plan
+        if plan.q is None or plan.k is None:
+            return self.q_start + jnp.arange(plan.q_block, dtype=jnp.int32), self.k_start + jnp.arange(
+                self.keys, dtype=jnp.int32
+            )
+        return self._q(plan.q.positions), self._k(plan.k.positions)
+
+    def _q(self, x_BT: jax.Array) -> jax.Array:
+        return cut(_row(x_BT, self.head.batch), self.q_start, self.head.plan.q_block)
+
+    def _k(self, x_BS: jax.Array) -> jax.Array:
+        return cut(_row(x_BS, self.head.batch), self.k_start, self.keys)
+
+    def keep(self, transposed: bool) -> jax.Array:
+        """Which pairs are kept, broadcastable to [q_block, keys] ([keys, q_block] where transposed)."""
+        plan, call = self.head.plan, self.head.plan.call
+
+        def pair(q, k):
+            return (q[None], k[:, None]) if transposed else (q[:, None], k[None])
+
+        q_pos, k_pos = pair(*self.positions)
+        kept = call.mask.keep(q_pos, k_pos)
+        if plan.q is not None and plan.k is not None:
+            q_valid, k_valid = pair(self._q(plan.q.valid), self._k(plan.k.valid))
+            kept = kept & q_valid & k_valid
+            if plan.q.segments is not None and plan.k.segments is not None:
+                q_seg, k_seg = pair(self._q(plan.q.segments), self._k(plan.k.segments))
+                kept = kept & (q_seg == k_seg)
+        elif plan.S_pad != plan.S:
+            kept = kept & (k_pos < plan.S)
+        if call.mask_BNTS is not None:
+            block = self._dense_block(call.mask_BNTS)
+            kept = kept & (block.T if transposed else block)
+        return kept
+
+    def _dense_block(self, x_BNTS: jax.Array) -> jax.Array:
+        """The tile's [q_block or 1, keys or 1] of a padded array broadcastable to BNTS."""
+        at = (self.head.batch, self.head.query_head(self.g), self.q_start, self.k_start)
+        sizes = (1, 1, self.head.plan.q_block, self.keys)
+        starts = [0 if n == 1 else i for n, i in zip(x_BNTS.shape, at, strict=True)]
+        sizes = [1 if n == 1 else size for n, size in zip(x_BNTS.shape, sizes, strict=True)]
+        return _block(x_BNTS, starts, sizes)[0, 0]
+
+    def windows(self) -> dict[str, tuple[jax.Array, int]]:
+        """Where the tile lies in the leaves of a bias."""
+        return {
+            "batch": (self.head.batch.astype(int), 1),
+            "query": (self.q_start.astype(int), self.head.plan.q_block),
+            "key": (self.k_start.astype(int), self.keys),
+        }
+
+    def bias_scores(self, bias: Any, transposed: bool) -> jax.Array:
+        q_pos, k_pos = self.positions
+        n = jnp.reshape(self.head.query_head(self.g), (1,)).astype(jnp.int32)
+        score = bias.score(n, q_pos[None], k_pos[None]).astype(jnp.float32)
+        score = jnp.broadcast_to(score, (1, 1, q_pos.size, k_pos.size))[0, 0]
+        return score.T if transposed else score
+
+    def dropped(self, transposed: bool) -> jax.Array | None:
+        """True where dropout removes an entry; None without dropout."""
+        call = self.head.plan.call
+        if call.dropout_rate == 0:
+            return None
+        b, n = (jnp.reshape(x, (1,)) for x in (self.head.batch, self.head.query_head(self.g)))
+        q_pos, k_pos = self.positions
+        kept = dropout_keep(call.dropout_words, call.dropout_rate, b, n, q_pos[None], k_pos[None])[0, 0]
+        return ~(kept.T if transposed else kept)
+
+
+def key_tiles(plan: Plan, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
+    return lax.fori_loop(jnp.int32(0), jnp.int32(plan.S_pad // plan.key_tile), body, state)
+
+
+def sweep(head: Head, j: jax.Array, step: Callable[[Tile, Any], Any], state: Any) -> Any:
+    """`step` over every live strip of key tile j, for each query head of the group."""
+    plan = head.plan
+    tile_start = j * plan.key_tile
+    k_KH, v_KM = (
+        _load(x, plan.k, head.batch, head.kv_head, 1, tile_start, plan.key_tile)[0]
+        for x in (plan.call.k_BSKH, plan.call.v_BSKM)
+    )
+    k_HK = k_KH.T
+
+    def one(piece: _Piece, g: jax.Array, at: jax.Array, state: Any) -> Any:
+        item = piece.lists.item(head.batch, at)
+        strip, unit = item // plan.units, item % plan.units
+        keys, offset = piece.units * plan.k_unit, unit * plan.k_unit
+        held = [x if keys == plan.key_tile else cut(x, offset, keys, axis)
+                for x, axis in ((k_KH, 0), (k_HK, 1), (v_KM, 0))]  # fmt: skip
+        tile = Tile(head, g, strip * plan.q_block, tile_start + offset, keys, piece.masked, *held)
+        return step(tile, state)
+
+    def query_head(g: jax.Array, state: Any) -> Any:
+        for piece in plan.pieces:
+            start, stop = piece.lists.row(head.batch, j)
+            state = lax.fori_loop(start, stop, lambda at, state, piece=piece: one(piece, g, at, state), state)
+        return state
+
+    if plan.G == 1:
+        return query_head(jnp.int32(0), state)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(plan.G), query_head, state)
+
+
+def _padded(call: Call, T_pad: int, S_pad: int) -> Call:
+    """Keys, values, per-query and per-key leaves of the bias and the dense mask in whole tiles."""
+
+    def pad(x: jax.Array, query: int | None, key: int | None) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        for axis, to in ((query, T_pad), (key, S_pad)):
+            if axis is not None and x.shape[axis] != 1:
+                widths[axis] = (0, to - x.shape[axis])
+        return jnp.pad(x, widths)
+
+    bias, mask = call.bias, call.mask_BNTS
+    if bias is not None:
+        leaves, treedef = jax.tree.flatten(bias)
+        leaves = [pad(x, axes.query, axes.key) for x, axes in zip(leaves, bias.axes(), strict=True)]
+        bias = jax.tree.unflatten(treedef, leaves)
+    k_BSKH, v_BSKM = (
+        jnp.pad(x, ((0, 0), (0, S_pad - x.shape[1]), (0, 0), (0, 0))) for x in (call.k_BSKH, call.v_BSKM)
+    )
+    mask = None if mask is None else pad(mask, 2, 3)
+    return dataclasses.replace(call, k_BSKH=k_BSKH, v_BSKM=v_BSKM, bias=bias, mask_BNTS=mask)
