@@ -1,6 +1,6 @@
 """Every mechanism with its paper, cost, cache and implementations: `catalogue()`, `python -m attention_jax`.
 
-The rows are read from the classes themselves, so that a new mask or mixer is listed as soon as it exists.
+Mixers are read from the union `MixerConfig`, masks from `attention_jax.masks`, each with its class's `about`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _TERMS = (
     ("bias", "an array", About("Additive bias, differentiated", "", "O(1) per pair", "the array")),
     ("score", "softcap", About("c tanh(x / c)", "arXiv 2408.00118", "O(1) per pair")),
     ("score", "sinks", About("Learned sink logit per head", "arXiv 2508.10925", "O(1) per row")),
-    ("score", "qk_norm: rms", About("RMS norm of q and k", "arXiv 2010.04245", "O(1) per token")),
+    ("score", "qk_norm: rms", About("RMS norm of q and k", "arXiv 2302.05442", "O(1) per token")),
     ("score", "qk_norm: l2", About("L2 norm of q and k", "Llama 4 model card", "O(1) per token")),
     ("score", "temperature", About("Query temperature", "Llama 4 model card", "O(1) per token")),
     ("score", "dropout", About("Attention dropout by position", "arXiv 1706.03762", "O(1) per pair")),

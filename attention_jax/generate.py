@@ -98,9 +98,16 @@ def stream(
     chunk: int = 8,
 ) -> Iterator[list[np.ndarray]]:
     """`generate`, a few tokens at a time: yields the next tokens (at most `chunk`) of each request."""
-    prompts = [_checked_prompt(config, index, prompt) for index, prompt in enumerate(prompts)]
+    prompts = [_checked_ids(config, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     if not prompts:
         raise ValueError("no prompts given")
+    for index, prompt in enumerate(prompts):
+        if prompt.size < config.prefix:
+            # Tokens drawn inside the prefix would have to be seen by those before them.
+            raise ValueError(
+                f"prompt {index} has {prompt.size} tokens, fewer than the prefix of {config.prefix} that "
+                "every token sees; give a longer prompt"
+            )
     if max_new_tokens < 1 or chunk < 1:
         raise ValueError(f"max_new_tokens and chunk must be >= 1, got {max_new_tokens} and {chunk}")
     if sampling.temperature > 0 and key is None:
@@ -130,22 +137,16 @@ def stream(
     return produce(carry)
 
 
-def _checked_prompt(config: ModelConfig, index: int, prompt: Any, what: str = "prompt") -> np.ndarray:
-    prompt = np.asarray(prompt)
-    if prompt.ndim != 1 or prompt.size == 0:
-        raise ValueError(f"{what} {index} must be a non-empty list of token ids, got shape {prompt.shape}")
-    if not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(f"{what} {index} must hold integer token ids, got {prompt.dtype}")
-    outside = prompt[(prompt < 0) | (prompt >= config.vocab_size)]
+def _checked_ids(config: ModelConfig, what: str, ids: Any) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"{what} must be a non-empty list of token ids, got shape {ids.shape}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{what} must hold integer token ids, got {ids.dtype}")
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:
-        raise ValueError(f"{what} {index}: token id {outside[0]} is outside 0..{config.vocab_size - 1}")
-    if what == "prompt" and prompt.size < config.prefix:
-        # Tokens drawn inside the prefix would have to be seen by those before them.
-        raise ValueError(
-            f"prompt {index} has {prompt.size} tokens, fewer than the prefix of {config.prefix} that every "
-            "token sees; give a longer prompt"
-        )
-    return prompt.astype(np.int32)
+        raise ValueError(f"{what}: token id {outside[0]} is outside 0..{config.vocab_size - 1}")
+    return ids.astype(np.int32)
 
 
 def _sources(config: ModelConfig, sources: Any, requests: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -155,7 +156,7 @@ def _sources(config: ModelConfig, sources: Any, requests: int) -> tuple[np.ndarr
         raise ValueError(f"a model {'without' if config.encoder is None else 'with'} an encoder {state}")
     if sources is None:
         return None
-    rows = [_checked_prompt(config, index, source, "source") for index, source in enumerate(sources)]
+    rows = [_checked_ids(config, f"source {index}", source) for index, source in enumerate(sources)]
     if len(rows) != requests:
         raise ValueError(f"{len(rows)} sources for {requests} prompts; give one each")
     S = -(-max(map(len, rows)) // _BUCKET) * _BUCKET

@@ -29,10 +29,14 @@ ALIBI_4 = (0.25, 0.0625, 0.015625, 0.00390625)
 
 @dataclasses.dataclass(frozen=True)
 class MixerCase:
-    """A mixer's config and its NumPy twin `reference(params, x_TD, keep_TS) -> y_TD`."""
+    """A mixer's config, its NumPy twin `reference(params, x_TD, keep_TS) -> y_TD`, and what computes it.
+
+    impls: the form of its op that runs rows this short by itself, then another one.
+    """
 
     config: MixerConfig
     reference: Callable
+    impls: tuple[str, str] = ("reference", "chunked")
 
 
 def _softmax(mask: Mask = Causal(), alibi=None, t5=None, **options) -> MixerCase:  # noqa: B008 (frozen)

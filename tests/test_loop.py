@@ -261,6 +261,30 @@ def test_a_sample_longer_than_the_model_is_refused_at_the_start(config, stand_in
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prompt_shorter_than_the_prefix_is_refused_at_the_start(config, stand_in, tmp_path):
+    run = config(model__mixers=[{"kind": "softmax", "mask": "Prefix(9) | Causal()"}],
+                 evaluation__sample_tokens=4, evaluation__sample_prompt="ab")  # fmt: skip
+    with pytest.raises(ValueError, match="sample_prompt has 3 tokens, fewer than the prefix of 9"):
+        loop.train(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bits_per_byte_of_a_prefix_lm_are_of_the_bytes_it_scores(config):
+    prefix = [{"kind": "softmax", "num_heads": 2, "mask": "Prefix(4) | Causal()"}]
+    plain = config("plain", evaluation__final_full=True)
+    shown = config("shown", evaluation__final_full=True, model__mixers=prefix)
+    found = []
+    for run in (plain, shown):
+        assert loop.train(run) == 0
+        found.append(rows(run)[-1])
+    held_out = json.loads((Path(plain.run_dir) / "data" / "meta.json").read_text())["validation"]["bytes"]
+    tokens = found[0]["val/tokens"]
+    assert found[1]["val/tokens"] < tokens
+    for row in found:
+        bits = row["val/full_loss"] / np.log(2) * tokens / held_out
+        assert row["val/bits_per_byte"] == pytest.approx(bits, rel=1e-9)
+
+
 def test_metrics_are_cut_after_the_resumed_step(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in range(1, 6):

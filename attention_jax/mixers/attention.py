@@ -87,11 +87,13 @@ class AttentionConfig:
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Attention:
         """The mixer; `module` holds dtype and initialisers."""
+        return Attention(d_model, rngs=rngs, **self._arguments(d_model, causal), **module)
+
+    def _arguments(self, d_model: int, causal: bool) -> dict[str, Any]:
+        """What the module takes by name, checked."""
         self.check(d_model, causal=causal)
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kind"}
-        arguments["mask"] = within(self.mask, causal)
-        made = CrossAttention if module.pop("cross", False) else Attention
-        return made(d_model, rngs=rngs, **arguments, **module)
+        return arguments | {"mask": within(self.mask, causal)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class CrossAttentionConfig(AttentionConfig):
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> CrossAttention:
         """The mixer; a causal model may see the whole memory."""
         del causal
-        return super().build(d_model, rngs, causal=False, cross=True, **module)
+        return CrossAttention(d_model, rngs=rngs, **self._arguments(d_model, causal=False), **module)
 
 
 class Attention(nnx.Module):

@@ -23,13 +23,13 @@ from attention_jax.layers import linear, together
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
+    build_within,
     check_heads,
     head_width,
     parse_mask,
     positions_of,
     recall,
     split_heads,
-    within,
     zero_invalid,
 )
 from attention_jax.positions import RoPE
@@ -67,9 +67,7 @@ class DifferentialAttentionConfig:
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> DifferentialAttention:
         """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        config = dataclasses.replace(self, mask=within(self.mask, causal))
-        return DifferentialAttention(d_model, config, rngs=rngs, **module)
+        return build_within(self, DifferentialAttention, d_model, rngs, causal, module)
 
 
 class DifferentialAttention(nnx.Module):

@@ -5,7 +5,8 @@
 
 Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate" (arXiv 2503.02130). The decay
 is a `Bias` with one leaf per query and one per key, so that every implementation evaluates it block by
-block; in the cache each key keeps its own c_s. The paper uses no position code, and neither does this.
+block; in the cache each key keeps its own c_s. The paper uses no position code, and neither does this. c is a
+float32 sum over the whole row: where it reaches 4096, c_t - c_s is known to 2^-11.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from attention_jax.layers import linear, together
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
+    build_within,
     check_heads,
     dropout_options,
     head_norm,
@@ -33,7 +35,6 @@ from attention_jax.mixers.parts import (
     recall,
     split_heads,
     valid_tokens,
-    within,
     zero_invalid,
 )
 
@@ -78,9 +79,7 @@ class ForgettingAttentionConfig:
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> ForgettingAttention:
         """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        config = dataclasses.replace(self, mask=within(self.mask, causal))
-        return ForgettingAttention(d_model, config, rngs=rngs, **module)
+        return build_within(self, ForgettingAttention, d_model, rngs, causal, module)
 
 
 @jax.tree_util.register_dataclass

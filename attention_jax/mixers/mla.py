@@ -26,13 +26,13 @@ from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     Keys,
+    build_within,
     check_heads,
     dropout_options,
     parse_mask,
     positions_of,
     recall,
     split_heads,
-    within,
     zero_invalid,
 )
 from attention_jax.positions import RoPE
@@ -83,9 +83,7 @@ class LatentAttentionConfig:
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> LatentAttention:
         """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        config = dataclasses.replace(self, mask=within(self.mask, causal))
-        return LatentAttention(d_model, config, rngs=rngs, **module)
+        return build_within(self, LatentAttention, d_model, rngs, causal, module)
 
 
 class LatentAttention(nnx.Module):

@@ -151,6 +151,14 @@ def within(mask: Mask, causal: bool) -> Mask:
     return mask & Causal() if causal and mask.prefix is None else mask
 
 
+def build_within(config: Any, module: type, d_model: int, rngs: nnx.Rngs, causal: bool, options: dict) -> Any:
+    """The checked module(d_model, config) of a config with a mask, in a model that is causal or not."""
+    config.check(d_model, causal=causal)
+    return module(
+        d_model, dataclasses.replace(config, mask=within(config.mask, causal)), rngs=rngs, **options
+    )
+
+
 def check_heads(num_heads: int, num_kv_heads: int | None, dropout: float) -> None:
     """ValueError for head counts or a dropout rate that cannot be."""
     if num_heads < 1:
