@@ -4,6 +4,7 @@ python scripts/benchmark.py attention [--lengths 2048 4096] [--json FILE]   need
 python scripts/benchmark.py memory --length 32768                           forward + backward of `chunked`
 python scripts/benchmark.py window --length 16384 --window 512              against our own causal time
 python scripts/benchmark.py crossover                                       dense against chunked, by length
+python scripts/benchmark.py blocks [--length 131072]                        the block map of each kind of mask
 python scripts/benchmark.py step --nanogpt FOLDER                           a training step beside nanoGPT's
 
 Machines are shared and swing: every figure is a ratio of neighbours in time, the median over rounds.
@@ -32,7 +33,7 @@ _ROUNDS = 11
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["attention", "memory", "window", "crossover", "step"])
+    parser.add_argument("what", choices=list(_BENCHMARKS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--length", type=int)
     parser.add_argument("--window", type=int, default=512)
@@ -41,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)
-    rows = {"attention": _attention, "memory": _memory, "window": _window, "crossover": _crossover,
-            "step": _step}[args.what](args)  # fmt: skip
+    rows = _BENCHMARKS[args.what](args)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     return 0
@@ -209,6 +209,33 @@ def _crossover(args) -> list:
     return rows
 
 
+def _blocks(args) -> list:
+    """The static map of 128 x 128 tiles, made while tracing: NumPy on one core."""
+    from attention_jax.masks import parse
+    from attention_jax.ops.softmax.blocks import static_map
+
+    T, rows = args.length or 2**17, []
+    for text in _MAPPED:
+        mask = parse(text)
+        times = interleave({text: lambda mask=mask: static_map(mask, T, T, 128, 128)}, args.rounds)[text]
+        rows.append({"mask": text, "length": T, "median_ms": float(np.median(times))})
+        print(f"{np.median(times):8.1f} ms  min {times.min():8.1f}  {text}")
+    return rows
+
+
+_MAPPED = (
+    "Causal()",
+    "SlidingWindow(4096)",
+    "Dilated(512, 8) & Causal()",
+    "Strided(128) & Causal()",
+    "Chunked(8192) & Causal()",
+    "(SlidingWindow(4096) | Sinks(4)) & Causal()",
+    "Longformer(512, (0, 1, 2))",
+    "BigBird(128, 3, 2, 3)",
+    "BigBird(64, 3, 2, 3) & Causal()",
+)
+
+
 def _step(args) -> list:
     """One optimiser step of configs/shakespeare_char.yaml and of nanoGPT's model in torch eager mode."""
     if args.nanogpt is None:
@@ -266,6 +293,16 @@ def _our_step(path: Path) -> Callable[[], float]:
         return float(metrics["train/loss"])
 
     return step
+
+
+_BENCHMARKS = {
+    "attention": _attention,
+    "memory": _memory,
+    "window": _window,
+    "crossover": _crossover,
+    "blocks": _blocks,
+    "step": _step,
+}
 
 
 if __name__ == "__main__":

@@ -134,7 +134,18 @@ class RandomBlocks(Mask):
             drawn = self._drawn(q_lo, k_lo)
             one = (q_lo == q_hi) & (k_lo == k_hi)
             return drawn | (one == False), drawn & one  # noqa: E712
-        rows, columns = (int(np.max(hi - lo)) + 1 for lo, hi in ((q_lo, q_hi), (k_lo, k_hi)))
+        if _is_grid(q_lo, q_hi, k_lo, k_hi):
+            some = self._touched(q_lo[:, 0], q_hi[:, 0], k_lo[0], k_hi[0])
+            some |= self._touched(k_lo[0], k_hi[0], q_lo[:, 0], q_hi[:, 0]).T
+            i, j = np.nonzero(some)
+            every = np.zeros_like(some)
+            every[i, j] = self._cells(q_lo[i, 0], q_hi[i, 0], k_lo[0, j], k_hi[0, j])[1]
+            return some, every
+        return self._cells(q_lo, q_hi, k_lo, k_hi)
+
+    def _cells(self, q_lo, q_hi, k_lo, k_hi):
+        """(any, all) over the cells of rectangles of blocks, one cell after another."""
+        rows, columns = (int(np.max(hi - lo, initial=0)) + 1 for lo, hi in ((q_lo, q_hi), (k_lo, k_hi)))
         some = every = None
         for i in range(rows):
             q = np.minimum(q_lo + i, q_hi)
@@ -142,6 +153,22 @@ class RandomBlocks(Mask):
                 drawn = self._drawn(q, np.minimum(k_lo + j, k_hi))
                 some, every = (drawn, drawn) if some is None else (some | drawn, every & drawn)
         return some, every
+
+    def _touched(self, lo_A, hi_A, lo_B, hi_B) -> np.ndarray:
+        """[A, B]: did a block in [lo_A, hi_A] draw one in [lo_B, hi_B]? The B intervals ascend.
+
+        A drawn block lies in a run of them, so the few true entries are written and no other is looked at.
+        """
+        found = np.zeros((lo_A.size, lo_B.size), bool)
+        for i in range(int(np.max(hi_A - lo_A)) + 1):
+            for r in range(self.count):
+                drawn_A = self._draw(np.minimum(lo_A + i, hi_A), r)
+                start_A = np.searchsorted(hi_B, drawn_A, "left")
+                stop_A = np.searchsorted(lo_B, drawn_A, "right")
+                for step in range(int(np.max(stop_A - start_A))):
+                    at = np.nonzero(start_A + step < stop_A)[0]
+                    found[at, start_A[at] + step] = True
+        return found
 
     def _drawn(self, a, b):
         """Did block a draw block b, or b draw a?"""
@@ -165,6 +192,15 @@ class RandomBlocks(Mask):
         if isinstance(i, np.ndarray):
             drawn = drawn.astype(i.dtype)  # comparisons of one dtype are twice as fast
         return drawn * (size > 0) - (size == 0) * 2**30
+
+
+def _is_grid(q_lo, q_hi, k_lo, k_hi) -> bool:
+    """A column of intervals against a row of them, both ascending: what a static block map asks for."""
+    if not (q_lo.ndim == k_lo.ndim == 2 and q_lo.shape[1] == k_lo.shape[0] == 1):
+        return False
+    if q_lo.shape != q_hi.shape or k_lo.shape != k_hi.shape:
+        return False
+    return all((np.diff(x, axis=0 if x.shape[1] == 1 else 1) >= 0).all() for x in (q_lo, q_hi, k_lo, k_hi))
 
 
 def _hash(seed: int, stratum: int, x):
