@@ -22,7 +22,7 @@ import numpy as np
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
 from attention_jax.ops.arguments import per_token, segment_pair
-from attention_jax.ops.softmax import chunked, reference
+from attention_jax.ops.softmax import chunked, reference, sharded
 from attention_jax.ops.softmax.common import Call
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
@@ -53,14 +53,18 @@ _IMPLEMENTATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which implementation runs a call, forward and backward, and why each other one does not."""
+    """Which implementation runs a call, forward and backward, and why each other one does not.
+
+    shards: how a mesh splits the call, "" where none does.
+    """
 
     chosen: str
     reasons: dict[str, str]
+    shards: str = ""
 
     def __str__(self) -> str:
         rows = [f"{name:<10} {reason}" for name, reason in self.reasons.items()]
-        return "\n".join([f"forward and backward: {self.chosen}", *rows])
+        return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
 
 
 def dot_product_attention(
@@ -112,7 +116,9 @@ def dot_product_attention(
         q_BTNH, k_BSKH, v_BSKM, mask, bias, scale, softcap, sink_logits_N, segment_ids,
         q_positions, k_positions, dropout_rate, dropout_key,
     )  # fmt: skip
-    out_BTNM, lse_BTN = _IMPLEMENTATIONS[_choose(call, impl).chosen].attend(call)
+    attend = _IMPLEMENTATIONS[_choose(call, impl).chosen].attend
+    shards = sharded.shards(call)
+    out_BTNM, lse_BTN = attend(call) if shards is None else sharded.per_shard(attend, call, shards)
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
 
 
@@ -127,7 +133,9 @@ def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
 
     def check(arrays):
         *call, _, impl = (given | arrays).values()
-        found.append(_choose(_checked_call(*call), impl))
+        call = _checked_call(*call)
+        shards = sharded.shards(call)
+        found.append(dataclasses.replace(_choose(call, impl), shards="" if shards is None else str(shards)))
         return 0
 
     jax.eval_shape(check, arrays)
@@ -192,6 +200,8 @@ def _checked_call(
         _bias(bias, (B, N, T, S)),
         _sinks(sinks, N),
         _dropout_words(rate, key),
+        first_row=None,
+        first_head=None,
         mask=mask,
         scale=_number("scale", 1 / math.sqrt(H) if scale is None else scale),
         softcap=None if softcap is None else _number("softcap", softcap, positive=True),

@@ -197,6 +197,8 @@ def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
         k_segments_BS=None,
         mask_BNTS=None,
         dropout_words=None,
+        first_row=None,
+        first_head=None,
     )
 
 

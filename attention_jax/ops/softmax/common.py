@@ -23,7 +23,8 @@ class Call:
 
     Positions and segments are int32 [B or 1, T] and [B or 1, S], or None (positions 0, 1, 2, ...; one
     segment). `mask_BNTS` is a boolean array broadcastable to [B, N, T, S] that restricts further what
-    `mask` keeps. `dropout_words` is the key's data, uint32 [n].
+    `mask` keeps. `dropout_words` is the key's data, uint32 [n]. Under a mesh a call is one shard's: its rows
+    and heads are numbered from first_row and first_head (int32 []; None is 0) for biases and dropout.
     """
 
     q_BTNH: jax.Array
@@ -37,6 +38,8 @@ class Call:
     bias: Bias | None
     sink_logits_N: jax.Array | None
     dropout_words: jax.Array | None
+    first_row: jax.Array | None
+    first_head: jax.Array | None
     mask: Mask = dataclasses.field(metadata=_STATIC)
     scale: float = dataclasses.field(metadata=_STATIC)
     softcap: float | None = dataclasses.field(metadata=_STATIC)
@@ -48,6 +51,14 @@ class Call:
         B, T, N, H = self.q_BTNH.shape
         _, S, K, M = self.v_BSKM.shape
         return B, T, S, N, K, H, M
+
+    def row_ids(self, b: jax.Array) -> jax.Array:
+        """Global numbers of batch rows, for dropout."""
+        return b if self.first_row is None else b + self.first_row
+
+    def head_ids(self, n: jax.Array) -> jax.Array:
+        """Global numbers of query heads, for biases and dropout."""
+        return n if self.first_head is None else n + self.first_head
 
     @property
     def arange_positions(self) -> bool:

@@ -28,6 +28,7 @@ def unsupported(call: Call) -> str | None:
 def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     B, T, S, N, K, H, M = call.sizes
+    heads_N = call.head_ids(jnp.arange(N))
     q_pos_BT = positions_of(call.q_positions_BT, T)
     k_pos_BS = positions_of(call.k_positions_BS, S)
     q_valid_BT = valid_slots(call.q_positions_BT, call.q_segments_BT)
@@ -41,7 +42,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     if call.softcap is not None:
         s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
     if call.bias is not None:
-        s_BNTS = s_BNTS + call.bias.score(jnp.arange(N), q_pos_BT, k_pos_BS)
+        s_BNTS = s_BNTS + call.bias.score(heads_N, q_pos_BT, k_pos_BS)
     seen_BNTS = _kept(call, q_pos_BT, k_pos_BS, q_valid_BT, k_valid_BS)
     s_BNTS = jnp.where(seen_BNTS, s_BNTS, -jnp.inf)
 
@@ -63,9 +64,8 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     # The selection changes no value; it keeps an overflowing gradient of a hidden entry from 0 * Inf.
     w_BNTS = jnp.where(seen_BNTS, p_BNTS / l_BNT1, 0.0)
     if call.dropout_rate > 0:
-        kept = dropout_keep(
-            call.dropout_words, call.dropout_rate, jnp.arange(B), jnp.arange(N), q_pos_BT, k_pos_BS
-        )
+        rows_B = call.row_ids(jnp.arange(B))
+        kept = dropout_keep(call.dropout_words, call.dropout_rate, rows_B, heads_N, q_pos_BT, k_pos_BS)
         w_BNTS = jnp.where(kept, w_BNTS / (1 - call.dropout_rate), 0.0)
     w_BKGTS = w_BNTS.reshape(B, K, N // K, T, S)
     out = jnp.einsum("bkgts,bskm->btkgm", w_BKGTS, v_BSKM, precision="highest")

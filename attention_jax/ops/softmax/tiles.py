@@ -293,7 +293,7 @@ class Tile:
 
     def bias_scores(self, bias: Any, transposed: bool) -> jax.Array:
         q_pos, k_pos = self.positions
-        n = jnp.reshape(self.head.query_head(self.g), (1,)).astype(jnp.int32)
+        n = jnp.reshape(self.head.plan.call.head_ids(self.head.query_head(self.g)), (1,)).astype(jnp.int32)
         score = bias.score(n, q_pos[None], k_pos[None]).astype(jnp.float32)
         score = jnp.broadcast_to(score, (1, 1, q_pos.size, k_pos.size))[0, 0]
         return score.T if transposed else score
@@ -303,7 +303,8 @@ class Tile:
         call = self.head.plan.call
         if call.dropout_rate == 0:
             return None
-        b, n = (jnp.reshape(x, (1,)) for x in (self.head.batch, self.head.query_head(self.g)))
+        ids = call.row_ids(self.head.batch), call.head_ids(self.head.query_head(self.g))
+        b, n = (jnp.reshape(x, (1,)) for x in ids)
         q_pos, k_pos = self.positions
         kept = dropout_keep(call.dropout_words, call.dropout_rate, b, n, q_pos[None], k_pos[None])[0, 0]
         return ~(kept.T if transposed else kept)

@@ -1,0 +1,103 @@
+"""Attention on a mesh of eight virtual CPU devices beside one: `python -m tests.on_mesh` prints JSON."""
+
+import json
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attention_jax import Causal, SlidingWindow, dot_product_attention, explain
+from attention_jax.biases import ALiBi
+
+B, T, N, H = 4, 40, 8, 16
+
+# name: (kv heads, axes of rows, axes of heads, options)
+CASES = {
+    "rows": (2, "data", None, {"mask": SlidingWindow(7), "bias": ALiBi(N)}),
+    "heads": (4, None, "model", {"mask": Causal(), "bias": ALiBi(N), "softcap": 5.0}),
+    "rows and heads, dropout": (4, "data", "model", {"mask": Causal(), "dropout_rate": 0.2}),
+    "one kv head": (1, None, ("data", "model"), {"mask": Causal()}),
+    "rows over all": (8, ("data", "model"), None, {}),
+}
+
+
+def main() -> None:
+    """A line of JSON: for each case and implementation the largest differences from one device."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    found = {}
+    for name, (K, rows, heads, options) in CASES.items():
+        rows_B = 8 if rows == ("data", "model") else B
+        arrays, specs = _arrays(rows_B, K, rows, heads)
+        for impl in ("reference", "chunked"):
+            call = jax.jit(jax.value_and_grad(_loss(impl, **options), has_aux=True, argnums=tuple(range(5))))
+            (_, outs), grads = call(*arrays)
+            with jax.set_mesh(mesh):
+                placed = [
+                    jax.device_put(x, NamedSharding(mesh, spec))
+                    for x, spec in zip(arrays, specs, strict=True)
+                ]
+                (_, split_outs), split_grads = call(*placed)
+            found[f"{name}: {impl}"] = {
+                "outputs": _furthest(outs, split_outs),
+                "gradients": _furthest(grads, split_grads),
+                "sharding": str(split_outs[0].sharding.spec) == str(P(rows, None, heads, None)),
+            }
+    found["errors"] = _errors(mesh)
+    print(json.dumps(found))
+
+
+def _arrays(B, K, rows, heads):
+    keys = jax.random.split(jax.random.key(0), 5)
+    kv = None if K == 1 else heads
+    placed = [
+        ((B, T, N, H), P(rows, None, heads)),
+        ((B, T, K, H), P(rows, None, kv)),
+        ((B, T, K, H + 8), P(rows, None, kv)),
+        ((N,), P(heads)),
+        ((1, N, T, T), P()),
+    ]
+    arrays = [jax.random.normal(key, shape) for key, (shape, _) in zip(keys, placed, strict=True)]
+    return arrays, [spec for _, spec in placed]
+
+
+def _loss(impl, bias=None, **options):
+    def loss(q, k, v, sinks, array):
+        segments = jnp.tile(jnp.repeat(jnp.arange(2), T // 2), (q.shape[0], 1))
+        key = {"dropout_key": jax.random.key(3)} if "dropout_rate" in options else {}
+        out, lse = dot_product_attention(
+            q, k, v, sink_logits_N=sinks, bias=array if bias is None else bias, return_lse=True, impl=impl,
+            segment_ids=segments, **options, **key,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), (out, lse)
+
+    return loss
+
+
+def _furthest(a, b) -> float:
+    """The largest difference, in units of the largest entry where that exceeds 1."""
+    pairs = [(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True)]
+    return max(float(np.max(np.abs(x - y)) / max(1, np.max(np.abs(x)))) for x, y in pairs)
+
+
+def _errors(mesh) -> list[str]:
+    said = []
+    with jax.set_mesh(mesh):
+        for spec, kv_heads in ((P(None, "data"), N), (P(None, None, "model"), 2)):
+            q = jax.device_put(jnp.ones((B, T, N, H)), NamedSharding(mesh, spec))
+            k = jnp.ones((B, T, kv_heads, H))
+            try:
+                dot_product_attention(q, k, k)
+            except ValueError as error:
+                said.append(str(error))
+        q = jax.device_put(jnp.ones((B, T, N, H)), NamedSharding(mesh, P("data", None, "model")))
+        said.append(str(explain(q, q, q, mask=Causal())))
+    return said
+
+
+if __name__ == "__main__":
+    main()

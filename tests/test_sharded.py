@@ -1,0 +1,40 @@
+"""A call whose rows or heads are split over a mesh is the call on one device, biases and dropout included."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What `tests/on_mesh.py` saw; a process of its own, since jax counts its devices once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.on_mesh"], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_mesh_changes_no_number(found):
+    cases = {name: case for name, case in found.items() if name != "errors"}
+    assert len(cases) == 10
+    for name, case in cases.items():
+        assert case["outputs"] <= 1e-6, name
+        assert case["gradients"] <= 1e-5, name  # sums over rows are taken in another order
+        assert case["sharding"], name
+
+
+def test_what_cannot_be_split_is_refused(found):
+    along_queries, kv_heads, explained = found["errors"]
+    assert along_queries == (
+        "q is sharded over its axis T by mesh axis 'data': only batch rows and heads can be"
+    )
+    assert kv_heads == "2 kv heads cannot be split over the 4 shards of the query heads ('model')"
+    assert "split by shard_map: rows over 'data', heads over 'model'" in explained
