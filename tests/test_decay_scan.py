@@ -201,9 +201,13 @@ def planted(problem: Problem, fill: float) -> dict[str, np.ndarray]:
     return {name: plant(name, x) for name, x in problem.learned.items()}
 
 
-def assert_close(found, problem, case):
+def assert_close(found, problem, case, impl):
+    """1e-5 of the largest; narrower dtypes by the house's rule, as the recurrence of float32 over many tokens.
+
+    It multiplies with a rounded exp(g) each time, which at 1 - 1e-6 adds up to more than 1e-5 in 1000 steps.
+    """
     right = expected(problem)
-    naive = right if case.dtype == "float32" else expected(problem, np.float32)
+    naive = expected(problem, np.float32)
     # A quotient's gradients cancel, at H = 1 to nothing.
     sizes = expected(problem, absolute=True) if case.normalize else right
     for name, x in found.items():
@@ -214,6 +218,8 @@ def assert_close(found, problem, case):
         size, error = cases.largest(sizes[name]), cases.largest(x.astype(np.float64) - right[name])
         assert np.isfinite(x).all(), name
         allowed = 1e-5 * size
+        if impl == "recurrent":
+            allowed = max(allowed, 2 * cases.largest(naive[name] - right[name]))
         if dtype != jnp.float32:
             rounded = naive[name].astype(dtype).astype(np.float64)
             allowed = cases.tolerance(cases.largest(rounded - right[name]), dtype, size)
@@ -223,10 +229,12 @@ def assert_close(found, problem, case):
 def check(case: Case):
     """Every implementation against the truth; what empty slots hold and what comes later change no bit."""
     problem = make(case)
-    for impl in implementations():
+    # Dense weights per channel of a thousand tokens would be gigabytes.
+    short = case.T <= 130 or case.decay != "channel"
+    for impl in implementations()[: 3 if short else 2]:
         run = compiled(problem, impl)
         found = run(planted(problem, np.nan), problem.dy, problem.dstate)
-        assert_close(found, problem, case)
+        assert_close(found, problem, case, impl)
         assert_array_equal(found["y"][~problem.valid], 0)
         for name in "qkv":
             assert_array_equal(found[f"d{name}"][~problem.valid], 0)

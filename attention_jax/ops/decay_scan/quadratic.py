@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from attention_jax.ops.decay_scan.common import Call, einsum, spread
 
-# Elements of the largest temporary, [B, N, T, S] or [B, N, T, S, H]: 4 GiB in float32.
-_MOST_ELEMENTS = 2**30
+# Elements of the largest temporary, [B, N, T, S] or [B, N, T, S, H]: 1 GiB in float32, and a backward
+# keeps several such.
+_MOST_ELEMENTS = 2**28
 
 
 def unsupported(call: Call) -> str | None:
