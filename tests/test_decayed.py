@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.mixers import Context, GLAConfig, LightningConfig, Mamba2Config, RetentionConfig
+from attention_jax.mixers import Context, GLAConfig, LightningConfig, Mamba2Config, RetentionConfig, recurrent
 from attention_jax.model import ModelConfig, init_params
 from attention_jax.positions import RoPE
 from tests.reference.decayed import recurrence
@@ -20,7 +20,7 @@ SMALL_MAMBA2 = Mamba2Config(head_dim=16, state_dim=8)
 CONFIGS = {
     "retention": RetentionConfig(),
     "gla": GLAConfig(),
-    "lightning": LightningConfig(),
+    "lightning": LightningConfig(slope_factor=0.7),
     "mamba2": SMALL_MAMBA2,
 }
 
@@ -56,20 +56,28 @@ def test_decoding_from_the_state_equals_the_full_forward_for_512_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_bfloat16_keeps_decays_and_state_in_float32(kind):
-    """Over 96 tokens the decays' product would be far off, were the decays rounded to bfloat16."""
-    x = jax.random.normal(jax.random.key(2), (1, 96, D_MODEL)).astype(jnp.bfloat16)
-    ctx = Context(positions_BT=jnp.arange(96)[None])
-    outputs, states = [], []
+def test_bfloat16_keeps_decays_and_state_in_float32(kind, monkeypatch):
+    x = jax.random.normal(jax.random.key(2), (1, 24, D_MODEL)).astype(jnp.bfloat16)
+    ctx = Context(positions_BT=jnp.arange(24)[None])
+    scan, decays = recurrent.decay_scan, []
+
+    def recorded(*args, log_decay, **options):
+        decays.append(log_decay)
+        return scan(*args, log_decay=log_decay, **options)
+
+    monkeypatch.setattr(recurrent, "decay_scan", recorded)
+    outputs = []
     for dtype in (jnp.bfloat16, jnp.float32):
-        mixer = built(CONFIGS[kind], dtype=dtype)
-        run = jax.jit(lambda x, mixer=mixer: mixer(x, mixer.init_state(1, 96), ctx=ctx))
-        y, state = run(x.astype(dtype))
-        assert y.dtype == dtype and state.matrix_BNHM.dtype == jnp.float32
+
+        def run(x, dtype=dtype):
+            mixer = built(CONFIGS[kind], dtype=dtype)
+            return *mixer(x.astype(dtype), mixer.init_state(1, 24), ctx=ctx), decays.pop()
+
+        y, state, log_decay = jax.jit(run)(x)
+        assert y.dtype == dtype and state.matrix_BNHM.dtype == log_decay.dtype == jnp.float32
+        assert (log_decay != log_decay.astype(jnp.bfloat16)).any()  # nor were they rounded on the way
         outputs.append(np.asarray(y, np.float32))
-        states.append(np.asarray(state.matrix_BNHM))
-    for rounded, exact in (outputs, states):
-        assert np.abs(rounded - exact).max() < 0.03 * np.abs(exact).max()
+    assert np.abs(outputs[0] - outputs[1]).max() < 0.03 * np.abs(outputs[1]).max()
 
 
 def test_the_norm_of_retention_removes_the_papers_divisors():
