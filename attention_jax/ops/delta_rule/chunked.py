@@ -33,9 +33,13 @@ import jax.numpy as jnp
 from attention_jax.ops.delta_rule.common import Call, heads_of
 
 _CHUNK = 64
-_GROUP = 4
 _PAIRWISE = 8
 _SMALL = 16
+
+
+def _heads_at_once() -> int:
+    return 8
+
 
 _exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -68,7 +72,7 @@ def delta_rule(call: Call) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     B, T, N, _, M = call.sizes
     C = min(call.chunk_size or _CHUNK, T)
-    L = min(_GROUP, -(-T // C))
+    L = min(max(1, _heads_at_once() // (B * N)), -(-T // C))
     document_BT1, entered_BT1 = call.documents_BT, None
     if document_BT1 is not None:
         document_BT1 = document_BT1[..., None]
@@ -207,9 +211,9 @@ def _pairwise(q, k, log_decay) -> tuple[jax.Array, jax.Array]:
     """The same for few tokens, pair by pair."""
     C = k.shape[-2]
     t, i, s = (jnp.arange(C).reshape(shape) for shape in ((C, 1, 1), (C, 1), (C,)))
-    between_CCs = ((i < s) & (s <= t)).astype(k.dtype)
-    decay_CCH = jnp.exp(_exact(between_CCs, log_decay[..., None, :, :]))
-    decayed_CCH = decay_CCH * k[..., None, :, :]
+    between_PC = ((i < s) & (s <= t)).astype(k.dtype).reshape(C * C, C)  # the steps between each pair
+    decay_PH = jnp.exp(_exact(between_PC, log_decay))
+    decayed_CCH = decay_PH.reshape(*k.shape[:-2], C, C, -1) * k[..., None, :, :]
     scores_CC, read_CC = ((x[..., :, None, :] * decayed_CCH).sum(-1) for x in (k, q))
     return scores_CC * _ones(C, k.dtype, -1), read_CC * _ones(C, k.dtype, 0)
 
