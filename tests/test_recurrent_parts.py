@@ -177,6 +177,13 @@ def test_gated_norm(gate, gated):
     )
 
 
+def test_gated_norm_in_groups():
+    norm, alone = (GatedRMSNorm(width, groups=n, rngs=nnx.Rngs(0)) for width, n in ((C, 2), (C // 2, 1)))
+    x, g = inputs()[:2]
+    parts = [alone(x[..., cut], g[..., cut]) for cut in (slice(C // 2), slice(C // 2, C))]
+    assert_allclose(norm(x, g), jnp.concatenate(parts, -1), **TOLERANCE)
+
+
 def test_group_norm_of_heads():
     norm = HeadGroupNorm(T, C, rngs=nnx.Rngs(0))
     scale, bias = np.random.default_rng(2).normal(size=(2, T, C))

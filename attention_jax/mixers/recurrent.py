@@ -16,6 +16,7 @@ from flax import nnx
 
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import cached_positions, valid_tokens, zero_invalid
+from attention_jax.ops.decay_scan import decay_scan
 
 _GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
@@ -56,6 +57,28 @@ def scan_options(state: Any, ctx: Context, B: int, T: int) -> dict[str, Any]:
         return {"positions": cached_positions(T, ctx, B, T)}  # a recurrent state is never full
     ids = {"positions": ctx.positions_BT, "segment_ids": ctx.segment_ids_BT}
     return {name: None if x is None else jnp.broadcast_to(x, (B, T)) for name, x in ids.items()}
+
+
+def decayed(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTNM: jax.Array,
+    state: RecurrentState | None,
+    ctx: Context,
+    inputs_BUC: jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array, RecurrentState | None]:
+    """`decay_scan` over the new tokens from what the state holds: y [B, T, N, M], and the state after them.
+
+    inputs_BUC: what the new state keeps for the short convolution.
+    """
+    ids = scan_options(state, ctx, *v_BTNM.shape[:2])
+    if state is None:
+        return decay_scan(q_BTNH, k_BTKH, v_BTNM, **ids, **options), None
+    y_BTNM, matrix_BNHM = decay_scan(
+        q_BTNH, k_BTKH, v_BTNM, initial_state_BNHM=state.matrix_BNHM, return_state=True, **ids, **options
+    )
+    return y_BTNM, RecurrentState(matrix_BNHM, inputs_BUC)
 
 
 class ShortConvolution(nnx.Module):
@@ -170,8 +193,8 @@ class GatedRMSNorm(nnx.Module):
 
         after:  y = RMSNorm(x) scale * act(g)          before:  y = RMSNorm(x * act(g)) scale
 
-    after: RetNet, GLA, Gated DeltaNet, Lightning; before: Mamba-2. The axis is a head's features or all heads'.
-    Float32 inside.
+    after: GLA, Gated DeltaNet, lightning attention; before: Mamba-2. The axis is a head's features or those of
+    all heads; its mean square is taken over each of `groups` equal parts. Float32 inside.
     """
 
     def __init__(
@@ -180,12 +203,13 @@ class GatedRMSNorm(nnx.Module):
         *,
         gate: Literal["silu", "sigmoid"] = "silu",
         gated: Literal["before", "after"] = "after",
+        groups: int = 1,
         epsilon: float = 1e-5,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         del rngs  # the scale starts as ones
-        self.gate, self.gated, self.epsilon, self.dtype = gate, gated, epsilon, dtype
+        self.gate, self.gated, self.groups, self.epsilon, self.dtype = gate, gated, groups, epsilon, dtype
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
@@ -193,7 +217,9 @@ class GatedRMSNorm(nnx.Module):
         x, gate = x.astype(jnp.float32), _GATES[self.gate](gate.astype(jnp.float32))
         if self.gated == "before":
             x = x * gate
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon) * self.scale[...]
+        parts = x.reshape(*x.shape[:-1], self.groups, -1)
+        parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + self.epsilon)
+        x = parts.reshape(x.shape) * self.scale[...]
         return (x if self.gated == "before" else x * gate).astype(self.dtype)
 
 
