@@ -7,13 +7,13 @@ arXiv 2412.06464 and, per channel, 2510.26692):
     Y = Q^< S + P U                                  P_ti = q_t . G_ti k_i for i <= t
     S' = G_C0 S + K^>T U                             K^<_t = G_t0 k_t,  Q^<_t = G_t0 q_t,  K^>_t = G_Ct k_t
 
-All but U, Y and S' is known without S: it is computed for a group of chunks at once, then a short scan carries
-S through them. A scan over the groups, each of them a `jax.checkpoint`, keeps one state per group for the
-backward, which computes the group once more.
+All but U, Y and S' is known without S: it is computed for a group of chunks at once, then a short scan
+carries S through them. A scan over the groups, each of them a `jax.checkpoint`, keeps one state per group for
+the backward, which computes the group once more.
 
-Decays are products of the steps between two tokens and at most 1, whatever they are: every exponent is a sum of
-log decays, never a difference of two sums (which would lose small steps next to large ones), and nothing is
-divided by a decay. Per channel they cannot be factored out of A at once. Two halves of a chunk can:
+Decays are products of the steps between two tokens and at most 1, whatever they are: every exponent is a sum
+of log decays, never a difference of two sums (which would lose small steps next to large ones), and nothing
+is divided by a decay. Per channel they cannot be factored out of A at once. Two halves of a chunk can:
 G_ti = G_tm G_mi with m the last token of the first half; so A is made of half times half, quarter times
 quarter, ..., and small diagonal blocks that sum over the channels pair by pair.
 
@@ -30,15 +30,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call, heads_of
+from attention_jax.ops.decay_scan.common import spread
+from attention_jax.ops.delta_rule.common import Call
 
+# MEASURED
 _CHUNK = 64
-_PAIRWISE = 8
-_SMALL = 16
+# Tokens up to which decays per channel are summed pair by pair, and a triangle is inverted at once.
+_PAIRWISE, _SMALL = 8, 16
 
 
 def _heads_at_once() -> int:
-    return 8
+    """Chunks x rows x heads that a group prepares together.
+
+    On a CPU what fits its caches is fastest; an accelerator needs work for all its cores (not measured).
+    """
+    return 8 if jax.default_backend() == "cpu" else 512
 
 
 _exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -52,14 +58,14 @@ class _Tokens(NamedTuple):
     v_LBNCM: jax.Array
     beta_LBNC: jax.Array
     log_decay_LBNCH: jax.Array | None
-    document_LBNC: jax.Array | None
-    entered_LBN1: jax.Array | None  # the document that the state before the chunk belongs to
+    run_LBNC: jax.Array | None
+    entered_LBN1: jax.Array | None  # the document of the state before the chunk
 
 
 class _Chunk(NamedTuple):
-    """What a chunk does to a state, in the symbols of the module: every array [..., C, C], [..., C, H] ..."""
+    """What a chunk does to a state, in the symbols of the module; every array [L, B, N, ...]."""
 
-    solve_CC: jax.Array
+    solve_CC: jax.Array  # T
     target_CM: jax.Array  # beta V
     answer_CH: jax.Array  # beta K^<
     read_CC: jax.Array  # P
@@ -68,24 +74,18 @@ class _Chunk(NamedTuple):
     keep_H1: jax.Array | None  # G_C0; None keeps all
 
 
-def delta_rule(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     B, T, N, _, M = call.sizes
     C = min(call.chunk_size or _CHUNK, T)
-    L = min(max(1, _heads_at_once() // (B * N)), -(-T // C))
-    document_BT1, entered_BT1 = call.documents_BT, None
-    if document_BT1 is not None:
-        document_BT1 = document_BT1[..., None]
-        entered_BT1 = jnp.pad(document_BT1, ((0, 0), (1, 0), (0, 0)))[:, :T]
-    tokens = (
-        call.q_BTQH,
-        call.k_BTKH,
-        call.v_BTNM,
-        call.beta_BTN,
-        call.log_decay_BTNH,
-        document_BT1,
-        entered_BT1,
-    )
+    chunks = -(-T // C)
+    groups = -(-chunks // max(1, _heads_at_once() // (B * N)))
+    L = -(-chunks // groups)
+    run_BT1 = None if call.run_BT is None else call.run_BT[..., None]
+    tokens = (call.q_BTQH, call.k_BTKH, call.v_BTNM, call.beta_BTN, call.log_decay_BTNH, run_BT1)
+    tokens = jax.tree.map(lambda x: _filled_up(x, L * C), tokens)
+    # The document of the state before each token.
+    entered_BT1 = None if run_BT1 is None else jnp.pad(tokens[-1], ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def group(state_BNHM, tokens):
@@ -94,23 +94,19 @@ def delta_rule(call: Call) -> tuple[jax.Array, jax.Array]:
         y_BLCNM = y_LBNCM.transpose(1, 0, 3, 2, 4).astype(call.v_BTNM.dtype)
         return state_BNHM, y_BLCNM.reshape(B, L * C, N, M)
 
-    state_BNHM, y = jax.lax.scan(group, call.state_BNHM, _cut(tokens, L * C))
+    state_BNHM, y = jax.lax.scan(group, call.state_BNHM, _cut((*tokens, entered_BT1), L * C))
     return jnp.moveaxis(y, 0, 1).reshape(B, -1, N, M)[:, :T], state_BNHM
 
 
+def _filled_up(x: jax.Array, length: int) -> jax.Array:
+    """x [B, T, ...] up to a multiple of `length` with zeros, which leave the state as it is; ids go on."""
+    pad = [(0, 0), (0, -x.shape[1] % length)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, pad, mode="edge" if x.dtype == jnp.int32 else "constant")
+
+
 def _cut(tokens, length: int):
-    """Every leaf [B, T, ...] as [T / length, B, length, ...]; the last is filled up with its own last slot's
-
-    document and with zeros, which leave the state as it is.
-    """
-
-    def one(x: jax.Array) -> jax.Array:
-        B, T = x.shape[:2]
-        pad = [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, pad, mode="edge" if x.dtype == jnp.int32 else "constant")
-        return jnp.moveaxis(x.reshape(B, -1, length, *x.shape[2:]), 1, 0)
-
-    return jax.tree.map(one, tokens)
+    """Every leaf [B, T, ...] as [pieces, B, length, ...]."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0), tokens)
 
 
 def _load(call: Call, tokens, C: int) -> _Tokens:
@@ -123,15 +119,15 @@ def _load(call: Call, tokens, C: int) -> _Tokens:
         x = x.reshape(x.shape[0], -1, C, *x.shape[2:])
         return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
 
-    q, k, v, beta, log_decay, document, entered = map(one, tokens)
-    q, k = (heads_of(x.astype(wide), N, axis=2) for x in (q, k))
+    q, k, v, beta, log_decay, run, entered = map(one, tokens)
+    q, k = (spread(x.astype(wide), N, axis=2) for x in (q, k))
     return _Tokens(
         q * call.scale,
         k,
         v.astype(wide),
         beta.astype(wide),
         None if log_decay is None else log_decay.astype(wide),
-        document,
+        run,
         None if entered is None else entered[..., :1],
     )
 
@@ -146,7 +142,7 @@ def _apply(state: jax.Array, chunk: _Chunk) -> tuple[jax.Array, jax.Array]:
 
 def _prepare(tokens: _Tokens) -> _Chunk:
     """What does not depend on the state, for any number of chunks at once."""
-    q, k, v, beta, log_decay, document, entered = tokens
+    q, k, v, beta, log_decay, run, entered = tokens
     beta_C1 = beta[..., None]
     if log_decay is None or log_decay.shape[-1] == 1:
         scores_CC, read_CC = _shared_decay_pairs(q, k, log_decay)
@@ -157,10 +153,10 @@ def _prepare(tokens: _Tokens) -> _Chunk:
         before, after = jnp.exp(_up_to(log_decay)), jnp.exp(_behind(log_decay))
         answer, query, write = before * k, before * q, after * k
         keep_H1 = before[..., -1, :, None]
-    if document is not None:
-        same_CC = document[..., :, None] == document[..., None, :]
+    if run is not None:
+        same_CC = run[..., :, None] == run[..., None, :]
         scores_CC, read_CC = (jnp.where(same_CC, x, 0) for x in (scores_CC, read_CC))
-        first_C1, last_C1 = ((document == x)[..., None] for x in (entered, document[..., -1:]))
+        first_C1, last_C1 = ((run == x)[..., None] for x in (entered, run[..., -1:]))
         answer, query = (jnp.where(first_C1, x, 0) for x in (answer, query))
         write = jnp.where(last_C1, write, 0)
         keep_H1 = jnp.where(first_C1[..., -1:, :], 1 if keep_H1 is None else keep_H1, jnp.zeros((), k.dtype))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 _STATIC = {"static": True}
 
@@ -19,8 +18,8 @@ class Call:
     """One checked call of `delta_rule`; slots without a token hold 0 everywhere.
 
     q and k have Q and K heads, divisors of N. log_decay is None (no decay), [B, T, N, 1] (a decay per head)
-    or [B, T, N, H]. The state is in the dtype that everything is computed in. Documents count 0, 1, ...
-    along a row (a slot without a token belongs to the document before it), or None: one document a row.
+    or [B, T, N, H]. The state is in the dtype that everything is computed in. `run_BT` (int32, or None)
+    counts the documents before each slot's own, as in `decay_scan`: the state of another is not seen.
     """
 
     q_BTQH: jax.Array
@@ -29,7 +28,7 @@ class Call:
     beta_BTN: jax.Array
     log_decay_BTNH: jax.Array | None
     state_BNHM: jax.Array
-    documents_BT: jax.Array | None
+    run_BT: jax.Array | None
     scale: float = dataclasses.field(metadata=_STATIC)
     chunk_size: int | None = dataclasses.field(metadata=_STATIC)
 
@@ -38,8 +37,3 @@ class Call:
         """(B, T, N, H, M)."""
         B, T, N, M = self.v_BTNM.shape
         return B, T, N, self.q_BTQH.shape[3], M
-
-
-def heads_of(x: jax.Array, N: int, axis: int = -2) -> jax.Array:
-    """x with each of its heads repeated in place, so that there are N of them."""
-    return x if x.shape[axis] == N else jnp.repeat(x, N // x.shape[axis], axis)

@@ -1,4 +1,4 @@
-"""The delta rule over all pairs of tokens at once: for inspection, O(T^2) memory (O(T^2 H) with a decay per channel).
+"""The delta rule over all pairs of tokens, for inspection: O(T^2) memory, with decays per channel O(T^2 H).
 
 With G_ti = prod_{i < s <= t} diag(a_s) and u_t = beta_t (v_t - k_t^T S_t), what token t adds along its key,
 
@@ -17,16 +17,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call, heads_of
+from attention_jax.ops.decay_scan.common import spread
+from attention_jax.ops.delta_rule.common import Call
 
 
-def delta_rule(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     B, T, N, H, _ = call.sizes
     state_BNHM = call.state_BNHM
     wide = state_BNHM.dtype
     q_BNTH, k_BNTH, v_BNTM = (
-        jnp.swapaxes(heads_of(x, N), 1, 2).astype(wide) for x in (call.q_BTQH, call.k_BTKH, call.v_BTNM)
+        jnp.swapaxes(spread(x.astype(wide), N, axis=2), 1, 2) for x in (call.q_BTQH, call.k_BTKH, call.v_BTNM)
     )
     q_BNTH = call.scale * q_BNTH
     beta_BNT1 = jnp.swapaxes(call.beta_BTN, 1, 2).astype(wide)[..., None]
@@ -56,13 +57,13 @@ def _decays(call: Call) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         log_BNTH = jnp.zeros((B, N, T, 1), wide)
     else:
         log_BNTH = jnp.swapaxes(call.log_decay_BTNH, 1, 2).astype(wide)
-    documents_BT = jnp.zeros((B, T), jnp.int32) if call.documents_BT is None else call.documents_BT
+    run_BT = jnp.zeros((B, T), jnp.int32) if call.run_BT is None else call.run_BT
     tokens = jnp.arange(T)
     # Sums of the terms themselves: a difference of two long sums would lose the short ones.
     later_TS = tokens[:, None] > tokens
     sums_BNTSH = jnp.cumsum(jnp.where(later_TS[..., None], log_BNTH[:, :, :, None], 0), axis=2)
-    seen_BTS = (tokens[:, None] >= tokens) & (documents_BT[:, :, None] == documents_BT[:, None])
+    seen_BTS = (tokens[:, None] >= tokens) & (run_BT[:, :, None] == run_BT[:, None])
     between_BNTSH = jnp.where(seen_BTS[:, None, :, :, None], jnp.exp(sums_BNTSH), 0)
-    first_B1T1 = (documents_BT == 0)[:, None, :, None]
+    first_B1T1 = (run_BT == 0)[:, None, :, None]
     before_BNTH = jnp.where(first_B1T1, jnp.exp(jnp.cumsum(log_BNTH, axis=2)), 0)
     return between_BNTSH, before_BNTH, between_BNTSH[:, :, -1], before_BNTH[:, :, -1]

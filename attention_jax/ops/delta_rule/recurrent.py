@@ -8,20 +8,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call, heads_of
+from attention_jax.ops.decay_scan.common import spread
+from attention_jax.ops.delta_rule.common import Call
 
 
-def delta_rule(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     _, _, N, _, _ = call.sizes
     wide = call.state_BNHM.dtype
     starts_BT = None
-    if call.documents_BT is not None:
-        starts_BT = jnp.diff(call.documents_BT, axis=1, prepend=0) > 0
+    if call.run_BT is not None:
+        starts_BT = jnp.diff(call.run_BT, axis=1, prepend=0) > 0
 
     def step(state_BNHM, token):
         q_BQH, k_BKH, v_BNM, beta_BN, log_decay_BNH, start_B = token
-        q_BNH, k_BNH = (heads_of(x.astype(wide), N) for x in (q_BQH, k_BKH))
+        q_BNH, k_BNH = (spread(x.astype(wide), N, axis=1) for x in (q_BQH, k_BKH))
         if start_B is not None:
             state_BNHM = jnp.where(start_B[:, None, None, None], 0, state_BNHM)
         if log_decay_BNH is not None:
