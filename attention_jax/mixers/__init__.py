@@ -17,8 +17,19 @@ from attention_jax.mixers.base import Context, Mixer
 from attention_jax.mixers.differential import DifferentialAttention, DifferentialAttentionConfig
 from attention_jax.mixers.forgetting import ForgettingAttention, ForgettingAttentionConfig
 from attention_jax.mixers.gated import GatedAttention, GatedAttentionConfig
+from attention_jax.mixers.linear import (
+    Based,
+    BasedConfig,
+    Cosformer,
+    CosformerConfig,
+    Hedgehog,
+    HedgehogConfig,
+    LinearAttention,
+    LinearAttentionConfig,
+)
 from attention_jax.mixers.mla import LatentAttention, LatentAttentionConfig
 from attention_jax.mixers.nsa import NSA, NSAConfig
+from attention_jax.mixers.performer import Performer, PerformerConfig
 
 MixerConfig = (
     AttentionConfig
@@ -28,6 +39,11 @@ MixerConfig = (
     | DifferentialAttentionConfig
     | LatentAttentionConfig
     | NSAConfig
+    | LinearAttentionConfig
+    | PerformerConfig
+    | CosformerConfig
+    | BasedConfig
+    | HedgehogConfig
 )
 
 
@@ -59,7 +75,11 @@ def make_mixer(
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "Based",
+    "BasedConfig",
     "Context",
+    "Cosformer",
+    "CosformerConfig",
     "CrossAttention",
     "CrossAttentionConfig",
     "DifferentialAttention",
@@ -68,12 +88,18 @@ __all__ = [
     "ForgettingAttentionConfig",
     "GatedAttention",
     "GatedAttentionConfig",
+    "Hedgehog",
+    "HedgehogConfig",
     "LatentAttention",
     "LatentAttentionConfig",
+    "LinearAttention",
+    "LinearAttentionConfig",
     "Mixer",
     "MixerConfig",
     "NSA",
     "NSAConfig",
+    "Performer",
+    "PerformerConfig",
     "make_mixer",
     "mixer_kinds",
 ]
