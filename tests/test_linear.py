@@ -23,6 +23,7 @@ from attention_jax.mixers.performer import redraw
 from attention_jax.model import ModelConfig, init_params
 from attention_jax.positions import RoPE
 from tests.mixers import MIXERS, TWO_SIDED
+from tests.params import random_params
 from tests.reference import linear as reference
 from tests.test_mixers import D_MODEL, Harness
 from train.optimizer import decay_mask, make_optimizer
@@ -107,29 +108,31 @@ def _scaled(params, **factors):
 @pytest.mark.parametrize(
     ("factors", "holds"),
     [
-        ({"k": 12.0, "random_directions": 5.0}, lambda exponents: exponents.max() < -104),
-        ({"random_directions": 150.0}, lambda exponents: exponents.max() > 89),
+        ({"k": 16.0, "random_directions": 5.0}, lambda largest: np.median(largest) < -104),
+        ({"q": 0.3, "k": 3.0, "random_directions": 40.0}, lambda largest: largest.max() > 89),
     ],
-    ids=["all-vanish", "some-overflow"],
+    ids=["most-vanish", "some-overflow"],
 )
 def test_performer_is_right_whatever_the_norms_of_keys(factors, holds, x):
     """Keys whose features float32 does not hold; growing along the text, and shrinking."""
     harness = Harness(PERFORMER)
     params = _scaled(harness.params, **factors)
     plain = nnx.to_pure_dict(params)
-    growing = np.asarray(x) * np.linspace(0.5, 1.0, T, dtype=np.float32)[:, None]
+    # Rows of one norm but for the trend: the reference's own exponentials must fit float64.
+    growing = x / jnp.linalg.norm(x, axis=-1, keepdims=True) * jnp.linspace(5.0, 7.0, T)[:, None]
     for row in (growing, growing[:, ::-1]):
         y = harness.call(params, row, None, Context())[0]
         expected = reference.performer(plain, row[0], causal=True, heads=4, kv_heads=2)
         assert_allclose(y[0], expected, rtol=2e-3, atol=2e-3)
     k = (growing @ plain["k"]["kernel"] + plain["k"]["bias"]).reshape(B, T, 2, 8) / 8**0.25
-    assert holds(np.asarray(feature_maps.log_positive_random(k, plain["random_directions"])))
+    logs = feature_maps.log_positive_random(k, plain["random_directions"])
+    assert holds(np.asarray(logs.max(-1)))
 
 
 def test_performer_approaches_softmax_attention(x):
     """The same projections in both, 2048 directions: outputs differ by the estimate's error alone."""
     harness = Harness(PerformerConfig(num_features=2048))
-    params = _scaled(harness.params, q=0.5, k=0.5)
+    params = _scaled(harness.params, q=0.4, k=0.4)
     mixer = nnx.merge(harness.graphdef, params)
     w = feature_maps.random_directions(jax.random.key(0), 2048, 8)
     mixer.random_directions[...] = w
@@ -141,36 +144,30 @@ def test_performer_approaches_softmax_attention(x):
         lambda path, leaf: given[path[0].key][path[1].key], softmax.params
     )
     expected = softmax.call(theirs, x, None, Context())[0]
-    assert np.abs(y - expected).max() < 0.03 * np.abs(expected).max()
-
-
-MODEL = ModelConfig(
-    vocab_size=11, d_model=16, num_layers=2, mixers=(PerformerConfig(num_heads=2, num_features=12),)
-)
+    assert np.std(y - expected) < 0.03 * np.std(expected)
 
 
 def test_random_directions_are_not_trained_and_can_be_redrawn():
-    params = init_params(MODEL, jax.random.key(0))
-    drawn = params["stacks"]["0"]["mixer"]["random_directions"]
+    mixer = PerformerConfig(num_heads=2, num_features=12)
+    model = ModelConfig(vocab_size=11, d_model=16, num_layers=2, mixers=(mixer,))
+    drawn = init_params(model, jax.random.key(0))["stacks"]["0"]["mixer"]["random_directions"]
     assert drawn.shape == (2, 12, 8) and np.abs(drawn[0] - drawn[1]).max() > 0.1  # a draw for each layer
+
+    model = dataclasses.replace(model, num_layers=1)
+    params = random_params(model)
     assert not decay_mask(params)["stacks"]["0"]["mixer"]["random_directions"]
     optimizer = OptimizerConfig(weight_decay=0.1)
-    step = make_train_step(MODEL, optimizer, 4)
+    step = make_train_step(model, optimizer, 4)
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12) % 11
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}
-    before = jax.tree.map(np.asarray, params)
-    after, _, metrics = step(
-        params, make_optimizer(optimizer).init(params), batch, np.int32(0), jax.random.key(1)
-    )
-    assert bool(metrics["finite"])
-    moved = jax.tree_util.tree_map_with_path(lambda path, a: np.abs(a - _at(before, path)).max() > 0, after)
-    still = [path for path, value in jax.tree_util.tree_leaves_with_path(moved) if not value]
-    assert [path[-1].key for path in still] == ["random_directions"]
-    again = redraw(before, jax.random.key(7))
-    changed = jax.tree_util.tree_map_with_path(lambda path, a: np.abs(a - _at(before, path)).max() > 0, again)
-    assert [p[-1].key for p, value in jax.tree_util.tree_leaves_with_path(changed) if value] == [
-        "random_directions"
-    ]
+    given = jax.tree.map(jnp.array, params)  # the step may reuse its arguments' memory
+    after, *_ = step(given, make_optimizer(optimizer).init(given), batch, np.int32(0), jax.random.key(1))
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert _changed(params, after) == names - {"random_directions"}
+
+    params["stacks"]["0"]["mixer"]["random_directions"] = np.asarray(drawn)
+    again = redraw(params, jax.random.key(7))
+    assert _changed(params, again) == {"random_directions"}
     w = np.asarray(again["stacks"]["0"]["mixer"]["random_directions"])
     assert np.abs(w[0] - w[1]).max() > 0.1
     products = w[0, :8] @ w[0, :8].T
@@ -179,10 +176,10 @@ def test_random_directions_are_not_trained_and_can_be_redrawn():
         redraw({"out": {"kernel": np.ones(2)}}, jax.random.key(0))
 
 
-def _at(tree, path):
-    for part in path:
-        tree = tree[part.key]
-    return tree
+def _changed(before, after):
+    """The names of leaves with another bit."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    return {path[-1].key for (path, old), new in pairs if not np.array_equal(old, new)}
 
 
 def test_cosformer_has_a_fixed_horizon(x):
@@ -190,7 +187,7 @@ def test_cosformer_has_a_fixed_horizon(x):
     config = CosformerConfig(horizon=12, chunk_size=8)
     harness = Harness(config)
     y = harness.parallel(x[:, :12])
-    assert_array_equal(harness.parallel(x[:, :5]), y[:, :5])
+    assert_allclose(harness.parallel(x[:, :5]), y[:, :5], **TOLERANCE)
     with pytest.raises(ValueError, match="19 tokens exceed cosformer's horizon 12; raise horizon"):
         harness.parallel(x)
     positions = jnp.tile(jnp.arange(T), (B, 1))
