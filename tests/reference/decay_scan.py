@@ -44,8 +44,12 @@ class Row:
         den = out[:, -1:]
         return np.where(den == 0, 0, out[:, :-1] / np.where(den == 0, 1, den))
 
-    def backward(self, dy, dfinal):
-        """Cotangents of q, k, v, g and the initial state."""
+    def backward(self, dy, dfinal, sign=-1):
+        """Cotangents of q, k, v, g and the initial state.
+
+        sign: of the one difference in here. With 1 and all arrays >= 0 each result is the size of what was
+        summed, however much of it cancels.
+        """
         dy, dS = np.asarray(dy).astype(self.q.dtype), np.asarray(dfinal).astype(self.q.dtype)
         dq, dk, dv, dg = (np.zeros_like(x) for x in (self.q, self.k, self.v, self.k))
         for t, reset in reversed(list(zip(self.tokens, self.resets, strict=True))):
@@ -55,7 +59,7 @@ class Row:
                 out = np.einsum("nh,nhm->nm", self.q[t], S)
                 num, den = out[:, :-1], out[:, -1:]
                 some, safe = den != 0, np.where(den == 0, 1, den)
-                dden = -(dout * num).sum(-1, keepdims=True) / safe**2
+                dden = sign * (dout * num).sum(-1, keepdims=True) / safe**2
                 dout = np.where(some, np.concatenate([dout / safe, dden], -1), 0)
             dq[t] = np.einsum("nm,nhm->nh", dout, S)
             dS = dS + self.q[t][..., None] * dout[:, None]

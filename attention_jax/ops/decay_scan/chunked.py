@@ -222,7 +222,7 @@ def _chunk(call: Call, keep: _Keep, state_BNHM: jax.Array, inputs: _Inputs, weig
         heads = math.lcm(q.shape[1], k.shape[1])
         scores_BNCC = spread(einsum("bnth,bnsh->bnts", spread(q, heads, 1), spread(k, heads, 1)), N, 1)
         if inputs.log_decay is not None:
-            weights = _token_weights(jnp.swapaxes(inputs.log_decay, 1, 2), keep.pairs)
+            weights = _token_weights(jnp.swapaxes(inputs.log_decay, 1, 2))
         elif weights is None:
             weights = _Weights(None, None, None, None)
     if weights.within is not None:
@@ -264,30 +264,31 @@ def _constant_weights(log_decay_N: jax.Array, C: int) -> _Weights:
 _FORGETS_ALL = -128.0
 
 
-def _token_weights(log_decay_BNC: jax.Array, pairs: Any) -> _Weights:
+def _token_weights(log_decay_BNC: jax.Array) -> _Weights:
     """Weights of one decay per token and head.
 
     c_t - c_s would lose what is small to the rounding of what is large: of a decay of 1e-4 each and one of
     1 - 1e-6 after them, the latter. So log decays are cut into a multiple of a power of 2, coarse enough for
-    float32 to sum exactly, and a remainder, whose sums stay small.
+    float32 to sum exactly, and a remainder, whose sums stay small. Sums from the chunk's start or to its end
+    need no difference.
     """
     C = log_decay_BNC.shape[-1]
-    # C * 128 / quantum <= 2^24
-    quantum = 2.0 ** (math.ceil(math.log2(C)) - 17)
-    log_decay_BNC = jnp.where(log_decay_BNC > _FORGETS_ALL, log_decay_BNC, _FORGETS_ALL)
-    coarse = lax.stop_gradient(jnp.round(log_decay_BNC * (1 / quantum)) * quantum)
-    upto = np.tril(np.ones((C, C), log_decay_BNC.dtype))
-    sums = [einsum("ts,bns->bnt", upto, x) for x in (coarse, log_decay_BNC - coarse)]
+    quantum = 2.0 ** (math.ceil(math.log2(C)) - 17)  # C * 128 / quantum <= 2^24
+    log_decay_BNC = jnp.where(log_decay_BNC < _FORGETS_ALL, _FORGETS_ALL, log_decay_BNC)
+    coarse_BNC = lax.stop_gradient(jnp.round(log_decay_BNC * (1 / quantum)) * quantum)
+    upto, behind = (np.tril(np.ones((C, C), log_decay_BNC.dtype), k) for k in (0, -1))
 
-    def weight(difference, keep=True):
-        total = difference(sums[0]) + difference(sums[1])
-        return jnp.exp(jnp.where(keep, total, 0.0))
+    def between(x_BNC):
+        sums_BNC = einsum("ts,bns->bnt", upto, x_BNC)
+        return sums_BNC[..., :, None] - sums_BNC[..., None, :]
 
+    within_BNCC = between(coarse_BNC) + between(log_decay_BNC - coarse_BNC)
     return _Weights(
-        weight(lambda c: c[..., :, None] - c[..., None, :], pairs),
-        weight(lambda c: c[..., None]),
-        weight(lambda c: (c[..., -1:] - c)[..., None]),
-        weight(lambda c: c[..., -1:]),
+        # Without the diagonal: its gradients, often the largest, would have to cancel.
+        jnp.exp(jnp.where(behind > 0, within_BNCC, 0.0)),
+        jnp.exp(einsum("ts,bns->bnt", upto, log_decay_BNC))[..., None],
+        jnp.exp(einsum("ts,bnt->bns", behind, log_decay_BNC))[..., None],
+        jnp.exp(log_decay_BNC.sum(-1, keepdims=True)),
     )
 
 
