@@ -5,7 +5,7 @@ heads, G = N/K, H head width, M value width, D model width, F feed-forward width
 L layers, R latent width, P rotary width. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
 """
 
-from attention_jax import biases, caches, masks, positions
+from attention_jax import biases, caches, feature_maps, masks, positions
 from attention_jax.biases import T5, ALiBi, Bias
 from attention_jax.catalogue import catalogue
 from attention_jax.generate import Sampling
@@ -29,14 +29,19 @@ from attention_jax.masks import (
 from attention_jax.mixers import (
     Attention,
     AttentionConfig,
+    BasedConfig,
     Context,
+    CosformerConfig,
     CrossAttention,
     CrossAttentionConfig,
     DifferentialAttentionConfig,
     ForgettingAttentionConfig,
     GatedAttentionConfig,
+    HedgehogConfig,
     LatentAttentionConfig,
+    LinearAttentionConfig,
     NSAConfig,
+    PerformerConfig,
     make_mixer,
 )
 from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply, encode, init_params
@@ -48,12 +53,14 @@ __all__ = [
     "ALiBi",
     "Attention",
     "AttentionConfig",
+    "BasedConfig",
     "Bias",
     "BigBird",
     "BlockLocal",
     "Causal",
     "Chunked",
     "Context",
+    "CosformerConfig",
     "CrossAttention",
     "CrossAttentionConfig",
     "Dense",
@@ -64,12 +71,15 @@ __all__ = [
     "Full",
     "GatedAttentionConfig",
     "Global",
+    "HedgehogConfig",
     "LanguageModel",
     "LatentAttentionConfig",
+    "LinearAttentionConfig",
     "Longformer",
     "Mask",
     "ModelConfig",
     "NSAConfig",
+    "PerformerConfig",
     "Predicate",
     "Prefix",
     "RoPE",
@@ -85,6 +95,7 @@ __all__ = [
     "dot_product_attention",
     "encode",
     "explain",
+    "feature_maps",
     "init_params",
     "make_mixer",
     "masks",

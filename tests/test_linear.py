@@ -82,6 +82,36 @@ def test_both_sides_of_packed_documents(name, x):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize(
+    ("name", "causal"), [("linear-rope", True), ("performer", True), ("performer", False)]
+)
+def test_gradients_are_those_of_the_reference(name, causal, x):
+    """Every parameter's, along a random direction, against differences of the float64 twin.
+
+    No gradient passes through Performer's stabilisers: the quotient does not depend on them.
+    """
+    row = MIXERS[name] if causal else TWO_SIDED[f"{name}-both"]
+    harness = Harness(row.config, causal=causal)
+    x = x[:1, :9]
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(x.shape[1:])
+    loss = jax.jit(jax.grad(lambda p: (harness.run(p, x, None, Context())[0][0] * weight).sum()))
+    grads = jax.tree.leaves(nnx.to_pure_dict(loss(harness.params)))
+    leaves, treedef = jax.tree.flatten(nnx.to_pure_dict(harness.params))
+    leaves = [np.asarray(leaf, np.float64) for leaf in leaves]
+    names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(harness.params))]
+    for index, grad in enumerate(grads):
+        if names[index] == "random_directions":
+            assert_array_equal(grad, 0)
+            continue
+        direction, values = rng.standard_normal(grad.shape), []
+        for step in (1e-5, -1e-5):
+            moved = [p + step * direction if i == index else p for i, p in enumerate(leaves)]
+            y = row.reference(jax.tree.unflatten(treedef, moved), x[0], None)
+            values.append((y * weight).sum())
+        assert_allclose((grad * direction).sum(), (values[0] - values[1]) / 2e-5, rtol=2e-4, atol=2e-4)
+
+
 def test_a_two_sided_mixer_keeps_no_state():
     mixer = nnx.eval_shape(lambda: LinearAttentionConfig().build(D_MODEL, nnx.Rngs(0), causal=False))
     with pytest.raises(ValueError, match="linear keeps no state where causal is false"):
