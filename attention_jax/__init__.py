@@ -6,7 +6,7 @@ L layers, R latent width, P rotary width, U inputs kept for a convolution. An ar
 `q_BTNH`, `logits_BTV`.
 """
 
-from attention_jax import biases, caches, masks, positions
+from attention_jax import biases, caches, feature_maps, masks, positions
 from attention_jax.biases import T5, ALiBi, Bias
 from attention_jax.catalogue import catalogue
 from attention_jax.generate import Sampling
@@ -30,7 +30,9 @@ from attention_jax.masks import (
 from attention_jax.mixers import (
     Attention,
     AttentionConfig,
+    BasedConfig,
     Context,
+    CosformerConfig,
     CrossAttention,
     CrossAttentionConfig,
     DeltaNetConfig,
@@ -39,11 +41,14 @@ from attention_jax.mixers import (
     GatedAttentionConfig,
     GatedDeltaNetConfig,
     GLAConfig,
+    HedgehogConfig,
     KDAConfig,
     LatentAttentionConfig,
     LightningConfig,
+    LinearAttentionConfig,
     Mamba2Config,
     NSAConfig,
+    PerformerConfig,
     RetentionConfig,
     make_mixer,
 )
@@ -56,12 +61,14 @@ __all__ = [
     "ALiBi",
     "Attention",
     "AttentionConfig",
+    "BasedConfig",
     "Bias",
     "BigBird",
     "BlockLocal",
     "Causal",
     "Chunked",
     "Context",
+    "CosformerConfig",
     "CrossAttention",
     "CrossAttentionConfig",
     "Dense",
@@ -79,11 +86,14 @@ __all__ = [
     "LanguageModel",
     "LatentAttentionConfig",
     "LightningConfig",
+    "HedgehogConfig",
+    "LinearAttentionConfig",
     "Longformer",
     "Mamba2Config",
     "Mask",
     "ModelConfig",
     "NSAConfig",
+    "PerformerConfig",
     "Predicate",
     "Prefix",
     "RetentionConfig",
@@ -100,6 +110,7 @@ __all__ = [
     "dot_product_attention",
     "encode",
     "explain",
+    "feature_maps",
     "init_params",
     "make_mixer",
     "masks",

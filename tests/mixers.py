@@ -9,6 +9,8 @@ from attention_jax.biases import T5
 from attention_jax.masks import Causal, Full, Mask, Sinks, SlidingWindow
 from attention_jax.mixers import (
     AttentionConfig,
+    BasedConfig,
+    CosformerConfig,
     CrossAttentionConfig,
     DeltaNetConfig,
     DifferentialAttentionConfig,
@@ -16,16 +18,19 @@ from attention_jax.mixers import (
     GatedAttentionConfig,
     GatedDeltaNetConfig,
     GLAConfig,
+    HedgehogConfig,
     KDAConfig,
     LatentAttentionConfig,
     LightningConfig,
+    LinearAttentionConfig,
     Mamba2Config,
     MixerConfig,
     NSAConfig,
+    PerformerConfig,
     RetentionConfig,
 )
 from attention_jax.positions import RoPE, Temperature, XPos, YaRN
-from tests.reference import decayed, variants
+from tests.reference import decayed, linear, variants
 from tests.reference.attention import attention_mixer
 from tests.reference.delta_mixers import delta_mixer
 from tests.reference.nsa import nsa_mixer
@@ -217,10 +222,48 @@ MIXERS |= {
     "kda-low-rank": _delta(KDAConfig(num_heads=2, head_dim=6, value_dim=5, rank=3, convolution=3)),
 }
 
+
+def _linear(formula: Callable, config: MixerConfig, *names: str, causal: bool = True) -> MixerCase:
+    """A row of the linear attention family; its reference needs no mask."""
+    options = {name: getattr(config, name) for name in names}
+    options |= {"heads": config.num_heads, "kv_heads": config.num_kv_heads or config.num_heads}
+    return MixerCase(
+        config, lambda params, x, keep: formula(params, x, causal=causal, **options), ("chunked", "recurrent")
+    )
+
+
+MIXERS |= {
+    "linear": _linear(linear.linear, LinearAttentionConfig(num_kv_heads=2, chunk_size=4)),
+    "linear-rope": _linear(
+        linear.linear, LinearAttentionConfig(rope=RoPE(theta=99.0), use_bias=True, chunk_size=8), "rope"
+    ),
+    "linear-identity-norm": _linear(
+        linear.linear,
+        LinearAttentionConfig(feature_map="identity", output_norm="rms", rope=RoPE(), chunk_size=8),
+        "feature_map", "rope",
+    ),
+    "performer": _linear(
+        linear.performer, PerformerConfig(num_kv_heads=2, num_features=24, chunk_size=8, use_bias=True)
+    ),
+    "cosformer": _linear(linear.cosformer, CosformerConfig(horizon=20, chunk_size=8), "horizon"),
+    "based": _linear(linear.based, BasedConfig(feature_dim=5, num_kv_heads=2, chunk_size=8)),
+    "hedgehog": _linear(linear.hedgehog, HedgehogConfig(num_kv_heads=1, chunk_size=8)),
+}  # fmt: skip
+
 TWO_SIDED = {
     "full": _softmax(Full(), rope=RoPE()),
     "window-both": _softmax(SlidingWindow(4, right=3)),
     "t5-both": _softmax(Full(), t5=T5(buckets=8, max_distance=14)),
+    "linear-both": _linear(linear.linear, LinearAttentionConfig(rope=RoPE()), "rope", causal=False),
+    "linear-identity-both": _linear(
+        linear.linear, LinearAttentionConfig(feature_map="identity"), "feature_map", causal=False
+    ),
+    "performer-both": _linear(
+        linear.performer, PerformerConfig(num_kv_heads=2, num_features=24), causal=False
+    ),
+    "cosformer-both": _linear(linear.cosformer, CosformerConfig(horizon=20), "horizon", causal=False),
+    "based-both": _linear(linear.based, BasedConfig(feature_dim=5), causal=False),
+    "hedgehog-both": _linear(linear.hedgehog, HedgehogConfig(num_kv_heads=2), causal=False),
 }
 
 

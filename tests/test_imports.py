@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; a module may import its own storey and those below.
 STOREYS = [
     ["attention_jax.about", "attention_jax.masks", "attention_jax.biases", "attention_jax.positions",
-     "attention_jax.caches", "attention_jax.layers"],
+     "attention_jax.caches", "attention_jax.layers", "attention_jax.feature_maps"],
     ["attention_jax.ops"],
     ["attention_jax.mixers"],
     ["attention_jax.model_config", "attention_jax.stack", "attention_jax.model"],
@@ -22,8 +22,8 @@ STOREYS = [
 
 # The ground floor of an op's folder, and its roof; what is between are implementations.
 OP_SHARED, OP_ROOF = {"common", "blocks", "tiles"}, {"api", "__init__"}
-# What every mixer may use: the contract, what the softmax family shares, what recurrences share.
-MIXERS_SHARED = {f"attention_jax.mixers.{name}" for name in ("base", "parts", "recurrent")}
+# What every mixer may use: the contract, what the softmax family, recurrences and linear attention share.
+MIXERS_SHARED = {f"attention_jax.mixers.{name}" for name in ("base", "parts", "recurrent", "linear_parts")}
 
 
 def _storey(module: str) -> int:

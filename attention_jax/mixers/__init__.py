@@ -27,9 +27,20 @@ from attention_jax.mixers.forgetting import ForgettingAttention, ForgettingAtten
 from attention_jax.mixers.gated import GatedAttention, GatedAttentionConfig
 from attention_jax.mixers.gla import GatedLinearAttention, GLAConfig
 from attention_jax.mixers.lightning import LightningAttention, LightningConfig
+from attention_jax.mixers.linear import (
+    Based,
+    BasedConfig,
+    Cosformer,
+    CosformerConfig,
+    Hedgehog,
+    HedgehogConfig,
+    LinearAttention,
+    LinearAttentionConfig,
+)
 from attention_jax.mixers.mamba2 import Mamba2, Mamba2Config
 from attention_jax.mixers.mla import LatentAttention, LatentAttentionConfig
 from attention_jax.mixers.nsa import NSA, NSAConfig
+from attention_jax.mixers.performer import Performer, PerformerConfig
 from attention_jax.mixers.retention import Retention, RetentionConfig
 
 MixerConfig = (
@@ -47,6 +58,11 @@ MixerConfig = (
     | DeltaNetConfig
     | GatedDeltaNetConfig
     | KDAConfig
+    | LinearAttentionConfig
+    | PerformerConfig
+    | CosformerConfig
+    | BasedConfig
+    | HedgehogConfig
 )
 
 
@@ -78,7 +94,11 @@ def make_mixer(
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "Based",
+    "BasedConfig",
     "Context",
+    "Cosformer",
+    "CosformerConfig",
     "CrossAttention",
     "CrossAttentionConfig",
     "DeltaNet",
@@ -101,12 +121,18 @@ __all__ = [
     "LightningConfig",
     "Mamba2",
     "Mamba2Config",
+    "Hedgehog",
+    "HedgehogConfig",
+    "LinearAttention",
+    "LinearAttentionConfig",
     "Mixer",
     "MixerConfig",
     "NSA",
     "NSAConfig",
     "Retention",
     "RetentionConfig",
+    "Performer",
+    "PerformerConfig",
     "make_mixer",
     "mixer_kinds",
 ]

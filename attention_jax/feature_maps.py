@@ -1,0 +1,142 @@
+"""Feature maps of linear attention: phi with phi(q) . phi(k) in the place of exp(q . k / sqrt(H)).
+
+    y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = phi(q_t) . phi(k_s)
+
+A map is a function of a token's own features alone, so that nothing of the future reaches the past and a
+decoded token meets what the parallel form gave it. All compute in float32, whatever they are given, and
+return float32 [..., F].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureMap:
+    """phi without parameters, [..., H] -> [..., H]; never_negative: weights may be divided by their sum."""
+
+    phi: Callable[[jax.Array], jax.Array]
+    never_negative: bool = True
+
+
+def elu1(x: jax.Array) -> jax.Array:
+    """elu(x) + 1: x + 1 where x > 0, else e^x (Katharopoulos et al. 2020, arXiv 2006.16236, equation 7)."""
+    x = x.astype(jnp.float32)
+    # expm1 + 1 would lose a small feature to rounding; the inner selection keeps Inf out of the gradient.
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
+
+
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0)."""
+    return jax.nn.relu(x.astype(jnp.float32))
+
+
+def squared_relu(x: jax.Array) -> jax.Array:
+    """max(x, 0)^2 (So et al. 2021, arXiv 2109.08668)."""
+    return relu(x) ** 2
+
+
+def identity(x: jax.Array) -> jax.Array:
+    """x."""
+    return x.astype(jnp.float32)
+
+
+def softmax(x: jax.Array) -> jax.Array:
+    """softmax over a token's features, efficient attention's queries (Shen et al. 2018, arXiv 1812.01243).
+
+    There, keys are normalised over all positions, which no causal model can do; here they are as queries.
+    """
+    return jax.nn.softmax(x.astype(jnp.float32), axis=-1)
+
+
+FEATURE_MAPS = {
+    "elu1": FeatureMap(elu1),
+    "relu": FeatureMap(relu),
+    "squared_relu": FeatureMap(squared_relu),
+    "softmax": FeatureMap(softmax),
+    "identity": FeatureMap(identity, never_negative=False),
+}
+
+
+def random_directions(key: jax.Array, features: int, width: int, *, orthogonal: bool = True) -> jax.Array:
+    """The directions w_i of random features: float32 [features, width], each one N(0, I) by itself.
+
+    orthogonal: within blocks of `width` rows they are orthogonal, a uniformly drawn rotation whose rows get
+    the lengths of independent normal vectors. The estimate stays unbiased and varies less (Choromanski et
+    al. 2021, arXiv 2009.14794, section 2.4).
+    """
+    blocks = -(-features // width)
+    direction_key, length_key = jax.random.split(key)
+    if not orthogonal:
+        return jax.random.normal(direction_key, (features, width), jnp.float32)
+    q, r = jnp.linalg.qr(jax.random.normal(direction_key, (blocks, width, width), jnp.float32))
+    # The Q of a QR is uniform only once R's diagonal is positive.
+    sign_bj = jnp.where(jnp.diagonal(r, axis1=1, axis2=2) < 0, -1.0, 1.0)
+    rows = (q * sign_bj[:, None]).reshape(-1, width)[:features]
+    lengths = jnp.linalg.norm(jax.random.normal(length_key, (features, width), jnp.float32), axis=1)
+    return rows * lengths[:, None]
+
+
+def log_positive_random(x: jax.Array, w_FH: jax.Array) -> jax.Array:
+    """ln of FAVOR+'s positive random features: w_i . x - |x|^2 / 2 (arXiv 2009.14794, lemma 1).
+
+    With w_i ~ N(0, I), the mean over i of exp(that of q + that of k) estimates exp(q . k) without bias. The
+    logarithm is returned because exp of it needs a stabiliser, which the caller chooses so that it cancels.
+    """
+    x = x.astype(jnp.float32)
+    projected = jnp.einsum("...h,fh->...f", x, w_FH.astype(jnp.float32))
+    return projected - 0.5 * jnp.sum(x * x, axis=-1, keepdims=True)
+
+
+def positive_random(x: jax.Array, w_FH: jax.Array) -> jax.Array:
+    """FAVOR+'s features exp(w_i . x - |x|^2 / 2) / sqrt(F), without a stabiliser.
+
+    Each is at most exp(|w_i|^2 / 2), which float32 cannot hold from |w_i|^2 = 177 on.
+    """
+    return jnp.exp(log_positive_random(x, w_FH)) / math.sqrt(w_FH.shape[0])
+
+
+def cos_reweighted(x_BTNH: jax.Array, positions_BT: jax.Array, horizon: int) -> jax.Array:
+    """cosFormer's [relu(x) cos(a_t), relu(x) sin(a_t)], a_t = pi t / (2 horizon): [B, T, N, 2 H].
+
+    Their products are relu(q) . relu(k) cos(pi (t - s) / (2 horizon)) (Qin et al. 2022, arXiv 2202.08791,
+    equation 10): never negative for positions 0 <= t < horizon, and meaningless beyond.
+    """
+    angle_BT11 = positions_BT.astype(jnp.float32)[..., None, None] * np.float32(0.5 * math.pi / horizon)
+    x_BTNH = relu(x_BTNH)
+    return jnp.concatenate([x_BTNH * jnp.cos(angle_BT11), x_BTNH * jnp.sin(angle_BT11)], axis=-1)
+
+
+def taylor2(x: jax.Array) -> jax.Array:
+    """phi with phi(q) . phi(k) = 1 + q.k + (q.k)^2 / 2, the second-order Taylor polynomial of exp(q.k).
+
+    F = 1 + H + H (H + 1) / 2 features: 1, x_i, x_i^2 / sqrt(2), and x_i x_j for i < j, which stands for
+    x_i x_j / sqrt(2) and x_j x_i / sqrt(2) of the full outer product (Based: Arora et al. 2024, arXiv
+    2402.18668, section 4.1; there the argument is divided by H^(1/4)).
+    """
+    x = x.astype(jnp.float32)
+    i, j = np.triu_indices(x.shape[-1])
+    weights = np.where(i == j, math.sqrt(0.5), 1.0).astype(np.float32)
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * weights], axis=-1)
+
+
+def taylor2_features(width: int) -> int:
+    """How many features `taylor2` makes of `width` ones."""
+    return 1 + width + width * (width + 1) // 2
+
+
+def hedgehog(x_BTNH: jax.Array, w_NHF: jax.Array) -> jax.Array:
+    """softmax over [x W_n, -x W_n], W learned by each head: [B, T, N, 2 F].
+
+    Zhang et al. 2024, "The Hedgehog & the Porcupine" (arXiv 2402.04347, section 4.2). With W the identity the
+    weights are spiky, as exp is, from the first step on.
+    """
+    y_BTNF = jnp.einsum("btnh,nhf->btnf", x_BTNH.astype(jnp.float32), w_NHF.astype(jnp.float32))
+    return jax.nn.softmax(jnp.concatenate([y_BTNF, -y_BTNF], axis=-1), axis=-1)

@@ -1,0 +1,240 @@
+"""Linear attention with feature maps that look at one token: `linear`, `cosformer`, `based`, `hedgehog`.
+
+    y_t = W_o concat_n sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts,   w_ts = phi(q_t) . phi(k_s)
+
+    linear     phi by name: elu(x) + 1 and others      Katharopoulos et al. 2020 (arXiv 2006.16236)
+    cosformer  relu, reweighted by a cosine of t - s   Qin et al. 2022 (arXiv 2202.08791)
+    based      w = 1 + q.k + (q.k)^2 / 2               Arora et al. 2024 (arXiv 2402.18668)
+    hedgehog   a learned map, then softmax             Zhang et al. 2024 (arXiv 2402.04347)
+
+All of them also run over whole documents, in models that are not causal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax import feature_maps
+from attention_jax.about import About
+from attention_jax.feature_maps import FEATURE_MAPS
+from attention_jax.mixers.base import Context
+from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig, LinearState
+from attention_jax.mixers.parts import head_width, positions_of, valid_tokens
+from attention_jax.positions import RoPE
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttentionConfig(LinearBaseConfig):
+    """Linear attention by a feature map; `kind: linear`."""
+
+    about = About("Linear attention", "arXiv 2006.16236", "O(T)", "O(T)", "a matrix H x M per head")
+
+    kind: Literal["linear"] = "linear"  #: the mixer
+    #: phi, of a head's queries and keys
+    feature_map: Literal["elu1", "relu", "squared_relu", "softmax", "identity"] = "elu1"
+    #: divide by the sum of the weights; null: where phi is never negative (all but identity)
+    normalize: bool | None = None
+    #: rotary position embedding of the features; the weights' sum stays unturned; null: none
+    rope: RoPE | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(
+                f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}"
+            )
+        if self.normalize and not FEATURE_MAPS[self.feature_map].never_negative:
+            raise ValueError(
+                f"normalize divides by a sum of weights that feature_map {self.feature_map!r} lets pass "
+                "through 0; set normalize: false, with output_norm: rms"
+            )
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        super().check(d_model, causal=causal)
+        if self.rope is not None:
+            self.rope.rotated_width(head_width(d_model, self.num_heads, self.head_dim))
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> LinearAttention:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return LinearAttention(d_model, self, causal=causal, rngs=rngs, **module)
+
+
+class LinearAttention(LinearBase):
+    """phi(q) . phi(k) in the place of exp(q . k).
+
+    Not normalised, weights are divided by sqrt(H). With rope, w_ts = (R_t phi(q_t)) . (R_s phi(k_s)) in the
+    numerator alone, since turned features may be negative (Su et al. 2021, arXiv 2104.09864, equation 19).
+    """
+
+    def __init__(self, d_model: int, config: LinearAttentionConfig, **module):
+        super().__init__(d_model, config, **module)
+        self.map = FEATURE_MAPS[config.feature_map]
+        self.normalize = self.map.never_negative if config.normalize is None else config.normalize
+        self.turns = self.normalize and config.rope is not None
+        self.scale = 1.0 if self.normalize else 1 / math.sqrt(self.head_dim)
+
+    @property
+    def num_features(self) -> int:
+        """H."""
+        return self.head_dim
+
+    def features(self, q_BTNH, k_BTKH, state, ctx):
+        """phi by name, turned by rope where there is one."""
+        del state
+        q_BTNF, k_BTKF = self.map.phi(q_BTNH), self.map.phi(k_BTKH)
+        rope = self.config.rope
+        if rope is None:
+            return Features(q_BTNF, k_BTKF)
+        at_BT = positions_of(ctx, q_BTNH.shape[1])
+        turned = rope.queries(q_BTNF, at_BT), rope.keys(k_BTKF, at_BT)
+        return Features(q_BTNF, k_BTKF, turned) if self.normalize else Features(*turned)
+
+
+@dataclasses.dataclass(frozen=True)
+class CosformerConfig(LinearBaseConfig):
+    """cosFormer: linear attention that prefers near tokens by a cosine; `kind: cosformer`."""
+
+    about = About("cosFormer", "arXiv 2202.08791", "O(T)", "O(T)", "a matrix 2H x M per head")
+
+    kind: Literal["cosformer"] = "cosformer"  #: the mixer
+    #: positions that a document may have (M): weights fall to 0 at this distance; past it the output is NaN
+    horizon: int = 2048
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.horizon < 1:
+            raise ValueError(f"horizon must be >= 1, got {self.horizon}")
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Cosformer:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return Cosformer(d_model, self, causal=causal, rngs=rngs, **module)
+
+
+class Cosformer(LinearBase):
+    """w_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / (2 horizon)).
+
+    The authors' code takes the current length as its horizon, so that early outputs change as a text grows;
+    here it is fixed.
+    """
+
+    @property
+    def num_features(self) -> int:
+        """2 H: a cosine's and a sine's half."""
+        return 2 * self.head_dim
+
+    def __call__(
+        self, x_BTD: jax.Array, state: LinearState | None = None, *, ctx: Context
+    ) -> tuple[jax.Array, LinearState | None]:
+        """y [B, T, D] and the state with x appended.
+
+        A token at a position past the horizon changes no state and gives NaN; in a model that is not causal
+        so does its whole row, since no token of it sees all others. Raises: ValueError for more than
+        `horizon` tokens without positions.
+        """
+        T, horizon = x_BTD.shape[1], self.config.horizon
+        if ctx.positions_BT is None:
+            if T > horizon:
+                raise ValueError(f"{T} tokens exceed cosformer's horizon {horizon}; raise horizon")
+            return super().__call__(x_BTD, state, ctx=ctx)
+        # A traced position cannot raise; NaN is seen, a weight of the wrong sign is not.
+        lost_BT = valid_tokens(ctx) & (ctx.positions_BT >= horizon)
+        within = dataclasses.replace(ctx, positions_BT=jnp.where(lost_BT, -1, ctx.positions_BT))
+        y_BTD, state = super().__call__(x_BTD, state, ctx=within)
+        if not self.causal:
+            lost_BT = valid_tokens(ctx) & lost_BT.any(axis=1, keepdims=True)
+        return jnp.where(lost_BT[..., None], jnp.nan, y_BTD), state
+
+    def features(self, q_BTNH, k_BTKH, state, ctx):
+        """relu, times the cosine and the sine of the position's angle."""
+        del state
+        at_BT = positions_of(ctx, q_BTNH.shape[1])
+        return Features(
+            *(feature_maps.cos_reweighted(x, at_BT, self.config.horizon) for x in (q_BTNH, k_BTKH))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BasedConfig(LinearBaseConfig):
+    """Based's linear attention, a Taylor polynomial of softmax; `kind: based`."""
+
+    about = About("Based (Taylor features)", "arXiv 2402.18668", "O(T)", "O(T)", "a matrix F x M per head")
+
+    kind: Literal["based"] = "based"  #: the mixer
+    #: width of queries and keys (d'); the state has 1 + d' + d' (d' + 1) / 2 rows
+    feature_dim: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.feature_dim < 1:
+            raise ValueError(f"feature_dim must be >= 1, got {self.feature_dim}")
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Based:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return Based(d_model, self, causal=causal, rngs=rngs, **module)
+
+
+class Based(LinearBase):
+    """w_ts = 1 + u + u^2 / 2, u = q_t . k_s / sqrt(d'), with queries and keys of d' features."""
+
+    def __init__(self, d_model: int, config: BasedConfig, **module):
+        super().__init__(d_model, config, query_width=config.feature_dim, **module)
+
+    @property
+    def num_features(self) -> int:
+        """1 + d' + d' (d' + 1) / 2."""
+        return feature_maps.taylor2_features(self.query_width)
+
+    def features(self, q_BTNH, k_BTKH, state, ctx):
+        """1, x and the products of x with itself, of x / d'^(1/4)."""
+        del state, ctx
+        root = self.query_width**-0.25
+        return Features(*(feature_maps.taylor2(root * x.astype(jnp.float32)) for x in (q_BTNH, k_BTKH)))
+
+
+@dataclasses.dataclass(frozen=True)
+class HedgehogConfig(LinearBaseConfig):
+    """Hedgehog: linear attention with learned feature maps; `kind: hedgehog`."""
+
+    about = About("Hedgehog", "arXiv 2402.04347", "O(T)", "O(T)", "a matrix 2H x M per head")
+
+    kind: Literal["hedgehog"] = "hedgehog"  #: the mixer
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Hedgehog:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return Hedgehog(d_model, self, causal=causal, rngs=rngs, **module)
+
+
+class Hedgehog(LinearBase):
+    """phi(x) = softmax([x W, -x W]): W [H, H] of each query head and each key head, the identity at first."""
+
+    def __init__(self, d_model: int, config: HedgehogConfig, **module: Any):
+        super().__init__(d_model, config, **module)
+        H = self.head_dim
+        # Not named kernels: weight decay would draw all features towards one another.
+        self.map_q, self.map_k = (
+            nnx.Param(jnp.tile(jnp.eye(H, dtype=jnp.float32), (heads, 1, 1)))
+            for heads in (config.num_heads, self.kv_heads)
+        )
+
+    @property
+    def num_features(self) -> int:
+        """2 H: a direction and its opposite."""
+        return 2 * self.head_dim
+
+    def features(self, q_BTNH, k_BTKH, state, ctx):
+        """softmax over the mapped features and their opposites."""
+        del state, ctx
+        return Features(
+            feature_maps.hedgehog(q_BTNH, self.map_q[...]), feature_maps.hedgehog(k_BTKH, self.map_k[...])
+        )

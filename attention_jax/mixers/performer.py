@@ -1,0 +1,166 @@
+"""Performer: softmax attention estimated by positive orthogonal random features (FAVOR+).
+
+    y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = 1/F sum_i exp(w_i . q - |q|^2 / 2) exp(w_i . k - |k|^2 / 2)
+
+with q and k divided by H^(1/4), so that w_ts estimates exp(q_t . k_s / sqrt(H)) without bias.
+Choromanski et al. 2021, "Rethinking Attention with Performers" (arXiv 2009.14794).
+
+The exponentials need a stabiliser. A factor of a query's features cancels: each token takes off its own
+largest exponent. A factor of the keys' features has to be common to all keys of a sum. The usual one, the
+largest exponent over all keys, brings the future into the past and does not exist while decoding. Here it is
+the largest exponent m_t so far: the sums over the past stand divided by e^{m_t}, as in an online softmax, and
+where m grows they shrink, which is a decay:
+
+    S_t = e^{m_{t-1} - m_t} S_{t-1} + e^{-m_t} phi(k_t) v_t^T
+
+Nothing overflows, and the largest feature of the largest key is 1, whatever the norms of keys. What float32
+loses is a weight e^87 below the product of the query's largest feature and that one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.about import About
+from attention_jax.feature_maps import log_positive_random, random_directions
+from attention_jax.mixers.base import Context
+from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
+from attention_jax.mixers.parts import valid_tokens
+from attention_jax.ops.decay_scan.common import document_runs
+
+
+@dataclasses.dataclass(frozen=True)
+class PerformerConfig(LinearBaseConfig):
+    """Performer: softmax attention by random features; `kind: performer`."""
+
+    about = About("Performer (FAVOR+)", "arXiv 2009.14794", "O(T)", "O(T)", "a matrix F x M per head")
+
+    kind: Literal["performer"] = "performer"  #: the mixer
+    num_features: int = 256  #: random features of a head (F): the estimate's error falls as 1 / sqrt(F)
+    orthogonal: bool = True  #: draw their directions orthogonal, in blocks of head_dim
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_features < 1:
+            raise ValueError(f"num_features must be >= 1, got {self.num_features}")
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Performer:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return Performer(d_model, self, causal=causal, rngs=rngs, **module)
+
+
+class RandomDirections(nnx.Variable):
+    """Directions that are drawn and not learned: no gradient reaches them."""
+
+
+class Performer(LinearBase):
+    """Self-attention by positive random features, one draw of directions for all heads of a layer.
+
+    The directions are a leaf `random_directions` [F, H] beside the parameters: saved with them, never trained
+    (their gradient is 0 and weight decay passes them by), and drawn anew by `redraw`.
+    """
+
+    rescales = True
+
+    def __init__(self, d_model: int, config: PerformerConfig, *, rngs: nnx.Rngs, **module: Any):
+        super().__init__(d_model, config, rngs=rngs, **module)
+        self.random_directions = RandomDirections(
+            random_directions(rngs.params(), config.num_features, self.head_dim, orthogonal=config.orthogonal)
+        )
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.config.num_features
+
+    def features(self, q_BTNH, k_BTKH, state, ctx):
+        """The positive random features under stabilisers that cancel in the quotient."""
+        w_FH = jax.lax.stop_gradient(self.random_directions[...])
+        root = self.head_dim**-0.25
+        q_BTNF, k_BTKF = (log_positive_random(root * x.astype(jnp.float32), w_FH) for x in (q_BTNH, k_BTKH))
+        q_BTNF = jnp.exp(q_BTNF - jax.lax.stop_gradient(q_BTNF.max(-1, keepdims=True)))
+        largest_BTK = jax.lax.stop_gradient(k_BTKF.max(-1))
+        if not self.causal:
+            shift_BTK = _or_own(_of_document(largest_BTK, ctx), largest_BTK, ctx)
+            return Features(q_BTNF, jnp.exp(k_BTKF - shift_BTK[..., None]))
+        held_BK = None if state is None else state.log_scale_BK
+        running_BTK, before_BTK = _running_max(largest_BTK, held_BK, ctx)
+        # Before the first token of a document there are no sums to shrink.
+        log_decay_BTK = jnp.where(jnp.isneginf(before_BTK), 0.0, before_BTK - running_BTK)
+        shift_BTK = _or_own(running_BTK, largest_BTK, ctx)
+        k_BTKF = jnp.exp(k_BTKF - shift_BTK[..., None])
+        return Features(q_BTNF, k_BTKF, log_decay_BTK=log_decay_BTK, log_scale_BK=running_BTK[:, -1])
+
+
+def redraw(params: dict, key: jax.Array, *, orthogonal: bool = True) -> dict:
+    """The parameters of a model with new random directions in every Performer layer.
+
+    The paper draws anew from time to time while training, so that no draw is overfitted; call it between
+    steps. Stacked layers get a draw each. Raises: ValueError where there is no Performer.
+    """
+    count = 0
+
+    def drawn(path, leaf):
+        nonlocal count
+        if path[-1] != jax.tree_util.DictKey("random_directions"):
+            return leaf
+        count += 1
+        layers = leaf.reshape(-1, *leaf.shape[-2:])
+        keys = jax.random.split(jax.random.fold_in(key, count), len(layers))
+        draws = [random_directions(k, *layers.shape[1:], orthogonal=orthogonal) for k in keys]
+        return jnp.stack(draws).reshape(leaf.shape)
+
+    params = jax.tree_util.tree_map_with_path(drawn, params)
+    if not count:
+        raise ValueError("no random_directions among the parameters: the model has no performer mixer")
+    return params
+
+
+def _running_max(x_BTK: jax.Array, held_BK: jax.Array | None, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    """(max of the valid tokens of the document up to each slot, the same before it); -inf where none are."""
+    B, T, K = x_BTK.shape
+    valid_BT = valid_tokens(ctx)
+    if valid_BT is not None:
+        x_BTK = jnp.where(valid_BT[..., None], x_BTK, -jnp.inf)
+    if held_BK is None:
+        held_BK = jnp.full((B, K), -jnp.inf)
+    if ctx.segment_ids_BT is None:
+        running_BTK = jnp.maximum(jax.lax.cummax(x_BTK, axis=1), held_BK[:, None])
+        return running_BTK, jnp.concatenate([held_BK[:, None], running_BTK[:, :-1]], axis=1)
+    starts_BT = _starts(ctx, T)
+
+    def merge(a, b):
+        return a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1]))
+
+    starts_BTK = jnp.broadcast_to(starts_BT[..., None], x_BTK.shape)
+    _, running_BTK = jax.lax.associative_scan(merge, (starts_BTK, x_BTK), axis=1)
+    before_BTK = jnp.concatenate([held_BK[:, None], running_BTK[:, :-1]], axis=1)
+    return running_BTK, jnp.where(starts_BTK, -jnp.inf, before_BTK)
+
+
+def _of_document(x_BTK: jax.Array, ctx: Context) -> jax.Array:
+    """The max over all valid tokens of each token's document."""
+    ids = {name: getattr(ctx, name) for name in ("positions_BT", "segment_ids_BT")}
+    flipped = Context(**{name: None if x is None else jnp.flip(x, axis=1) for name, x in ids.items()})
+    past_BTK, _ = _running_max(x_BTK, None, ctx)
+    future_BTK, _ = _running_max(jnp.flip(x_BTK, axis=1), None, flipped)
+    return jnp.maximum(past_BTK, jnp.flip(future_BTK, axis=1))
+
+
+def _or_own(x_BTK: jax.Array, own_BTK: jax.Array, ctx: Context) -> jax.Array:
+    """x, but a slot's own where it holds no token: its exponential is not used and must not overflow."""
+    valid_BT = valid_tokens(ctx)
+    return x_BTK if valid_BT is None else jnp.where(valid_BT[..., None], x_BTK, own_BTK)
+
+
+def _starts(ctx: Context, T: int) -> jax.Array:
+    """True [1 or B, T] where a token's segment is not that of the token before it."""
+    valid_BT = valid_tokens(ctx)
+    runs_BT = document_runs(ctx.segment_ids_BT, jnp.broadcast_to(valid_BT, ctx.segment_ids_BT.shape))
+    return jnp.diff(runs_BT, axis=1, prepend=0) > 0
