@@ -36,7 +36,9 @@ from attention_jax.mixers import (
     ForgettingAttentionConfig,
     GatedAttentionConfig,
     LatentAttentionConfig,
+    LinformerConfig,
     NSAConfig,
+    NystromformerConfig,
     make_mixer,
 )
 from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply, encode, init_params
@@ -66,10 +68,12 @@ __all__ = [
     "Global",
     "LanguageModel",
     "LatentAttentionConfig",
+    "LinformerConfig",
     "Longformer",
     "Mask",
     "ModelConfig",
     "NSAConfig",
+    "NystromformerConfig",
     "Predicate",
     "Prefix",
     "RoPE",

@@ -11,7 +11,7 @@ import math
 from dataclasses import field
 from typing import Any, Literal
 
-from attention_jax.mixers import CrossAttentionConfig
+from attention_jax.mixers import CrossAttentionConfig, LinformerConfig, NystromformerConfig
 from attention_jax.model import ModelConfig
 
 # Keys of `data` that objective masked_lm alone reads.
@@ -198,6 +198,23 @@ class RunConfig:
         for name, length in lengths.items():
             if length is not None and model.max_positions is not None and model.max_positions < length:
                 raise ValueError(f"data.{name} {length} exceeds model.max_positions {model.max_positions}")
+        self._check_whole_rows("model.mixers", model.mixers, data.sequence_length)
+        if self.objective != "seq2seq" and data.packing == "documents":
+            for index, mixer in enumerate(model.mixers):
+                if isinstance(mixer, LinformerConfig | NystromformerConfig):
+                    raise ValueError(
+                        f"data.packing is documents: model.mixers.{index} ({mixer.kind}) mixes all tokens of "
+                        "a row and cannot keep its documents apart; set it to stream"
+                    )
+        if model.encoder is not None:
+            self._check_whole_rows("model.encoder.mixers", model.encoder.mixers, data.source_width)
+
+    def _check_whole_rows(self, name: str, mixers: tuple[Any, ...], longest: int) -> None:
+        for index, mixer in enumerate(mixers):
+            if isinstance(mixer, LinformerConfig) and mixer.length < longest:
+                raise ValueError(
+                    f"{name}.{index}.length {mixer.length} is less than the {longest} tokens of a row: raise it"
+                )
 
     def _check_causal(self) -> None:
         masked = self.objective == "masked_lm"

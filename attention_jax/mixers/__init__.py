@@ -17,8 +17,10 @@ from attention_jax.mixers.base import Context, Mixer
 from attention_jax.mixers.differential import DifferentialAttention, DifferentialAttentionConfig
 from attention_jax.mixers.forgetting import ForgettingAttention, ForgettingAttentionConfig
 from attention_jax.mixers.gated import GatedAttention, GatedAttentionConfig
+from attention_jax.mixers.linformer import Linformer, LinformerConfig
 from attention_jax.mixers.mla import LatentAttention, LatentAttentionConfig
 from attention_jax.mixers.nsa import NSA, NSAConfig
+from attention_jax.mixers.nystromformer import Nystromformer, NystromformerConfig
 
 MixerConfig = (
     AttentionConfig
@@ -28,6 +30,8 @@ MixerConfig = (
     | DifferentialAttentionConfig
     | LatentAttentionConfig
     | NSAConfig
+    | LinformerConfig
+    | NystromformerConfig
 )
 
 
@@ -70,10 +74,14 @@ __all__ = [
     "GatedAttentionConfig",
     "LatentAttention",
     "LatentAttentionConfig",
+    "Linformer",
+    "LinformerConfig",
     "Mixer",
     "MixerConfig",
     "NSA",
     "NSAConfig",
+    "Nystromformer",
+    "NystromformerConfig",
     "make_mixer",
     "mixer_kinds",
 ]
