@@ -23,14 +23,16 @@ from attention_jax.mixers import (
     LatentAttentionConfig,
     LightningConfig,
     LinearAttentionConfig,
+    LinformerConfig,
     Mamba2Config,
     MixerConfig,
     NSAConfig,
+    NystromformerConfig,
     PerformerConfig,
     RetentionConfig,
 )
 from attention_jax.positions import RoPE, Temperature, XPos, YaRN
-from tests.reference import decayed, linear, variants
+from tests.reference import decayed, linear, lowrank, variants
 from tests.reference.attention import attention_mixer
 from tests.reference.delta_mixers import delta_mixer
 from tests.reference.nsa import nsa_mixer
@@ -283,3 +285,29 @@ def dense(mask: Mask, T: int, S: int | None = None) -> np.ndarray:
     """The truth table of a mask as loops over `keep`, one pair at a time."""
     S = T if S is None else S
     return np.array([[bool(mask.keep(np.int64(q), np.int64(k))) for k in range(S)] for q in range(T)])
+
+
+def _bidirectional(formula: Callable, config: MixerConfig, *names: str) -> MixerCase:
+    """A row whose reference takes (params, x of valid tokens) and the config's fields of these names."""
+    options = {name: getattr(config, name) for name in names}
+    return MixerCase(config, lambda params, x: formula(params, x, heads=config.num_heads, **options))
+
+
+# Never causal: tests/test_lowrank.py is their contract.
+BIDIRECTIONAL = {
+    f"linformer-{sharing}": _bidirectional(
+        lowrank.linformer,
+        LinformerConfig(length=24, projected_length=6, sharing=sharing, use_bias=sharing == "kv"),
+        "sharing",
+    )
+    for sharing in ("none", "head", "kv")
+} | {
+    "nystromformer": _bidirectional(
+        lowrank.nystromformer, NystromformerConfig(landmarks=6, conv_width=5),
+        "landmarks", "iterations", "conv_width",
+    ),
+    "nystromformer-plain": _bidirectional(
+        lowrank.nystromformer, NystromformerConfig(landmarks=4, conv_width=None, head_dim=12, use_bias=True),
+        "landmarks", "iterations", "conv_width",
+    ),
+}  # fmt: skip

@@ -161,7 +161,7 @@ REFUSED = [
     ("model: {causal: false}", ["model.causal is false"]),
     ("model: {mixers: [{kind: cross}]}", ["model.mixers.0.kind is cross", "memory", "objective: seq2seq"]),
     ("model: {encoder: {}}", ["model.encoder: no mixer reads it", "cross"]),
-    ("objective: mlm", ['objective: expected "causal_lm" or "seq2seq", got', "'mlm'"]),
+    ("objective: mlm", ['objective: expected "causal_lm" or "seq2seq" or "masked_lm", got', "'mlm'"]),
     ("objective: seq2seq", ["model.encoder is null: objective seq2seq", "kind cross"]),
     (
         "model: {encoder: {}, mixers: [{kind: softmax}, {kind: cross}]}",

@@ -37,9 +37,11 @@ from attention_jax.mixers.linear import (
     LinearAttention,
     LinearAttentionConfig,
 )
+from attention_jax.mixers.linformer import Linformer, LinformerConfig
 from attention_jax.mixers.mamba2 import Mamba2, Mamba2Config
 from attention_jax.mixers.mla import LatentAttention, LatentAttentionConfig
 from attention_jax.mixers.nsa import NSA, NSAConfig
+from attention_jax.mixers.nystromformer import Nystromformer, NystromformerConfig
 from attention_jax.mixers.performer import Performer, PerformerConfig
 from attention_jax.mixers.retention import Retention, RetentionConfig
 
@@ -63,6 +65,8 @@ MixerConfig = (
     | CosformerConfig
     | BasedConfig
     | HedgehogConfig
+    | LinformerConfig
+    | NystromformerConfig
 )
 
 
@@ -125,6 +129,8 @@ __all__ = [
     "HedgehogConfig",
     "LinearAttention",
     "LinearAttentionConfig",
+    "Linformer",
+    "LinformerConfig",
     "Mixer",
     "MixerConfig",
     "NSA",
@@ -133,6 +139,8 @@ __all__ = [
     "RetentionConfig",
     "Performer",
     "PerformerConfig",
+    "Nystromformer",
+    "NystromformerConfig",
     "make_mixer",
     "mixer_kinds",
 ]

@@ -168,3 +168,24 @@ def check_heads(num_heads: int, num_kv_heads: int | None, dropout: float) -> Non
         raise ValueError(f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def refuse_causal(name: str, reason: str, causal: bool) -> None:
+    """ValueError where a mixer that cannot be causal meets a causal model."""
+    if causal:
+        raise ValueError(f"{name} cannot be causal: {reason}; model.causal is true, set it to false")
+
+
+def refuse_state(name: str, state: Any) -> None:
+    """ValueError where a mixer that cannot be causal is asked to go on from a state."""
+    if state is not None:
+        raise ValueError(f"{name} has no state: every output depends on the whole row; call it without one")
+
+
+def check_whole_row(name: str, ctx: Context) -> None:
+    """ValueError where a mixer that mixes all of a row is given several documents."""
+    if ctx.segment_ids_BT is not None:
+        raise ValueError(
+            f"{name} mixes all tokens of a row and cannot keep its documents apart: ctx.segment_ids_BT must be "
+            "None; in training set data.packing to stream"
+        )
