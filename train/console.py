@@ -45,7 +45,7 @@ class Console:
     def row(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl; on a terminal the bar already shows the training loss."""
         if self._bar is None or "val/loss" in row:
-            names = [name for name in ("train/loss", "val/loss") if name in row]
+            names = [name for name in ("train/loss", "val/loss", "val/accuracy") if name in row]
             losses = "  ".join(f"{name} {row[name]:.4f}" for name in names)
             speed = row["tokens_per_second"]
             self.line(f"step {row['step']}/{self._steps}  {losses}  {speed:,.0f} tokens/s")

@@ -11,6 +11,7 @@ packing: stream     windows of T tokens of the concatenated text at uniformly ra
                     every row of every step; they run across documents.
 objective: seq2seq  a pair a row, every pair once an epoch, in another order in each. The row holds the mark
                     and the target, to predict the target and the mark; the source stands beside it.
+task                no text: rows made by `train.tasks`, never the same one twice.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from train.packing import (
 )
 from train.pairs import Pair
 from train.schema import DataConfig
+from train.tasks.source import TaskData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Data:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Text to ids and back."""
         return self.snapshot.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+        return self.tokenizer.vocab_size
 
     @property
     def corpus_sha256(self) -> str:
@@ -235,12 +242,16 @@ class PairData(Data):
         return batch | pad_sources(sources, rows, self.config.source_width)
 
 
-def prepare(config: DataConfig, run_dir: str | Path, objective: str = "causal_lm") -> TextData | PairData:
-    """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call.
+def prepare(
+    config: DataConfig, run_dir: str | Path, objective: str = "causal_lm"
+) -> TextData | PairData | TaskData:
+    """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call; or its task.
 
     ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.corpus` and
     `train.pairs`), a snapshot that is damaged or was made by another data section.
     """
+    if config.task is not None:
+        return TaskData(config)
     folder = Path(run_dir) / "data"
     make, kind = {"causal_lm": (_make, TextData), "seq2seq": (_make_pairs, PairData)}[objective]
     if not folder.exists():

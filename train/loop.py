@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,15 +23,17 @@ from train import data as data_lib
 from train.checkpoint import Checkpoints
 from train.console import Console, printable
 from train.files import write_atomically
-from train.metrics import FINAL, MetricsWriter, draw_losses
+from train.metrics import MetricsWriter, draw_losses
 from train.objective import check_ids
 from train.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
 from train.run_folder import RunFolder, config_hash, package_versions
 from train.schema import RunConfig
 from train.step import Batch, make_eval_step, make_train_step
+from train.tasks.scoring import make_task_eval_step
 
 _SAMPLING = Sampling(temperature=0.8)
 _SAMPLED_SOURCES = 4
+_SCORES = ("val/loss", "val/accuracy", "val/full_loss", "val/full_accuracy", "val/bits_per_byte")
 
 
 class NonFiniteError(ValueError):
@@ -61,11 +64,12 @@ class Run:
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
         self.data = data_lib.prepare(config.data, folder.path, config.objective)
-        self.model = with_vocabulary(config.model, self.data.tokenizer.vocab_size)
+        self.model = with_vocabulary(config.model, self.data.vocab_size)
         self.requests = _requests(config, self.model, self.data)
         init_key, self.dropout_key, self.sample_key = jax.random.split(jax.random.key(config.seed), 3)
         self.train_step = make_train_step(self.model, config.optimizer, config.steps)
-        self.eval_step = make_eval_step(self.model)
+        make_eval = make_eval_step if config.data.task is None else make_task_eval_step
+        self.eval_step = make_eval(self.model)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
         self._start(init_key)
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
@@ -136,7 +140,7 @@ class Run:
         if step == self.done + 1:
             self._reset_clock()  # the compilation is no step
         if self._evaluates(step):
-            values["val/loss"] = self._evaluate(step)
+            values |= self._evaluate(step)
         if self._evaluates(step) or step % self.config.log_every == 0:
             self.console.row(self.metrics.write(step, {**values, "tokens_per_second": round(speed, 1)}))
             self._reset_clock()
@@ -153,25 +157,26 @@ class Run:
     def _saves(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.config.steps
 
-    def _evaluate(self, step: int) -> float:
-        """The mean nll of the periodic evaluation's tokens."""
-        nll, count = self._score(self.data.validation_batches(self.config.evaluation.batches))
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """The means over the periodic evaluation's tokens."""
+        nll, count, *right = self._score(self.data.validation_batches(self.config.evaluation.batches))
         if not math.isfinite(nll):
             raise NonFiniteError(f"step {step}: the held-out loss is {nll}; no later checkpoint was written")
-        return nll / count
+        return {"val/loss": nll / count} | ({"val/accuracy": right[0] / count} if right else {})
 
-    def _score(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """(sum of nll in nats, number of tokens) over the batches, read one late as in training."""
-        nll, count, pending = 0.0, 0, []
+    def _score(self, batches: Iterable[Batch]) -> tuple[float, ...]:
+        """The sums over the batches of what eval_step returns, read one late as in training.
+
+        They are the nll in nats, the number of tokens and, of a task, the number of right ones.
+        """
+        totals, pending = None, []
         for batch in batches:
             pending.append(self.eval_step(self.params, self._checked(batch)))
             if len(pending) > 1:
-                part, number = jax.device_get(pending.pop(0))
-                nll, count = nll + float(part), count + int(number)
-        for part, number in jax.device_get(pending):
-            nll, count = nll + float(part), count + int(number)
-        assert count > 0, "the data holds tokens to score"
-        return nll, count
+                totals = _plus(totals, pending.pop(0))
+        totals = _plus(totals, *pending)
+        assert totals[1] > 0, "the data holds tokens to score"
+        return totals
 
     def _sample(self, step: int) -> None:
         evaluation, tokenizer = self.config.evaluation, self.data.tokenizer
@@ -211,16 +216,10 @@ class Run:
         """Score every held-out token, draw the losses, write result.json; its content."""
         steps = self.config.steps
         last = next((row for row in reversed(self.metrics.rows) if "val/loss" in row), {})
-        result = {"step": steps} | {name: last[name] for name in ("train/loss", "val/loss") if name in last}
+        result = {"step": steps} | {name: last[name] for name in ("train/loss", *_SCORES) if name in last}
         if self.config.evaluation.final_full:
             self.console.line("scoring every held-out token")
-            nll, count = self._score(self.data.scoring_batches())
-            scored = self.data.validation_bytes
-            if self.model.prefix:  # what a prefix shows is not scored: count the bytes of the rest alone
-                every = sum(int((batch["targets"] >= 0).sum()) for batch in self.data.scoring_batches())
-                scored = scored * count / every
-            bits = nll / math.log(2) / scored
-            scores = {"val/full_loss": nll / count, "val/tokens": count, FINAL: bits}
+            scores = self._score_all()
             self.metrics.write(steps, scores)
             result |= scores
         draw_losses(self.metrics.rows, self.folder.path / "loss.png")
@@ -228,6 +227,18 @@ class Run:
             result["sample"] = self._sample_path(steps).read_text(encoding="utf-8")
         self.folder.finish(result)
         return result
+
+    def _score_all(self) -> dict[str, float]:
+        """Every held-out token's scores; a task has no bytes, but right answers."""
+        nll, count, *right = self._score(self.data.scoring_batches())
+        scores = {"val/full_loss": nll / count, "val/tokens": count}
+        if self.config.data.task is not None:
+            return scores | {"val/full_accuracy": right[0] / count}
+        scored = self.data.validation_bytes
+        if self.model.prefix:  # what a prefix shows is not scored: count the bytes of the rest alone
+            every = sum(int((batch["targets"] >= 0).sum()) for batch in self.data.scoring_batches())
+            scored = scored * count / every
+        return scores | {"val/bits_per_byte": nll / math.log(2) / scored}
 
     def close(self) -> None:
         """Close the files."""
@@ -239,6 +250,15 @@ class Run:
 
     def _reset_clock(self) -> None:
         self._clock = (time.perf_counter(), self.tokens)
+
+
+def _plus(totals: tuple[float, ...] | None, *parts: tuple[jax.Array, ...]) -> tuple[float, ...]:
+    """The sums with the parts added, as numbers of Python: float64, and integers of any size."""
+    for part in jax.device_get(parts):
+        numbers = [number.item() for number in part]
+        totals = tuple(numbers if totals is None else map(operator.add, totals, numbers))
+    assert totals is not None, "there is at least one batch"
+    return totals
 
 
 def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | None:
@@ -271,6 +291,5 @@ def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | No
 def _print_result(path: Path, result: dict[str, Any]) -> None:
     if "sample" in result:
         print(f"--- sample\n{printable(result['sample'])}\n---")
-    names = [name for name in ("val/loss", "val/full_loss", FINAL) if name in result]
-    figures = "  ".join(f"{name} {result[name]:.4f}" for name in names)
+    figures = "  ".join(f"{name} {result[name]:.4f}" for name in _SCORES if name in result)
     print(f"{path}: step {result['step']}  {figures}", flush=True)

@@ -1,8 +1,9 @@
 """What a run measures: metrics.jsonl is the truth; TensorBoard events and the picture are made from it.
 
-A row has `step` (updates done), then what was measured: losses in nats per token, `tokens` scored in
-training so far, `tokens_per_second`, `time` (Unix seconds). All but the last two are the same bits in every
-run of a config on a machine, interrupted or not.
+A row has `step` (updates done), then what was measured: losses in nats per token, of a task `val/accuracy`
+(the share of scored tokens with the largest logit), `tokens` scored in training so far, `tokens_per_second`,
+`time` (Unix seconds). All but the last two are the same bits in every run of a config on a machine,
+interrupted or not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from train.files import write_atomically
 
 TIMING = ("tokens_per_second", "time")
-FINAL = "val/bits_per_byte"  # a row that has it was written after the last checkpoint
+FINAL = "val/full_loss"  # a row that has it was written after the last checkpoint
 
 
 class MetricsWriter:
