@@ -70,8 +70,9 @@ def generate(
       sources: for a model with an encoder, the token ids each request's `cross` mixers attend to.
 
     Raises:
-      ValueError, before compiling: an empty prompt, an id outside the vocabulary, prompt and new tokens
-        longer than the capacity or the learned positions. After: logits that are NaN or all -inf.
+      ValueError, before compiling: a model that is not causal, an empty prompt, an id outside the
+        vocabulary, prompt and new tokens longer than the capacity or the learned positions. After: logits
+        that are NaN or all -inf.
     """
     pieces = list(
         stream(
@@ -98,6 +99,11 @@ def stream(
     chunk: int = 8,
 ) -> Iterator[list[np.ndarray]]:
     """`generate`, a few tokens at a time: yields the next tokens (at most `chunk`) of each request."""
+    if not config.causal:
+        raise ValueError(
+            "the model is not causal: it was made to tell a token from both sides and cannot continue a "
+            "prompt; generate takes models whose `causal` is true"
+        )
     prompts = [_checked_ids(config, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     if not prompts:
         raise ValueError("no prompts given")

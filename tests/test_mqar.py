@@ -19,11 +19,11 @@ from train import data as data_lib
 from train import loop, restore
 from train.config import ConfigError
 from train.metrics import TIMING, read_rows
+from train.objective import count_correct
 from train.schema import DataConfig
-from train.step import make_train_step
+from train.step import make_eval_step, make_train_step
 from train.tasks import MQARConfig
 from train.tasks.mqar import PAPER_SETTINGS
-from train.tasks.scoring import correct_count, make_task_eval_step
 from train.tasks.source import TaskData
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def data(**changes) -> TaskData:
 
 def test_batches_are_consecutive_rows_and_held_out_rows_are_fixed():
     own = data(shuffle_seed=3)
-    assert isinstance(own, TaskData) and own.vocab_size == 32 and not Path("unused").exists()
+    assert isinstance(own, TaskData) and own.task.vocab_size == 32 and not Path("unused").exists()
     for step in (5, 0, 5):
         wanted = own.task.rows(4 * step, 4, 12, seed=3)
         assert all(np.array_equal(own.train_batch(step)[name], wanted[name]) for name in wanted)
@@ -153,7 +153,7 @@ def test_right_answers_are_counted():
         for t in range(5)
     )
     assert wanted >= 5
-    assert int(correct_count(jnp.asarray(logits), jnp.asarray(targets))) == wanted
+    assert int(count_correct(jnp.asarray(logits), jnp.asarray(targets))) == wanted
 
 
 TASK = "data: {task: {kind: mqar, pairs: 4, vocab_size: 64}, sequence_length: 16}\n"
@@ -237,9 +237,9 @@ def config(tmp_path):
 
 
 def test_a_run_goes_on_with_the_same_bits_and_writes_what_a_task_has(config, monkeypatch, capsys):
-    train_step, eval_step = functools.cache(make_train_step), functools.cache(make_task_eval_step)
+    train_step, eval_step = functools.cache(make_train_step), functools.cache(make_eval_step)
     monkeypatch.setattr(loop, "make_train_step", train_step)
-    monkeypatch.setattr(loop, "make_task_eval_step", eval_step)
+    monkeypatch.setattr(loop, "make_eval_step", eval_step)
     whole, parts = config("whole"), config("parts")
     assert loop.train(whole) == 0
     batch_of = TaskData.train_batch
@@ -285,7 +285,7 @@ def test_a_run_goes_on_with_the_same_bits_and_writes_what_a_task_has(config, mon
 def _scored(run, config):
     """The held-out rows in one batch, by the sums the loop adds up."""
     batch = config.data.task.rows(0, 10, 8, seed=0, held_out=True)
-    return make_task_eval_step(run.model)(run.params, batch)
+    return make_eval_step(run.model, accuracy=True)(run.params, batch)
 
 
 def test_a_task_with_other_rows_does_not_go_on(config, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_task_with_other_rows_does_not_go_on(config, monkeypatch):
 
 def test_a_model_with_too_few_ids_is_refused(config):
     run = config("run", model={"vocab_size": 8, "d_model": 8})
-    with pytest.raises(ValueError, match="model.vocab_size 8 is less than the 16 ids of the data"):
+    with pytest.raises(ValueError, match="model.vocab_size 8 is less than the 16 ids"):
         loop.train(run)
 
 

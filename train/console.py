@@ -10,18 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Console:
-    """`with Console(steps, done) as console:` shows steps done + 1 ... steps."""
+    """`with Console(steps, done) as console:` shows steps done + 1 ... steps; `unit` is what is scored."""
 
-    def __init__(self, steps: int, done: int, file: TextIO | None = None):
+    def __init__(self, steps: int, done: int, file: TextIO | None = None, unit: str = "token"):
         self._file = file or sys.stdout
         self._steps = steps
+        self._unit = unit
         self._bar: Progress | None = None
         if self._file.isatty():
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} " + f"{unit}s/s"),
                 TimeRemainingColumn(),
                 console=RichConsole(file=self._file, highlight=False, markup=False),
                 refresh_per_second=4,
@@ -48,7 +49,7 @@ class Console:
             names = [name for name in ("train/loss", "val/loss", "val/accuracy") if name in row]
             losses = "  ".join(f"{name} {row[name]:.4f}" for name in names)
             speed = row["tokens_per_second"]
-            self.line(f"step {row['step']}/{self._steps}  {losses}  {speed:,.0f} tokens/s")
+            self.line(f"step {row['step']}/{self._steps}  {losses}  {speed:,.0f} {self._unit}s/s")
 
     def line(self, text: str) -> None:
         """A line of its own; control characters in it, which a model may write, are replaced."""

@@ -9,6 +9,8 @@ packing: documents  every pair (token, next token) of every document once an epo
                     have room left. Every epoch has another order of documents, other cuts, other rows.
 packing: stream     windows of T tokens of the concatenated text at uniformly random starts, drawn anew for
                     every row of every step; they run across documents.
+objective: masked_lm  the same rows of text, in which `train.masking` hides tokens; each row's own tokens, not
+                    the next ones, are what is to be told.
 objective: seq2seq  a pair a row, every pair once an epoch, in another order in each. The row holds the mark
                     and the target, to predict the target and the mark; the source stands beside it.
 task                no text: rows made by `train.tasks`, never the same one twice.
@@ -26,7 +28,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from train import corpus, snapshot, tokenizers
+from train import corpus, masking, snapshot, tokenizers
 from train import pairs as pairs_lib
 from train.corpus import Document
 from train.packing import (
@@ -40,13 +42,15 @@ from train.packing import (
     shuffled,
 )
 from train.pairs import Pair
-from train.schema import DataConfig
+from train.schema import MASKING_KEYS, DataConfig
 from train.tasks.source import TaskData
+
+_TRAINING, _HELD_OUT = 0, 1  # what masks are drawn for: streams that share nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A run's corpus as batches: dicts of int32 arrays; `TextData` or `PairData`."""
+    """A run's corpus as batches: dicts of int32 arrays; `TextData`, `MaskedData` or `PairData`."""
 
     config: DataConfig
     snapshot: snapshot.Snapshot
@@ -55,11 +59,6 @@ class Data:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Text to ids and back."""
         return self.snapshot.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """How many token ids there are."""
-        return self.tokenizer.vocab_size
 
     @property
     def corpus_sha256(self) -> str:
@@ -176,6 +175,45 @@ class TextData(Data):
         return assemble(tokens, rows, self.config.sequence_length, segments=segments)
 
 
+class MaskedData(TextData):
+    """Text with some of its tokens hidden, to tell these from both sides: arrays [batch_size, T].
+
+    tokens, as the model reads them; targets, the tokens that are hidden (-1: not scored); positions and
+    segment_ids as of `TextData`. Training masks depend on (shuffle_seed, step, row), held-out ones on the
+    batch and row alone: they are the same in every evaluation of every run.
+    """
+
+    @property
+    def mask_id(self) -> int:
+        """What the model reads in the place of most hidden tokens."""
+        return masking.mask_id(self.tokenizer)
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        return f"{super().summary}; {100 * self.config.mask_fraction:g} % masked, by id {self.mask_id}"
+
+    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """The held-out text in rows that share nothing: at most `limit` batches, spread evenly; None: all."""
+        for number, batch in enumerate(super().validation_batches(limit)):
+            # A stream's last row may have room left, which a two-sided model must not read.
+            holds = batch["targets"] >= 0
+            placed = {"positions": np.where(holds, np.arange(holds.shape[1], dtype=np.int32), -1)}
+            yield self._hide(placed | batch, _HELD_OUT, number)
+
+    def scoring_batches(self) -> Iterator[Batch]:
+        """Every held-out token once, the share `mask_fraction` of them hidden, for the final figures."""
+        return self.validation_batches()
+
+    @functools.cached_property
+    def _batches(self) -> grain.MapDataset:
+        seed = self.config.shuffle_seed
+        return super()._batches.map_with_index(lambda step, batch: self._hide(batch, _TRAINING, seed, step))
+
+    def _hide(self, batch: Batch, *key: int) -> Batch:
+        return masking.hide(batch, self.config, self.tokenizer, key)
+
+
 class PairData(Data):
     """Pairs, to write each target from its source: a pair a row.
 
@@ -253,7 +291,11 @@ def prepare(
     if config.task is not None:
         return TaskData(config)
     folder = Path(run_dir) / "data"
-    make, kind = {"causal_lm": (_make, TextData), "seq2seq": (_make_pairs, PairData)}[objective]
+    make, kind = {
+        "causal_lm": (_make, TextData),
+        "masked_lm": (_make, MaskedData),
+        "seq2seq": (_make_pairs, PairData),
+    }[objective]
     if not folder.exists():
         snapshot.write(folder, make(config))
     data = kind(config, snapshot.read(folder))
@@ -304,8 +346,13 @@ def _meta(config: DataConfig, text: corpus.Corpus, tokenizer: tokenizers.Tokeniz
         "documents": len(text.documents),
         "skipped_files": text.skipped,
         "vocab_size": tokenizer.vocab_size,
-        "config": dataclasses.asdict(config),
+        "config": _choices(config),
     }
+
+
+def _choices(config: DataConfig) -> dict[str, Any]:
+    """The keys that a snapshot is made by; masks are drawn from it later."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MASKING_KEYS}
 
 
 def _fits(config: DataConfig, pair: Pair, tokenizer: tokenizers.Tokenizer) -> bool:
@@ -338,7 +385,7 @@ def _check_length(config: DataConfig, name: str, split: snapshot.Split) -> None:
 
 def _check_config(data: Data, folder: Path) -> None:
     """ValueError that names the keys in which the snapshot's data section differs."""
-    made, asked = data.snapshot.meta["config"], dataclasses.asdict(data.config)
+    made, asked = data.snapshot.meta["config"], _choices(data.config)
     differences = [
         f"data.{key} was {json.dumps(made.get(key))}, is {json.dumps(asked.get(key))}"
         for key in {**asked, **made}

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,17 +22,30 @@ from train import data as data_lib
 from train.checkpoint import Checkpoints
 from train.console import Console, printable
 from train.files import write_atomically
-from train.metrics import MetricsWriter, draw_losses
+from train.masking import vocabulary_size
+from train.metrics import BITS, FINAL, MetricsWriter, draw_losses
 from train.objective import check_ids
 from train.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
 from train.run_folder import RunFolder, config_hash, package_versions
 from train.schema import RunConfig
-from train.step import Batch, make_eval_step, make_train_step
-from train.tasks.scoring import make_task_eval_step
+from train.step import Batch, make_eval_step, make_fill_in, make_train_step
 
 _SAMPLING = Sampling(temperature=0.8)
 _SAMPLED_SOURCES = 4
-_SCORES = ("val/loss", "val/accuracy", "val/full_loss", "val/full_accuracy", "val/bits_per_byte")
+_MASK = "█"  # a masked token in a sample
+
+
+class Scores(NamedTuple):
+    """Sums over scored tokens: nll in nats, their number, for masked_lm and tasks those guessed right."""
+
+    nll: float
+    count: int
+    correct: int | None = None
+
+    def means(self, place: str) -> dict[str, float]:
+        """The loss and, where it is known, the accuracy, each name behind `place`."""
+        accuracy = {} if self.correct is None else {f"{place}accuracy": self.correct / self.count}
+        return {f"{place}loss": self.nll / self.count} | accuracy
 
 
 class NonFiniteError(ValueError):
@@ -54,7 +66,7 @@ def train(config: RunConfig) -> int:
                 result = run.finish()
         else:
             print(f"{folder.path} is finished")
-        _print_result(folder.path, result)
+        _print_result(folder.path, result, scored_unit(config))
     return 0
 
 
@@ -64,19 +76,26 @@ class Run:
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
         self.data = data_lib.prepare(config.data, folder.path, config.objective)
-        self.model = with_vocabulary(config.model, self.data.vocab_size)
+        self.masked = config.objective == "masked_lm"
+        self.unit = scored_unit(config)
+        ids = vocabulary_size(config.objective, config.data.task or self.data.tokenizer)
+        self.model = with_vocabulary(config.model, ids)
         self.requests = _requests(config, self.model, self.data)
         init_key, self.dropout_key, self.sample_key = jax.random.split(jax.random.key(config.seed), 3)
         self.train_step = make_train_step(self.model, config.optimizer, config.steps)
-        make_eval = make_eval_step if config.data.task is None else make_task_eval_step
-        self.eval_step = make_eval(self.model)
+        if self.masked or config.data.task is not None:
+            self.eval_step = make_eval_step(self.model, accuracy=True)
+        else:
+            self.eval_step = make_eval_step(self.model)
+        if self.masked:
+            self.fill_in = make_fill_in(self.model)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
         self._start(init_key)
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
         notes = folder.begin(facts)
         self.checkpoints.collect(self.best and self.best["step"])
         self.metrics = MetricsWriter(folder.path, self.done)
-        self.console = Console(config.steps, self.done)
+        self.console = Console(config.steps, self.done, unit=self.unit)
         self.console.line(self.data.summary)
         start = f"resuming after step {self.done}" if self.done else "starting"
         self.console.line(
@@ -144,7 +163,7 @@ class Run:
         if self._evaluates(step) or step % self.config.log_every == 0:
             self.console.row(self.metrics.write(step, {**values, "tokens_per_second": round(speed, 1)}))
             self._reset_clock()
-        if self._evaluates(step) and self.requests is not None:
+        if self._evaluates(step) and self.config.evaluation.sample_tokens:
             self._sample(step)
         if self._saves(step):
             self._save(step, values.get("val/loss"))
@@ -158,27 +177,42 @@ class Run:
         return step % self.config.checkpoint.every == 0 or step == self.config.steps
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """The means over the periodic evaluation's tokens."""
-        nll, count, *right = self._score(self.data.validation_batches(self.config.evaluation.batches))
-        if not math.isfinite(nll):
-            raise NonFiniteError(f"step {step}: the held-out loss is {nll}; no later checkpoint was written")
-        return {"val/loss": nll / count} | ({"val/accuracy": right[0] / count} if right else {})
+        """The means over the periodic evaluation's tokens, by name."""
+        scores = self._score(self.data.validation_batches(self.config.evaluation.batches))
+        if not math.isfinite(scores.nll):
+            raise NonFiniteError(
+                f"step {step}: the held-out loss is {scores.nll}; no later checkpoint was written"
+            )
+        return scores.means("val/")
 
-    def _score(self, batches: Iterable[Batch]) -> tuple[float, ...]:
-        """The sums over the batches of what eval_step returns, read one late as in training.
-
-        They are the nll in nats, the number of tokens and, of a task, the number of right ones.
-        """
-        totals, pending = None, []
+    def _score(self, batches: Iterable[Batch]) -> Scores:
+        """The sums of what `eval_step` gives over the batches, read one late as in training."""
+        parts, pending = [], []
         for batch in batches:
             pending.append(self.eval_step(self.params, self._checked(batch)))
             if len(pending) > 1:
-                totals = _plus(totals, pending.pop(0))
-        totals = _plus(totals, *pending)
-        assert totals[1] > 0, "the data holds tokens to score"
-        return totals
+                parts.append(jax.device_get(pending.pop(0)))
+        parts += jax.device_get(pending)
+        scores = Scores(*(sum(x.item() for x in column) for column in zip(*parts, strict=True)))
+        assert scores.count > 0, "the data holds tokens to score"
+        return scores
 
     def _sample(self, step: int) -> None:
+        texts = self._filled_in() if self.masked else self._written(step)
+        path = self._sample_path(step)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, "\n".join(texts))
+
+    def _filled_in(self) -> list[str]:
+        """Some held-out text with its masks, and with what the model puts in their places."""
+        batch = next(self.data.validation_batches(self.config.evaluation.batches))
+        batches = (batch["tokens"], self.fill_in(self.params, self._checked(batch)))
+        length = self.config.evaluation.sample_tokens
+        masked, filled = (self._readable(np.asarray(tokens)[0, :length]) for tokens in batches)
+        return [f"--- masked\n{masked}", f"--- filled in\n{filled}"]
+
+    def _written(self, step: int) -> list[str]:
+        """What the model writes after each prompt."""
         evaluation, tokenizer = self.config.evaluation, self.data.tokenizer
         rows = generate(
             self.model,
@@ -190,10 +224,7 @@ class Run:
             key=jax.random.fold_in(self.sample_key, step),
             eos_id=tokenizer.end_of_document,
         )
-        path = self._sample_path(step)
-        path.parent.mkdir(exist_ok=True)
-        texts = [head + tokenizer.decode(ids) for head, ids in zip(self.requests.heads, rows, strict=True)]
-        write_atomically(path, "\n".join(texts))
+        return [head + tokenizer.decode(ids) for head, ids in zip(self.requests.heads, rows, strict=True)]
 
     def _sample_path(self, step: int) -> Path:
         return self.folder.path / "samples" / f"step_{step:06d}.txt"
@@ -216,33 +247,40 @@ class Run:
         """Score every held-out token, draw the losses, write result.json; its content."""
         steps = self.config.steps
         last = next((row for row in reversed(self.metrics.rows) if "val/loss" in row), {})
-        result = {"step": steps} | {name: last[name] for name in ("train/loss", *_SCORES) if name in last}
+        names = ("train/loss", "val/loss", "val/accuracy")
+        result = {"step": steps} | {name: last[name] for name in names if name in last}
         if self.config.evaluation.final_full:
             self.console.line("scoring every held-out token")
-            scores = self._score_all()
-            self.metrics.write(steps, scores)
-            result |= scores
-        draw_losses(self.metrics.rows, self.folder.path / "loss.png")
+            scores = self._score(self.data.scoring_batches())
+            values = scores.means("val/full_") | {"val/tokens": scores.count}
+            # A loss of some tokens, given all others, is no code length of the text, and a task has no text.
+            if not (self.masked or self.config.data.task is not None):
+                values[BITS] = self._bits_per_byte(scores)
+            self.metrics.write(steps, values)
+            result |= values
+        draw_losses(self.metrics.rows, self.folder.path / "loss.png", self.unit)
         if self._sample_path(steps).exists():
             result["sample"] = self._sample_path(steps).read_text(encoding="utf-8")
         self.folder.finish(result)
         return result
 
-    def _score_all(self) -> dict[str, float]:
-        """Every held-out token's scores; a task has no bytes, but right answers."""
-        nll, count, *right = self._score(self.data.scoring_batches())
-        scores = {"val/full_loss": nll / count, "val/tokens": count}
-        if self.config.data.task is not None:
-            return scores | {"val/full_accuracy": right[0] / count}
+    def _bits_per_byte(self, scores: Scores) -> float:
         scored = self.data.validation_bytes
         if self.model.prefix:  # what a prefix shows is not scored: count the bytes of the rest alone
             every = sum(int((batch["targets"] >= 0).sum()) for batch in self.data.scoring_batches())
-            scored = scored * count / every
-        return scores | {"val/bits_per_byte": nll / math.log(2) / scored}
+            scored = scored * scores.count / every
+        return scores.nll / math.log(2) / scored
 
     def close(self) -> None:
         """Close the files."""
         self.metrics.close()
+
+    def _readable(self, ids: np.ndarray) -> str:
+        """The text of some ids, each mask a block."""
+        masks = np.flatnonzero(ids == self.data.mask_id)
+        parts = np.split(ids, masks)
+        texts = [self.data.tokenizer.decode(part[part != self.data.mask_id]) for part in parts]
+        return _MASK.join(texts)
 
     def _checked(self, batch: Batch) -> Batch:
         check_ids(batch, self.model.vocab_size)
@@ -252,19 +290,10 @@ class Run:
         self._clock = (time.perf_counter(), self.tokens)
 
 
-def _plus(totals: tuple[float, ...] | None, *parts: tuple[jax.Array, ...]) -> tuple[float, ...]:
-    """The sums with the parts added, as numbers of Python: float64, and integers of any size."""
-    for part in jax.device_get(parts):
-        numbers = [number.item() for number in part]
-        totals = tuple(numbers if totals is None else map(operator.add, totals, numbers))
-    assert totals is not None, "there is at least one batch"
-    return totals
-
-
 def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | None:
-    """What samples start from, None if none is asked for: the prompt, or a few held-out sources."""
+    """What texts are written from, None if none are: the prompt, or a few held-out sources."""
     evaluation = config.evaluation
-    if evaluation.sample_tokens == 0:
+    if evaluation.sample_tokens == 0 or config.objective == "masked_lm":
         return None
     texts = [evaluation.sample_prompt]
     if config.objective == "seq2seq":
@@ -288,8 +317,18 @@ def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | No
     return requests
 
 
-def _print_result(path: Path, result: dict[str, Any]) -> None:
+def scored_unit(config: RunConfig) -> str:
+    """What losses are the mean over, in the singular."""
+    if config.data.task is not None:
+        return "queried token"
+    return "masked token" if config.objective == "masked_lm" else "token"
+
+
+def _print_result(path: Path, result: dict[str, Any], unit: str) -> None:
     if "sample" in result:
         print(f"--- sample\n{printable(result['sample'])}\n---")
-    figures = "  ".join(f"{name} {result[name]:.4f}" for name in _SCORES if name in result)
+    names = ("val/loss", "val/accuracy", FINAL, "val/full_accuracy", BITS)
+    figures = "  ".join(f"{name} {result[name]:.4f}" for name in names if name in result)
+    if "val/accuracy" in result:
+        figures += f"  (nats per {unit}; share of {unit}s guessed right)"
     print(f"{path}: step {result['step']}  {figures}", flush=True)

@@ -1,9 +1,10 @@
 """What a run measures: metrics.jsonl is the truth; TensorBoard events and the picture are made from it.
 
-A row has `step` (updates done), then what was measured: losses in nats per token, of a task `val/accuracy`
-(the share of scored tokens with the largest logit), `tokens` scored in training so far, `tokens_per_second`,
-`time` (Unix seconds). All but the last two are the same bits in every run of a config on a machine,
-interrupted or not.
+A row has `step` (updates done), then what was measured: losses in nats per scored token, `tokens` scored in
+training so far, `tokens_per_second` of them, `time` (Unix seconds). Objective masked_lm scores the masked
+tokens, a task the queried ones; both add val/accuracy, the share of them that are the likeliest of all. All
+but `tokens_per_second` and `time` are the same bits in every run of a config on a machine, interrupted or
+not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tensorboardX.proto.event_pb2 import Event
 from train.files import write_atomically
 
 TIMING = ("tokens_per_second", "time")
+BITS = "val/bits_per_byte"
 FINAL = "val/full_loss"  # a row that has it was written after the last checkpoint
 
 
@@ -86,8 +88,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
-    """The loss curves of `rows` as a PNG."""
+def draw_losses(rows: list[dict[str, Any]], path: Path, unit: str = "token") -> None:
+    """The loss curves of `rows`, in nats per `unit`, as a PNG."""
     # Only here: a run that is not drawn need not import it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,7 +101,7 @@ def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, markersize=3, **style)
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel=f"nats per {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(f".{path.name}.tmp")

@@ -1,4 +1,4 @@
-"""The loss of causal language modelling, and of a target given its source.
+"""The loss of causal and masked language modelling, and of a target given its source.
 
     L = sum_i nll_i / n   over the n targets >= 0,    nll_i = logsumexp(z_i) - z_i[target_i]
 
@@ -32,6 +32,11 @@ def mean_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, j
     """(mean negative log-likelihood of the scored targets in nats, their number); (0, 0) if there is none."""
     total, count = token_nll(logits_BTV, targets_BT)
     return total / jnp.maximum(count, 1), count
+
+
+def count_correct(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """How many scored targets have the largest logit of their position: int32 []."""
+    return jnp.sum((targets_BT >= 0) & (jnp.argmax(logits_BTV, axis=-1) == targets_BT), dtype=jnp.int32)
 
 
 def check_ids(batch: dict[str, np.ndarray], vocab_size: int) -> None:

@@ -15,6 +15,7 @@ from attention_jax.model import ModelConfig, init_params
 from train import config as config_lib
 from train import tokenizers
 from train.checkpoint import Checkpoints
+from train.masking import vocabulary_size
 from train.optimizer import make_optimizer
 from train.schema import RunConfig
 
@@ -60,7 +61,7 @@ def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
     config = config_lib.load(folder / "config.yaml", [])
     task = config.data.task
     tokenizer = None if task else tokenizers.load(folder / "data" / "tokenizer.json")
-    model = with_vocabulary(config.model, (task or tokenizer).vocab_size)
+    model = with_vocabulary(config.model, vocabulary_size(config.objective, task or tokenizer))
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     number = _step(checkpoints, step)
     state, _ = checkpoints.restore(number, abstract_state(config, model))
@@ -68,12 +69,12 @@ def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
 
 
 def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
-    """The model with the data's vocabulary size, unless it states one that is large enough."""
+    """The model with `size` token ids, unless it states a number that is large enough."""
     if model.vocab_size is None:
         return dataclasses.replace(model, vocab_size=size)
     if model.vocab_size < size:
         raise ValueError(
-            f"model.vocab_size {model.vocab_size} is less than the {size} ids of the data: raise or null it"
+            f"model.vocab_size {model.vocab_size} is less than the {size} ids it reads: raise or null it"
         )
     return model
 
@@ -112,7 +113,7 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
 
 def make_requests(objective: str, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Requests:
     """The texts as prompts, or as sources whose targets are to be written. ValueError for an empty source."""
-    if objective == "causal_lm":
+    if objective != "seq2seq":  # for masked_lm `generate` says why it does not
         return Requests([encode_prompt(tokenizer, text) for text in texts], None, list(texts))
     if not all(texts):
         raise ValueError("the source is empty: the model writes a target for a text, give one")

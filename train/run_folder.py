@@ -23,12 +23,13 @@ from typing import Any
 from train import config as config_lib
 from train import plain_yaml
 from train.files import write_atomically, write_json
-from train.schema import RunConfig
+from train.schema import MASKING_KEYS, RunConfig
 
 # Keys that may change between two starts: they alter no bit of parameters, optimiser, losses or data order.
 FREE = ("run_dir", "log_every", "evaluation.sample_prompt", "evaluation.sample_tokens")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _LOCK = "run.lock"
+_MASKING = {f"data.{name}" for name in MASKING_KEYS}
 
 
 class RunFolder:
@@ -188,7 +189,13 @@ def _text(path: Path) -> str:
 
 def _identity(config: Any) -> dict[str, Any]:
     """The dotted keys that say which run it is."""
-    return {key: value for key, value in _flat(config).items() if key not in FREE}
+    flat = {key: value for key, value in _flat(config).items() if key not in FREE}
+    if flat.get("data.task") is None:
+        flat.pop("data.task", None)
+    if flat.get("objective") == "masked_lm":
+        return flat
+    # Elsewhere these hold their defaults, and runs that were begun before they existed go on.
+    return {key: value for key, value in flat.items() if key not in _MASKING}
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

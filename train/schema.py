@@ -15,6 +15,8 @@ from attention_jax.mixers import CrossAttentionConfig
 from attention_jax.model import ModelConfig
 from train.tasks import TaskConfig
 
+# Keys of `data` that objective masked_lm alone reads.
+MASKING_KEYS = ("mask_fraction", "mask_replaced", "mask_random")
 _FORBID = {"extra": "forbid", "strict": True}
 _SEED_LIMIT = 2**32
 
@@ -39,10 +41,15 @@ class DataConfig:
     #: documents: end to end in rows, with segment ids and positions that restart; stream: random
     #: windows of the concatenated text. objective seq2seq packs nothing, leave it out
     packing: Literal["documents", "stream"] = "documents"
+    #: objective masked_lm: share of a row's tokens that are chosen, to be told from both sides
+    mask_fraction: float = 0.15
+    mask_replaced: float = 0.8  #: share of the chosen tokens that the mask id takes the place of
+    mask_random: float = 0.1  #: share of them that a random token takes the place of; the others stay
     validation_fraction: float = 0.1  #: share of the text held out, between 0 and 1
     #: files: whole files, chosen by a hash of their name; tail: the last characters of the text, or pairs
     validation_split: Literal["files", "tail"] = "files"
-    shuffle_seed: int = 0  #: order of the training rows; of a task: which rows
+    #: order of the training rows, and which of their tokens are masked; of a task: which rows
+    shuffle_seed: int = 0
     #: rows made by a synthetic task instead of text, which then needs evaluation.sample_tokens: 0; null: text
     task: TaskConfig | None = None
 
@@ -54,6 +61,16 @@ class DataConfig:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction must lie between 0 and 1, both excluded, got {self.validation_fraction}"
+            )
+        if not 0 < self.mask_fraction <= 1:
+            raise ValueError(f"mask_fraction must be in (0, 1], got {self.mask_fraction}")
+        for name in ("mask_replaced", "mask_random"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.mask_replaced + self.mask_random > 1 + 1e-9:
+            raise ValueError(
+                f"mask_replaced {self.mask_replaced} and mask_random {self.mask_random} exceed 1 together: "
+                "lower one of them"
             )
         if self.files is not None and not self.files.strip():
             raise ValueError("files is an empty glob; null reads the Python standard library's source")
@@ -133,7 +150,8 @@ class EvaluationConfig:
     batches: int | None = 20
     final_full: bool = True  #: score every held-out token after the last step
     #: the model's text after this is saved with each evaluation; objective seq2seq: leave it out, a few
-    #: held-out sources and what the model writes for them are saved
+    #: held-out sources and what the model writes for them are saved; masked_lm: leave it out, some held-out
+    #: text with masks and as the model fills it in is saved
     sample_prompt: str = "def "
     sample_tokens: int = 200  #: a sample's length in tokens, at most; 0 samples nothing
 
@@ -168,8 +186,9 @@ class RunConfig:
     log_every: int = 10  #: steps between rows of metrics.jsonl
     #: causal_lm: each token from those before it; seq2seq: a target text from a source text, through
     #: model.encoder and mixers of kind cross. Losses are in nats per target token, bits per byte are of the
-    #: targets, their sources given
-    objective: Literal["causal_lm", "seq2seq"] = "causal_lm"
+    #: targets, their sources given; masked_lm: chosen tokens from those on both sides, by a model whose
+    #: `causal` is false. Losses are in nats per masked token, and there are no bits per byte
+    objective: Literal["causal_lm", "seq2seq", "masked_lm"] = "causal_lm"
     model: ModelConfig = field(default_factory=ModelConfig)  #: the language model
     data: DataConfig = field(default_factory=DataConfig)  #: the text
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  #: the optimiser
@@ -182,10 +201,15 @@ class RunConfig:
         if self.run_dir is not None and not self.run_dir.strip():
             raise ValueError("run_dir is empty; name a folder, or null for runs/NAME_OF_THE_CONFIG")
         self._check_rows()
+        self._check_causal()
         if self.objective == "seq2seq":
             self._check_seq2seq()
         else:
             self._check_language_model()
+        if self.objective == "masked_lm":
+            self._check_masked_lm()
+        else:
+            self._check_no_masks()
         if self.data.task is not None:
             self._check_task(self.data.task.kind)
         self._check_schedule()
@@ -199,9 +223,18 @@ class RunConfig:
         for name, length in lengths.items():
             if length is not None and model.max_positions is not None and model.max_positions < length:
                 raise ValueError(f"data.{name} {length} exceeds model.max_positions {model.max_positions}")
-        if not model.causal:
+
+    def _check_causal(self) -> None:
+        masked = self.objective == "masked_lm"
+        if self.model.causal and masked:
             raise ValueError(
-                "model.causal is false: the trainer predicts the next token, which such a model sees"
+                "model.causal is true: objective masked_lm tells a token from both sides; set model.causal "
+                "to false, or objective: causal_lm"
+            )
+        if not self.model.causal and not masked:
+            raise ValueError(
+                f"model.causal is false: objective {self.objective} predicts the next token, which such a "
+                "model sees; set it to true, or objective: masked_lm"
             )
 
     def _check_language_model(self) -> None:
@@ -213,12 +246,13 @@ class RunConfig:
                 )
         if self.model.encoder is not None:
             raise ValueError(
-                "model.encoder is set: it reads a source, which objective causal_lm does not have; set "
+                f"model.encoder is set: it reads a source, which objective {self.objective} does not have; set "
                 "objective: seq2seq"
             )
         if self.data.source_length is not None:
             raise ValueError(
-                f"data.source_length {self.data.source_length}: objective causal_lm has no source; leave it out"
+                f"data.source_length {self.data.source_length}: objective {self.objective} has no source; "
+                "leave it out"
             )
         evaluation, tokenizer = self.evaluation, self.data.tokenizer
         if evaluation.sample_tokens and not evaluation.sample_prompt and tokenizer == "chars":
@@ -251,6 +285,21 @@ class RunConfig:
                 f"model.mixers: a prefix of {self.model.prefix} tokens sees all of itself, so the start of a "
                 "target would see what it has to predict; objective seq2seq takes causal masks only"
             )
+
+    def _check_masked_lm(self) -> None:
+        if self.evaluation.sample_prompt != EvaluationConfig.sample_prompt:
+            raise ValueError(
+                "evaluation.sample_prompt: objective masked_lm fills in held-out text; leave it out"
+            )
+
+    def _check_no_masks(self) -> None:
+        for name in MASKING_KEYS:
+            value = getattr(self.data, name)
+            if value != getattr(DataConfig, name):
+                raise ValueError(
+                    f"data.{name} {value}: objective {self.objective} masks no tokens; leave it out, or set "
+                    "objective: masked_lm"
+                )
 
     def _check_task(self, kind: str) -> None:
         if self.objective != "causal_lm":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, apply, encode
-from train.objective import token_nll
+from train.objective import count_correct, token_nll
 from train.optimizer import clip_by_global_norm, make_optimizer, make_schedule
 from train.schema import OptimizerConfig
 
@@ -51,15 +51,30 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
     return jax.jit(train_step, donate_argnums=(0, 1))
 
 
-def make_eval_step(model: ModelConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """`eval_step(params, batch) -> (sum of nll in nats, number of scored tokens)`, jitted; no dropout."""
+def make_eval_step(model: ModelConfig, *, accuracy: bool = False) -> Callable[..., tuple[jax.Array, ...]]:
+    """`eval_step(params, batch) -> (sum of nll in nats, number of scored tokens)`, jitted; no dropout.
+
+    accuracy: a third value, the number of scored tokens that have the largest logit.
+    """
 
     def eval_step(params, batch):
         batch = _unseen(model, batch)
         logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None))
-        return token_nll(logits_BTV, batch["targets"])
+        scores = token_nll(logits_BTV, batch["targets"])
+        return (*scores, count_correct(logits_BTV, batch["targets"])) if accuracy else scores
 
     return jax.jit(eval_step)
+
+
+def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
+    """`fill_in(params, batch) -> int32 [B, T]`, jitted: the tokens, where one is hidden the likeliest."""
+
+    def fill_in(params, batch):
+        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None))
+        likeliest_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+        return jnp.where(batch["targets"] >= 0, likeliest_BT, batch["tokens"])
+
+    return jax.jit(fill_in)
 
 
 def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: jax.Array) -> jax.Array:
@@ -69,8 +84,11 @@ def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: 
 
 
 def _unseen(model: ModelConfig, batch: Batch) -> Batch:
-    """The batch without the targets that a prefix shows: those at positions below `model.prefix`."""
-    if not model.prefix:
+    """The batch without the targets that a prefix shows: those at positions below `model.prefix`.
+
+    A two-sided model shows none: what it has to tell is hidden in the tokens.
+    """
+    if not model.causal or not model.prefix:
         return batch
     positions = batch.get("positions")
     positions = jnp.arange(batch["tokens"].shape[1])[None] if positions is None else positions

@@ -32,11 +32,6 @@ class TaskData:
         assert self.config.task is not None
         return self.config.task
 
-    @property
-    def vocab_size(self) -> int:
-        """How many token ids there are."""
-        return self.task.vocab_size
-
     @functools.cached_property
     def corpus_sha256(self) -> str:
         """Of the first training rows and all held-out ones: a run goes on with its own rows only."""
