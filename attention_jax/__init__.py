@@ -2,7 +2,8 @@
 
 One alphabet, in names, einsums and annotations: B batch, T query length, S key length, N query heads, K kv
 heads, G = N/K, H head width, M value width, D model width, F feed-forward width, V vocabulary, C chunk,
-L layers, R latent width, P rotary width. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
+L layers, R latent width, P rotary width, U inputs kept for a convolution. An array's name ends in its axes:
+`q_BTNH`, `logits_BTV`.
 """
 
 from attention_jax import biases, caches, masks, positions
@@ -35,8 +36,12 @@ from attention_jax.mixers import (
     DifferentialAttentionConfig,
     ForgettingAttentionConfig,
     GatedAttentionConfig,
+    GLAConfig,
     LatentAttentionConfig,
+    LightningConfig,
+    Mamba2Config,
     NSAConfig,
+    RetentionConfig,
     make_mixer,
 )
 from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply, encode, init_params
@@ -62,16 +67,20 @@ __all__ = [
     "EncoderConfig",
     "ForgettingAttentionConfig",
     "Full",
+    "GLAConfig",
     "GatedAttentionConfig",
     "Global",
     "LanguageModel",
     "LatentAttentionConfig",
+    "LightningConfig",
     "Longformer",
+    "Mamba2Config",
     "Mask",
     "ModelConfig",
     "NSAConfig",
     "Predicate",
     "Prefix",
+    "RetentionConfig",
     "RoPE",
     "Sampling",
     "Sinks",

@@ -13,12 +13,16 @@ from attention_jax.mixers import (
     DifferentialAttentionConfig,
     ForgettingAttentionConfig,
     GatedAttentionConfig,
+    GLAConfig,
     LatentAttentionConfig,
+    LightningConfig,
+    Mamba2Config,
     MixerConfig,
     NSAConfig,
+    RetentionConfig,
 )
 from attention_jax.positions import RoPE, Temperature, XPos, YaRN
-from tests.reference import variants
+from tests.reference import decayed, variants
 from tests.reference.attention import attention_mixer
 from tests.reference.nsa import nsa_mixer
 
@@ -144,6 +148,43 @@ MIXERS |= {
     "nsa-fine": _nsa(
         num_kv_heads=1, compress_block=3, compress_stride=1, compress_width=7, select_block=2,
         select_count=5, window=3, use_bias=True,
+    ),
+}  # fmt: skip
+
+
+def _decayed(formula: Callable, config: MixerConfig, *names: str, **given) -> MixerCase:
+    """A row of a recurrence with decay, causal by itself; the reference takes the config's fields named."""
+    options = {name: getattr(config, name) for name in names} | given
+    return MixerCase(config, lambda params, x, keep: formula(params, x, **options), ("chunked", "recurrent"))
+
+
+MIXERS |= {
+    "retention": _decayed(decayed.retention, RetentionConfig(), "rope", heads=4),
+    "retention-range": _decayed(
+        decayed.retention,
+        RetentionConfig(num_heads=2, head_dim=6, value_dim=5, rope=None, first_exponent=0.5, last_exponent=3,
+                        use_bias=True),
+        "first_exponent", "last_exponent", heads=2,
+    ),
+    "gla": _decayed(decayed.gla, GLAConfig(), heads=4, tau=16.0),
+    "gla-fast": _decayed(
+        decayed.gla,
+        GLAConfig(num_heads=2, head_dim=5, value_dim=7, decay_rank=3, decay_temperature=0.5, use_bias=True),
+        heads=2, tau=0.5,
+    ),
+    "lightning": _decayed(decayed.lightning, LightningConfig(), slopes=ALIBI_4),
+    "lightning-rope": _decayed(
+        decayed.lightning,
+        LightningConfig(head_dim=6, rope=RoPE(), slope_factor=2.0, use_bias=True),
+        "rope", slopes=[2 * slope for slope in ALIBI_4],
+    ),
+    "mamba2": _decayed(decayed.mamba2, Mamba2Config(head_dim=16, state_dim=8), "groups", heads=4),
+    # Groups of two heads, other widths, steps held between limits.
+    "mamba2-groups": _decayed(
+        decayed.mamba2,
+        Mamba2Config(expand=3, head_dim=24, state_dim=5, groups=2, convolution=3, dt_limit_low=0.4,
+                     dt_limit_high=0.9, use_bias=True),
+        "groups", heads=4, limits=(0.4, 0.9),
     ),
 }  # fmt: skip
 

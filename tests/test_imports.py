@@ -22,8 +22,8 @@ STOREYS = [
 
 # The ground floor of an op's folder, and its roof; what is between are implementations.
 OP_SHARED, OP_ROOF = {"common", "blocks", "tiles"}, {"api", "__init__"}
-# What every mixer may use: the contract, and what the softmax family shares.
-MIXERS_SHARED = {"attention_jax.mixers.base", "attention_jax.mixers.parts"}
+# What every mixer may use: the contract, what the softmax family shares, what recurrences share.
+MIXERS_SHARED = {f"attention_jax.mixers.{name}" for name in ("base", "parts", "recurrent")}
 
 
 def _storey(module: str) -> int:

@@ -17,8 +17,12 @@ from attention_jax.mixers.base import Context, Mixer
 from attention_jax.mixers.differential import DifferentialAttention, DifferentialAttentionConfig
 from attention_jax.mixers.forgetting import ForgettingAttention, ForgettingAttentionConfig
 from attention_jax.mixers.gated import GatedAttention, GatedAttentionConfig
+from attention_jax.mixers.gla import GatedLinearAttention, GLAConfig
+from attention_jax.mixers.lightning import LightningAttention, LightningConfig
+from attention_jax.mixers.mamba2 import Mamba2, Mamba2Config
 from attention_jax.mixers.mla import LatentAttention, LatentAttentionConfig
 from attention_jax.mixers.nsa import NSA, NSAConfig
+from attention_jax.mixers.retention import Retention, RetentionConfig
 
 MixerConfig = (
     AttentionConfig
@@ -28,6 +32,10 @@ MixerConfig = (
     | DifferentialAttentionConfig
     | LatentAttentionConfig
     | NSAConfig
+    | RetentionConfig
+    | GLAConfig
+    | LightningConfig
+    | Mamba2Config
 )
 
 
@@ -68,12 +76,20 @@ __all__ = [
     "ForgettingAttentionConfig",
     "GatedAttention",
     "GatedAttentionConfig",
+    "GatedLinearAttention",
+    "GLAConfig",
     "LatentAttention",
     "LatentAttentionConfig",
+    "LightningAttention",
+    "LightningConfig",
+    "Mamba2",
+    "Mamba2Config",
     "Mixer",
     "MixerConfig",
     "NSA",
     "NSAConfig",
+    "Retention",
+    "RetentionConfig",
     "make_mixer",
     "mixer_kinds",
 ]

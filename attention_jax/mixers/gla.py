@@ -1,0 +1,126 @@
+"""Gated linear attention (GLA): Yang et al. 2023 (arXiv 2312.06635).
+
+    alpha_t = sigmoid(x_t W_1 W_2 + b)^(1 / tau)                       a decay per key channel, of rank r
+    S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = q_t S_t / sqrt(H)
+    y = W_o (swish(x W_g) * norm(o))
+
+tau = 16 starts the decays near 1. The norm is per head: RMS with one learned scale for all heads, as in the
+authors' code (the paper writes a layer norm). The decays are float32 whatever the model computes in. No
+position code: the decays tell near from far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.about import About
+from attention_jax.layers import linear, together
+from attention_jax.mixers.base import Context
+from attention_jax.mixers.parts import check_heads, head_width, split_heads, zero_invalid
+from attention_jax.mixers.recurrent import GatedRMSNorm, RecurrentState, decayed, refuse_bidirectional
+from attention_jax.ops.decay_scan.api import implementations
+
+
+@dataclasses.dataclass(frozen=True)
+class GLAConfig:
+    """Gated linear attention; `kind: gla`. Causal models only."""
+
+    about = About("Gated linear attention", "arXiv 2312.06635", "O(T)", cache="a matrix H x M per head")
+    implementations = staticmethod(implementations)
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    kind: Literal["gla"] = "gla"  #: the mixer
+    num_heads: int = 4  #: heads (N)
+    head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / (2 num_heads)
+    value_dim: int | None = None  #: width of a head's values (M); null: d_model / num_heads
+    decay_rank: int = 16  #: rank of the projection that makes the decays (r)
+    decay_temperature: float = 16.0  #: tau; larger: remembers longer at first
+    use_bias: bool = False  #: biases in the projections (that of the decays always has one)
+    impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
+
+    def __post_init__(self):
+        check_heads(self.num_heads, None, 0.0)
+        for name in ("value_dim", "decay_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if not 0 < self.decay_temperature < math.inf:
+            raise ValueError(f"decay_temperature must be > 0 and finite, got {self.decay_temperature}")
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """(H, M); ValueError where they are no whole numbers."""
+        if self.head_dim is None and d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"d_model {d_model} is not divisible by 2 num_heads = {2 * self.num_heads}; set head_dim"
+            )
+        head_dim = head_width(d_model, 2 * self.num_heads, self.head_dim)
+        if self.value_dim is None and d_model % self.num_heads:
+            raise ValueError(
+                f"d_model {d_model} is not divisible by num_heads {self.num_heads}; set value_dim"
+            )
+        return head_dim, self.value_dim or d_model // self.num_heads
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        refuse_bidirectional("gla", causal, "its state decays from the past to the present")
+        self.widths(d_model)
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> GatedLinearAttention:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return GatedLinearAttention(d_model, self, rngs=rngs, **module)
+
+
+class GatedLinearAttention(nnx.Module):
+    """Linear attention with a data-dependent decay per key channel, an RMS norm and a swish gate."""
+
+    def __init__(
+        self,
+        d_model: int,
+        config: GLAConfig,
+        *,
+        dtype: Any = jnp.float32,
+        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
+        out_init=None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        N = config.num_heads
+        self.head_dim, self.value_dim = config.widths(d_model)
+        keys, values = N * self.head_dim, N * self.value_dim
+        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
+        widths = {"q": keys, "k": keys, "v": values, "gate": values, "decay_down": config.decay_rank}
+        for name, width in widths.items():
+            setattr(self, name, linear(d_model, width, kernel_init=kernel_init, **common))
+        self.decay_up = linear(config.decay_rank, keys, use_bias=True, kernel_init=kernel_init, rngs=rngs)
+        self.norm = GatedRMSNorm(self.value_dim, dtype=dtype, rngs=rngs)
+        self.out = linear(values, d_model, kernel_init=out_init or kernel_init, **common)
+
+    def __call__(
+        self, x_BTD: jax.Array, state: RecurrentState | None = None, *, ctx: Context
+    ) -> tuple[jax.Array, RecurrentState | None]:
+        """y [B, T, D] and the state with x appended (None for None)."""
+        x_BTD = zero_invalid(x_BTD, ctx)
+        q, k, v, gate, low_rank = together([self.q, self.k, self.v, self.gate, self.decay_down], x_BTD)
+        q_BTNH, k_BTNH = split_heads(q, self.head_dim), split_heads(k, self.head_dim)
+        logits_BTE = self.decay_up(low_rank.astype(jnp.float32))
+        log_decay_BTE = jax.nn.log_sigmoid(logits_BTE) / self.config.decay_temperature
+        o_BTNM, state = decayed(
+            q_BTNH, k_BTNH, split_heads(v, self.value_dim), state, ctx,
+            log_decay=split_heads(log_decay_BTE, self.head_dim),
+            scale=self.head_dim**-0.5,
+            impl=self.config.impl,
+        )  # fmt: skip
+        y_BTNM = self.norm(o_BTNM, split_heads(gate, self.value_dim))
+        return zero_invalid(self.out(y_BTNM.reshape(gate.shape)), ctx), state
+
+    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> RecurrentState:
+        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
+        del capacity, memory, dtype
+        return RecurrentState.empty(batch, self.config.num_heads, self.head_dim, self.value_dim)

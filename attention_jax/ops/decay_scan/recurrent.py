@@ -1,0 +1,58 @@
+"""The recurrence as it is written, one token after another: O(1) memory per token forward.
+
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T,   y_t = scale * q_t S_t
+
+The backward keeps the state of every token; `chunked` does not.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.ops.decay_scan.common import Call, einsum, spread
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this implementation cannot run the call: it runs every call."""
+    del call
+    return None
+
+
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+    """(y_BTNM in call.out_dtype, state_BNHM)."""
+    B, T, N, _, _ = call.sizes
+    log_decay, run_BT = call.log_decay, call.run_BT
+    tokens = {"q": call.q_BTNH, "k": call.k_BTNH, "v": call.v_BTNM}
+    if log_decay is not None and log_decay.ndim > 1:
+        tokens["log_decay"] = log_decay
+    if run_BT is not None:
+        tokens["run"] = jnp.broadcast_to(run_BT, (B, T))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+
+    def step(carry, token):
+        state_BNHM, run_B = carry
+        q_BNH, k_BNH, v_BNM = (spread(token[x].astype(call.dtype), N, 1) for x in "qkv")
+        if log_decay is not None:
+            state_BNHM = _decay(token.get("log_decay", log_decay), N) * state_BNHM
+        if run_BT is not None:
+            same_B = token["run"] == run_B
+            state_BNHM = jnp.where(same_B[:, None, None, None], state_BNHM, 0.0)
+            run_B = token["run"]
+        state_BNHM = state_BNHM + k_BNH[..., None] * v_BNM[..., None, :]
+        y_BNM = call.scale * einsum("bnh,bnhm->bnm", q_BNH, state_BNHM)
+        return (state_BNHM, run_B), y_BNM.astype(call.out_dtype)
+
+    start = (call.state_BNHM, None if run_BT is None else jnp.zeros(B, jnp.int32))
+    (state_BNHM, _), y_TBNM = lax.scan(step, start, tokens)
+    return jnp.moveaxis(y_TBNM, 0, 1), state_BNHM
+
+
+def _decay(log_decay: jax.Array, N: int) -> jax.Array:
+    """exp of log decays [n], [B, n] or [B, n, H] as factors of the state, [1 or B, N, 1 or H, 1]."""
+    if log_decay.ndim == 1:
+        log_decay = log_decay[None]
+    if log_decay.ndim == 2:
+        log_decay = log_decay[..., None]
+    return jnp.exp(spread(log_decay, N, 1))[..., None]
