@@ -10,10 +10,13 @@ from attention_jax.masks import Causal, Full, Mask, Sinks, SlidingWindow
 from attention_jax.mixers import (
     AttentionConfig,
     CrossAttentionConfig,
+    DeltaNetConfig,
     DifferentialAttentionConfig,
     ForgettingAttentionConfig,
     GatedAttentionConfig,
+    GatedDeltaNetConfig,
     GLAConfig,
+    KDAConfig,
     LatentAttentionConfig,
     LightningConfig,
     Mamba2Config,
@@ -24,6 +27,7 @@ from attention_jax.mixers import (
 from attention_jax.positions import RoPE, Temperature, XPos, YaRN
 from tests.reference import decayed, variants
 from tests.reference.attention import attention_mixer
+from tests.reference.delta_mixers import delta_mixer
 from tests.reference.nsa import nsa_mixer
 
 D_MODEL = 32
@@ -187,6 +191,31 @@ MIXERS |= {
         "groups", heads=4, limits=(0.4, 0.9),
     ),
 }  # fmt: skip
+
+
+def _delta(config: MixerConfig) -> MixerCase:
+    """A row of a delta rule, causal by itself."""
+    options = {
+        "kind": config.kind, "heads": config.num_heads, "largest_beta": 1 + config.negative_eigenvalues,
+        "qk_heads": getattr(config, "num_qk_heads", None) or config.num_heads,
+    }  # fmt: skip
+    return MixerCase(
+        config, lambda params, x, keep: delta_mixer(params, x, **options), ("chunked", "recurrent")
+    )
+
+
+MIXERS |= {
+    "deltanet": _delta(DeltaNetConfig()),
+    "deltanet-negative": _delta(
+        DeltaNetConfig(num_heads=2, head_dim=6, value_dim=5, convolution=2, negative_eigenvalues=True)
+    ),
+    "gated-deltanet": _delta(GatedDeltaNetConfig(chunk_size=8)),
+    "gated-deltanet-shared-keys": _delta(
+        GatedDeltaNetConfig(num_qk_heads=2, head_dim=6, value_dim=5, negative_eigenvalues=True)
+    ),
+    "kda": _delta(KDAConfig(chunk_size=16)),
+    "kda-low-rank": _delta(KDAConfig(num_heads=2, head_dim=6, value_dim=5, rank=3, convolution=3)),
+}
 
 TWO_SIDED = {
     "full": _softmax(Full(), rope=RoPE()),

@@ -14,6 +14,14 @@ from attention_jax.mixers.attention import (
     CrossAttentionConfig,
 )
 from attention_jax.mixers.base import Context, Mixer
+from attention_jax.mixers.deltanet import (
+    DeltaNet,
+    DeltaNetConfig,
+    GatedDeltaNet,
+    GatedDeltaNetConfig,
+    KDAConfig,
+    KimiDeltaAttention,
+)
 from attention_jax.mixers.differential import DifferentialAttention, DifferentialAttentionConfig
 from attention_jax.mixers.forgetting import ForgettingAttention, ForgettingAttentionConfig
 from attention_jax.mixers.gated import GatedAttention, GatedAttentionConfig
@@ -36,6 +44,9 @@ MixerConfig = (
     | GLAConfig
     | LightningConfig
     | Mamba2Config
+    | DeltaNetConfig
+    | GatedDeltaNetConfig
+    | KDAConfig
 )
 
 
@@ -70,14 +81,20 @@ __all__ = [
     "Context",
     "CrossAttention",
     "CrossAttentionConfig",
+    "DeltaNet",
+    "DeltaNetConfig",
     "DifferentialAttention",
     "DifferentialAttentionConfig",
     "ForgettingAttention",
     "ForgettingAttentionConfig",
     "GatedAttention",
     "GatedAttentionConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
     "GatedLinearAttention",
     "GLAConfig",
+    "KDAConfig",
+    "KimiDeltaAttention",
     "LatentAttention",
     "LatentAttentionConfig",
     "LightningAttention",

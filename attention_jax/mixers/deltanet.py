@@ -1,0 +1,320 @@
+"""DeltaNet, Gated DeltaNet and Kimi Delta Attention: states that correct what they answer to a key.
+
+    q, k, v = silu(short convolution of x W_q, x W_k, x W_v),   q, k <- q / |q|, k / |k|   per head
+    beta_t = sigmoid(x_t W_b), one per head; twice that with negative eigenvalues
+    S_t = A_t S_{t-1} + beta_t k_t (v_t - (A_t S_{t-1})^T k_t)^T,   o_t = S_t^T q_t / sqrt(H)
+
+    deltanet        A_t = I                                              y = W_o RMSNorm(o)
+    gated_deltanet  A_t = exp(-exp(A_log) softplus(x W_a + dt_bias))     y = W_o (RMSNorm(o) * silu(x W_g))
+    kda             A_t = diag(exp(-exp(A_log) softplus(x W_1 W_2 + dt_bias)))
+                                                    y = W_o (RMSNorm(o) * sigmoid(x W_3 W_4 + b))
+
+Yang et al. 2024 (arXiv 2406.06484), Yang et al. 2024 (arXiv 2412.06464), Kimi Team 2025 (arXiv 2510.26692).
+A_log is one per head, dt_bias as wide as the decays. The transition A_t (I - beta_t k_t k_t^T) has eigenvalues
+in [0, 1], or in [-1, 1] where beta reaches 2: such a state can count modulo two (Grazzi et al. 2024, arXiv
+2411.12537). The norm is per head with one learned scale for all heads. beta and the decays are float32 whatever
+the model computes in. No position code: the convolution, the corrections and the decays tell near from far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.about import About
+from attention_jax.layers import linear, together
+from attention_jax.mixers.base import Context
+from attention_jax.mixers.parts import check_heads, head_width, split_heads, zero_invalid
+from attention_jax.mixers.recurrent import (
+    GatedRMSNorm,
+    RecurrentState,
+    ShortConvolution,
+    refuse_bidirectional,
+    scan_options,
+)
+from attention_jax.ops.delta_rule import delta_rule
+from attention_jax.ops.delta_rule.api import implementations
+
+_CACHE = "O(1): a matrix H x M per head, the convolution's last inputs"
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig:
+    """DeltaNet; `kind: deltanet`. Causal models only."""
+
+    about = About("DeltaNet", "arXiv 2406.06484", "O(T)", cache=_CACHE)
+    implementations = staticmethod(implementations)
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    kind: Literal["deltanet"] = "deltanet"  #: the mixer
+    num_heads: int = 4  #: heads (N)
+    head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
+    value_dim: int | None = None  #: width of a head's values (M); null: head_dim
+    convolution: int = 4  #: tokens that the short convolutions see, the present one included
+    negative_eigenvalues: bool = False  #: beta up to 2 instead of 1
+    chunk_size: int | None = None  #: tokens that the chunked recurrence takes at once; null: the fastest
+    impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
+
+    def __post_init__(self):
+        _check_fields(self, "value_dim", "convolution", "chunk_size")
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """(H, M); ValueError where H is no whole number."""
+        head_dim = head_width(d_model, self.num_heads, self.head_dim)
+        return head_dim, self.value_dim or head_dim
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        refuse_bidirectional("deltanet", causal, "its state is corrected from the past to the present")
+        self.widths(d_model)
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> DeltaNet:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return DeltaNet(d_model, self, rngs=rngs, **module)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaNetConfig:
+    """Gated DeltaNet; `kind: gated_deltanet`. Causal models only."""
+
+    about = About("Gated DeltaNet", "arXiv 2412.06464", "O(T)", cache=_CACHE)
+    implementations = staticmethod(implementations)
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    kind: Literal["gated_deltanet"] = "gated_deltanet"  #: the mixer
+    num_heads: int = 4  #: heads of values and states (N)
+    num_qk_heads: int | None = None  #: heads of queries and keys, a divisor of num_heads; null: num_heads
+    head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
+    value_dim: int | None = None  #: width of a head's values (M); null: 2 head_dim
+    convolution: int = 4  #: tokens that the short convolutions see, the present one included
+    negative_eigenvalues: bool = False  #: beta up to 2 instead of 1
+    chunk_size: int | None = None  #: tokens that the chunked recurrence takes at once; null: the fastest
+    impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
+
+    def __post_init__(self):
+        _check_fields(self, "value_dim", "convolution", "chunk_size")
+        heads = self.num_qk_heads
+        if heads is not None and (heads < 1 or self.num_heads % heads):
+            raise ValueError(f"num_qk_heads {heads} does not divide num_heads {self.num_heads}")
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """(H, M); ValueError where H is no whole number."""
+        head_dim = head_width(d_model, self.num_heads, self.head_dim)
+        return head_dim, self.value_dim or 2 * head_dim
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        refuse_bidirectional("gated_deltanet", causal, "its state decays from the past to the present")
+        self.widths(d_model)
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> GatedDeltaNet:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return GatedDeltaNet(d_model, self, rngs=rngs, **module)
+
+
+@dataclasses.dataclass(frozen=True)
+class KDAConfig:
+    """Kimi Delta Attention; `kind: kda`. Causal models only."""
+
+    about = About("Kimi Delta Attention", "arXiv 2510.26692", "O(T)", cache=_CACHE)
+    implementations = staticmethod(implementations)
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    kind: Literal["kda"] = "kda"  #: the mixer
+    num_heads: int = 4  #: heads (N)
+    head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
+    value_dim: int | None = None  #: width of a head's values (M); null: head_dim
+    rank: int | None = None  #: rank of the projections that make decays and gates; null: head_dim
+    convolution: int = 4  #: tokens that the short convolutions see, the present one included
+    negative_eigenvalues: bool = False  #: beta up to 2 instead of 1
+    chunk_size: int | None = None  #: tokens that the chunked recurrence takes at once; null: the fastest
+    impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
+
+    def __post_init__(self):
+        _check_fields(self, "value_dim", "rank", "convolution", "chunk_size")
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """(H, M); ValueError where H is no whole number."""
+        head_dim = head_width(d_model, self.num_heads, self.head_dim)
+        return head_dim, self.value_dim or head_dim
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        refuse_bidirectional("kda", causal, "its state decays from the past to the present")
+        self.widths(d_model)
+
+    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> KimiDeltaAttention:
+        """The mixer; `module` holds dtype and initialisers."""
+        self.check(d_model, causal=causal)
+        return KimiDeltaAttention(d_model, self, rngs=rngs, **module)
+
+
+def _check_fields(config: Any, *positive: str) -> None:
+    check_heads(config.num_heads, None, 0.0)
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if config.impl not in (None, *implementations()):
+        raise ValueError(f"unknown impl {config.impl!r}; there are {', '.join(implementations())}")
+
+
+class _DeltaMixer(nnx.Module):
+    """What the three share. A subclass says what else it projects x to, and makes decays and norm of it."""
+
+    def __init__(
+        self,
+        d_model: int,
+        config: DeltaNetConfig | GatedDeltaNetConfig | KDAConfig,
+        *,
+        dtype: Any = jnp.float32,
+        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
+        out_init=None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        N = config.num_heads
+        self.head_dim, self.value_dim = config.widths(d_model)
+        self.keys = (getattr(config, "num_qk_heads", None) or N) * self.head_dim
+        self.values = N * self.value_dim
+        common = {"dtype": dtype, "rngs": rngs}
+        widths = {"q": self.keys, "k": self.keys, "v": self.values, "beta": N} | self._also_projected()
+        for name, width in widths.items():
+            setattr(self, name, linear(d_model, width, kernel_init=kernel_init, **common))
+        self.projected = tuple(widths)
+        self.convolution = ShortConvolution(2 * self.keys + self.values, config.convolution, **common)
+        self.out = linear(self.values, d_model, kernel_init=out_init or kernel_init, **common)
+        self._add_parts(kernel_init, **common)
+
+    def _also_projected(self) -> dict[str, int]:
+        """Name and width of further projections of x."""
+        raise NotImplementedError
+
+    def _add_parts(self, kernel_init: Any, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        """Parameters beside those that all have."""
+        raise NotImplementedError
+
+    def _log_decay(self, projections: dict[str, jax.Array]) -> jax.Array | None:
+        """log A_t, float32 [B, T, N] or [B, T, N, H], or None."""
+        raise NotImplementedError
+
+    def _normed(self, o_BTNM: jax.Array, projections: dict[str, jax.Array]) -> jax.Array:
+        """What the output projection takes, [B, T, N, M]."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x_BTD: jax.Array, state: RecurrentState | None = None, *, ctx: Context
+    ) -> tuple[jax.Array, RecurrentState | None]:
+        """y [B, T, D] and the state with x appended (None for None)."""
+        config, (B, T, _) = self.config, x_BTD.shape
+        outputs = together([getattr(self, name) for name in self.projected], zero_invalid(x_BTD, ctx))
+        projections = dict(zip(self.projected, outputs, strict=True))
+        mixed = jnp.concatenate([projections[name] for name in "qkv"], axis=-1)
+        mixed, inputs = self.convolution(mixed, None if state is None else state.inputs_BUC, ctx=ctx)
+        q, k, v = jnp.split(mixed, [self.keys, 2 * self.keys], axis=-1)
+        largest = 2.0 if config.negative_eigenvalues else 1.0
+        y_BTNM, matrix_BNHM = delta_rule(
+            split_heads(q, self.head_dim, _unit), split_heads(k, self.head_dim, _unit),
+            split_heads(v, self.value_dim), largest * nnx.sigmoid(projections["beta"].astype(jnp.float32)),
+            log_decay=self._log_decay(projections),
+            initial_state_BNHM=None if state is None else state.matrix_BNHM,
+            scale=self.head_dim**-0.5,
+            chunk_size=config.chunk_size,
+            return_state=True,
+            impl=config.impl,
+            **scan_options(state, ctx, B, T),
+        )  # fmt: skip
+        y_BTE = self._normed(y_BTNM, projections).reshape(B, T, self.values)
+        return (
+            zero_invalid(self.out(y_BTE), ctx),
+            None if state is None else RecurrentState(matrix_BNHM, inputs),
+        )
+
+    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> RecurrentState:
+        """The empty state, as large for any capacity; `dtype` is that of the convolution's inputs alone."""
+        del capacity, memory
+        inputs_BUC = self.convolution.init_state(batch, dtype)
+        return RecurrentState.empty(batch, self.config.num_heads, self.head_dim, self.value_dim, inputs_BUC)
+
+
+class DeltaNet(_DeltaMixer):
+    """The delta rule without decay; RMS norm without a gate."""
+
+    def _also_projected(self):
+        return {}
+
+    def _add_parts(self, kernel_init, *, dtype, rngs):
+        del kernel_init
+        self.norm = nnx.RMSNorm(self.value_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+    def _log_decay(self, projections):
+        return None
+
+    def _normed(self, o_BTNM, projections):
+        return self.norm(o_BTNM)
+
+
+class GatedDeltaNet(_DeltaMixer):
+    """The delta rule with a decay per head; RMS norm with a silu gate."""
+
+    def _also_projected(self):
+        return {"decay": self.config.num_heads, "gate": self.values}
+
+    def _add_parts(self, kernel_init, *, dtype, rngs):
+        del kernel_init
+        self.A_log, self.dt_bias = _initial_decays(rngs, self.config.num_heads, self.config.num_heads)
+        self.norm = GatedRMSNorm(self.value_dim, gate="silu", dtype=dtype, rngs=rngs)
+
+    def _log_decay(self, projections):
+        steps_BTN = jax.nn.softplus(projections["decay"].astype(jnp.float32) + self.dt_bias[...])
+        return -jnp.exp(self.A_log[...]) * steps_BTN
+
+    def _normed(self, o_BTNM, projections):
+        return self.norm(o_BTNM, split_heads(projections["gate"], self.value_dim))
+
+
+class KimiDeltaAttention(_DeltaMixer):
+    """The delta rule with a decay per key channel; RMS norm with a sigmoid gate; both of low rank."""
+
+    def _also_projected(self):
+        rank = self.config.rank or self.head_dim
+        return {"decay_down": rank, "gate_down": rank}
+
+    def _add_parts(self, kernel_init, *, dtype, rngs):
+        rank = self.config.rank or self.head_dim
+        self.A_log, self.dt_bias = _initial_decays(rngs, self.config.num_heads, self.keys)
+        self.decay_up = linear(rank, self.keys, kernel_init=kernel_init, rngs=rngs)
+        self.gate_up = linear(
+            rank, self.values, use_bias=True, kernel_init=kernel_init, dtype=dtype, rngs=rngs
+        )
+        self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", dtype=dtype, rngs=rngs)
+
+    def _log_decay(self, projections):
+        logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32)) + self.dt_bias[...]
+        return -jnp.exp(self.A_log[...])[:, None] * split_heads(jax.nn.softplus(logits_BTE), self.head_dim)
+
+    def _normed(self, o_BTNM, projections):
+        gate_BTE = self.gate_up(projections["gate_down"])
+        return self.norm(o_BTNM, split_heads(gate_BTE, self.value_dim))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, float32 inside."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def _initial_decays(rngs: nnx.Rngs, heads: int, width: int) -> tuple[nnx.Param, nnx.Param]:
+    """A_log [heads] and dt_bias [width] as Mamba-2 starts them: rates from 1 to 16, steps from 1e-3 to 0.1."""
+    rates = jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)
+    low, high = math.log(1e-3), math.log(0.1)
+    steps = jnp.exp(jax.random.uniform(rngs.params(), (width,), minval=low, maxval=high))
+    # softplus(dt_bias) = steps.
+    return nnx.Param(jnp.log(rates)), nnx.Param(steps + jnp.log(-jnp.expm1(-steps)))

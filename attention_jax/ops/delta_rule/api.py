@@ -1,0 +1,194 @@
+"""`delta_rule`: a linear recurrence that corrects what the state answers to a key.
+
+    S_t = A_t S_{t-1} + beta_t k_t (v_t - (A_t S_{t-1})^T k_t)^T,   y_t = scale S_t^T q_t,   A_t = diag(a_t)
+
+The state [H, M] first decays, then moves its answer to k_t by a share beta_t towards v_t: a step of gradient
+descent on |S^T k_t - v_t|^2 / 2. Without decay this is DeltaNet (Yang et al. 2024, arXiv 2406.06484), with
+one decay per head Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464), with one per channel Kimi Delta
+Attention (Kimi Team 2025, arXiv 2510.26692).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.ops.arguments import per_token
+from attention_jax.ops.decay_scan.common import document_runs
+from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
+from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
+
+
+def _many_tokens(call: Call) -> str | None:
+    T = call.sizes[1]
+    return None if T == 1 else f"T = {T} > 1: one step per token, and a backward that keeps every state"
+
+
+# In order of preference. Forward and backward of a call always run in the same implementation.
+_IMPLEMENTATIONS = {
+    "recurrent": Implementation(recurrent.attend, lambda call: None, _many_tokens),
+    "chunked": Implementation(chunked.attend, lambda call: None),
+    "quadratic": Implementation(quadratic.attend, lambda call: None, lambda call: "O(T^2)"),
+}
+
+
+def delta_rule(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTNM: jax.Array,
+    beta_BTN: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    initial_state_BNHM: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+    return_state: bool = False,
+    impl: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The outputs of the recurrence above, and the state after the last token.
+
+    Args:
+      q_BTNH, k_BTKH: queries and keys [batch, T, heads, H]. Each may have fewer heads than v, a divisor of
+        N; consecutive heads of v then share one.
+      v_BTNM: values [batch, T, N heads, M]; M may differ from H.
+      beta_BTN: the share of the correction, in [0, 1]; up to 2 the state can also turn over what it holds
+        along a key (Grazzi et al. 2024, arXiv 2411.12537). Any finite value is computed.
+      log_decay: log a_t <= 0, [B, T, N] or per channel [B, T, N, H]; None: no decay. -inf forgets all.
+      initial_state_BNHM: the state before the row's first token, whose document it belongs to; None: 0.
+      segment_ids: int [B, T] or [T]; a token whose id differs from that of the token before it starts from
+        a state of 0.
+      positions: int [B, T] or [T], read for their sign alone: a slot with position < 0 or segment < 0 holds
+        no token. It is never read, whatever it contains, leaves the state as it is and gives 0.
+      scale: multiplies y.
+      chunk_size: tokens that "chunked" takes at once, >= 1, best a power of two; None: 64.
+      return_state: also return the state after the last token.
+      impl: "recurrent" (token by token), "chunked" (products of matrices, a state per group of chunks kept
+        for the backward), "quadratic" (all pairs, for inspection) or None, which chooses; see `explain`.
+
+    Keys are taken as they are. With |k| <= 1 and beta <= 2 no step makes the state grow; longer keys may make
+    it explode, as the formula says. Normalise them.
+
+    Returns:
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32). Slots without a token give 0 and pass no
+      gradient. Everything is computed in float32 (float64 if an input is), matrix products included.
+
+    Raises:
+      ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
+    """
+    call, valid_BT = _checked_call(
+        q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, initial_state_BNHM, segment_ids, positions, scale,
+        chunk_size,
+    )  # fmt: skip
+    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend
+    # A state is a long sum: an accelerator's default of fewer bits would add up.
+    with jax.default_matmul_precision("highest"):
+        y_BTNM, state_BNHM = attend(call)
+    y_BTNM = _select(y_BTNM, valid_BT)
+    return (y_BTNM, state_BNHM) if return_state else y_BTNM
+
+
+def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
+    """What `delta_rule` would run for the same arguments; arrays may be ShapeDtypeStructs."""
+
+    def find(*, impl, return_state, **given):
+        del return_state
+        return choose(_IMPLEMENTATIONS, _checked_call(*given.values())[0], impl)
+
+    return explained(delta_rule, find, args, kwargs | {"impl": impl})
+
+
+def _select(x: jax.Array | None, valid_BT: jax.Array | None) -> jax.Array | None:
+    """x [B, T, ...] with slots without a token selected to 0, in the cotangent too."""
+    if valid_BT is None or x is None:
+        return x
+    return jnp.where(jnp.expand_dims(valid_BT, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
+
+
+def _checked_call(
+    q, k, v, beta, log_decay, state, segment_ids, positions, scale, chunk_size
+) -> tuple[Call, jax.Array | None]:
+    """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
+    dtype = _check_arrays(q, k, v, beta, log_decay, state)
+    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite Python number (multiply q by a traced one), got {scale!r}")
+    if chunk_size is not None and not (isinstance(chunk_size, numbers.Integral) and chunk_size >= 1):
+        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
+    B, T, N, M = v.shape
+    segments_BT = per_token("segment_ids", segment_ids, B, T)
+    positions_BT = per_token("positions", positions, B, T)
+    held = [ids >= 0 for ids in (segments_BT, positions_BT) if ids is not None]
+    valid_BT = functools.reduce(jnp.logical_and, held) if held else None
+    if log_decay is not None:
+        _check_sign(log_decay, valid_BT)
+        # exp(-1e4) is 0 in every precision, and sums of it are finite, which those of -inf are not.
+        log_decay = jnp.maximum(jnp.asarray(log_decay, dtype), -1e4)
+        log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
+    runs_BT = None if segments_BT is None else document_runs(segments_BT, valid_BT)
+    call = Call(
+        *(_select(jnp.asarray(x), valid_BT) for x in (q, k, v, beta)),
+        _select(log_decay, valid_BT),
+        jnp.zeros((B, N, k.shape[3], M), dtype) if state is None else jnp.asarray(state),
+        None if runs_BT is None else jnp.broadcast_to(runs_BT, (B, T)),
+        scale=float(scale),
+        chunk_size=None if chunk_size is None else int(chunk_size),
+    )
+    return call, valid_BT
+
+
+def _check_arrays(q, k, v, beta, log_decay, state) -> Any:
+    """The dtype of the computation; ValueError where shapes or dtypes do not fit."""
+    _check_shapes(q, k, v, beta, log_decay, state)
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
+    given = {"q": q, "beta": beta, "log_decay": log_decay, "initial_state_BNHM": state}
+    for name, x in given.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    if state is not None and state.dtype != dtype:
+        raise ValueError(f"initial_state_BNHM must be {jnp.dtype(dtype)}, got {state.dtype}; cast it first")
+    return dtype
+
+
+def _check_shapes(q, k, v, beta, log_decay, state) -> None:
+    for name, x, axes in (("q", q, "BTNH"), ("k", k, "BTKH"), ("v", v, "BTNM"), ("beta", beta, "BTN")):
+        if jnp.ndim(x) != len(axes) or 0 in jnp.shape(x):
+            raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {jnp.shape(x)}")
+    B, T, N, M = v.shape
+    H = k.shape[3]
+    if q.shape[:2] != (B, T) or k.shape[:2] != (B, T) or q.shape[3] != H:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} do not fit [B,T,N,H], [B,T,K,H], [B,T,N,M]")
+    for name, x in (("q", q), ("k", k)):
+        if N % x.shape[2]:
+            raise ValueError(f"{x.shape[2]} heads of {name} do not divide {N} heads of v (axis 2)")
+    if beta.shape != (B, T, N):
+        raise ValueError(f"beta must be [B, T, N] = {(B, T, N)}, got {beta.shape}")
+    if log_decay is not None and jnp.shape(log_decay) not in ((B, T, N), (B, T, N, H)):
+        raise ValueError(
+            f"log_decay must be [B, T, N] = {(B, T, N)} or [B, T, N, H] = {(B, T, N, H)}, "
+            f"got {jnp.shape(log_decay)}"
+        )
+    if state is not None and jnp.shape(state) != (B, N, H, M):
+        raise ValueError(f"initial_state_BNHM must be [B, N, H, M] = {(B, N, H, M)}, got {jnp.shape(state)}")
+
+
+def _check_sign(log_decay: Any, valid_BT: Any) -> None:
+    """ValueError where a concrete log decay of a token would let the state grow."""
+    if any(isinstance(x, jax.core.Tracer) for x in (log_decay, valid_BT)):
+        return
+    values = np.asarray(_select(jnp.asarray(log_decay, jnp.float32), valid_BT))
+    wrong = values[np.logical_not(values <= 0)]
+    if wrong.size:
+        raise ValueError(f"log_decay must be <= 0 (a factor <= 1), got {wrong[0]}; pass the log of the decay")
+
+
+implementations = functools.partial(tuple, _IMPLEMENTATIONS)

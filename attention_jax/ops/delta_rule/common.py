@@ -1,0 +1,39 @@
+"""What the implementations of the delta rule share: the normalised call.
+
+Implementations import this module and never one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One checked call of `delta_rule`; slots without a token hold 0 everywhere.
+
+    q and k have Q and K heads, divisors of N. log_decay is None (no decay), [B, T, N, 1] (a decay per head)
+    or [B, T, N, H]. The state is in the dtype that everything is computed in. `run_BT` (int32, or None)
+    counts the documents before each slot's own, as in `decay_scan`: the state of another is not seen.
+    """
+
+    q_BTQH: jax.Array
+    k_BTKH: jax.Array
+    v_BTNM: jax.Array
+    beta_BTN: jax.Array
+    log_decay_BTNH: jax.Array | None
+    state_BNHM: jax.Array
+    run_BT: jax.Array | None
+    scale: float = dataclasses.field(metadata=_STATIC)
+    chunk_size: int | None = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(B, T, N, H, M)."""
+        B, T, N, M = self.v_BTNM.shape
+        return B, T, N, self.q_BTQH.shape[3], M

@@ -1,0 +1,39 @@
+"""The delta rule one token after another: the definition, and what decoding uses.
+
+O(1) memory per token forward; a gradient through it keeps the state of every token.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.ops.decay_scan.common import spread
+from attention_jax.ops.delta_rule.common import Call
+
+
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+    """(y_BTNM in v's dtype, the last state_BNHM)."""
+    _, _, N, _, _ = call.sizes
+    wide = call.state_BNHM.dtype
+    starts_BT = None
+    if call.run_BT is not None:
+        starts_BT = jnp.diff(call.run_BT, axis=1, prepend=0) > 0
+
+    def step(state_BNHM, token):
+        q_BQH, k_BKH, v_BNM, beta_BN, log_decay_BNH, start_B = token
+        q_BNH, k_BNH = (spread(x.astype(wide), N, axis=1) for x in (q_BQH, k_BKH))
+        if start_B is not None:
+            state_BNHM = jnp.where(start_B[:, None, None, None], 0, state_BNHM)
+        if log_decay_BNH is not None:
+            state_BNHM = jnp.exp(log_decay_BNH.astype(wide))[..., None] * state_BNHM
+        answer_BNM = jnp.einsum("bnh,bnhm->bnm", k_BNH, state_BNHM)
+        change_BNM = beta_BN.astype(wide)[..., None] * (v_BNM - answer_BNM)
+        state_BNHM += k_BNH[..., None] * change_BNM[..., None, :]
+        y_BNM = jnp.einsum("bnh,bnhm->bnm", call.scale * q_BNH, state_BNHM)
+        return state_BNHM, y_BNM.astype(call.v_BTNM.dtype)
+
+    tokens = (call.q_BTQH, call.k_BTKH, call.v_BTNM, call.beta_BTN, call.log_decay_BTNH, starts_BT)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    state_BNHM, y_TBNM = jax.lax.scan(step, call.state_BNHM, tokens)
+    return jnp.moveaxis(y_TBNM, 0, 1), state_BNHM
