@@ -1,6 +1,6 @@
 """Multi-query associative recall: trains every mixer of configs/mqar and prints a table of accuracies.
 
-python scripts/recall.py [CONFIG ...] [--settings 64x8 128x16] [--rates 3e-3 1e-2] [--seeds 0 1] [--set K=V]
+python scripts/recall.py [CONFIG ...] [--settings 64x8 128x16] [--rates 1e-3 3e-3] [--seeds 0 1] [--set K=V]
 
 A setting TxD has rows of T tokens and D pairs; the paper's are 64x4, 128x8, 256x16 and 512x64, with --set
 data.task.vocab_size=8192. A cell holds the accuracy on the held-out rows at the best learning rate, the mean
