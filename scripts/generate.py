@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_text(run: TrainedRun, args: argparse.Namespace, sampling: Sampling) -> None:
     seed = secrets.randbits(32) if args.seed is None else args.seed
-    decoder = StreamDecoder(run.tokenizer)
     requests = run.requests([args.prompt])
+    decoder = StreamDecoder(run.tokenizer)
     pieces = stream(
         run.model,
         run.params,

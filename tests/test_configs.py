@@ -22,7 +22,8 @@ VOCABULARY = 257
 
 
 def _load(path: Path):
-    return config_lib.load(path, ["data.files=unread.txt"])
+    task = path.parent.name == "mqar"  # whose rows are not text
+    return config_lib.load(path, [] if task else ["data.files=unread.txt"])
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ objective: masked_lm  the same rows of text, in which `train.masking` hides toke
                     the next ones, are what is to be told.
 objective: seq2seq  a pair a row, every pair once an epoch, in another order in each. The row holds the mark
                     and the target, to predict the target and the mark; the source stands beside it.
+task                no text: rows made by `train.tasks`, never the same one twice.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from train.packing import (
 )
 from train.pairs import Pair
 from train.schema import MASKING_KEYS, DataConfig
+from train.tasks.source import TaskData
 
 _TRAINING, _HELD_OUT = 0, 1  # what masks are drawn for: streams that share nothing
 
@@ -278,12 +280,16 @@ class PairData(Data):
         return batch | pad_sources(sources, rows, self.config.source_width)
 
 
-def prepare(config: DataConfig, run_dir: str | Path, objective: str = "causal_lm") -> TextData | PairData:
-    """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call.
+def prepare(
+    config: DataConfig, run_dir: str | Path, objective: str = "causal_lm"
+) -> TextData | PairData | TaskData:
+    """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call; or its task.
 
     ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.corpus` and
     `train.pairs`), a snapshot that is damaged or was made by another data section.
     """
+    if config.task is not None:
+        return TaskData(config)
     folder = Path(run_dir) / "data"
     make, kind = {
         "causal_lm": (_make, TextData),

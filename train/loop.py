@@ -36,14 +36,14 @@ _MASK = "█"  # a masked token in a sample
 
 
 class Scores(NamedTuple):
-    """Sums over scored tokens: nll in nats, their number, for masked_lm those guessed right."""
+    """Sums over scored tokens: nll in nats, their number, for masked_lm and tasks those guessed right."""
 
     nll: float
     count: int
     correct: int | None = None
 
     def means(self, place: str) -> dict[str, float]:
-        """The loss and, for masked_lm, the accuracy, each name behind `place`."""
+        """The loss and, where it is known, the accuracy, each name behind `place`."""
         accuracy = {} if self.correct is None else {f"{place}accuracy": self.correct / self.count}
         return {f"{place}loss": self.nll / self.count} | accuracy
 
@@ -66,7 +66,7 @@ def train(config: RunConfig) -> int:
                 result = run.finish()
         else:
             print(f"{folder.path} is finished")
-        _print_result(folder.path, result)
+        _print_result(folder.path, result, scored_unit(config))
     return 0
 
 
@@ -77,16 +77,18 @@ class Run:
         self.config, self.folder = config, folder
         self.data = data_lib.prepare(config.data, folder.path, config.objective)
         self.masked = config.objective == "masked_lm"
-        self.unit = "masked token" if self.masked else "token"
-        self.model = with_vocabulary(config.model, vocabulary_size(config.objective, self.data.tokenizer))
+        self.unit = scored_unit(config)
+        ids = vocabulary_size(config.objective, config.data.task or self.data.tokenizer)
+        self.model = with_vocabulary(config.model, ids)
         self.requests = _requests(config, self.model, self.data)
         init_key, self.dropout_key, self.sample_key = jax.random.split(jax.random.key(config.seed), 3)
         self.train_step = make_train_step(self.model, config.optimizer, config.steps)
-        if self.masked:
+        if self.masked or config.data.task is not None:
             self.eval_step = make_eval_step(self.model, accuracy=True)
-            self.fill_in = make_fill_in(self.model)
         else:
             self.eval_step = make_eval_step(self.model)
+        if self.masked:
+            self.fill_in = make_fill_in(self.model)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
         self._start(init_key)
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
@@ -251,7 +253,8 @@ class Run:
             self.console.line("scoring every held-out token")
             scores = self._score(self.data.scoring_batches())
             values = scores.means("val/full_") | {"val/tokens": scores.count}
-            if not self.masked:  # a loss of some tokens, given all others, is no code length of the text
+            # A loss of some tokens, given all others, is no code length of the text, and a task has no text.
+            if not (self.masked or self.config.data.task is not None):
                 values[BITS] = self._bits_per_byte(scores)
             self.metrics.write(steps, values)
             result |= values
@@ -314,11 +317,18 @@ def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | No
     return requests
 
 
-def _print_result(path: Path, result: dict[str, Any]) -> None:
+def scored_unit(config: RunConfig) -> str:
+    """What losses are the mean over, in the singular."""
+    if config.data.task is not None:
+        return "queried token"
+    return "masked token" if config.objective == "masked_lm" else "token"
+
+
+def _print_result(path: Path, result: dict[str, Any], unit: str) -> None:
     if "sample" in result:
         print(f"--- sample\n{printable(result['sample'])}\n---")
     names = ("val/loss", "val/accuracy", FINAL, "val/full_accuracy", BITS)
     figures = "  ".join(f"{name} {result[name]:.4f}" for name in names if name in result)
     if "val/accuracy" in result:
-        figures += "  (nats per masked token; share of masked tokens guessed right)"
+        figures += f"  (nats per {unit}; share of {unit}s guessed right)"
     print(f"{path}: step {result['step']}  {figures}", flush=True)

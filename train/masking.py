@@ -11,6 +11,7 @@ import numpy as np
 
 from train.packing import Batch
 from train.schema import DataConfig
+from train.tasks import TaskConfig
 from train.tokenizers import Tokenizer
 
 
@@ -19,9 +20,9 @@ def mask_id(tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size
 
 
-def vocabulary_size(objective: str, tokenizer: Tokenizer) -> int:
-    """The ids a model needs: the tokenizer's, and for masked_lm the mask id."""
-    return tokenizer.vocab_size + (objective == "masked_lm")
+def vocabulary_size(objective: str, source: Tokenizer | TaskConfig) -> int:
+    """The ids a model needs: the tokenizer's or the task's, and for masked_lm the mask id."""
+    return source.vocab_size + (objective == "masked_lm")
 
 
 def hide(batch: Batch, config: DataConfig, tokenizer: Tokenizer, key: tuple[int, ...]) -> Batch:

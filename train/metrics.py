@@ -2,8 +2,9 @@
 
 A row has `step` (updates done), then what was measured: losses in nats per scored token, `tokens` scored in
 training so far, `tokens_per_second` of them, `time` (Unix seconds). Objective masked_lm scores the masked
-tokens and adds val/accuracy, the share of them that are the likeliest of all. All but `tokens_per_second` and
-`time` are the same bits in every run of a config on a machine, interrupted or not.
+tokens, a task the queried ones; both add val/accuracy, the share of them that are the likeliest of all. All
+but `tokens_per_second` and `time` are the same bits in every run of a config on a machine, interrupted or
+not.
 """
 
 from __future__ import annotations

@@ -27,11 +27,18 @@ class TrainedRun:
     config: RunConfig
     model: ModelConfig
     params: dict[str, Any]
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer | None  # None: a task in place of text
     step: int
 
     def requests(self, texts: Sequence[str]) -> Requests:
-        """What `generate` takes to go on from the texts, or for seq2seq to write their targets."""
+        """What `generate` takes to go on from the texts, or for seq2seq to write their targets.
+
+        ValueError for an empty source, and for a run of a task: it has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"the run was trained on data.task {self.config.data.task.kind}, which has no text"
+            )
         return make_requests(self.config.objective, self.tokenizer, texts)
 
 
@@ -52,8 +59,9 @@ def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
     config = config_lib.load(folder / "config.yaml", [])
-    tokenizer = tokenizers.load(folder / "data" / "tokenizer.json")
-    model = with_vocabulary(config.model, vocabulary_size(config.objective, tokenizer))
+    task = config.data.task
+    tokenizer = None if task else tokenizers.load(folder / "data" / "tokenizer.json")
+    model = with_vocabulary(config.model, vocabulary_size(config.objective, task or tokenizer))
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     number = _step(checkpoints, step)
     state, _ = checkpoints.restore(number, abstract_state(config, model))

@@ -190,6 +190,8 @@ def _text(path: Path) -> str:
 def _identity(config: Any) -> dict[str, Any]:
     """The dotted keys that say which run it is."""
     flat = {key: value for key, value in _flat(config).items() if key not in FREE}
+    if flat.get("data.task") is None:
+        flat.pop("data.task", None)
     if flat.get("objective") == "masked_lm":
         return flat
     # Elsewhere these hold their defaults, and runs that were begun before they existed go on.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from attention_jax.mixers import CrossAttentionConfig, LinformerConfig, NystromformerConfig
 from attention_jax.model import ModelConfig
+from train.tasks import TaskConfig
 
 # Keys of `data` that objective masked_lm alone reads.
 MASKING_KEYS = ("mask_fraction", "mask_replaced", "mask_random")
@@ -47,11 +48,16 @@ class DataConfig:
     validation_fraction: float = 0.1  #: share of the text held out, between 0 and 1
     #: files: whole files, chosen by a hash of their name; tail: the last characters of the text, or pairs
     validation_split: Literal["files", "tail"] = "files"
-    shuffle_seed: int = 0  #: order of the training rows, and which of their tokens are masked
+    #: order of the training rows, and which of their tokens are masked; of a task: which rows
+    shuffle_seed: int = 0
+    #: rows made by a synthetic task instead of text, which then needs evaluation.sample_tokens: 0; null: text
+    task: TaskConfig | None = None
 
     def __post_init__(self):
         _at_least(self, 1, "sequence_length", "source_length", "batch_size")
         _seed(self, "shuffle_seed")
+        if self.task is not None:
+            self._check_task(self.task)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction must lie between 0 and 1, both excluded, got {self.validation_fraction}"
@@ -68,6 +74,23 @@ class DataConfig:
             )
         if self.files is not None and not self.files.strip():
             raise ValueError("files is an empty glob; null reads the Python standard library's source")
+
+    def _check_task(self, task: TaskConfig) -> None:
+        for name in (
+            "files",
+            "tokenizer",
+            "source_length",
+            "packing",
+            "validation_fraction",
+            "validation_split",
+        ):
+            value = getattr(self, name)
+            if value != getattr(DataConfig, name):
+                raise ValueError(f"{name} {value}: task {task.kind} makes its rows, not text; leave it out")
+        try:
+            task.check(self.sequence_length)
+        except ValueError as error:
+            raise ValueError(f"task.{error}") from None
 
     @property
     def source_width(self) -> int:
@@ -187,6 +210,8 @@ class RunConfig:
             self._check_masked_lm()
         else:
             self._check_no_masks()
+        if self.data.task is not None:
+            self._check_task(self.data.task.kind)
         self._check_schedule()
 
     def _check_rows(self) -> None:
@@ -292,6 +317,22 @@ class RunConfig:
                     f"data.{name} {value}: objective {self.objective} masks no tokens; leave it out, or set "
                     "objective: masked_lm"
                 )
+
+    def _check_task(self, kind: str) -> None:
+        if self.objective != "causal_lm":
+            raise ValueError(
+                f"objective {self.objective}: data.task {kind} has its own targets; use causal_lm"
+            )
+        if self.evaluation.sample_tokens:
+            raise ValueError(
+                f"evaluation.sample_tokens {self.evaluation.sample_tokens}: data.task {kind} has no text to "
+                "sample; set it to 0"
+            )
+        if self.model.prefix:
+            raise ValueError(
+                f"model.mixers: a prefix of {self.model.prefix} tokens is not scored, which would leave out "
+                f"some of what data.task {kind} asks; use causal masks only"
+            )
 
     def _check_schedule(self) -> None:
         optimizer, steps = self.optimizer, self.steps
