@@ -69,7 +69,8 @@ def delta_rule(
       positions: int [B, T] or [T], read for their sign alone: a slot with position < 0 or segment < 0 holds
         no token. It is never read, whatever it contains, leaves the state as it is and gives 0.
       scale: multiplies y.
-      chunk_size: tokens that "chunked" takes at once, >= 1, best a power of two; None: 64.
+      chunk_size: tokens of a chunk in the chunked form, best a power of two; by default what was measured
+        fastest. The other forms have no chunks.
       return_state: also return the state after the last token.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per group of chunks kept
         for the backward), "quadratic" (all pairs, for inspection) or None, which chooses; see `explain`.
