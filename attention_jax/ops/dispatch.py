@@ -24,14 +24,18 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which implementation runs a call, forward and backward, and why each other one does not."""
+    """Which implementation runs a call, forward and backward, and why each other one does not.
+
+    shards: how a mesh splits the call, "" where none does.
+    """
 
     chosen: str
     reasons: dict[str, str]
+    shards: str = ""
 
     def __str__(self) -> str:
         rows = [f"{name:<10} {reason}" for name, reason in self.reasons.items()]
-        return "\n".join([f"forward and backward: {self.chosen}", *rows])
+        return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
 
 
 def choose(table: Mapping[str, Implementation], call: Any, impl: str | None) -> Explanation:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,19 +20,13 @@ import numpy as np
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
 from attention_jax.ops.arguments import per_token, segment_pair
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
 from attention_jax.ops.softmax import chunked, reference, sharded
 from attention_jax.ops.softmax.common import Call
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
 # (`scripts/benchmark.py crossover`, docs/results.md).
 _DENSE_UP_TO = 128 * 128
-
-
-@dataclasses.dataclass(frozen=True)
-class _Implementation:
-    attend: Callable[[Call], tuple[jax.Array, jax.Array]]
-    unsupported: Callable[[Call], str | None]
-    unwanted: Callable[[Call], str | None]  # runs, but `impl=None` has a better choice
 
 
 def _dense_too_large(call: Call) -> str | None:
@@ -46,25 +38,9 @@ def _dense_too_large(call: Call) -> str | None:
 
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
-    "reference": _Implementation(reference.attend, reference.unsupported, _dense_too_large),
-    "chunked": _Implementation(chunked.attend, chunked.unsupported, lambda call: None),
+    "reference": Implementation(reference.attend, reference.unsupported, _dense_too_large),
+    "chunked": Implementation(chunked.attend, chunked.unsupported),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which implementation runs a call, forward and backward, and why each other one does not.
-
-    shards: how a mesh splits the call, "" where none does.
-    """
-
-    chosen: str
-    reasons: dict[str, str]
-    shards: str = ""
-
-    def __str__(self) -> str:
-        rows = [f"{name:<10} {reason}" for name, reason in self.reasons.items()]
-        return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
 
 
 def dot_product_attention(
@@ -116,7 +92,7 @@ def dot_product_attention(
         q_BTNH, k_BSKH, v_BSKM, mask, bias, scale, softcap, sink_logits_N, segment_ids,
         q_positions, k_positions, dropout_rate, dropout_key,
     )  # fmt: skip
-    attend = _IMPLEMENTATIONS[_choose(call, impl).chosen].attend
+    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend
     shards = sharded.shards(call)
     out_BTNM, lse_BTN = attend(call) if shards is None else sharded.per_shard(attend, call, shards)
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
@@ -124,51 +100,19 @@ def dot_product_attention(
 
 def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
     """What `dot_product_attention` would run for the same arguments; arrays may be ShapeDtypeStructs."""
-    given = inspect.signature(dot_product_attention).bind(*args, impl=impl, **kwargs)
-    given.apply_defaults()
-    given = given.arguments
-    # Shapes are traced; whatever is concrete stays as it is.
-    arrays = {name: x for name, x in given.items() if _has_shape_only(x)}
-    found = []
-
-    def check(arrays):
-        *call, _, impl = (given | arrays).values()
-        call = _checked_call(*call)
-        shards = sharded.shards(call)
-        found.append(dataclasses.replace(_choose(call, impl), shards="" if shards is None else str(shards)))
-        return 0
-
-    jax.eval_shape(check, arrays)
-    return found[0]
+    return explained(dot_product_attention, _explanation, args, {"impl": impl, **kwargs})
 
 
-def _has_shape_only(value: Any) -> bool:
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
+def _explanation(*, impl, return_lse, **arguments) -> Explanation:
+    del return_lse
+    call = _checked_call(*arguments.values())
+    shards = sharded.shards(call)
+    found = choose(_IMPLEMENTATIONS, call, impl)
+    return found if shards is None else dataclasses.replace(found, shards=str(shards))
 
 
 def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def _choose(call: Call, impl: str | None) -> Explanation:
-    reasons = {}
-    if impl is not None:
-        if impl not in _IMPLEMENTATIONS:
-            raise ValueError(f"unknown impl {impl!r}; there are {', '.join(_IMPLEMENTATIONS)}")
-        why_not = _IMPLEMENTATIONS[impl].unsupported(call)
-        if why_not:
-            raise NotImplementedError(f"impl={impl!r} cannot run this call: {why_not}")
-        reasons = {name: "not asked for" for name in _IMPLEMENTATIONS} | {impl: "asked for by name"}
-        return Explanation(impl, reasons)
-    chosen = None
-    for name, implementation in _IMPLEMENTATIONS.items():
-        why_not = implementation.unsupported(call) or implementation.unwanted(call)
-        if chosen is None and why_not is None:
-            chosen, reasons[name] = name, "runs it, first in the order of preference"
-        else:
-            reasons[name] = why_not or f"would run it; {chosen} comes first"
-    assert chosen is not None
-    return Explanation(chosen, reasons)
 
 
 def _checked_call(
