@@ -136,7 +136,9 @@ SLOW_FACTORS = {
 def _check_case(impl, T, chunk_size, decay, kind, heads, widths=(6, 5)):
     for seed, (smallest, beta) in enumerate([(1e-4, 2.0), (1 - 1e-6, 1.0)]):
         given = arrays(T, heads=heads, widths=widths, decay=decay, smallest=smallest, beta=beta, seed=seed)
-        compare(impl, chunk_size, given, kind, seed)
+        # One channel: all keys are equal or opposite, and a triangle over a long chunk is ill-conditioned.
+        tolerance = TOLERANCE if widths[0] > 1 else 5 * TOLERANCE
+        compare(impl, chunk_size, given, kind, seed, tolerance)
 
 
 def _id(case):

@@ -33,9 +33,9 @@ import jax.numpy as jnp
 from attention_jax.ops.decay_scan.common import spread
 from attention_jax.ops.delta_rule.common import Call
 
-# Tokens of a chunk where channels share a decay or have none, and where each has its own. Measured on two busy
-# CPU cores at B1 T4096 N8 H64 M64 in processor time, ms forward / with gradients, for chunks of 16, 32, 64:
-# shared 59 / 422, 59 / 388, 79 / 402; its own 380 / 2218, 469 / 2336, 260 / 1002.
+# Tokens of a chunk where channels share a decay or have none, and where each has its own. Measured on two
+# busy CPU cores at B1 T4096 N8 H64 M64 in processor time, ms forward / with gradients, for chunks of 16, 32
+# and 64: shared 59 / 422, 59 / 388, 79 / 402; its own 380 / 2218, 469 / 2336, 260 / 1002.
 _CHUNK, _CHANNEL_CHUNK = 32, 64
 # Tokens up to which decays per channel are summed pair by pair, and a triangle is inverted at once.
 _PAIRWISE, _SMALL = 8, 16
