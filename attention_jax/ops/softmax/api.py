@@ -21,7 +21,7 @@ from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
 from attention_jax.ops.arguments import per_token, segment_pair
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.softmax import chunked, reference, sharded
+from attention_jax.ops.softmax import chunked, library, reference, sharded
 from attention_jax.ops.softmax.common import Call
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
@@ -36,8 +36,13 @@ def _dense_too_large(call: Call) -> str | None:
     return None
 
 
+def _one_query(call: Call) -> str | None:
+    return "T = 1: a row of products, which a fused kernel does not speed up" if call.sizes[1] == 1 else None
+
+
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
+    "cudnn": Implementation(library.attend, library.unsupported, _one_query),
     "reference": Implementation(reference.attend, reference.unsupported, _dense_too_large),
     "chunked": Implementation(chunked.attend, chunked.unsupported),
 }
@@ -78,7 +83,8 @@ def dot_product_attention(
       dropout_rate, dropout_key: drops entries of P, scaled by 1 / (1 - rate). The bits depend on (key,
         batch row, head, q position, k position) alone.
       return_lse: also return the log-sum-exp of each row's scores, the sink's included.
-      impl: "reference" (dense), "chunked" (blocks, O(T) memory) or None, which chooses; see `explain`.
+      impl: "reference" (dense), "chunked" (blocks, O(T) memory), "cudnn" (NVIDIA's library), or None, which
+        chooses by platform and size; see `explain`.
 
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
@@ -90,7 +96,7 @@ def dot_product_attention(
     """
     call = _checked_call(
         q_BTNH, k_BSKH, v_BSKM, mask, bias, scale, softcap, sink_logits_N, segment_ids,
-        q_positions, k_positions, dropout_rate, dropout_key,
+        q_positions, k_positions, dropout_rate, dropout_key, return_lse,
     )  # fmt: skip
     attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend
     shards = sharded.shards(call)
@@ -103,8 +109,7 @@ def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
     return explained(dot_product_attention, _explanation, args, {"impl": impl, **kwargs})
 
 
-def _explanation(*, impl, return_lse, **arguments) -> Explanation:
-    del return_lse
+def _explanation(*, impl, **arguments) -> Explanation:
     call = _checked_call(*arguments.values())
     shards = sharded.shards(call)
     found = choose(_IMPLEMENTATIONS, call, impl)
@@ -116,7 +121,20 @@ def _is_array(x: Any) -> bool:
 
 
 def _checked_call(
-    q, k, v, mask, bias, scale, softcap, sinks, segment_ids, q_positions, k_positions, rate, key
+    q,
+    k,
+    v,
+    mask,
+    bias,
+    scale,
+    softcap,
+    sinks,
+    segment_ids,
+    q_positions,
+    k_positions,
+    rate,
+    key,
+    return_lse,
 ) -> Call:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
         if not _is_array(x):
@@ -150,6 +168,7 @@ def _checked_call(
         scale=_number("scale", 1 / math.sqrt(H) if scale is None else scale),
         softcap=None if softcap is None else _number("softcap", softcap, positive=True),
         dropout_rate=_rate(rate),
+        lse=bool(return_lse),
     )  # fmt: skip
 
 

@@ -23,8 +23,9 @@ class Call:
 
     Positions and segments are int32 [B or 1, T] and [B or 1, S], or None (positions 0, 1, 2, ...; one
     segment). `mask_BNTS` is a boolean array broadcastable to [B, N, T, S] that restricts further what
-    `mask` keeps. `dropout_words` is the key's data, uint32 [n]. Under a mesh a call is one shard's: its rows
-    and heads are numbered from first_row and first_head (int32 []; None is 0) for biases and dropout.
+    `mask` keeps. `dropout_words` is the key's data, uint32 [n]. `lse`: the log-sum-exp is asked for. Under a
+    mesh a call is one shard's: its rows and heads are numbered from first_row and first_head (int32 []; None
+    is 0) for biases and dropout.
     """
 
     q_BTNH: jax.Array
@@ -44,6 +45,7 @@ class Call:
     scale: float = dataclasses.field(metadata=_STATIC)
     softcap: float | None = dataclasses.field(metadata=_STATIC)
     dropout_rate: float = dataclasses.field(metadata=_STATIC)
+    lse: bool = dataclasses.field(metadata=_STATIC)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int]:
@@ -69,6 +71,13 @@ class Call:
             and self.q_segments_BT is None
             and self.k_segments_BS is None
         )
+
+
+def platform(call: Call) -> str:
+    """Where the call will run, "cpu", "gpu" or "tpu": its mesh's devices, or the default backend."""
+    mesh = jax.typeof(call.q_BTNH).sharding.mesh
+    device = getattr(mesh, "abstract_device", None)
+    return (device and device.platform) or jax.default_backend()
 
 
 def positions_of(positions: jax.Array | None, length: int) -> jax.Array:

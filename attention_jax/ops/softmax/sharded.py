@@ -57,8 +57,8 @@ def shards(call: Call) -> Shards | None:
     return Shards(mesh, rows, heads)
 
 
-def per_shard(attend: Callable[[Call], Any], call: Call, split: Shards) -> tuple[jax.Array, jax.Array]:
-    """`attend` of each shard's part of the call: (out_BTNM, lse_BTN), sharded as q is."""
+def per_shard(attend: Callable[[Call], Any], call: Call, split: Shards) -> tuple[jax.Array, jax.Array | None]:
+    """`attend` of each shard's part of the call: (out_BTNM, lse_BTN or None), sharded as q is."""
     rows, heads = split.rows, split.heads
     leaves, treedef = jax.tree.flatten(call)
     specs = jax.tree.leaves(_specs(call, rows, heads), is_leaf=lambda x: isinstance(x, P))
@@ -73,13 +73,16 @@ def per_shard(attend: Callable[[Call], Any], call: Call, split: Shards) -> tuple
         B, _, _, N, *_ = local.sizes
         first_row = None if rows is None else jax.lax.axis_index(rows) * B
         first_head = None if heads is None else jax.lax.axis_index(heads) * N
-        return attend(dataclasses.replace(local, first_row=first_row, first_head=first_head))
+        out, lse = attend(dataclasses.replace(local, first_row=first_row, first_head=first_head))
+        return (out, lse) if call.lse else out
 
     # The loops of `chunked` start from constants, which every shard has alike: no check of varying axes.
-    return jax.shard_map(
-        part, mesh=split.mesh, in_specs=tuple(specs),
-        out_specs=(P(rows, None, heads, None), P(rows, None, heads)), check_vma=False,
+    out_specs = P(rows, None, heads, None), P(rows, None, heads)
+    found = jax.shard_map(
+        part, mesh=split.mesh, in_specs=tuple(specs), check_vma=False,
+        out_specs=out_specs if call.lse else out_specs[0],
     )(*leaves)  # fmt: skip
+    return found if call.lse else (found, None)
 
 
 def _specs(call: Call, rows: Any, heads: Any) -> list[Any]:
