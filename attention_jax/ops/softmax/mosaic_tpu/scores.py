@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from attention_jax.ops.softmax.common import _GOLDEN, Call, _mix, positions_of, valid_slots
-from attention_jax.ops.softmax.mosaic_tpu_bias import Split
+from attention_jax.ops.softmax.mosaic_tpu.bias import Split
 
 LOG2E = math.log2(math.e)
 
@@ -170,9 +170,9 @@ class Tile:
         return count(self.i, self.blocks[0], q_axis), count(self.j, self.blocks[1], 1 - q_axis)
 
     def exponents(self, products: jax.Array, masked: bool):
-        """From q . k: (base-2 exponents, -inf where hidden; tanh of the softcap; which are kept)."""
+        """From q . k: (base-2 exponents, -inf where hidden; tanh of the softcap or None)."""
         call = self.call
-        tanh = kept = None
+        tanh = None
         if call.softcap is None:
             x = products * (call.scale * LOG2E)
         else:
@@ -181,9 +181,8 @@ class Tile:
         if self.split is not None:
             x = x + self.bias(self.bias_inputs()) * LOG2E
         if masked:
-            kept = self._kept(x.shape)
-            x = jnp.where(kept, x, -jnp.inf)
-        return x, tanh, kept
+            x = jnp.where(self._kept(x.shape), x, -jnp.inf)
+        return x, tanh
 
     def _kept(self, shape: tuple[int, int]) -> jax.Array:
         q_pos, k_pos = self._positions()
