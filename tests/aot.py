@@ -1,7 +1,8 @@
 """Compiling for TPUs that are not there: `python -m tests.aot TOPOLOGY NAME ...` compiles REAL_SHAPES.
 
 libtpu brings the compiler. It refuses what a chip refuses: too much VMEM, illegal blocks, unknown dtypes.
-Every run is a process of its own with a timeout, for a compiler may abort; it prints a line of JSON per shape.
+Every run is a process of its own with a timeout, for a compiler may abort; it prints a line of JSON for each
+shape.
 """
 
 from __future__ import annotations

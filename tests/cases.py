@@ -241,7 +241,7 @@ TILED_SLOW = [
 
 @dataclasses.dataclass(frozen=True)
 class RealShape:
-    """A layer of a published model, as kernels are compiled and timed for: sizes are (B, T, S, N, K, H, M)."""
+    """A layer that kernels are compiled and timed for: sizes are (B, T, S, N, K, H, M)."""
 
     sizes: tuple[int, int, int, int, int, int, int]
     mask: Mask = Causal()
