@@ -12,7 +12,8 @@ from attention_jax.masks import Causal, Dense, Global, SlidingWindow
 from attention_jax.mixers.forgetting import ForgetBias
 from attention_jax.ops.softmax import api, blocks, mosaic_tpu
 from attention_jax.ops.softmax.mosaic_tpu import steps
-from attention_jax.ops.softmax.mosaic_tpu.bias import split, untraceable
+from attention_jax.ops.softmax.mosaic_tpu.bias import mask_refusal, split
+from scripts import kernel_report
 from tests import aot
 from tests.cases import MASKS, REAL_SHAPES, Gate, OpCase
 from tests.covering import pairwise
@@ -107,6 +108,20 @@ def test_real_layers_compile(topology):
     _check_compiled(aot.run(topology, *names, timeout=580), names)
 
 
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_live_block_costs_no_more_than_in_splash_attention():
+    """The first of our bodies is that of full blocks, nearly all of a long sequence."""
+    rows = kernel_report.report("v5e:2x2", 2048, 128)
+    first = {(row["system"], row["kernel"]): row["bodies"][0] for row in rows}
+    for key in ("bundles", "spills"):
+        cost = {name: body[key] for name, body in first.items()}
+        assert cost["ours", "attention_forward"] <= cost["splash", "splash_mha_fwd"], key
+        two = cost["splash", "splash_mha_dq"] + cost["splash", "splash_mha_dkv"]
+        assert cost["ours", "attention_backward"] <= two, key
+
+
 def make_call(T=256, S=256, N=4, K=2, H=64, M=64, dtype=jnp.bfloat16, **options):
     """A checked call over shapes alone."""
     found = []
@@ -156,7 +171,7 @@ def test_without_a_tpu_the_platform_is_the_reason():
 def test_every_mask_of_the_table_runs_or_becomes_an_array():
     tables = {"dense", "global many"}
     for name, case in MASKS.items():
-        assert (untraceable(case.mask.keep) is not None) == (name in tables), name
+        assert (mask_refusal(case.mask) is not None) == (name in tables), name
 
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "at run time"])

@@ -21,11 +21,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.masks import Full
 from attention_jax.ops.softmax.common import Call
 from attention_jax.ops.softmax.mosaic_tpu import plan, steps
 from attention_jax.ops.softmax.mosaic_tpu.backward import backward
-from attention_jax.ops.softmax.mosaic_tpu.bias import bias_refusal, untraceable
+from attention_jax.ops.softmax.mosaic_tpu.bias import bias_refusal, mask_refusal
 from attention_jax.ops.softmax.mosaic_tpu.forward import forward
 from attention_jax.ops.softmax.mosaic_tpu.plan import forced
 
@@ -38,12 +37,14 @@ def unsupported(call: Call) -> str | None:
     """Why the kernels cannot run the call, forward or backward; None where they can."""
     if plan.only_on_tpu() and jax.default_backend() != "tpu":
         return f"needs a TPU, this is {jax.default_backend()}"
+    if plan.vmem() is None:
+        return f"{plan.chip()}; blocks are chosen for TPU v5e, v5p, v6e and 7x"
     _, T, S, _, _, H, M = call.sizes
     if call.q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
         return f"{call.q_BTNH.dtype}; a TPU multiplies bfloat16 and float32"
     if max(H, M) > steps.WIDEST:
         return f"heads {max(H, M)} wide; the kernels hold at most {steps.WIDEST}"
-    why_not = None if call.mask == Full() else untraceable(call.mask.keep)
+    why_not = mask_refusal(call.mask)
     if why_not and not call.arange_positions:
         return f"{call.mask} needs {why_not} in a kernel, and positions are given"
     if why_not and T * S > _MAX_DENSE:

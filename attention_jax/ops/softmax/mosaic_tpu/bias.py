@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend import core
 
 from attention_jax.biases import ArrayBias, Bias
+from attention_jax.masks import Mask
 
 # Lengths of the trace, distinct primes: the size of an axis tells what runs along it.
 _T, _S = 7, 11
@@ -138,12 +139,16 @@ def _refusal(root: _Node) -> str | None:
     return None
 
 
-def untraceable(fn: Any) -> str | None:
-    """Why fn(q_pos, k_pos), a mask's `keep`, cannot run in a kernel."""
+@functools.lru_cache(maxsize=256)
+def mask_refusal(mask: Mask) -> str | None:
+    """Why `mask.keep` cannot run in a kernel."""
     shapes = [jax.ShapeDtypeStruct((_T, 1), jnp.int32), jax.ShapeDtypeStruct((1, _S), jnp.int32)]
-    root = _trace(fn, shapes, {0, 1})[-1]
-    found = _refusal(root) or next((n.eqn.primitive.name for n in _cut(root) if n.eqn is not None), None)
-    return found or ("a table" if _cut(root) else None)
+    root = _trace(mask.keep, shapes, {0, 1})[-1]
+    if found := _refusal(root):
+        return found
+    given = _cut(root)
+    looked_up = next((node.eqn.primitive.name for node in given if node.eqn is not None), "a table")
+    return looked_up if given else None
 
 
 def _bias_shapes(bias: Bias, T: int, S: int) -> tuple[list[Any], Any]:

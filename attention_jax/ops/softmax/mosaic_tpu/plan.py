@@ -19,14 +19,18 @@ from attention_jax.masks import Full
 from attention_jax.ops.softmax import blocks
 from attention_jax.ops.softmax.common import Call, positions_of, select_valid, valid_slots
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
-from attention_jax.ops.softmax.mosaic_tpu.bias import Split, split, untraceable
+from attention_jax.ops.softmax.mosaic_tpu.bias import Split, mask_refusal, split
 from attention_jax.ops.softmax.mosaic_tpu.scores import Operand, Tile, make_operands
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES, Steps, balanced, round_up
 
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
 _MIB = 2**20
-_VMEM = {"v4": 16 * _MIB, "v5p": 64 * _MIB, "7x": 64 * _MIB}  # of a core, by device kind; others have 128 MiB
+# VMEM of a core by device kind. Older chips have 16 MiB, which these blocks do not fit.
+_VMEM = {
+    "TPU v5 lite": 128 * _MIB, "TPU v5e": 128 * _MIB, "TPU v6 lite": 128 * _MIB, "TPU v6e": 128 * _MIB,
+    "TPU v5": 64 * _MIB, "TPU v5p": 64 * _MIB, "TPU7x": 64 * _MIB,
+}  # fmt: skip
 
 _forced: Any = None  # None: only on a TPU. False: compile, wherever. Else: interpret
 
@@ -55,14 +59,17 @@ def interpret() -> Any:
     return False if _forced is None else _forced
 
 
-def vmem() -> int:
-    """Bytes of VMEM of the chip that is compiled for."""
+def chip() -> str:
+    """The device kind that is compiled for."""
     if _forced is not None and _forced is not False:
-        return 128 * _MIB
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None) or jax.devices()[0]
-    kind = device.device_kind
-    return next((size for name, size in _VMEM.items() if name in kind.lower()), 128 * _MIB)
+        return "TPU v5 lite"  # interpreted
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+    return device.device_kind
+
+
+def vmem() -> int | None:
+    """Bytes of VMEM of that chip; None where its blocks have not been chosen."""
+    return _VMEM.get(chip())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +233,7 @@ def make_plan(call: Call, backward: bool) -> Plan:
         steps = steps_of.forward_steps(block_map)
     cut = None if call.bias is None else split(call.bias)
     mask_BNTS, inside = call.mask_BNTS, call.mask != Full()
-    if inside and untraceable(call.mask.keep):
+    if inside and mask_refusal(call.mask):
         # Positions are implicit: the mask is an array.
         _, T, S, *_ = call.sizes
         table = jnp.asarray(call.mask.dense(np.arange(T), np.arange(S)))[None, None]
