@@ -239,6 +239,29 @@ TILED_SLOW = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class RealShape:
+    """A layer that kernels are compiled and timed for: sizes are (B, T, S, N, K, H, M)."""
+
+    sizes: tuple[int, int, int, int, int, int, int]
+    mask: Mask = Causal()
+    softcap: float | None = None
+    dtype: str = "bfloat16"
+
+
+REAL_SHAPES = {
+    "llama 1b 4k": RealShape((2, 4096, 4096, 32, 8, 64, 64)),
+    "llama 1b 32k": RealShape((2, 32768, 32768, 32, 8, 64, 64)),
+    "llama 8b 4k": RealShape((2, 4096, 4096, 32, 8, 128, 128)),
+    "llama 8b 32k": RealShape((2, 32768, 32768, 32, 8, 128, 128)),
+    "gemma 2 9b local 8k": RealShape((1, 8192, 8192, 16, 8, 256, 256), SlidingWindow(4096) & Causal(), 50.0),
+    "latent prefill 4k": RealShape((1, 4096, 4096, 16, 16, 192, 128)),
+    "encoder 512": RealShape((8, 512, 512, 12, 12, 64, 64), Full()),
+    "float32 1k": RealShape((1, 1024, 1024, 8, 8, 128, 128), dtype="float32"),
+    "wide float32 1k": RealShape((1, 1000, 1000, 4, 4, 256, 256), dtype="float32"),
+}
+
+
 def tolerance(naive_error: float, dtype: Any, magnitude: float, factor: float = 2) -> float:
     """What an error against float64 may be: max(factor x the naive error, 4 eps x magnitude).
 

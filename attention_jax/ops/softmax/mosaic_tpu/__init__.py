@@ -1,0 +1,93 @@
+"""Softmax attention on a TPU: Pallas kernels over live blocks, forward and backward.
+
+    x_s = log2(e) (softcap(q . k_s scale) + bias_s),  m' = max(m, max_s x_s),
+    l' = l 2^(m-m') + sum_s 2^(x_s-m'),  a' = a 2^(m-m') + sum_s 2^(x_s-m') v_s,
+    out = a / l,  lse = (m + log2 l) / log2(e)
+
+over the key blocks that a query block sees (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022,
+arXiv 2205.14135; block lists as in JAX's splash attention). The grid has one step per live block
+(`steps`); full blocks run no mask code, partial ones run `mask.keep` inside the kernel
+(`scores`).
+
+The backward is one kernel with five matrix products per block. Scores are transposed, [keys, queries], so
+that what belongs to a query (lse, delta) lies along the lanes and P and dS feed dV and dK as they are. The
+query blocks of all heads of a group pass by one key block after another; dQ gathers in VMEM for all of them,
+transposed, and each query block is written when its last key block has passed. Where dQ does not fit,
+the queries come in parts, and partial sums of dK and dV are added afterwards.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.mosaic_tpu import plan, steps
+from attention_jax.ops.softmax.mosaic_tpu.backward import backward
+from attention_jax.ops.softmax.mosaic_tpu.bias import bias_refusal, mask_refusal
+from attention_jax.ops.softmax.mosaic_tpu.forward import forward
+from attention_jax.ops.softmax.mosaic_tpu.plan import forced
+
+__all__ = ["attend", "forced", "unsupported"]
+
+_MAX_DENSE = 2**28  # entries of a dense mask made from a Mask object
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernels cannot run the call, forward or backward; None where they can."""
+    if plan.only_on_tpu() and jax.default_backend() != "tpu":
+        return f"needs a TPU, this is {jax.default_backend()}"
+    if plan.vmem() is None:
+        return f"{plan.chip()}; blocks are chosen for TPU v5e, v5p, v6e and 7x"
+    _, T, S, _, _, H, M = call.sizes
+    if call.q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{call.q_BTNH.dtype}; a TPU multiplies bfloat16 and float32"
+    if max(H, M) > steps.WIDEST:
+        return f"heads {max(H, M)} wide; the kernels hold at most {steps.WIDEST}"
+    why_not = mask_refusal(call.mask)
+    if why_not and not call.arange_positions:
+        return f"{call.mask} needs {why_not} in a kernel, and positions are given"
+    if why_not and T * S > _MAX_DENSE:
+        return f"{call.mask} needs {why_not} in a kernel, and is no array beyond {_MAX_DENSE} entries"
+    if call.bias is not None and (refused := bias_refusal(call.bias)):
+        return refused
+    return _too_long(call)
+
+
+def _too_long(call: Call) -> str | None:
+    """Do block lists fit scalar memory, dQ a bounded number of parts?"""
+    for is_backward in (False, True):
+        geometry = plan.Geometry.of(call, is_backward)
+        if geometry.parts > steps.MAX_PARTS:
+            return (
+                f"dQ of {geometry.G} heads x {geometry.T_pad} queries needs {geometry.parts} sweeps over the "
+                f"keys; the limit is {steps.MAX_PARTS}"
+            )
+        rows = 1 if call.arange_positions else call.sizes[0]
+        block_map = plan.static_map(call, geometry) if call.arange_positions else geometry.all_blocks
+        if is_backward:
+            lists, length = 4, steps.backward_length(block_map, geometry.G, geometry.parts)
+        else:
+            lists, length = 3, steps.forward_length(block_map)
+        size = rows * length * lists * 4
+        if size > steps.SCALAR_BYTES:
+            return f"block lists of {size} bytes; scalar memory has room for {steps.SCALAR_BYTES}"
+    return None
+
+
+@jax.custom_vjp
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNM in q's dtype, lse_BTN in float32)."""
+    return forward(call)
+
+
+def _attend_fwd(call: Call):
+    out_BTNM, lse_BTN = forward(call)
+    return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
+
+
+def _attend_bwd(residuals, cotangents):
+    return (backward(*residuals, *cotangents),)
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,201 @@
+"""What the TPU compiler makes of our attention kernels and of splash attention at equal shape and block.
+
+python scripts/kernel_report.py [--topology v5e:2x2] [--widths 64 128] [--length 2048] [--json FILE]
+
+No TPU is needed, only libtpu. A bundle is what a TPU core issues in a cycle; the bundles of the code that
+a live block runs are the one static cost that means anything. For the backward JAX's splash attention has two
+forms: kernels for dQ and for dK with dV, whose bundles add up, and one for all that writes a partial dQ per
+key block to HBM. Busy is the share of the slots of the matrix units that are taken. Where a kernel has two
+bodies, the first is that of full blocks, the second that of partial ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """A region of a kernel's schedule without branches that multiplies matrices: what a live block runs.
+
+    Spills and fills are registers written to memory and read back.
+    """
+
+    bundles: int
+    spills: int
+    fills: int
+    busy: float
+
+
+def bodies(folder: Path, kernel: str) -> list[Body]:
+    """The bodies of the kernel whose dumped name contains `kernel`, in program order."""
+    (bundles,) = (p for p in folder.glob("*-final_bundles.txt")
+                  if kernel in p.name and "schedule-analysis" not in p.name)  # fmt: skip
+    stem, ending = re.sub(r"-\d+-final_bundles\.txt$", "-", bundles.name), "-per-bundle-utilization.txt"
+    (used,) = (p for p in folder.glob(f"*-final_hlo-static{ending}") if p.name.startswith(stem))
+    names, capacity, rows = _utilization(used)
+    found = []
+    for start, end in _leaf_regions(bundles):
+        total = [sum(column) for column in zip(*rows[start : end + 1], strict=True)]
+        sums = dict(zip(names, total, strict=True))
+        if sums["MATMUL"]:
+            busy = sums["MATMUL"] / (capacity["MATMUL"] * (end - start + 1))
+            found.append(Body(end - start + 1, sums["VSTORE:SPILL"], sums["VLOAD:FILL"], round(busy, 3)))
+    return found
+
+
+def _utilization(path: Path) -> tuple[list[str], dict[str, int], list[list[int]]]:
+    """(slots by name, how many a bundle has of each, how many each bundle uses)."""
+    lines = path.read_text().splitlines()
+    names = next(line for line in lines if line.startswith("MATMUL")).replace(" ", "").split(",")
+    numbers = [[int(x) for x in line.split()] for line in lines if re.fullmatch(r"[\d\s]*\d[\d\s]*", line)]
+    return names, dict(zip(names, numbers[0], strict=True)), numbers[1:]
+
+
+def _leaf_regions(path: Path) -> list[tuple[int, int]]:
+    """First and last bundle of the regions that hold no other region."""
+    spans: dict[str, list[int | None]] = {}
+    for line in path.read_text().splitlines():
+        at = re.match(r"\s*(0x[0-9a-f]+|0)\s", line)
+        for which, number in re.findall(r"(Start|End) region (\d+)", line) if at else ():
+            spans.setdefault(number, [None, None])[which == "End"] = int(at[1], 16)
+    known = [(a, b) for a, b in spans.values() if a is not None and b is not None]
+    return sorted((a, b) for a, b in known
+                  if not any(a <= x and y <= b and (x, y) != (a, b) for x, y in known))  # fmt: skip
+
+
+def _compile(system: str, topology: str, length: int, width: int) -> None:
+    """In a process of its own: libtpu reads its flags once."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+    N, K = 2, 1
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=sharding)
+
+    if system == "ours":
+        attend = _ours
+        arguments = [shape(1, length, n, width) for n in (N, K, K, N)]
+    else:
+        attend = _splash(length, width, fused=system == "splash fused")
+        arguments = [shape(n, length, width) for n in (N, K, K, N)]
+
+    def both(q, k, v, dout):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, vjp(dout)
+
+    from attention_jax.ops.softmax import mosaic_tpu
+
+    with mosaic_tpu.forced(False), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(both).lower(*arguments)
+    lowered.compile()
+
+
+def _ours(q, k, v):
+    from attention_jax.masks import Causal
+    from attention_jax.ops.softmax import api, mosaic_tpu
+
+    options = dict.fromkeys(
+        ("bias", "scale", "softcap", "sinks", "segment_ids", "q_positions", "k_positions")
+    )
+    call = api._checked_call(q, k, v, mask=Causal(), **options, rate=0.0, key=None)
+    return mosaic_tpu.attend(call)[0]
+
+
+def _splash(length: int, width: int, fused: bool) -> Any:
+    """Causal splash attention with our blocks."""
+    import jax
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    from attention_jax.ops.softmax.mosaic_tpu import steps
+
+    blocks = steps.blocks_for(width, 2)
+    (q, k), (q_back, k_back) = blocks.forward, blocks.backward
+    sizes = splash.BlockSizes(
+        block_q=q, block_kv=k, block_kv_compute=k, block_q_dkv=q_back, block_kv_dkv=k_back,
+        block_kv_dkv_compute=k_back, block_q_dq=None if fused else q_back,
+        block_kv_dq=None if fused else k_back, use_fused_bwd_kernel=fused,
+    )  # fmt: skip
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * 2)
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+
+# What to call, the name its kernels have in the dump, forward or backward.
+_KERNELS = {
+    "ours": [("forward", "attention_forward"), ("backward", "attention_backward")],
+    "splash": [("forward", "splash_mha_fwd"), ("backward", "splash_mha_dq"), ("backward", "splash_mha_dkv")],
+    "splash fused": [("backward", "splash_mha_dkv")],
+}
+
+
+def report(topology: str, length: int, width: int) -> list[dict[str, Any]]:
+    """A row per kernel: its bodies, full blocks before partial ones where they differ."""
+    rows = []
+    for system, kernels in _KERNELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {
+                "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
+                "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT),
+            }  # fmt: skip
+            command = [sys.executable, __file__, "--compile", system, "--topology", topology,
+                       "--length", str(length), "--widths", str(width)]  # fmt: skip
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+            if done.returncode:
+                raise RuntimeError(f"{system} did not compile: {done.stderr[-2000:]}")
+            for direction, name in kernels:
+                rows.append({
+                    "topology": topology, "width": width, "system": system, "direction": direction,
+                    "kernel": name,
+                    "bodies": [dataclasses.asdict(x) for x in bodies(Path(folder), name)],
+                })  # fmt: skip
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.compile:
+        _compile(given.compile, given.topology, given.length, given.widths[0])
+        return 0
+    rows = [row for width in given.widths for row in report(given.topology, given.length, width)]
+    print(f"{'chip':9} {'width':>5} {'kernel':20} {'bundles per live block':>24} {'spills':>12} {'busy':>12}")
+    for row in rows:
+        cells = (
+            " / ".join(str(body[key]) for body in row["bodies"]) for key in ("bundles", "spills", "busy")
+        )
+        name = f"{row['kernel']}{' fused' * (row['system'] == 'splash fused')}"
+        print("{:9} {:5} {:20} {:>24} {:>12} {:>12}".format(row["topology"], row["width"], name, *cells))
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The TPU kernels in the interpreter, in a process of its own (tests/test_mosaic_tpu.py).
+
+    python -m tests.interpret_tpu [--vmem=BYTES] NUMBER|promises ...
+
+checks cases of test_mosaic_tpu.CASES by number, or the promises of test_softmax beyond numbers. The
+interpreter raises on reads out of bounds and fills memory that nobody wrote with NaN; races are counted.
+Blocks are made small, so that short rows already have empty, full and partial ones. --vmem: a chip with so
+little memory that dQ comes in parts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import tests.conftest  # noqa: F401 (compile quickly, multiply in full precision)
+
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # isort: skip
+from jax.experimental.pallas import tpu as pltpu  # isort: skip
+
+from attention_jax.ops.softmax import api, mosaic_tpu
+from attention_jax.ops.softmax.mosaic_tpu import plan, steps
+from tests import test_mosaic_tpu, test_softmax
+
+PARAMS = pltpu.InterpretParams(
+    detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan", dma_execution_mode="on_wait"
+)
+
+
+def register(impl: str = "mosaic_tpu") -> None:
+    """Makes the kernels an implementation by name."""
+    api._IMPLEMENTATIONS.setdefault(
+        impl, api._Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, lambda call: None)
+    )
+
+
+def promises() -> None:
+    """What test_softmax promises of every implementation beyond numbers."""
+    impl, tiles = "mosaic_tpu", None
+    test_softmax.test_a_large_score_common_to_all_keys_changes_nothing(impl, tiles)
+    for sinks in (False, True):
+        test_softmax.test_rows_without_a_key_give_zero_and_pass_no_gradient(impl, sinks, tiles)
+    for case in (test_softmax.HOLES, test_softmax.RING):
+        test_softmax.test_what_an_invalid_slot_holds_changes_no_bit(case, impl, tiles)
+    for case in test_softmax.SEEN:
+        test_softmax.test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl, tiles)
+    test_softmax.test_a_hidden_key_may_be_as_large_as_its_dtype(impl, tiles)
+
+
+def main(*what: str) -> None:
+    register()
+    # The smallest blocks: 128 lanes both ways.
+    small = steps.Blocks((128, 128), (128, 128))
+    steps._BLOCKS = dict.fromkeys(steps._BLOCKS, small)
+    for name in what:
+        if name.startswith("--vmem="):
+            vmem = int(name.removeprefix("--vmem="))
+            plan.vmem = lambda: vmem  # noqa: B023 (given once)
+            continue
+        started = time.monotonic()
+        with mosaic_tpu.forced(PARAMS):
+            if name == "promises":
+                promises()
+            else:
+                test_softmax.check(test_mosaic_tpu.CASES[int(name)], "mosaic_tpu")
+        races = interpret_pallas_call.races
+        assert races is not None and not races.races_found, f"races in {name}"
+        print(json.dumps({"checked": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

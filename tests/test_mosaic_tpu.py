@@ -1,0 +1,252 @@
+"""The TPU kernels without a TPU: numerics in the interpreter, compilation ahead of time, refusals, lists."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax.biases import ALiBi, ArrayBias, T5Bias
+from attention_jax.masks import Causal, Dense, Global, SlidingWindow
+from attention_jax.mixers.forgetting import ForgetBias
+from attention_jax.ops.softmax import api, blocks, mosaic_tpu
+from attention_jax.ops.softmax.mosaic_tpu import steps
+from attention_jax.ops.softmax.mosaic_tpu.bias import mask_refusal, split
+from scripts import kernel_report
+from tests import aot
+from tests.cases import MASKS, REAL_SHAPES, Gate, OpCase
+from tests.covering import pairwise
+
+FACTORS = {
+    "lengths": [(130, 130), (1, 150), (260, 140), (129, 300)],
+    "mask": [None, "causal", "window 9", "sink window", "far past", "dense", "array BNTS", "array B11S"],
+    "bias": [None, "alibi", "gate", "array B11S", "array 1NT1"],
+    "positions": [None, "shifted", "left padded", "cache"],
+    "segments": [None, "packed", "ragged"],
+    "widths": [(24, 24), (1, 40), (64, 59), (136, 16)],
+    "heads": [(1, 1), (2, 1), (4, 2)],
+    "dtype": ["float32", "bfloat16"],
+    "softcap": [None, 2.0],
+    "sinks": [False, True],
+    "dropout": [0.0, 0.3],
+    "scale": [None, -0.3],
+    "batch": [1, 2],
+}
+
+
+def _possible(case: OpCase) -> bool:
+    """An array over positions needs implicit ones."""
+    return case.mask != "dense" or (case.positions is None and case.segments is None)
+
+
+# In `make test`: everything at once, twice, and arrays; the pairs come with the slow tests.
+FAST = [
+    OpCase((150, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3),
+    OpCase((130, 130), (64, 59), (2, 1), "sink window", "alibi", None, False, "ragged", dtype="bfloat16"),
+    OpCase((140, 200), (1, 16), (2, 2), "array B11S", "array 1NT1", batch=1),
+]
+CASES = FAST + [
+    case
+    for case in (OpCase(seed=i, **row) for i, row in enumerate(pairwise(FACTORS, tries=10)))
+    if _possible(case)
+]
+_PER_PROCESS = 6
+_SLOW = range(len(FAST), len(CASES))
+
+
+def interpret(*what: str) -> None:
+    found = aot.run(*what, module="tests.interpret_tpu", timeout=550)
+    assert [line["checked"] for line in found] == [x for x in what if not x.startswith("--")]
+
+
+def test_numerics_in_the_interpreter():
+    interpret(*map(str, range(len(FAST))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "group", [_SLOW[i : i + _PER_PROCESS] for i in range(0, len(_SLOW), _PER_PROCESS)], ids=str
+)
+def test_numerics_in_the_interpreter_exhaustively(group):
+    interpret(*map(str, group))
+
+
+@pytest.mark.slow
+def test_a_backward_in_parts():
+    """dQ of case 0 takes 64 KiB, a quarter of the chip's memory is 32."""
+    interpret("--vmem=131072", "0")
+
+
+@pytest.mark.slow
+def test_what_every_implementation_promises():
+    interpret("promises")
+
+
+needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+
+
+def _check_compiled(found: list[dict], names: list[str]) -> None:
+    assert [line["name"] for line in found] == names
+    for line in found:
+        assert line["kernels"] == 2, line
+        assert line["collectives"] == 0, line
+        assert line["temporary"] < 8 * 2**30, line
+
+
+@needs_compiler
+def test_a_real_layer_compiles_for_a_chip_and_for_a_slice():
+    names = ["llama 8b 32k", "2x2 llama 1b 4k"]
+    _check_compiled(aot.run("v5e:2x2", *names, timeout=300), names)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_real_layers_compile(topology):
+    names = [*REAL_SHAPES, "2x2 llama 8b 4k"]
+    _check_compiled(aot.run(topology, *names, timeout=580), names)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_live_block_costs_no_more_than_in_splash_attention():
+    """The first of our bodies is that of full blocks, nearly all of a long sequence."""
+    rows = kernel_report.report("v5e:2x2", 2048, 128)
+    first = {(row["system"], row["kernel"]): row["bodies"][0] for row in rows}
+    for key in ("bundles", "spills"):
+        cost = {name: body[key] for name, body in first.items()}
+        assert cost["ours", "attention_forward"] <= cost["splash", "splash_mha_fwd"], key
+        two = cost["splash", "splash_mha_dq"] + cost["splash", "splash_mha_dkv"]
+        assert cost["ours", "attention_backward"] <= two, key
+
+
+def make_call(T=256, S=256, N=4, K=2, H=64, M=64, dtype=jnp.bfloat16, **options):
+    """A checked call over shapes alone."""
+    found = []
+    arrays = [jax.ShapeDtypeStruct(x, dtype) for x in ((1, T, N, H), (1, S, K, H), (1, S, K, M))]
+
+    def check(q, k, v):
+        given = dict.fromkeys(
+            ("mask", "bias", "scale", "softcap", "sinks", "segment_ids", "q_positions", "k_positions")
+        )
+        found.append(api._checked_call(q, k, v, **(given | options), rate=0.0, key=None))
+        return 0
+
+    jax.eval_shape(check, *arrays)
+    return found[0]
+
+
+REFUSED = {
+    "float16": ("float16", {"dtype": jnp.float16}),
+    "320 wide": ("320 wide", {"H": 320}),
+    "T5's table of buckets": ("T5Bias", {"bias": T5Bias(np.zeros((32, 4), np.float32), False)}),
+    "a dense bias": ("dense bias", {"bias": np.zeros((256, 256), np.float32)}),
+    "a table of positions where they are given": (
+        "positions are given",
+        {"mask": Global(tuple(range(0, 400, 2))), "q_positions": np.arange(256, dtype=np.int32)},
+    ),
+    "an array over far too many positions": (
+        "no array beyond", {"mask": Dense(np.ones((2, 2), bool)), "T": 2**15, "S": 2**15}
+    ),
+    "lists longer than scalar memory": ("scalar memory", {"mask": Causal(), "T": 2**18, "S": 2**18}),
+    "dQ in too many parts": ("sweeps", {"mask": SlidingWindow(8), "T": 2**21, "S": 2**21}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_thing(name):
+    named, options = REFUSED[name]
+    with mosaic_tpu.forced(True):
+        assert named in mosaic_tpu.unsupported(make_call(**options))
+
+
+def test_without_a_tpu_the_platform_is_the_reason():
+    assert mosaic_tpu.unsupported(make_call()) == f"needs a TPU, this is {jax.default_backend()}"
+    with mosaic_tpu.forced(True):
+        assert mosaic_tpu.unsupported(make_call(mask=Causal(), bias=ALiBi(4))) is None
+
+
+def test_every_mask_of_the_table_runs_or_becomes_an_array():
+    tables = {"dense", "global many"}
+    for name, case in MASKS.items():
+        assert (mask_refusal(case.mask) is not None) == (name in tables), name
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "at run time"])
+@pytest.mark.parametrize("G, parts", [(1, 1), (2, 1), (2, 4), (3, 2)])
+def test_steps_visit_every_live_block_once(static, G, parts):
+    rng = np.random.default_rng(G + parts)
+    for share in (0.0, 0.2, 0.7, 1.0):
+        some = rng.random((1 if static else 3, 4, 5)) < share
+        every = some & (rng.random(some.shape) < 0.5)
+        block_map = blocks.BlockMap(*(x if static else jnp.asarray(x) for x in (some, every)))
+        forward, backward = steps.forward_steps(block_map), steps.backward_steps(block_map, G, parts)
+        for b in range(len(some)):
+            rows = _read(forward, b)
+            _check_rows(rows, some[b], every[b], [row[0] for row in rows], range(4))
+            rows = _read(backward, b)
+            per_part = 4 * G // parts
+            keys = [(q // per_part, k) for q, k, *_ in rows]
+            tiled = [np.tile(x, (G, 1)) for x in (some[b], every[b])]
+            _check_rows(rows, *tiled, keys, [(p, k) for p in range(parts) for k in range(5)])
+            _check_closing(rows, range(4 * G))
+        assert steps.forward_length(block_map) == forward.length
+        assert steps.backward_length(block_map, G, parts) == backward.length
+
+
+def _read(found: steps.Steps, b: int) -> list[tuple[int, ...]]:
+    """The steps of a batch row that do something."""
+    rows = list(zip(*(np.asarray(x).reshape(-1, found.length)[b].tolist() for x in found.lists), strict=True))
+    alive = [row for row in rows if row[2]]
+    assert rows[: len(alive)] == alive
+    # What is left over moves no block.
+    assert all(row[:2] == alive[-1][:2] and row[3:] == alive[-1][3:] for row in rows[len(alive) :])
+    return alive
+
+
+def _check_rows(rows, some, every, accumulators, wanted) -> None:
+    """Live blocks once each, by kind; every accumulator opened and closed once, in one run of steps."""
+    for kind, chosen in ((steps.FULL, every), (steps.PARTIAL, some & ~every)):
+        visited = sorted((q, k) for q, k, flags, *_ in rows if flags & kind)
+        assert visited == sorted(zip(*map(np.ndarray.tolist, np.nonzero(chosen)), strict=True))
+    assert list(dict.fromkeys(accumulators)) == list(wanted)
+    for at, row in enumerate(rows):
+        assert bool(row[2] & steps.FIRST) == (at == 0 or accumulators[at - 1] != accumulators[at])
+        last = at == len(rows) - 1 or accumulators[at + 1] != accumulators[at]
+        assert bool(row[2] & steps.LAST) == last
+
+
+def _check_closing(rows, wanted) -> None:
+    """Every query block is opened at its first step and closed at its last; `closing` names the next."""
+    order = [row[0] for row in rows]
+    for at, (q, _, flags, closing) in enumerate(rows):
+        assert bool(flags & steps.OPENS) == (q not in order[:at])
+        assert bool(flags & steps.CLOSES) == (q not in order[at + 1 :])
+        assert closing == next(row[0] for row in rows[at:] if row[2] & steps.CLOSES)
+    assert sorted(set(order)) == list(wanted)
+
+
+@pytest.mark.parametrize("lengths", [(7, 11), (4, 4), (1, 3)], ids=str)
+def test_a_split_bias_is_the_bias(lengths):
+    """Also where lengths coincide with one another and with the number of heads."""
+    (T, S), N, B = lengths, 4, 2
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    q_pos, k_pos = (rng.integers(0, 50, (B, n)).astype(np.int32) for n in (T, S))
+    biases = [
+        ALiBi(N), Gate(normal(N), normal(B, T), normal(B, S), np.arange(B, dtype=np.int32)),
+        ForgetBias(normal(B, T, N), normal(B, S, N)), ArrayBias(normal(1, N, 1, S)),
+        ArrayBias(normal(1, 1, 1, 1)),
+    ]  # fmt: skip
+    for bias in biases:
+        cut = split(bias)
+        outside = cut.outside(bias, N, jnp.asarray(q_pos), jnp.asarray(k_pos))
+        wanted = np.broadcast_to(bias.score(jnp.arange(N), q_pos, k_pos), (B, N, T, S))
+        for b in range(B):
+            for n in range(N):
+                given = [x[min(b, len(x) - 1), n] for x in outside]
+                found = cut.inside(given, q_pos[b][:, None], k_pos[b][None])
+                found = np.broadcast_to(found, (T, S))
+                np.testing.assert_allclose(found, wanted[b, n], 1e-6, 1e-6, err_msg=type(bias).__name__)
