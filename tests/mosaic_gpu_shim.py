@@ -1,12 +1,14 @@
 """Teaches JAX's interpreter of Mosaic GPU kernels what these kernels use and it lacks.
 
-`wgmma` with its first operand in registers, and `pl.run_state` over accumulators that start from a value. Both
-become what the interpreter knows: a buffer in register memory. For tests alone; it patches private classes.
+`wgmma` with its first operand in registers, and `pl.run_state` over accumulators that start from a value:
+both become what the interpreter knows, a buffer in register memory. And copies that add to their destination.
+For tests alone; it patches private classes.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,7 @@ from jax._src import callback
 from jax._src import core as jax_core
 from jax._src.pallas import primitives as pallas_primitives
 from jax._src.pallas.mosaic_gpu import core as gpu_core
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import discharge
 from jax._src.state import types as state_types
@@ -70,13 +71,45 @@ def _run_state(self, eqn, token, values):
     return token, outs
 
 
+class _AddingCopy(gpu_callbacks.AsyncCopySmemToGmemTask):
+    """The interpreter's copy from shared to global memory, which adds where `_adding` is set by its maker."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adds = getattr(_adding, "on", False)
+
+    def __call__(self, tma_thread_id):
+        if not self.adds:
+            return super().__call__(tma_thread_id)
+        shared = gpu_callbacks._get_shared_memory()
+
+        def read(key, access):
+            return shared.get_buffer_content(key, access, self.thread, logging_info=self.logging_info)[0]
+
+        self.pre_read(tma_thread_id, shared)
+        added = read(self.src_allocation_key, self.src_access)
+        self.post_read(tma_thread_id, shared)
+        key = self.dst_allocation_key
+        store = gpu_callbacks._clip_store_to_shape(
+            self.dst_access, added, tuple(shared.buffer_shape_and_dtype(key).shape)
+        )
+        if store is not None:
+            access, added = store
+            total = read(key, access) + added
+            shared.store_buffer_content(key, access, total, self.thread, logging_info=self.logging_info)
+        self.post_write(tma_thread_id, shared)
+
+
+_adding = threading.local()
+
+
 def install() -> None:
     interpret, run_scoped, wgmma = (
         Interpreter.interpret, Interpreter._interpret_run_scoped_p, Interpreter._interpret_wgmma_ref_p
     )  # fmt: skip
 
     def patched_interpret(self, jaxpr, token, *args):
-        # The interpreter has no case for run_state: it goes by the name of run_scoped, which is patched below.
+        # The interpreter has no case for run_state: it goes by the name of run_scoped, patched below.
         eqns = [
             eqn.replace(primitive=pallas_primitives.run_scoped_p)
             if eqn.primitive is discharge.run_state_p else eqn
@@ -97,6 +130,18 @@ def install() -> None:
         token, out = wgmma(self, eqn, token, lambda: [acc, key, *rest])
         return _free(self, token, key, eqn.source_info), out
 
+    copy = gpu_callbacks.copy_smem_to_gmem
+
+    def patched_copy(*, reduction_op, **kwargs):
+        assert reduction_op in (None, "add"), reduction_op
+        _adding.on = reduction_op == "add"
+        try:
+            return copy(reduction_op=None, **kwargs)
+        finally:
+            _adding.on = False
+
+    gpu_callbacks.copy_smem_to_gmem = patched_copy
+    gpu_callbacks.AsyncCopySmemToGmemTask = _AddingCopy
     Interpreter.interpret = patched_interpret
     Interpreter._interpret_run_scoped_p = patched_run_scoped
     Interpreter._interpret_wgmma_ref_p = patched_wgmma

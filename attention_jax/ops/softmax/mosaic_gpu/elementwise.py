@@ -1,9 +1,9 @@
 """Functions of (batch row, head, q position, k position), traced on scalars and run on tiles in a kernel.
 
 A mask's `keep`, a bias's `score` and the dropout hash are elementwise. Traced on scalars they are a jaxpr
-without a shape, whose equations fall into three parts: what depends on neither position is computed once per
-(batch row, head) outside the kernel; what depends on one position runs on a vector, one value per row or
-column of the tile; the rest runs on the tile. Nothing that indexes an array can run there, and `trace` says so.
+without a shape, whose equations fall into three parts: what depends on neither position is computed once
+per (batch row, head) outside the kernel; what depends on one position runs on a vector, one value per row or
+column of the tile; the rest runs on the tile. Nothing that indexes an array can run there: `trace` says so.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Traced:
         b, n = jnp.arange(B, dtype=jnp.int32), jnp.arange(N, dtype=jnp.int32)
         return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(b, n)
 
-    def tile(self, scalars: Sequence[Any], q_pos: Any, k_pos: Any, shape: tuple[int, int], q_axis: int) -> Any:
+    def tile(
+        self, scalars: Sequence[Any], q_pos: Any, k_pos: Any, shape: tuple[int, int], q_axis: int
+    ) -> Any:
         """The function on a tile [queries, keys] (q_axis 0) or [keys, queries] (q_axis 1), in a kernel.
 
         q_pos, k_pos: vectors along their axes of the tile.
@@ -101,11 +103,9 @@ def trace(fn: Callable, what: str) -> Traced | str:
     outer, inner, frontier, known = [], [], {}, {}
     for eqn in jaxpr.eqns:
         used = [v for v in eqn.invars if not isinstance(v, core.Literal)]
-        if all(v in known for v in used) and all(v.aval.size == 1 for v in eqn.outvars):
-            with jax.ensure_compile_time_eval():
-                _bind(eqn, known)
-            known |= {v: np.asarray(known[v]) for v in eqn.outvars}
-            kinds |= {v: NEITHER for v in eqn.outvars}
+        if all(v in known for v in used) and (value := _folded(eqn, known)) is not None:
+            known[eqn.outvars[0]] = value
+            kinds[eqn.outvars[0]] = NEITHER
             continue
         kind = frozenset().union(*(kinds[v] for v in used))
         kinds |= {v: kind for v in eqn.outvars}
@@ -127,6 +127,25 @@ def _bind(eqn: Any, env: dict) -> None:
     args = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
     out = eqn.primitive.bind(*args, **eqn.params)
     env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
+
+
+_FOLDED = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "sign": np.sign, "abs": np.abs,
+    "max": np.maximum, "min": np.minimum, "eq": np.equal, "ne": np.not_equal, "lt": np.less,
+    "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+def _folded(eqn: Any, known: dict) -> np.ndarray | None:
+    """The value of an equation over constants, by NumPy: jax would run it on a device. None if too rare."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    if out.size != 1 or name not in _SHAPES | {"convert_element_type"} | _FOLDED.keys():
+        return None
+    args = [np.asarray(v.val, v.aval.dtype) if isinstance(v, core.Literal) else known[v] for v in eqn.invars]
+    with np.errstate(over="ignore"):
+        value = _FOLDED[name](*args) if name in _FOLDED else args[0]
+    return np.asarray(value, out.dtype).reshape(out.shape)
 
 
 def _spread(x: Any, have: frozenset, want: frozenset, size: tuple[int, ...], axes: dict) -> Any:

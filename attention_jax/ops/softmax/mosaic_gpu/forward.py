@@ -10,9 +10,6 @@ under the matrix products of the other, and P enters the second product from reg
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,10 +19,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
+    ThreadBlock,
     launch,
+    release,
     remainder,
     tiled,
     times,
+    vector,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
@@ -44,10 +44,10 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
     operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, sinks=sinks)
     vectors = len(plan.k.vectors)
     scratch = {
-        "q": tiled((2, GROUP, H), dtype),
-        "k": tiled((stages, block, H), dtype),
-        "v": tiled((stages, block, M), dtype),
-        "out": None if H == M else tiled((2, GROUP, M), dtype),
+        "q": tiled((2, GROUP, H), dtype, block),
+        "k": tiled((stages, block, H), dtype, block),
+        "v": tiled((stages, block, M), dtype, block),
+        "out": None if H == M else tiled((2, GROUP, M), dtype, block),
         "lse": plgpu.SMEM((2, GROUP), jnp.float32),
         "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
         "q_ready": plgpu.Barrier(num_barriers=2),
@@ -76,52 +76,34 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
     return found["out"], found["lse"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """The body of one thread block; `refs` are arrays in global memory, `smem` scratch."""
-
-    plan: Plan
-    refs: dict[str, Any]
-    smem: dict[str, Any]
+class _Kernel(ThreadBlock):
+    """Two warpgroups that each own 64 queries of a head, and one that loads."""
 
     @property
-    def batch(self):
-        return lax.axis_index("batch")
-
-    @property
-    def head(self):
+    def head(self) -> jax.Array:
         return lax.axis_index("head")
-
-    def row(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """(query block, start, end of full, end)."""
-        rows = self.refs["rows"]
-        at = (self.batch if rows.shape[0] > 1 else 0, lax.axis_index("row"))
-        return tuple(rows[(*at, i)] for i in range(4))
-
-    def item(self, at: jax.Array) -> jax.Array:
-        items = self.refs["items"]
-        return items[self.batch if items.shape[0] > 1 else 0, at]
 
     def load(self) -> None:
         """The third warpgroup: keys and values of the listed blocks, `stages` steps ahead."""
         plgpu.set_max_registers(40, action="decrease")
         _, start, _, end = self.row()
-        refs, smem, (stages, block) = self.refs, self.smem, (self.plan.tiles.stages, self.plan.tiles.block)
+        refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
 
-        def step(i, _):
-            slot = remainder(i, stages)
-            tokens = pl.ds(self.item(start + i) * block, block)
-            at = (self.batch, tokens, kv_head)
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(smem["k_free"].at[slot]))
-            plgpu.copy_gmem_to_smem(refs["k_tokens"].at[at], smem["k"].at[slot], smem["k_ready"].at[slot])
+        def tokens(i):
+            return pl.ds(self.item(start + i) * block, block)
+
+        def keys(i, slot):
+            at, ready = tokens(i), smem["k_ready"].at[slot]
+            plgpu.copy_gmem_to_smem(refs["k_tokens"].at[self.batch, at, kv_head], smem["k"].at[slot], ready)
             for ref, buffer in zip(refs["k"], smem["k_vectors"], strict=True):
-                row = ref.at[self.batch if ref.shape[0] > 1 else 0, tokens]
-                plgpu.copy_gmem_to_smem(row, buffer.at[slot], smem["k_ready"].at[slot])
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(smem["v_free"].at[slot]))
+                plgpu.copy_gmem_to_smem(self.per_token(ref, at), buffer.at[slot], ready)
+
+        def values(i, slot):
+            at = (self.batch, tokens(i), kv_head)
             plgpu.copy_gmem_to_smem(refs["v_tokens"].at[at], smem["v"].at[slot], smem["v_ready"].at[slot])
 
-        lax.fori_loop(0, end - start, step, None)
+        self.produce(end - start, {"k_free": keys, "v_free": values})
 
     def compute(self, group: jax.Array) -> None:
         """One of the two warpgroups that each own 64 queries."""
@@ -135,17 +117,14 @@ class _Kernel:
         plgpu.copy_gmem_to_smem(
             refs["q_tokens"].at[self.batch, rows, self.head], q_smem, smem["q_ready"].at[group]
         )
-        q_vectors = [
-            plgpu.load(ref.at[self.batch if ref.shape[0] > 1 else 0, rows], layout=ROWS, optimized=False)
-            for ref in refs["q"]
-        ]
+        q_vectors = [vector(self.per_token(ref, rows), ROWS) for ref in refs["q"]]
         plgpu.barrier_wait(smem["q_ready"].at[group])
         steps = end - start
         pl.when(steps > 0)(lambda: plgpu.barrier_wait(smem["k_ready"].at[0]))
         pl.when(group == 1)(self.pass_turn)
 
-        m, l = self.first_maximum()
-        carry = (plgpu.layout_cast(jnp.zeros((GROUP, M), jnp.float32), WGMMA), m, l)
+        m, norm = self.first_maximum()
+        carry = (plgpu.layout_cast(jnp.zeros((GROUP, M), jnp.float32), WGMMA), m, norm)
 
         def body(masked):
             return lambda i, carry: self.step(i, carry, masked, start, steps, q_start, q_smem, q_vectors)
@@ -163,21 +142,20 @@ class _Kernel:
         plgpu.barrier_wait(self.smem["turn"])
 
     def first_maximum(self) -> tuple[jax.Array, jax.Array]:
-        """(m, l) before the first key. A sink is a key without a value that every row has seen."""
-        m, l = jnp.float32(LOWEST), jnp.float32(0)
+        """(maximum, sum of exponentials) before the first key; a sink is one without a value."""
+        m, norm = jnp.float32(LOWEST), jnp.float32(0)
         if self.refs["sinks"] is not None:
             sink = self.refs["sinks"][self.head]
-            m, l = jnp.maximum(m, sink), jnp.where(sink == -jnp.inf, 0.0, 1.0)
-        return tuple(plgpu.layout_cast(lax.broadcast(x, (GROUP,)), ROWS) for x in (m, l))
+            m, norm = jnp.maximum(m, sink), jnp.where(sink == -jnp.inf, 0.0, 1.0)
+        return tuple(plgpu.layout_cast(lax.broadcast(x, (GROUP,)), ROWS) for x in (m, norm))
 
     def step(self, i, carry, masked, start, steps, q_start, q_smem, q_vectors):
         plan, smem = self.plan, self.smem
         (stages, block), M = (plan.tiles.stages, plan.tiles.block), plan.call.sizes[6]
-        acc, m, l = carry
+        acc, m, norm = carry
         slot = remainder(i, stages)
         shape = (GROUP, block)
-        needs_position = masked or plan.scores.bias is not None or plan.scores.dropout is not None
-        k_block = self.item(start + i) if needs_position else jnp.int32(0)
+        k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
 
         def scores(acc_ref):
             plgpu.wgmma(acc_ref, q_smem, smem["k"].at[slot].transpose((1, 0)))
@@ -186,9 +164,9 @@ class _Kernel:
 
         qk = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
         k_vectors = []
-        if needs_position:
-            k_vectors = [plgpu.load(x.at[slot], layout=COLUMNS, optimized=False) for x in smem["k_vectors"]]
-        plgpu.barrier_arrive(smem["k_free"].at[slot])
+        if plan.scores.placed(masked):
+            k_vectors = [vector(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
+        release(smem["k_free"].at[slot], read=bool(k_vectors))
 
         tile = Tile(
             plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
@@ -199,7 +177,7 @@ class _Kernel:
         decay = jnp.exp2(m - new_m)
         p = jnp.exp2(times(z, factor) - lax.broadcast_in_dim(new_m, shape, (0,)))
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
-        l = l * decay
+        norm = norm * decay
         kept = p if plan.scores.dropout is None else jnp.where(tile.surviving(), p, 0.0)
         p16 = kept.astype(plan.call.q_BTNH.dtype)
 
@@ -209,12 +187,12 @@ class _Kernel:
             plgpu.barrier_wait(smem["turn"])
 
         if M <= 128:
-            l = l + p.sum(axis=1)
-            acc, l, new_m, p16 = lax.optimization_barrier((acc, l, new_m, p16))
+            norm = norm + p.sum(axis=1)
+            acc, norm, new_m, p16 = lax.optimization_barrier((acc, norm, new_m, p16))
             end_softmax()
         else:  # registers are short: the sum does not wait for its own turn
             end_softmax()
-            l = l + p.sum(axis=1)
+            norm = norm + p.sum(axis=1)
 
         def values(acc_ref):
             plgpu.wgmma(acc_ref, p16, smem["v"].at[slot])
@@ -223,17 +201,17 @@ class _Kernel:
 
         acc = pl.run_state(values)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(smem["v_free"].at[slot])
-        return acc, new_m, l
+        return acc, new_m, norm
 
-    def finish(self, group, q_start, acc, m, l) -> None:
+    def finish(self, group, q_start, acc, m, norm) -> None:
         smem, refs = self.smem, self.refs
         out_smem = (smem["q"] if smem["out"] is None else smem["out"]).at[group]
         lse_smem = smem["lse"].at[group]
-        # A row without a key has l = 0: its output is 0 and log2 gives -inf.
-        share = 1.0 / (jnp.where(l > 0.0, l, 1.0) * (1 - self.plan.scores.dropout_rate))
+        # A row without a key has norm = 0: its output is 0 and log2 gives -inf.
+        share = 1.0 / (jnp.where(norm > 0.0, norm, 1.0) * (1 - self.plan.scores.dropout_rate))
         out = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
         out_smem[...] = out.astype(self.plan.call.q_BTNH.dtype)
-        lse_smem[...] = m + jnp.log(l) * LOG2E
+        lse_smem[...] = m + jnp.log(norm) * LOG2E
         plgpu.commit_smem()
         rows = pl.ds(q_start, GROUP)
         plgpu.copy_smem_to_gmem(out_smem, refs["out"].at[self.batch, rows, self.head])

@@ -34,6 +34,24 @@ FORWARD = {
 }
 
 
+# The backward over queries (dQ): keys per step. The backward over keys (dK, dV): queries per step.
+BACKWARD_Q = {
+    64: Tiles(128, 2),
+    96: Tiles(64, 3),
+    128: Tiles(64, 3),
+    192: Tiles(64, 2),
+    256: Tiles(32, 3),
+}
+BACKWARD_K = {
+    64: Tiles(64, 3),
+    96: Tiles(64, 2),
+    128: Tiles(64, 2),
+    192: Tiles(64, 2),
+    256: Tiles(64, 2),
+}
+FUSED = ((64, 64), (128, 128))  # widths (H, M) whose backward can run as one kernel
+
+
 def padded_width(width: int) -> int:
     return next(w for w in WIDTHS if w >= width)
 
@@ -52,6 +70,7 @@ class Plan:
     schedule: Schedule
     q: Side
     k: Side
+    key_rows: int  # keys of a thread block of the backward over keys
 
     @property
     def groups(self) -> int:
@@ -72,13 +91,27 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     return _plan(call, tiles, 2 * GROUP, tiles.block, by_key=False)
 
 
+def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+    *_, H, M = call.sizes
+    tiles = tiles or BACKWARD_Q[padded_width(max(H, M))]
+    return _plan(call, tiles, 2 * GROUP, tiles.block, by_key=False)
+
+
+def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+    *_, H, M = call.sizes
+    tiles = tiles or BACKWARD_K[padded_width(max(H, M))]
+    # Accumulators of both dK and dV fit the registers of a warpgroup up to a width of 128.
+    key_rows = 2 * GROUP if max(H, M) <= 128 else GROUP
+    return _plan(call, tiles, tiles.block, key_rows, by_key=True)
+
+
 def _plan(call: Call, tiles: Tiles, q_block: int, k_block: int, by_key: bool) -> Plan:
     _, T, S, *_ = call.sizes
     scores = scores_of(call, k_block)
     assert isinstance(scores, Scores), scores
     blocks = block_map(call, q_block, k_block)
     q, k = sides(call, round_up(T, q_block), round_up(S, k_block))
-    return Plan(call, scores, tiles, schedule(blocks.transpose if by_key else blocks), q, k)
+    return Plan(call, scores, tiles, schedule(blocks.transpose if by_key else blocks), q, k, k_block)
 
 
 def clean(call: Call) -> Call:

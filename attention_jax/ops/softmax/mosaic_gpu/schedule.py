@@ -50,7 +50,8 @@ def schedule(block_map: BlockMap) -> Schedule:
         starts = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32) * columns, (b, n))
         items = order.reshape(b, n * columns)
     rows = xp.stack(
-        [xp.broadcast_to(xp.arange(n, dtype=xp.int32), (b, n)), starts, starts + full_count, starts + count], -1
+        [xp.broadcast_to(xp.arange(n, dtype=xp.int32), (b, n)), starts, starts + full_count, starts + count],
+        -1,
     )
     longest = xp.argsort(-count, axis=1, stable=True)
     rows = xp.take_along_axis(rows, longest[..., None], axis=1)

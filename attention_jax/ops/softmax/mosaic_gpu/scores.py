@@ -1,6 +1,6 @@
 """From q . k to exponents inside a kernel: scale, softcap, bias, mask, dropout, for both directions.
 
-    z = (softcap(q . k * scale) + bias) * log2 e,   -inf where masked
+z = (softcap(q . k * scale) + bias) * log2 e,   -inf where masked
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class Scores:
     def foldable(self) -> bool:
         """The exponent is q . k times a positive constant, which the exponential's multiply-add takes in."""
         return self.softcap is None and self.bias is None and self.scale > 0
+
+    def placed(self, masked: bool) -> bool:
+        """Whether a step must know where its tile lies."""
+        return masked or self.bias is not None or self.dropout is not None
 
 
 def scores_of(call: Call, k_block: int) -> Scores | str:
@@ -123,7 +127,8 @@ class Tile:
 
     def _pair(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         return tuple(
-            lax.broadcast_in_dim(x, self.shape, (axis,)) for x, axis in ((q, self.q_axis), (k, 1 - self.q_axis))
+            lax.broadcast_in_dim(x, self.shape, (axis,))
+            for x, axis in ((q, self.q_axis), (k, 1 - self.q_axis))
         )
 
     def kept(self) -> jax.Array:
@@ -139,6 +144,10 @@ class Tile:
             k = lax.broadcast_in_dim(self.k_positions, self.shape, (1 - self.q_axis,))
             kept = kept & (k < self.scores.ragged)
         return kept
+
+    def along_queries(self, x: jax.Array) -> jax.Array:
+        """A value per query, on the tile."""
+        return lax.broadcast_in_dim(x, self.shape, (self.q_axis,))
 
     def surviving(self) -> jax.Array:
         """True where dropout keeps an entry."""
