@@ -76,8 +76,8 @@ def _inputs(call: Call) -> str | None:
 def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32).
 
-    deterministic: the backward runs as two kernels, bit for bit the same every time. Otherwise it runs as one,
-      which adds to dQ in whatever order its thread blocks arrive; only for widths of 64 and 128.
+    deterministic: the backward runs as two kernels, bit for bit the same every time. Otherwise it runs as
+      one, which adds to dQ in whatever order its thread blocks arrive, where the widths are 64 or 128.
     """
     return _attend(deterministic, call)
 

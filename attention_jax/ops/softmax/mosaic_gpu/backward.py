@@ -386,7 +386,12 @@ class _KeyKernel(ThreadBlock):
         return found
 
     def before_output(self) -> None:
-        """Before sums overwrite keys and values in shared memory."""
+        """Before the sums overwrite this warpgroup's keys and values in shared memory."""
+
+    def meet(self) -> None:
+        """Waits until the other warpgroup has also read its last keys and values."""
+        plgpu.barrier_arrive(self.smem["done"])
+        plgpu.barrier_wait(self.smem["done"])
 
     def share(self, i: jax.Array, part: jax.Array, dz: jax.Array) -> None:
         """What else is to happen with dZ^T [keys, queries] while it is in registers."""
@@ -412,9 +417,7 @@ class _SplitKernel(_KeyKernel):
         pl.when(group == 1)(lambda: self.compute(group, group * 0, ("dv",)))
 
     def before_output(self) -> None:
-        # The other warpgroup may still read the keys or values.
-        plgpu.barrier_arrive(self.smem["done"])
-        plgpu.barrier_wait(self.smem["done"])
+        self.meet()
 
 
 class _FusedKernel(_KeyKernel):
@@ -433,7 +436,11 @@ class _FusedKernel(_KeyKernel):
             "dz": tiled((2, 2, GROUP, block), dtype, swizzle_block),
             "dq": tiled((2, block, H // 2), jnp.float32),
             "met": plgpu.Barrier(num_arrivals=2),
+            "done": plgpu.Barrier(num_arrivals=2),
         }
+
+    def before_output(self):
+        self.meet()
 
     def share(self, i, part, dz):
         self.smem["dz"].at[remainder(i, 2), part][...] = dz
