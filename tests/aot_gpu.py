@@ -69,12 +69,18 @@ CONFIGS = {
 }
 
 
+# (configuration, kernel) that is known to spill: correct, and slower on its partial blocks.
+SPILLS: set[tuple[str, str]] = set()
+
+
 def missing() -> str | None:
     """What keeps this machine from compiling for a GPU."""
     if importlib.util.find_spec("jax_plugins") is None or not any(
         importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)
     ):
-        return "no CUDA plug-in of jax: install jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm"
+        return (
+            "no CUDA plug-in of jax here (jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm)"
+        )
     return None
 
 
