@@ -1,0 +1,147 @@
+"""Softmax attention on Hopper GPUs: flash attention over block lists in Pallas Mosaic GPU.
+
+    plan       how a call is cut: widths, tiles, operands        elementwise  functions of positions on tiles
+    schedule   block maps as lists that a kernel reads           scores       q . k to exponents on a tile
+    launch     layouts, scratch, a thread block                  forward, backward   the kernels
+
+docs/kernels.md tells what was verified on what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
+from attention_jax.ops.softmax.mosaic_gpu import plan as planning
+
+_OLDEST = (0, 11, 2)
+_LN2 = math.log(2)
+_forced = False
+
+
+@contextlib.contextmanager
+def any_platform() -> Iterator[None]:
+    """Runs without asking for the GPU: for tests that interpret the kernels or compile them ahead of time."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this implementation cannot run the call, or None."""
+    return _platform() or _inputs(call)
+
+
+def _platform() -> str | None:
+    version = jax.version.__version_info__
+    if version < _OLDEST:
+        need = ".".join(map(str, _OLDEST))
+        return f"needs jax >= {need} (Python >= 3.12), this is {jax.__version__}"
+    if _forced:
+        return None
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA Hopper GPU (sm_90), the default backend is {jax.default_backend()}"
+    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if capability != "9.0":
+        return f"needs an NVIDIA Hopper GPU (sm_90), this one's compute capability is {capability}"
+    return None
+
+
+def _inputs(call: Call) -> str | None:
+    from attention_jax.ops.softmax.mosaic_gpu.scores import scores_of
+
+    *_, H, M = call.sizes
+    if call.q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, the inputs are {call.q_BTNH.dtype}"
+    if max(H, M) > planning.WIDTHS[-1]:
+        return f"heads up to {planning.WIDTHS[-1]} wide, these are {H} (keys) and {M} (values)"
+    if call.mask_BNTS is not None:
+        return "takes a Mask of positions, not a boolean array"
+    if jax.tree.leaves(call.bias):
+        return f"bias {type(call.bias).__name__} holds arrays; only biases computed from positions run here"
+    found = scores_of(call, planning.GROUP)
+    return found if isinstance(found, str) else None
+
+
+def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNM in q's dtype, lse_BTN in float32).
+
+    deterministic: the backward runs as two kernels, bit for bit the same every time. Otherwise it runs as
+      one, which adds to dQ in whatever order its thread blocks arrive, where the widths are 64 or 128.
+    """
+    return _attend(deterministic, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(deterministic: bool, call: Call) -> tuple[jax.Array, jax.Array]:
+    return _attend_fwd(deterministic, call)[0]
+
+
+def _attend_fwd(deterministic: bool, call: Call):
+    from attention_jax.ops.softmax.mosaic_gpu.forward import forward
+
+    _, T, *_, M = call.sizes
+    out_BTNM, lse_BNT = forward(planning.forward_plan(planning.clean(call)))
+    out_BTNM = out_BTNM[..., :M]
+    lse_BTN = (lse_BNT[..., :T] * _LN2).swapaxes(1, 2)
+    return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BNT)
+
+
+def _attend_bwd(deterministic: bool, residuals, cotangents):
+    from attention_jax.ops.softmax.mosaic_gpu.backward import gradient_kv, gradient_q, gradients_fused
+
+    call, out_BTNM, lse_BNT = residuals
+    _, T, _, _, _, H, M = call.sizes
+    q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
+    dout_BTNM, dlse_BTN = (select_valid(x, q_valid) for x in cotangents)
+    # A row without a key (lse = -inf) passes no gradient, and neither does padding: 2^(z - inf) is 0.
+    T_pad = lse_BNT.shape[-1]
+    dead_BNT = (lse_BNT == -jnp.inf) | (jnp.arange(T_pad) >= T)
+    lse_BNT = jnp.where(dead_BNT, jnp.inf, lse_BNT)
+    delta_BTN = (out_BTNM.astype(jnp.float32) * dout_BTNM.astype(jnp.float32)).sum(-1) - dlse_BTN
+    delta_BNT = jnp.pad(delta_BTN.swapaxes(1, 2), ((0, 0), (0, 0), (0, T_pad - T)))
+    delta_BNT = jnp.where(dead_BNT, 0.0, delta_BNT)
+
+    cut = planning.clean(call)
+    width = planning.padded_width(M) - M
+    dout_BTNM = jnp.pad(dout_BTNM, ((0, 0), (0, 0), (0, 0), (0, width)))
+    saved = (dout_BTNM, lse_BNT, delta_BNT)
+    by_key = planning.backward_k_plan(cut)
+    if deterministic or by_key.call.sizes[5:] not in planning.FUSED:
+        dq_BTNH = gradient_q(planning.backward_q_plan(cut), *saved)
+        dk_BSKH, dv_BSKM = gradient_kv(by_key, *saved)
+    else:
+        dq_BTNH, dk_BSKH, dv_BSKM = gradients_fused(by_key, *saved)
+        dq_BTNH = dq_BTNH.astype(call.q_BTNH.dtype)
+    dsinks_N = None
+    if call.sink_logits_N is not None:
+        sinks_N1 = call.sink_logits_N.astype(jnp.float32)[:, None] / _LN2
+        dsinks_N = -(jnp.exp2(sinks_N1 - lse_BNT) * delta_BNT).sum((0, 2)).astype(call.sink_logits_N.dtype)
+    # None stands for the zero cotangents of integer arrays.
+    return (
+        dataclasses.replace(
+            call,
+            q_BTNH=dq_BTNH[..., :H],
+            k_BSKH=dk_BSKH[..., :H],
+            v_BSKM=dv_BSKM[..., :M],
+            sink_logits_N=dsinks_N,
+            q_positions_BT=None,
+            k_positions_BS=None,
+            q_segments_BT=None,
+            k_segments_BS=None,
+            dropout_words=None,
+        ),
+    )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

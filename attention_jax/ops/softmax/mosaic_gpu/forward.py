@@ -1,0 +1,219 @@
+"""The forward kernel: two warpgroups of queries take turns on the tensor cores, a third one loads.
+
+For each block of 128 queries of a head and each listed block of keys
+
+    m' = max(m, max_s z_s),  l' = l 2^(m-m') + sum_s 2^(z_s-m'),  a' = a 2^(m-m') + sum_s 2^(z_s-m') v_s
+
+as in FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608): the scores of one warpgroup are exponentiated
+under the matrix products of the other, and P enters the second product from registers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attention_jax.ops.softmax.mosaic_gpu.launch import (
+    COLUMNS,
+    ROWS,
+    ThreadBlock,
+    launch,
+    release,
+    remainder,
+    tiled,
+    times,
+    vector,
+)
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
+
+WGMMA = plgpu.Layout.WGMMA
+
+
+def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, N, M], lse / ln 2 as float32 [B, N, T padded]) of a clean call."""
+    call = plan.call
+    B, T, _, N, _, H, M = call.sizes
+    dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
+    sinks = None
+    if call.sink_logits_N is not None:
+        sinks = call.sink_logits_N.astype(jnp.float32) * LOG2E
+    operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, sinks=sinks)
+    vectors = len(plan.k.vectors)
+    scratch = {
+        "q": tiled((2, GROUP, H), dtype, block),
+        "k": tiled((stages, block, H), dtype, block),
+        "v": tiled((stages, block, M), dtype, block),
+        "out": None if H == M else tiled((2, GROUP, M), dtype, block),
+        "lse": plgpu.SMEM((2, GROUP), jnp.float32),
+        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
+        "q_ready": plgpu.Barrier(num_barriers=2),
+        "k_ready": plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=stages),
+        "v_ready": plgpu.Barrier(num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "turn": plgpu.Barrier(num_arrivals=2),
+    }
+    T_pad = round_up(T, 2 * GROUP)
+    outs = {
+        "out": jax.ShapeDtypeStruct((B, T, N, M), dtype),
+        "lse": jax.ShapeDtypeStruct((B, N, T_pad), jnp.float32),
+    }
+
+    def body(refs, smem):
+        kernel = _Kernel(plan, refs, smem)
+        group = lax.axis_index("group")
+        pl.when(group < 2)(lambda: kernel.compute(group))
+        pl.when(group == 2)(kernel.load)
+
+    found = launch(
+        body, operands, outs, scratch, name="flash_forward", groups=3,
+        grid={"head": N, "row": T_pad // (2 * GROUP), "batch": B},
+    )  # fmt: skip
+    return found["out"], found["lse"]
+
+
+class _Kernel(ThreadBlock):
+    """Two warpgroups that each own 64 queries of a head, and one that loads."""
+
+    @property
+    def head(self) -> jax.Array:
+        return lax.axis_index("head")
+
+    def load(self) -> None:
+        """The third warpgroup: keys and values of the listed blocks, `stages` steps ahead."""
+        plgpu.set_max_registers(40, action="decrease")
+        _, start, _, end = self.row()
+        refs, smem, block = self.refs, self.smem, self.plan.tiles.block
+        kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
+
+        def tokens(i):
+            return pl.ds(self.item(start + i) * block, block)
+
+        def keys(i, slot):
+            at, ready = tokens(i), smem["k_ready"].at[slot]
+            plgpu.copy_gmem_to_smem(refs["k_tokens"].at[self.batch, at, kv_head], smem["k"].at[slot], ready)
+            for ref, buffer in zip(refs["k"], smem["k_vectors"], strict=True):
+                plgpu.copy_gmem_to_smem(self.per_token(ref, at), buffer.at[slot], ready)
+
+        def values(i, slot):
+            at = (self.batch, tokens(i), kv_head)
+            plgpu.copy_gmem_to_smem(refs["v_tokens"].at[at], smem["v"].at[slot], smem["v_ready"].at[slot])
+
+        self.produce(end - start, {"k_free": keys, "v_free": values})
+
+    def compute(self, group: jax.Array) -> None:
+        """One of the two warpgroups that each own 64 queries."""
+        plgpu.set_max_registers(232, action="increase")
+        refs, smem, plan = self.refs, self.smem, self.plan
+        M = plan.call.sizes[6]
+        q_block, start, full_end, end = self.row()
+        q_start = q_block * (2 * GROUP) + group * GROUP
+        rows = pl.ds(q_start, GROUP)
+        q_smem = smem["q"].at[group]
+        plgpu.copy_gmem_to_smem(
+            refs["q_tokens"].at[self.batch, rows, self.head], q_smem, smem["q_ready"].at[group]
+        )
+        q_vectors = [vector(self.per_token(ref, rows), ROWS) for ref in refs["q"]]
+        plgpu.barrier_wait(smem["q_ready"].at[group])
+        steps = end - start
+        pl.when(steps > 0)(lambda: plgpu.barrier_wait(smem["k_ready"].at[0]))
+        pl.when(group == 1)(self.pass_turn)
+
+        m, norm = self.first_maximum()
+        carry = (plgpu.layout_cast(jnp.zeros((GROUP, M), jnp.float32), WGMMA), m, norm)
+
+        def body(masked):
+            return lambda i, carry: self.step(i, carry, masked, start, steps, q_start, q_smem, q_vectors)
+
+        if plan.schedule.some_full:
+            carry = lax.fori_loop(0, full_end - start, body(False), carry)
+        if plan.schedule.some_partial:
+            carry = lax.fori_loop(full_end - start, steps, body(True), carry)
+        pl.when(group == 0)(self.pass_turn)
+        self.finish(group, q_start, *carry)
+
+    def pass_turn(self) -> None:
+        """Each of the two warpgroups runs between two turns while the other waits in front of its own."""
+        plgpu.barrier_arrive(self.smem["turn"])
+        plgpu.barrier_wait(self.smem["turn"])
+
+    def first_maximum(self) -> tuple[jax.Array, jax.Array]:
+        """(maximum, sum of exponentials) before the first key; a sink is one without a value."""
+        m, norm = jnp.float32(LOWEST), jnp.float32(0)
+        if self.refs["sinks"] is not None:
+            sink = self.refs["sinks"][self.head]
+            m, norm = jnp.maximum(m, sink), jnp.where(sink == -jnp.inf, 0.0, 1.0)
+        return tuple(plgpu.layout_cast(lax.broadcast(x, (GROUP,)), ROWS) for x in (m, norm))
+
+    def step(self, i, carry, masked, start, steps, q_start, q_smem, q_vectors):
+        plan, smem = self.plan, self.smem
+        (stages, block), M = (plan.tiles.stages, plan.tiles.block), plan.call.sizes[6]
+        acc, m, norm = carry
+        slot = remainder(i, stages)
+        shape = (GROUP, block)
+        k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
+
+        def scores(acc_ref):
+            plgpu.wgmma(acc_ref, q_smem, smem["k"].at[slot].transpose((1, 0)))
+            self.pass_turn()
+            return acc_ref[...]
+
+        qk = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+        k_vectors = []
+        if plan.scores.placed(masked):
+            k_vectors = [vector(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
+        release(smem["k_free"].at[slot], read=bool(k_vectors))
+
+        tile = Tile(
+            plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
+            shape, 0, (ROWS, COLUMNS),
+        )  # fmt: skip
+        z, factor, _ = tile.exponents(qk, masked)
+        new_m = jnp.maximum(m, times(z.max(axis=1), factor))
+        decay = jnp.exp2(m - new_m)
+        p = jnp.exp2(times(z, factor) - lax.broadcast_in_dim(new_m, shape, (0,)))
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
+        norm = norm * decay
+        kept = p if plan.scores.dropout is None else jnp.where(tile.surviving(), p, 0.0)
+        p16 = kept.astype(plan.call.q_BTNH.dtype)
+
+        def end_softmax():
+            plgpu.barrier_arrive(smem["turn"])
+            plgpu.barrier_wait(smem["v_ready"].at[slot])
+            plgpu.barrier_wait(smem["turn"])
+
+        if M <= 128:
+            norm = norm + p.sum(axis=1)
+            acc, norm, new_m, p16 = lax.optimization_barrier((acc, norm, new_m, p16))
+            end_softmax()
+        else:  # registers are short: the sum does not wait for its own turn
+            end_softmax()
+            norm = norm + p.sum(axis=1)
+
+        def values(acc_ref):
+            plgpu.wgmma(acc_ref, p16, smem["v"].at[slot])
+            ahead = remainder(i + 1, stages)
+            pl.when(i + 1 < steps)(lambda: plgpu.barrier_wait(smem["k_ready"].at[ahead]))
+
+        acc = pl.run_state(values)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(smem["v_free"].at[slot])
+        return acc, new_m, norm
+
+    def finish(self, group, q_start, acc, m, norm) -> None:
+        smem, refs = self.smem, self.refs
+        out_smem = (smem["q"] if smem["out"] is None else smem["out"]).at[group]
+        lse_smem = smem["lse"].at[group]
+        # A row without a key has norm = 0: its output is 0 and log2 gives -inf.
+        share = 1.0 / (jnp.where(norm > 0.0, norm, 1.0) * (1 - self.plan.scores.dropout_rate))
+        out = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
+        out_smem[...] = out.astype(self.plan.call.q_BTNH.dtype)
+        lse_smem[...] = m + jnp.log(norm) * LOG2E
+        plgpu.commit_smem()
+        rows = pl.ds(q_start, GROUP)
+        plgpu.copy_smem_to_gmem(out_smem, refs["out"].at[self.batch, rows, self.head])
+        plgpu.copy_smem_to_gmem(lse_smem, refs["lse"].at[self.batch, self.head, rows])
+        plgpu.wait_smem_to_gmem(0)

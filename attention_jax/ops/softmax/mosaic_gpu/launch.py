@@ -1,0 +1,160 @@
+"""What the kernels share: layouts, scratch, and a launch over pytrees of operands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attention_jax.ops.softmax.mosaic_gpu.plan import Plan
+
+# Layouts of a vector along the rows and along the columns of an accumulator.
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def tiled(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
+    """Shared memory in the swizzled tiles that both the copy engine and wgmma read.
+
+    block: the scores' columns where they enter a product from registers, in pieces as wide as the swizzle.
+    """
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = min(plgpu.find_swizzle(shape[-1] * bits), plgpu.find_swizzle(block * bits))
+    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def remainder(i: jax.Array, n: int) -> jax.Array:
+    """i % n for i >= 0."""
+    return lax.rem(i, jnp.asarray(n, i.dtype))
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1.0 else x * factor
+
+
+def fresh(x: jax.Array) -> jax.Array:
+    """x, hidden from the compiler: addresses made from it are not kept in registers across a loop."""
+    return lax.optimization_barrier(x)
+
+
+def release(barrier: Any, read: bool) -> None:
+    """Hands a slot back to the loader. read: threads have read it themselves, not only matrix instructions.
+
+    Such reads and the copy engine's next write go through different proxies, which a fence must order.
+    """
+    if read:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
+
+
+def vector(ref: Any, layout: Any) -> jax.Array:
+    """A vector from global or shared memory, spread over the threads as rows or columns of a tile are."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreadBlock:
+    """The body of one thread block; `refs` are arrays in global memory, `smem` scratch."""
+
+    plan: Plan
+    refs: dict[str, Any]
+    smem: dict[str, Any]
+
+    @property
+    def batch(self) -> jax.Array:
+        return lax.axis_index("batch")
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(H, M)."""
+        return self.plan.call.sizes[5:]
+
+    def _shared(self, ref: Any) -> jax.Array | int:
+        """The batch index into an array whose batch rows may all be one."""
+        return self.batch if ref.shape[0] > 1 else 0
+
+    def row(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(row's block, start, end of the full blocks, end) of the list this thread block works off."""
+        rows = self.refs["rows"]
+        return tuple(rows[self._shared(rows), lax.axis_index("row"), i] for i in range(4))
+
+    def item(self, at: jax.Array) -> jax.Array:
+        items = self.refs["items"]
+        return items[self._shared(items), at]
+
+    def produce(self, steps: jax.Array, copies: dict[str, Callable[[jax.Array, jax.Array], None]]) -> None:
+        """The loader's loop: for each step i and barrier, once slot i % stages is free, the copies.
+
+        At the end it waits until all has been read, so that no barrier dies with someone behind it.
+        """
+        stages = self.plan.tiles.stages
+
+        def step(i, _):
+            slot = remainder(i, stages)
+            for free, copy in copies.items():
+                pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(self.smem[free].at[slot]))
+                copy(i, slot)
+
+        def drain(i, _):
+            for free in copies:
+                slot = remainder(i, stages)
+                pl.when(i >= stages)(
+                    lambda free=free, slot=slot: plgpu.barrier_wait(self.smem[free].at[slot])
+                )
+
+        lax.fori_loop(0, steps, step, None)
+        lax.fori_loop(steps, steps + stages, drain, None)
+
+    def per_token(self, ref: Any, tokens: Any) -> Any:
+        """Positions or segments of some tokens, in global memory."""
+        return ref.at[self._shared(ref), tokens]
+
+
+def launch(
+    body: Callable[[dict, dict], None],
+    operands: dict[str, Any],
+    outs: dict[str, Any],
+    scratch: dict[str, Any],
+    *,
+    name: str,
+    groups: int,
+    grid: dict[str, int],
+) -> dict[str, jax.Array]:
+    """Runs `body(refs, smem)` on a grid of thread blocks of `groups` warpgroups; refs hold operands and outs.
+
+    The first axis of the grid runs fastest. An operand may be a `jax.Ref`, which the kernel adds to.
+    """
+    flat, treedef = jax.tree.flatten(operands, is_leaf=lambda x: x is None)
+    arrays = [x for x in flat if x is not None]
+    out_flat, out_treedef = jax.tree.flatten(outs)
+    scratch_flat, scratch_treedef = jax.tree.flatten(scratch, is_leaf=lambda x: x is None)
+
+    def kernel(*refs):
+        inputs, outputs, rest = (
+            iter(refs[: len(arrays)]),
+            refs[len(arrays) : len(arrays) + len(out_flat)],
+            iter(refs[len(arrays) + len(out_flat) :]),
+        )
+        named = treedef.unflatten([None if x is None else next(inputs) for x in flat])
+        smem = scratch_treedef.unflatten([None if x is None else next(rest) for x in scratch_flat])
+        body(named | out_treedef.unflatten(outputs), smem)
+
+    kernel.__name__ = name
+    found = plgpu.kernel(
+        kernel,
+        out_type=out_flat,
+        scratch_types=[x for x in scratch_flat if x is not None],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=groups,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*arrays)
+    return out_treedef.unflatten(found)

@@ -1,0 +1,131 @@
+"""How a call is cut for the kernels: widths, tiles within registers and shared memory, lists, operands."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
+from attention_jax.ops.softmax.mosaic_gpu.schedule import Schedule, Side, block_map, schedule, sides
+from attention_jax.ops.softmax.mosaic_gpu.scores import Scores, scores_of
+
+GROUP = 64  # rows of a warpgroup's matrix instruction
+WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are padded with zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of one kernel: keys (of the backward over keys: queries) per step, steps in flight."""
+
+    block: int
+    stages: int
+
+
+# By the larger of the padded widths of keys and values. `scripts/tune.py` times the alternatives.
+FORWARD = {
+    64: Tiles(128, 4),
+    96: Tiles(128, 2),
+    128: Tiles(128, 2),
+    192: Tiles(64, 3),
+    256: Tiles(64, 2),
+}
+
+
+# The backward over queries (dQ): keys per step. The backward over keys (dK, dV): queries per step.
+BACKWARD_Q = {
+    64: Tiles(128, 2),
+    96: Tiles(64, 3),
+    128: Tiles(64, 3),
+    192: Tiles(64, 2),
+    256: Tiles(32, 3),
+}
+BACKWARD_K = {
+    64: Tiles(64, 3),
+    96: Tiles(64, 2),
+    128: Tiles(64, 2),
+    192: Tiles(64, 2),
+    256: Tiles(64, 2),
+}
+FUSED = ((64, 64), (128, 128))  # widths (H, M) whose backward can run as one kernel
+
+
+def padded_width(width: int) -> int:
+    return next(w for w in WIDTHS if w >= width)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A call with padded widths and invalid tokens selected to 0, its recipe of scores and its tiles."""
+
+    call: Call
+    scores: Scores
+    tiles: Tiles
+    schedule: Schedule
+    q: Side
+    k: Side
+    key_rows: int  # keys of a thread block of the backward over keys
+
+    @property
+    def groups(self) -> int:
+        """Query heads per kv head."""
+        return self.call.sizes[3] // self.call.sizes[4]
+
+    def operands(self, **more: Any) -> dict[str, Any]:
+        """What every kernel reads, as a pytree."""
+        B, _, _, N, *_ = self.call.sizes
+        lists = {"rows": self.schedule.rows, "items": self.schedule.items}
+        found = self.scores.operands(B, N, self.q, self.k) | lists | more
+        return jax.tree.map(jnp.asarray, found)
+
+
+def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+    *_, H, M = call.sizes
+    tiles = tiles or FORWARD[padded_width(max(H, M))]
+    return _plan(call, tiles, 2 * GROUP, tiles.block, by_key=False)
+
+
+def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+    *_, H, M = call.sizes
+    tiles = tiles or BACKWARD_Q[padded_width(max(H, M))]
+    return _plan(call, tiles, 2 * GROUP, tiles.block, by_key=False)
+
+
+def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+    *_, H, M = call.sizes
+    tiles = tiles or BACKWARD_K[padded_width(max(H, M))]
+    # Accumulators of both dK and dV fit the registers of a warpgroup up to a width of 128.
+    key_rows = 2 * GROUP if max(H, M) <= 128 else GROUP
+    return _plan(call, tiles, tiles.block, key_rows, by_key=True)
+
+
+def _plan(call: Call, tiles: Tiles, q_block: int, k_block: int, by_key: bool) -> Plan:
+    _, T, S, *_ = call.sizes
+    scores = scores_of(call, k_block)
+    assert isinstance(scores, Scores), scores
+    blocks = block_map(call, q_block, k_block)
+    q, k = sides(call, round_up(T, q_block), round_up(S, k_block))
+    return Plan(call, scores, tiles, schedule(blocks.transpose if by_key else blocks), q, k, k_block)
+
+
+def clean(call: Call) -> Call:
+    """The call with padded widths; what invalid slots hold (NaN, Inf) is selected to 0."""
+    q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
+    k_valid = valid_slots(call.k_positions_BS, call.k_segments_BS)
+
+    def fix(x, valid):
+        width = x.shape[-1]
+        return jnp.pad(select_valid(x, valid), ((0, 0), (0, 0), (0, 0), (0, padded_width(width) - width)))
+
+    return dataclasses.replace(
+        call,
+        q_BTNH=fix(call.q_BTNH, q_valid),
+        k_BSKH=fix(call.k_BSKH, k_valid),
+        v_BSKM=fix(call.v_BSKM, k_valid),
+    )

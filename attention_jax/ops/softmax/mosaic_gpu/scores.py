@@ -1,0 +1,174 @@
+"""From q . k to exponents inside a kernel: scale, softcap, bias, mask, dropout, for both directions.
+
+z = (softcap(q . k * scale) + bias) * log2 e,   -inf where masked
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
+from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
+
+LOG2E = math.log2(math.e)
+
+# A finite start for the running maximum: -inf - -inf never appears, and 2^(z - LOWEST) is 0 for z = -inf.
+LOWEST = -3.4028234663852886e38
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """What happens to the scores of a call, all of it known while tracing.
+
+    ragged: the number of keys where their last block is padded and positions are implicit, else None.
+    """
+
+    keep: Traced
+    bias: Traced | None
+    dropout: Traced | None
+    scale: float
+    softcap: float | None
+    dropout_rate: float
+    positions: bool
+    segments: bool
+    ragged: int | None
+
+    def operands(self, B: int, N: int, q: Side, k: Side) -> dict[str, list[jax.Array]]:
+        """The arrays `Tile` reads from global memory."""
+        traced = {"keep": self.keep, "bias": self.bias, "dropout": self.dropout}
+        found = {name: [] if t is None else t.scalars(B, N) for name, t in traced.items()}
+        return found | {"q": q.vectors, "k": k.vectors}
+
+    @property
+    def foldable(self) -> bool:
+        """The exponent is q . k times a positive constant, which the exponential's multiply-add takes in."""
+        return self.softcap is None and self.bias is None and self.scale > 0
+
+    def placed(self, masked: bool) -> bool:
+        """Whether a step must know where its tile lies."""
+        return masked or self.bias is not None or self.dropout is not None
+
+
+def scores_of(call: Call, k_block: int) -> Scores | str:
+    """The recipe of a call for key blocks of `k_block`, or why a kernel cannot follow it."""
+
+    def keep(b, n, q, k):
+        return jnp.reshape(call.mask.keep(q, k), ())
+
+    def bias(b, n, q, k):
+        return jnp.reshape(call.bias.score(n[None], q[None, None], k[None, None]), ()).astype(jnp.float32)
+
+    def drop(b, n, q, k):
+        words, rate = call.dropout_words, call.dropout_rate
+        return jnp.reshape(dropout_keep(words, rate, b[None], n[None], q[None, None], k[None, None]), ())
+
+    _, _, S, *_ = call.sizes
+    parts = [
+        trace(keep, f"mask {type(call.mask).__name__}"),
+        None if call.bias is None else trace(bias, f"bias {type(call.bias).__name__}"),
+        None if call.dropout_rate == 0 else trace(drop, "dropout"),
+    ]
+    for part in parts:
+        if isinstance(part, str):
+            return part
+    positions = call.q_positions_BT is not None or call.k_positions_BS is not None
+    segments = call.q_segments_BT is not None
+    return Scores(
+        *parts, call.scale, call.softcap, call.dropout_rate, positions, segments,
+        S if S % k_block and not positions and not segments else None,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A tile of scores in registers: q . k, [queries, keys], or transposed (q_axis 1).
+
+    q_vectors, k_vectors: the tile's positions and segments where they are given; q_start, k_start: its first
+    token indices.
+    """
+
+    scores: Scores
+    refs: dict[str, list[Any]]
+    batch: jax.Array
+    head: jax.Array
+    q_start: jax.Array
+    k_start: jax.Array
+    q_vectors: list[jax.Array]
+    k_vectors: list[jax.Array]
+    shape: tuple[int, int]
+    q_axis: int
+    layouts: tuple[Any, Any]  # of vectors along axis 0 and axis 1
+
+    def _index(self, start: jax.Array, axis: int) -> jax.Array:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        iota = lax.broadcasted_iota(jnp.int32, (self.shape[axis],), 0)
+        return plgpu.layout_cast(iota, self.layouts[axis]) + start
+
+    @property
+    def q_positions(self) -> jax.Array:
+        return self.q_vectors[0] if self.scores.positions else self._index(self.q_start, self.q_axis)
+
+    @property
+    def k_positions(self) -> jax.Array:
+        return self.k_vectors[0] if self.scores.positions else self._index(self.k_start, 1 - self.q_axis)
+
+    def _run(self, name: str) -> jax.Array:
+        scalars = [ref[self.batch, self.head] for ref in self.refs[name]]
+        traced = getattr(self.scores, name)
+        return traced.tile(scalars, self.q_positions, self.k_positions, self.shape, self.q_axis)
+
+    def _pair(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tuple(
+            lax.broadcast_in_dim(x, self.shape, (axis,))
+            for x, axis in ((q, self.q_axis), (k, 1 - self.q_axis))
+        )
+
+    def kept(self) -> jax.Array:
+        """Which entries the mask, validity and segments keep."""
+        kept = self._run("keep")
+        if self.scores.positions:
+            q, k = self._pair(self.q_vectors[0], self.k_vectors[0])
+            kept = kept & (jnp.minimum(q, k) >= 0)
+        if self.scores.segments:
+            q, k = self._pair(self.q_vectors[-1], self.k_vectors[-1])
+            kept = kept & (q == k)
+        if self.scores.ragged is not None:
+            k = lax.broadcast_in_dim(self.k_positions, self.shape, (1 - self.q_axis,))
+            kept = kept & (k < self.scores.ragged)
+        return kept
+
+    def along_queries(self, x: jax.Array) -> jax.Array:
+        """A value per query, on the tile."""
+        return lax.broadcast_in_dim(x, self.shape, (self.q_axis,))
+
+    def surviving(self) -> jax.Array:
+        """True where dropout keeps an entry."""
+        return self._run("dropout")
+
+    def exponents(self, qk: jax.Array, masked: bool) -> tuple[jax.Array, float, jax.Array | None]:
+        """(z, factor, slope): base-2 exponents are z * factor; the softcap's derivative, None without one."""
+        scores, slope = self.scores, None
+        factor = scores.scale * LOG2E
+        z = qk
+        if not scores.foldable:
+            if scores.softcap is None:
+                z = qk * factor
+            else:
+                # 1 - 2 / (e^2x + 1) is exact to 1e-7, where the approximate tanh instruction errs by 5e-4.
+                tanh = 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * scores.scale / scores.softcap)) + 1.0)
+                slope = 1.0 - tanh * tanh
+                z = tanh * (scores.softcap * LOG2E)
+            if scores.bias is not None:
+                z = z + self._run("bias") * LOG2E
+            factor = 1.0
+        if masked:
+            z = jnp.where(self.kept(), z, -jnp.inf)
+        return z, factor, slope

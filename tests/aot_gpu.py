@@ -1,0 +1,243 @@
+"""Compiles the Mosaic GPU kernels for an H100 where there is none, and reads what the compiler made of them.
+
+    python -m tests.aot_gpu                  the table of docs/kernels.md, all configurations
+    python -m tests.aot_gpu NAME ... --json  some of them, as JSON
+
+Needs the CUDA plug-in packages of the installed jax: jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc,
+nvidia-nvvm and, for machine code, nvidia-cuda-nvdisasm. A compiler that meets the wrong target may abort the
+process: run this in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from typing import Any
+
+TARGET = pathlib.Path(__file__).parent / "aot" / "h100_sxm.txtpb"
+KERNELS = ("forward", "q", "kv", "fused")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One compilation: a call at a real size, and which of its kernels."""
+
+    kernels: tuple[str, ...] = ("forward", "q", "kv")
+    widths: tuple[int, int] = (128, 128)
+    heads: tuple[int, int] = (16, 4)
+    lengths: tuple[int, int] = (4096, 4096)
+    mask: str = "Causal()"
+    extras: tuple[str, ...] = ()  # softcap, alibi, positions, segments, sinks, dropout
+    dtype: str = "bfloat16"
+    tiles: dict[str, tuple[int, int]] | None = None  # kernel: (block, stages) in place of the table's
+
+
+WIDE = {"64": (64, 64), "96": (96, 96), "192-128": (192, 128), "192": (192, 192), "256": (256, 256)}
+_ALL = KERNELS
+CONFIGS = {
+    "128 full": Config(_ALL, mask="Full()"),
+    "128 causal": Config(_ALL),
+    "64 full": Config(_ALL, (64, 64), mask="Full()"),
+    **{f"{name} causal": Config(_ALL if name == "64" else KERNELS[:3], w) for name, w in WIDE.items()},
+    "128 causal fp16": Config(_ALL, dtype="float16"),
+    "128 odd lengths": Config(_ALL, lengths=(4001, 3999), mask="Full()"),
+    "128 window": Config(_ALL, mask="SlidingWindow(1024)"),
+    "128 prefix or chunks": Config(_ALL, mask="(Prefix(100) | Chunked(512)) & ~Dilated(4, 3)"),
+    "128 bigbird": Config(_ALL, mask="BigBird(64, 3, 1, 2) & Causal()"),
+    "128 longformer": Config(_ALL, mask="Longformer(512, (0, 100, 2000))"),
+    "128 softcap": Config(_ALL, extras=("softcap",)),
+    "128 alibi": Config(_ALL, extras=("alibi",)),
+    "128 sinks": Config(extras=("sinks",)),
+    "128 segments": Config(_ALL, extras=("segments",)),
+    "128 positions segments": Config(_ALL, extras=("positions", "segments")),
+    "128 dropout": Config(_ALL, extras=("dropout",)),
+    "128 everything": Config(_ALL, extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")),
+    "64 everything": Config(
+        _ALL, (64, 64), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
+    ),
+    "256 everything": Config(
+        KERNELS[:3], (256, 256), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
+    ),
+}
+
+
+# (configuration, kernel) that is known to spill: correct, and slower on its partial blocks.
+SPILLS: set[tuple[str, str]] = set()
+
+
+def missing() -> str | None:
+    """What keeps this machine from compiling for a GPU."""
+    if importlib.util.find_spec("jax_plugins") is None or not any(
+        importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)
+    ):
+        return (
+            "no CUDA plug-in of jax here (jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm)"
+        )
+    return None
+
+
+def _call(config: Config, dtype: Any):
+    """(a function of arrays that makes the Call, the shapes of those arrays)."""
+    import jax
+    import jax.numpy as jnp
+
+    from attention_jax.biases import ALiBi
+    from attention_jax.masks import parse
+    from attention_jax.ops.softmax.common import Call
+
+    (T, S), (H, M), (N, K) = config.lengths, config.widths, config.heads
+    shapes = {"q_BTNH": (2, T, N, H), "k_BSKH": (2, S, K, H), "v_BSKM": (2, S, K, M)}
+    shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    if "positions" in config.extras:
+        shapes["q_positions_BT"] = jax.ShapeDtypeStruct((2, T), jnp.int32)
+        shapes["k_positions_BS"] = jax.ShapeDtypeStruct((2, S), jnp.int32)
+    if "segments" in config.extras:
+        shapes["q_segments_BT"] = jax.ShapeDtypeStruct((2, T), jnp.int32)
+        shapes["k_segments_BS"] = jax.ShapeDtypeStruct((2, S), jnp.int32)
+    if "sinks" in config.extras:
+        shapes["sink_logits_N"] = jax.ShapeDtypeStruct((N,), jnp.float32)
+    if "dropout" in config.extras:
+        shapes["dropout_words"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    names = {f.name for f in dataclasses.fields(Call)}
+    fixed = dict.fromkeys(names - shapes.keys()) | {
+        "mask": parse(config.mask),
+        "bias": ALiBi(N) if "alibi" in config.extras else None,
+        "scale": H**-0.5,
+        "softcap": 30.0 if "softcap" in config.extras else None,
+        "dropout_rate": 0.1 if "dropout" in config.extras else 0.0,
+    }
+    return lambda arrays: Call(**arrays, **fixed), shapes
+
+
+def _program(config: Config, kernel: str):
+    import jax.numpy as jnp
+
+    from attention_jax.ops.softmax.mosaic_gpu import backward, forward, plan
+
+    dtype = jnp.dtype(config.dtype)
+    make, shapes = _call(config, dtype)
+    tiles = plan.Tiles(*config.tiles[kernel]) if config.tiles and kernel in config.tiles else None
+
+    def program(arrays):
+        call = plan.clean(make(arrays))
+        B, T, _, N, _, _, M = call.sizes
+        saved = jnp.zeros((B, N, plan.round_up(T, 128)), jnp.float32)
+        cotangents = (jnp.zeros((B, T, N, M), dtype), saved, saved)
+        if kernel == "forward":
+            return forward.forward(plan.forward_plan(call, tiles))
+        if kernel == "q":
+            return backward.gradient_q(plan.backward_q_plan(call, tiles), *cotangents)
+        by_key = plan.backward_k_plan(call, tiles)
+        if kernel == "kv":
+            return backward.gradient_kv(by_key, *cotangents)
+        return backward.gradients_fused(by_key, *cotangents)
+
+    return program, shapes
+
+
+@functools.cache
+def _mesh():
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    return Mesh(np.array(topology.devices), ("x",), axis_types=(AxisType.Explicit,))
+
+
+def compile_for_h100(program, shapes):
+    """The executable of a function of a pytree of ShapeDtypeStructs."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    sharding = NamedSharding(_mesh(), PartitionSpec())
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    with jax.set_mesh(_mesh()):
+        return jax.jit(program).lower(shapes).compile()
+
+
+def measure(config: Config, kernel: str) -> dict[str, Any]:
+    """What the compiler says of a kernel: registers, spills, shared memory, instructions."""
+    folder = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    for old in folder.iterdir():
+        old.unlink()
+    compile_for_h100(*_program(config, kernel))
+    (log,) = folder.glob("flash_*.ptxas")
+    text = log.read_text()
+    code = [p.read_text() for p in folder.glob(f"{log.stem}.sass*")]
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    code = code[0] if code else ""
+    count = lambda name: len(re.findall(rf"\b{name}", code))  # noqa: E731
+    return {
+        "stack": int(spills[1]),
+        "spills": int(spills[2]) + int(spills[3]),
+        "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+        "most_registers": max((int(n) for n in re.findall(r"\bR(\d+)\b", code)), default=-1) + 1,
+        "shared": int(
+            re.search(r"smem_scratch_bytes=(\d+)", (folder / f"{log.stem}.resources.txt").read_text())[1]
+        ),
+        "serialized": "C7510" in text or "C7511" in text,
+        "code": bool(code),
+        **{name: count(name) for name in ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDL", "STL")},
+    }
+
+
+def tiles_of(config: Config, kernel: str) -> tuple[int, int]:
+    from attention_jax.ops.softmax.mosaic_gpu import plan
+
+    if config.tiles and kernel in config.tiles:
+        return config.tiles[kernel]
+    table = {"forward": plan.FORWARD, "q": plan.BACKWARD_Q}.get(kernel, plan.BACKWARD_K)
+    tiles = table[plan.padded_width(max(config.widths))]
+    return tiles.block, tiles.stages
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="configurations; all by default")
+    parser.add_argument("--kernels", nargs="*", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in CONFIGS:
+            parser.error(f"no configuration {name!r}; there are {', '.join(CONFIGS)}")
+    import jax
+
+    if not args.json:
+        print(f"jax {jax.__version__}")
+        print("| configuration | kernel | block x stages | registers | shared memory | spills | wgmma |")
+        print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        for name in args.names or CONFIGS:
+            config = CONFIGS[name]
+            for kernel in config.kernels:
+                if kernel not in args.kernels:
+                    continue
+                found = measure(config, kernel)
+                block, stages = tiles_of(config, kernel)
+                if args.json:
+                    print(json.dumps({"name": name, "kernel": kernel, **found}), flush=True)
+                else:
+                    print(
+                        f"| {name} | {kernel} | {block} x {stages} | {found['most_registers']} | "
+                        f"{found['shared']:,} | {found['spills']} | {found['HGMMA']} |", flush=True,
+                    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    # Both must be set before jax starts: no GPU is wanted, and none is checked for.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    os.environ["MOSAIC_GPU_DUMP_TO"] = os.environ.get("MOSAIC_GPU_DUMP_TO", tempfile.gettempdir())
+    main(sys.argv[1:])

@@ -1,0 +1,39 @@
+"""Runs one attention problem through the interpreted Mosaic GPU kernels, in a process of its own.
+
+    python -m tests.mosaic_gpu_run '{"lengths": [150, 200], "dtype": "bfloat16"}' [fused]
+
+Outputs and gradients are compared with float64 as in tests/test_softmax.py; then races are read out. The
+process fails, or hangs where a barrier is missed: whoever starts it sets a limit.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+
+from tests import conftest, mosaic_gpu_shim  # noqa: F401 (conftest: quick compilation, full precision)
+
+
+def main(words: dict, kind: str) -> None:
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from attention_jax.ops.softmax import api, mosaic_gpu
+    from tests.cases import OpCase
+    from tests.test_softmax import check
+
+    case = OpCase(**{name: tuple(x) if isinstance(x, list) else x for name, x in words.items()})
+    mosaic_gpu_shim.install()
+    attend = functools.partial(mosaic_gpu.attend, deterministic=kind != "fused")
+    api._IMPLEMENTATIONS["mosaic_gpu"] = api._Implementation(
+        attend, mosaic_gpu.unsupported, lambda call: None
+    )
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    with mosaic_gpu.any_platform(), plgpu.force_gpu_interpret_mode(params):
+        check(case, "mosaic_gpu")
+    assert not gpu_callbacks.get_races().races_found, "the interpreter found races"
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "two kernels")

@@ -1,0 +1,307 @@
+"""The Hopper kernels without a Hopper: interpreted against float64, compiled to machine code; their lists.
+
+What needs the card is marked `gpu`: numerics at real sizes, equal reruns, poison, odd lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from attention_jax.biases import ALiBi, ArrayBias
+from attention_jax.masks import Causal, Full, SlidingWindow
+from attention_jax.ops.softmax import mosaic_gpu
+from attention_jax.ops.softmax.blocks import static_map
+from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
+from attention_jax.ops.softmax.mosaic_gpu.schedule import block_map, schedule
+from tests import aot_gpu
+from tests.cases import MASKS, OpCase
+from tests.covering import pairwise
+
+_NEW = jax.version.__version_info__ >= (0, 11, 2)
+_INDEXES = {"global many", "dense"}  # masks that look positions up in an array
+needs_kernels = pytest.mark.skipif(
+    not _NEW, reason=f"the kernels need jax >= 0.11.2, this is {jax.__version__}"
+)
+needs_compiler = pytest.mark.skipif(
+    not _NEW or aot_gpu.missing() is not None, reason=aot_gpu.missing() or "the kernels need jax >= 0.11.2"
+)
+
+
+def run(*arguments: str, limit: int = 500) -> str:
+    """The output of a Python module in a process of its own; its error is the test's."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *arguments],
+        capture_output=True, text=True, timeout=limit, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def call_of(T=130, S=200, N=4, K=2, H=64, M=64, mask=None, dtype=jnp.bfloat16, **given) -> Call:
+    names = {f.name for f in dataclasses.fields(Call)}
+    arrays = {"q_BTNH": (1, T, N, H), "k_BSKH": (1, S, K, H), "v_BSKM": (1, S, K, M)}
+    arrays = {name: jnp.zeros(shape, dtype) for name, shape in arrays.items()}
+    fixed = {"mask": mask or Full(), "scale": 0.1, "softcap": None, "dropout_rate": 0.0}
+    return Call(**dict.fromkeys(names) | arrays | fixed | given)
+
+
+@pytest.mark.parametrize("name", sorted(MASKS.keys() - _INDEXES))
+def test_a_mask_traced_on_scalars_keeps_what_it_keeps(name):
+    mask = MASKS[name].mask
+    traced = trace(lambda b, n, q, k: mask.keep(q, k), "mask")
+    assert isinstance(traced, Traced), traced
+    q, k = np.arange(40, dtype=np.int32), np.arange(30, dtype=np.int32)
+    scalars = [x[0, 0] for x in traced.scalars(1, 1)]
+    wanted = mask.keep(q[:, None], k[None])
+    found = traced.tile(scalars, jnp.asarray(q), jnp.asarray(k), (40, 30), 0)
+    assert_array_equal(found, wanted)
+    found = traced.tile(scalars, jnp.asarray(q), jnp.asarray(k), (30, 40), 1)
+    assert_array_equal(found, wanted.T)
+
+
+@pytest.mark.parametrize("name", sorted(_INDEXES))
+def test_a_mask_that_looks_up_an_array_is_refused(name):
+    mask = MASKS[name].mask
+    assert "cannot evaluate" in trace(lambda b, n, q, k: mask.keep(q, k), "mask")
+
+
+def test_a_bias_and_dropout_traced_on_scalars():
+    q, k, words = jnp.arange(9), jnp.arange(3, 12), jnp.array([3, 4], jnp.uint32)
+    bias = ALiBi(4)
+    traced = trace(lambda b, n, q, k: bias.score(n[None], q[None, None], k[None, None]).reshape(()), "bias")
+    slopes = traced.scalars(2, 4)
+    found = traced.tile([x[1, 2] for x in slopes], q, k, (9, 9), 0)
+    assert_array_equal(found, bias.score(jnp.array([2]), q[None], k[None])[0, 0])
+
+    def keep(b, n, q, k):
+        return dropout_keep(words, 0.4, b[None], n[None], q[None, None], k[None, None]).reshape(())
+
+    traced = trace(keep, "dropout")
+    found = traced.tile([x[1, 2] for x in traced.scalars(2, 4)], q, k, (9, 9), 0)
+    assert_array_equal(
+        found, dropout_keep(words, 0.4, jnp.array([1]), jnp.array([2]), q[None], k[None])[0, 0]
+    )
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["static", "at run time"])
+@pytest.mark.parametrize("name", ["causal", "window 9", "longformer", "nothing", "future"])
+def test_lists_hold_the_live_blocks_full_ones_first_longest_row_first(name, given, by_key):
+    T, S, q_block, k_block = 50, 37, 8, 4
+    call = call_of(T=T, S=S, mask=MASKS[name].mask)
+    if given:
+        call = dataclasses.replace(
+            call, q_positions_BT=jnp.arange(T)[None], k_positions_BS=jnp.arange(S)[None]
+        )
+    found = block_map(call, q_block, k_block)
+    keep = np.zeros((-(-T // q_block) * q_block, -(-S // k_block) * k_block), bool)
+    keep[:T, :S] = MASKS[name].truth(np.arange(T)[:, None], np.arange(S)[None])
+    tiles = keep.reshape(keep.shape[0] // q_block, q_block, -1, k_block).swapaxes(1, 2)
+    if by_key:
+        found, tiles = found.transpose, tiles.swapaxes(0, 1)
+    lists = schedule(found)
+    rows, items = np.asarray(lists.rows[0]), np.asarray(lists.items[0])
+    assert sorted(rows[:, 0]) == list(range(len(tiles)))
+    lengths = rows[:, 3] - rows[:, 1]
+    assert (np.diff(lengths) <= 0).all()
+    for row, start, full_end, end in rows:
+        live = {j for j in range(tiles.shape[1]) if tiles[row, j].any()}
+        assert live <= set(items[start:end]) and len(set(items[start:end])) == end - start
+        for j in items[start:full_end]:
+            # A ragged block of queries may be full: rows of padding are cut when they are stored.
+            assert tiles[row, j][keep_rows(tiles[row, j])].all()
+
+
+def keep_rows(tile: np.ndarray) -> np.ndarray:
+    return tile.any(-1)
+
+
+@pytest.mark.parametrize(
+    "reason, changes",
+    [
+        ("float32", {"dtype": jnp.float32}),
+        ("up to 256", {"H": 260}),
+        ("up to 256", {"M": 300}),
+        ("boolean array", {"mask_BNTS": jnp.ones((1, 1, 1, 1), bool)}),
+        ("ArrayBias holds arrays", {"bias": ArrayBias(jnp.zeros((1, 1, 1, 1)))}),
+        ("mask Global uses", {"mask": MASKS["global many"].mask}),
+    ],
+)
+@needs_kernels
+def test_what_it_refuses_by_name(reason, changes):
+    with mosaic_gpu.any_platform():
+        assert reason in mosaic_gpu.unsupported(call_of(**changes))
+        assert mosaic_gpu.unsupported(call_of(mask=SlidingWindow(9), bias=ALiBi(4))) is None
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_hopper_it_says_so():
+    assert ("sm_90" if _NEW else "needs jax >= 0.11.2") in mosaic_gpu.unsupported(call_of())
+
+
+def interpret(case: OpCase, kind: str = "two kernels") -> None:
+    run("tests.mosaic_gpu_run", json.dumps(dataclasses.asdict(case)), kind)
+
+
+_ALL = OpCase(
+    (150, 200), (64, 64), (2, 1), "sink window", "alibi", 2.0, True, "ragged", "left padded", 0.3,
+    dtype="bfloat16", batch=1,
+)  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["two kernels", "fused"])
+def test_interpreted_with_everything_at_once(kind):
+    case = _ALL if kind == "fused" else dataclasses.replace(_ALL, widths=(40, 64), dtype="float16")
+    interpret(case, kind)
+
+
+FACTORS = {
+    "lengths": [(64, 128), (150, 200), (129, 300), (290, 70)],
+    "widths": [(64, 64), (96, 80), (128, 128), (192, 128), (256, 256)],
+    "mask": [None, "causal", "sink window", "bigbird", "far past"],
+    "heads": [(2, 2), (4, 2), (3, 1)],
+    "bias": [None, "alibi"],
+    "positions": [None, "shifted", "left padded", "cache"],
+    "segments": [None, "packed", "ragged"],
+    "softcap": [None, 2.0],
+    "sinks": [False, True],
+    "dropout": [0.0, 0.3],
+    "dtype": ["bfloat16", "float16"],
+    "scale": [None, -0.3],
+    "kind": ["two kernels", "fused"],
+}
+
+
+def _slow() -> list:
+    rows = pairwise(FACTORS, tries=10)
+    return [
+        (OpCase(seed=i, batch=1, **{k: v for k, v in row.items() if k != "kind"}), row["kind"])
+        for i, row in enumerate(rows)
+    ]
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("case, kind", _slow(), ids=str)
+def test_interpreted_over_all_pairs(case, kind):
+    interpret(case, kind)
+
+
+def compiled(*names: str, kernels: tuple[str, ...] = aot_gpu.KERNELS) -> list[dict]:
+    lines = run("tests.aot_gpu", *names, "--json", "--kernels", *kernels, limit=1800).splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def assert_well_compiled(found: dict) -> None:
+    what = f"{found['name']}, {found['kernel']}"
+    assert found["spills"] == 0 and found["stack"] == 0, f"{what}: {found['spills']} bytes spilled"
+    assert not found["serialized"], f"{what}: wgmma is serialized"
+    if found["code"]:
+        assert found["HGMMA"] and found["UTMALDG"], what
+        assert found["LDL"] == found["STL"] == 0, f"{what}: local memory"
+        assert bool(found["UTMAREDG"]) == (found["kernel"] == "fused"), what
+
+
+@needs_compiler
+def test_compiled_for_an_h100_nothing_spills():
+    for found in compiled("128 causal", kernels=("forward", "fused")):
+        assert_well_compiled(found)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(1900)
+@pytest.mark.parametrize("name", aot_gpu.CONFIGS)
+def test_every_configuration_compiled_for_an_h100(name):
+    for found in compiled(name):
+        if (name, found["kernel"]) not in aot_gpu.SPILLS:
+            assert_well_compiled(found)
+
+
+def test_a_static_map_of_128k_tokens_takes_no_dense_array():
+    lists = schedule(static_map(Causal(), 2**17, 2**17, 128, 128))
+    assert lists.items.shape == (1, 1024 * 1025 // 2) and lists.rows.shape == (1, 1024, 4)
+
+
+def _normal(shape, seed, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def _real(T=4096, S=4096, N=16, K=4, H=128, mask=None, **given) -> Call:
+    call = call_of(8, 8, N, K, H, H, mask or Causal(), scale=H**-0.5, **given)
+    q, k, v = _normal((2, T, N, H), 0), _normal((2, S, K, H), 1), _normal((2, S, K, H), 2)
+    return dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v)
+
+
+def _both_ways(attend, call: Call, do: jax.Array):
+    def run(q, k, v):
+        return attend(dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v))
+
+    (out, lse), vjp = jax.vjp(run, call.q_BTNH, call.k_BSKH, call.v_BSKM)
+    return out, lse, *vjp((do.astype(out.dtype), jnp.zeros_like(lse)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [True, False], ids=["two kernels", "fused"])
+@pytest.mark.parametrize("H", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("T, S", [(4096, 4096), (4001, 3999), (1, 777)])
+@pytest.mark.parametrize("mask", [Full(), Causal(), SlidingWindow(1000)], ids=str)
+def test_on_a_card_against_float32_on_the_same_card(T, S, H, mask, deterministic):
+    from attention_jax.ops.softmax import chunked
+
+    call, do = _real(T, S, H=H, mask=mask), _normal((2, T, 16, H), 3)
+    found = jax.jit(
+        functools.partial(_both_ways, functools.partial(mosaic_gpu.attend, deterministic=deterministic))
+    )(call, do)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), call)
+    wanted = jax.jit(functools.partial(_both_ways, chunked.attend))(wide, do.astype(jnp.float32))
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), found, wanted, strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y)
+        assert_allclose(x, y, rtol=2e-2, atol=2e-2 * np.abs(y[np.isfinite(y)]).max(initial=0), err_msg=name)
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_thousand_equal_reruns():
+    call, do = _real(2048, 2048), _normal((2, 2048, 16, 128), 3)
+    run = jax.jit(functools.partial(_both_ways, mosaic_gpu.attend))
+    first = run(call, do)
+    same = jax.jit(lambda a, b: jnp.stack([(x == y).all() for x, y in zip(a, b, strict=True)]).all())
+    assert all(bool(same(first, run(call, do))) for _ in range(1000))
+
+
+@pytest.mark.gpu
+def test_on_a_card_poison_in_invalid_slots_changes_no_bit():
+    valid = jnp.arange(1000) < 900
+    segments = jnp.broadcast_to(jnp.where(valid, 0, -1), (2, 1000)).astype(jnp.int32)
+    call = _real(1000, 1000, q_segments_BT=segments, k_segments_BS=segments)
+    do = _normal((2, 1000, 16, 128), 3)
+    run = jax.jit(functools.partial(_both_ways, mosaic_gpu.attend))
+
+    def fill(x, value):
+        return jnp.where(valid[None, :, None, None], x, jnp.asarray(value, x.dtype))
+
+    clean, poisoned = (
+        run(
+            dataclasses.replace(
+                call, q_BTNH=fill(call.q_BTNH, a), k_BSKH=fill(call.k_BSKH, b), v_BSKM=fill(call.v_BSKM, c)
+            ),
+            fill(do, a),
+        )
+        for a, b, c in ((0, 0, 0), (jnp.nan, jnp.inf, -jnp.inf))
+    )
+    for x, y in zip(clean, poisoned, strict=True):
+        assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
