@@ -1,4 +1,4 @@
-# make train | test | test-all | lint | setup | clean.   PYTHON=/path/to/python chooses the interpreter;
+# make train | test | test-slow | test-all | kernels | lint | setup | clean.   PYTHON=/path/to/python chooses the interpreter;
 # every minor version has its own environment under .venv/.
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 CONFIG ?= configs/tiny.yaml
 TESTS ?= tests
 
-.PHONY: train test test-all lint setup clean
+.PHONY: train test test-slow test-all kernels lint setup clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -24,8 +24,28 @@ train: setup
 test: setup
 	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "not slow and not gpu"
 
-test-all: setup
-	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "not gpu"
+# OPTIONS=-x stops at the first failure.
+test-slow: setup
+	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "slow and not gpu" $(OPTIONS)
+
+test-all: test test-slow
+
+# The compilers for cards that are not here (libtpu, ptxas), without the libraries that only a card runs,
+# in an environment of their own: they are to change nothing for the other tests.
+KERNELS := $(VENV)-kernels
+$(KERNELS)/.installed: setup.cfg pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo "make kernels needs Python >= 3.12 (JAX >= 0.11.2); give PYTHON=" >&2; exit 2; }
+	"$(PYTHON)" -m venv $(KERNELS)
+	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	jax=$$($(KERNELS)/bin/python -c 'import jax; print(jax.__version__)') && \
+	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps libtpu \
+		"jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm
+	@touch $@
+
+kernels: $(KERNELS)/.installed
+	JAX_PLATFORMS=cpu $(KERNELS)/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow" \
+		tests/test_mosaic_tpu.py tests/test_mosaic_gpu.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -163,7 +163,7 @@ def test_refusals_name_the_thing(name):
 
 
 def test_without_a_tpu_the_platform_is_the_reason():
-    assert mosaic_tpu.unsupported(make_call()) == f"needs a TPU, this is {jax.default_backend()}"
+    assert mosaic_tpu.unsupported(make_call()) == f"needs a TPU, the call runs on a {jax.default_backend()}"
     with mosaic_tpu.forced(True):
         assert mosaic_tpu.unsupported(make_call(mask=Causal(), bias=ALiBi(4))) is None
 

@@ -21,7 +21,7 @@ from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
 from attention_jax.ops.arguments import per_token, segment_pair
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.softmax import chunked, library, reference, sharded
+from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference, sharded
 from attention_jax.ops.softmax.common import Call
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
@@ -40,9 +40,16 @@ def _one_query(call: Call) -> str | None:
     return "T = 1: a row of products, which a fused kernel does not speed up" if call.sizes[1] == 1 else None
 
 
+def _never_run(call: Call) -> str | None:
+    del call
+    return "compiled and interpreted, but never run on a card (docs/kernels.md): ask for it by name"
+
+
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
     "cudnn": Implementation(library.attend, library.unsupported, _one_query),
+    "mosaic_gpu": Implementation(mosaic_gpu.attend, mosaic_gpu.unsupported, _never_run),
+    "mosaic_tpu": Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, _one_query),
     "reference": Implementation(reference.attend, reference.unsupported, _dense_too_large),
     "chunked": Implementation(chunked.attend, chunked.unsupported),
 }
@@ -83,8 +90,8 @@ def dot_product_attention(
       dropout_rate, dropout_key: drops entries of P, scaled by 1 / (1 - rate). The bits depend on (key,
         batch row, head, q position, k position) alone.
       return_lse: also return the log-sum-exp of each row's scores, the sink's included.
-      impl: "reference" (dense), "chunked" (blocks, O(T) memory), "cudnn" (NVIDIA's library), or None, which
-        chooses by platform and size; see `explain`.
+      impl: "reference" (dense), "chunked" (blocks, O(T) memory), "cudnn" (NVIDIA's library), "mosaic_gpu"
+        and "mosaic_tpu" (our kernels), or None, which chooses by platform and size; see `explain`.
 
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from attention_jax.biases import Bias
 from attention_jax.masks import Mask
@@ -78,6 +79,21 @@ def platform(call: Call) -> str:
     mesh = jax.typeof(call.q_BTNH).sharding.mesh
     device = getattr(mesh, "abstract_device", None)
     return (device and device.platform) or jax.default_backend()
+
+
+def kernel_refusal(call: Call) -> str | None:
+    """Why no kernel can run the call on its mesh, or None: XLA cannot cut a kernel, nor number its heads."""
+    sharding = jax.typeof(call.q_BTNH).sharding
+    mesh = sharding.mesh
+    if any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in _axes(mesh)):
+        return f"{mesh} has Auto axes, over which a kernel is not split: make them Explicit, or use shard_map"
+    if any(sharding.spec) and (call.bias is not None or call.dropout_rate > 0):
+        return "q is sharded, and a bias or dropout needs the global numbers of its rows and heads"
+    return None
+
+
+def _axes(mesh) -> list[tuple[str, AxisType]]:
+    return [] if mesh.empty else list(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
 
 def positions_of(positions: jax.Array | None, length: int) -> jax.Array:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
+from attention_jax.ops.softmax.common import Call, kernel_refusal, platform, select_valid, valid_slots
 from attention_jax.ops.softmax.mosaic_gpu import plan as planning
 
 _OLDEST = (0, 11, 2)
@@ -39,18 +39,18 @@ def any_platform() -> Iterator[None]:
 
 def unsupported(call: Call) -> str | None:
     """Why this implementation cannot run the call, or None."""
-    return _platform() or _inputs(call)
+    return _platform(call) or kernel_refusal(call) or _inputs(call)
 
 
-def _platform() -> str | None:
+def _platform(call: Call) -> str | None:
     version = jax.version.__version_info__
     if version < _OLDEST:
         need = ".".join(map(str, _OLDEST))
         return f"needs jax >= {need} (Python >= 3.12), this is {jax.__version__}"
     if _forced:
         return None
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA Hopper GPU (sm_90), the default backend is {jax.default_backend()}"
+    if platform(call) != "gpu":
+        return f"needs an NVIDIA Hopper GPU (sm_90), the call runs on a {platform(call)}"
     capability = getattr(jax.devices()[0], "compute_capability", "unknown")
     if capability != "9.0":
         return f"needs an NVIDIA Hopper GPU (sm_90), this one's compute capability is {capability}"

@@ -21,7 +21,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import Call, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_tpu import plan, steps
 from attention_jax.ops.softmax.mosaic_tpu.backward import backward
 from attention_jax.ops.softmax.mosaic_tpu.bias import bias_refusal, mask_refusal
@@ -35,8 +35,10 @@ _MAX_DENSE = 2**28  # entries of a dense mask made from a Mask object
 
 def unsupported(call: Call) -> str | None:
     """Why the kernels cannot run the call, forward or backward; None where they can."""
-    if plan.only_on_tpu() and jax.default_backend() != "tpu":
-        return f"needs a TPU, this is {jax.default_backend()}"
+    if plan.only_on_tpu() and platform(call) != "tpu":
+        return f"needs a TPU, the call runs on a {platform(call)}"
+    if why_not := kernel_refusal(call):
+        return why_not
     if plan.vmem() is None:
         return f"{plan.chip()}; blocks are chosen for TPU v5e, v5p, v6e and 7x"
     _, T, S, _, _, H, M = call.sizes
