@@ -3,7 +3,7 @@
 python scripts/tune.py tiles --rehearse --json FILE   without a card: compiles the candidates for an H100
 python scripts/tune.py tiles [--compiled FILE]        times those that do not spill, best first
 python scripts/tune.py peers [--lengths 1024 4096]    beside torch's and jax.nn's cuDNN
-python scripts/tune.py sparse                         windows and block-sparse masks beside causal
+python scripts/tune.py sparse                         windows and block-sparse masks beside our causal time
 
 Random normal inputs; contestants in turn, each after a warm-up; medians of device times. TFLOP/s count
 4 B N T S H products a forward, 2.5 times that a backward, by the share of pairs that the mask keeps.

@@ -103,7 +103,8 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
     call, out_BTNM, lse_BNT = residuals
     _, T, _, _, _, H, M = call.sizes
     q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
-    dout_BTNM, dlse_BTN = (select_valid(x, q_valid) for x in cotangents)
+    # An invalid query's output is constant; its lse is its sink where there is one.
+    dout_BTNM, dlse_BTN = select_valid(cotangents[0], q_valid), cotangents[1]
     # A row without a key (lse = -inf) passes no gradient, and neither does padding: 2^(z - inf) is 0.
     T_pad = lse_BNT.shape[-1]
     dead_BNT = (lse_BNT == -jnp.inf) | (jnp.arange(T_pad) >= T)

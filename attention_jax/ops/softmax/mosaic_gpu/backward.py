@@ -168,7 +168,7 @@ class _QueryKernel(ThreadBlock):
 
         dq = _zeros(H)
         if plan.schedule.some_full:
-            dq = lax.fori_loop(0, full_end - start, body(False), dq)
+            dq = lax.fori_loop(jnp.int32(0), full_end - start, body(False), dq)
         if plan.schedule.some_partial:
             dq = lax.fori_loop(full_end - start, end - start, body(True), dq)
         q_smem[...] = (dq * plan.scores.scale).astype(plan.call.q_BTNH.dtype)
@@ -332,7 +332,7 @@ class _KeyKernel(ThreadBlock):
         sums = {name: _zeros(widths[name]) for name in wanted}
         full, steps = (full_end - start) * plan.groups, (end - start) * plan.groups
         if plan.schedule.some_full:
-            sums = lax.fori_loop(0, full, body(False), sums)
+            sums = lax.fori_loop(jnp.int32(0), full, body(False), sums)
         if plan.schedule.some_partial:
             sums = lax.fori_loop(full, steps, body(True), sums)
         self.before_output()

@@ -130,7 +130,7 @@ class _Kernel(ThreadBlock):
             return lambda i, carry: self.step(i, carry, masked, start, steps, q_start, q_smem, q_vectors)
 
         if plan.schedule.some_full:
-            carry = lax.fori_loop(0, full_end - start, body(False), carry)
+            carry = lax.fori_loop(jnp.int32(0), full_end - start, body(False), carry)
         if plan.schedule.some_partial:
             carry = lax.fori_loop(full_end - start, steps, body(True), carry)
         pl.when(group == 0)(self.pass_turn)

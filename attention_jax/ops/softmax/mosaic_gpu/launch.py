@@ -109,7 +109,7 @@ class ThreadBlock:
                     lambda free=free, slot=slot: plgpu.barrier_wait(self.smem[free].at[slot])
                 )
 
-        lax.fori_loop(0, steps, step, None)
+        lax.fori_loop(jnp.int32(0), steps, step, None)
         lax.fori_loop(steps, steps + stages, drain, None)
 
     def per_token(self, ref: Any, tokens: Any) -> Any:
