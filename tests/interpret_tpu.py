@@ -19,20 +19,13 @@ import tests.conftest  # noqa: F401 (compile quickly, multiply in full precision
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # isort: skip
 from jax.experimental.pallas import tpu as pltpu  # isort: skip
 
-from attention_jax.ops.softmax import api, mosaic_tpu
+from attention_jax.ops.softmax import mosaic_tpu
 from attention_jax.ops.softmax.mosaic_tpu import plan, steps
 from tests import test_mosaic_tpu, test_softmax
 
 PARAMS = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan", dma_execution_mode="on_wait"
 )
-
-
-def register(impl: str = "mosaic_tpu") -> None:
-    """Makes the kernels an implementation by name."""
-    api._IMPLEMENTATIONS.setdefault(
-        impl, api._Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, lambda call: None)
-    )
 
 
 def promises() -> None:
@@ -49,7 +42,6 @@ def promises() -> None:
 
 
 def main(*what: str) -> None:
-    register()
     # The smallest blocks: 128 lanes both ways.
     small = steps.Blocks((128, 128), (128, 128))
     steps._BLOCKS = dict.fromkeys(steps._BLOCKS, small)

@@ -19,6 +19,7 @@ def main(words: dict, kind: str) -> None:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from attention_jax.ops.dispatch import Implementation
     from attention_jax.ops.softmax import api, mosaic_gpu
     from tests.cases import OpCase
     from tests.test_softmax import check
@@ -26,9 +27,7 @@ def main(words: dict, kind: str) -> None:
     case = OpCase(**{name: tuple(x) if isinstance(x, list) else x for name, x in words.items()})
     mosaic_gpu_shim.install()
     attend = functools.partial(mosaic_gpu.attend, deterministic=kind != "fused")
-    api._IMPLEMENTATIONS["mosaic_gpu"] = api._Implementation(
-        attend, mosaic_gpu.unsupported, lambda call: None
-    )
+    api._IMPLEMENTATIONS["mosaic_gpu"] = Implementation(attend, mosaic_gpu.unsupported)
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with mosaic_gpu.any_platform(), plgpu.force_gpu_interpret_mode(params):
         check(case, "mosaic_gpu")

@@ -141,7 +141,7 @@ def _checked_call(
     k_positions,
     rate,
     key,
-    return_lse,
+    return_lse=False,
 ) -> Call:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
         if not _is_array(x):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Schedule, Side, block_map, schedule, sides
@@ -82,7 +83,7 @@ class Plan:
         B, _, _, N, *_ = self.call.sizes
         lists = {"rows": self.schedule.rows, "items": self.schedule.items}
         found = self.scores.operands(B, N, self.q, self.k) | lists | more
-        return jax.tree.map(jnp.asarray, found)
+        return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, found)
 
 
 def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
