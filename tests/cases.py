@@ -268,9 +268,10 @@ def tolerance(naive_error: float, dtype: Any, magnitude: float, factor: float = 
     factor: 2 for the forward. 3 for gradients: a blocked backward works in base 2, which rounds numbers as
       large as the scores twice more.
 
-    naive_error: the largest error of two naive dense results in the same precision: matmul operands and
-      results rounded to `dtype`, products of the scores summed in float32 from the first feature to the
-      last or back; the backward recomputes P from lse and from scores summed in the other order.
+    naive_error: the largest error of naive dense results in the same precision: matmul operands and results
+      rounded to `dtype`, products of the scores summed in float32 from the first feature to the last or
+      back, and where that decides from other features on; the backward recomputes P from lse and from
+      scores summed in the other order.
     dtype: that of q, k and v, also for the gradients of bias and sinks, which are made from the rounded
       output; lse is float32 whatever the dtype.
     magnitude: the natural size of what was rounded: max |v| for the output; max(1, |scores|) for lse; for

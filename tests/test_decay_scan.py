@@ -202,7 +202,7 @@ def planted(problem: Problem, fill: float) -> dict[str, np.ndarray]:
 
 
 def assert_close(found, problem, case, impl):
-    """1e-5 of the largest; by the house's rule for narrow dtypes and the recurrence over many tokens.
+    """1e-5 of the largest; by the house's rule for narrow dtypes and a step per token over many tokens.
 
     It multiplies with a rounded exp(g) each time, which at 1 - 1e-6 adds up to more than 1e-5 in 1000 steps.
     """
@@ -218,7 +218,7 @@ def assert_close(found, problem, case, impl):
         size, error = cases.largest(sizes[name]), cases.largest(x.astype(np.float64) - right[name])
         assert np.isfinite(x).all(), name
         allowed = 1e-5 * size
-        if impl == "recurrent":
+        if impl == "recurrent" or case.chunk == 1:
             allowed = max(allowed, 2 * cases.largest(naive[name] - right[name]))
         if dtype != jnp.float32:
             rounded = naive[name].astype(dtype).astype(np.float64)

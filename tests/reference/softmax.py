@@ -31,6 +31,7 @@ class Attention:
     dtype: type = np.float64
     rounded: type | None = None
     reverse: bool = False  # sum the products of the scores from the last feature to the first
+    first: float = 0.0  # the feature that sums start from, as a share of them all; they go around
 
     def __post_init__(self):
         to = lambda x: None if x is None else np.asarray(x).astype(self.dtype)  # noqa: E731
@@ -57,7 +58,8 @@ class Attention:
 
     def _scores(self, reverse):
         """(scores, -inf where hidden; the softcap's slope)."""
-        order = slice(None, None, -1 if reverse else 1)
+        H = self.q.shape[-1]
+        order = np.roll(np.arange(H), -int(self.first * H))[:: -1 if reverse else 1]
         q, k = self.q[..., order], self.k_n[..., order]
         if self.dtype is np.float64:
             x = np.einsum("btnh,bsnh->bnts", q, k)
