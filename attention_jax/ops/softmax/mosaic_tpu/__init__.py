@@ -40,7 +40,7 @@ def unsupported(call: Call) -> str | None:
     if why_not := kernel_refusal(call):
         return why_not
     if plan.vmem() is None:
-        return f"{plan.chip()}; blocks are chosen for TPU v5e, v5p, v6e and 7x"
+        return f"{plan.chip()}; blocks are chosen for TPU v5e, v5p and v6e"
     _, T, S, _, _, H, M = call.sizes
     if call.q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
         return f"{call.q_BTNH.dtype}; a TPU multiplies bfloat16 and float32"

@@ -29,7 +29,7 @@ _MIB = 2**20
 # VMEM of a core by device kind. Older chips have 16 MiB, which these blocks do not fit.
 _VMEM = {
     "TPU v5 lite": 128 * _MIB, "TPU v5e": 128 * _MIB, "TPU v6 lite": 128 * _MIB, "TPU v6e": 128 * _MIB,
-    "TPU v5": 64 * _MIB, "TPU v5p": 64 * _MIB, "TPU7x": 64 * _MIB,
+    "TPU v5": 64 * _MIB, "TPU v5p": 64 * _MIB,
 }  # fmt: skip
 
 _forced: Any = None  # None: only on a TPU. False: compile, wherever. Else: interpret
