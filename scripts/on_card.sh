@@ -31,7 +31,7 @@ if [ -n "${REHEARSE:-}" ]; then
 else
     nvidia-smi >"$OUT/nvidia-smi.log" 2>&1 || { echo "no NVIDIA GPU" >&2; exit 2; }
     # A kernel that is wrong is not worth timing: numerics, poison and odd lengths first, without reruns.
-    step smoke 120 "$PYTHON" -m pytest tests/test_mosaic_gpu.py -m gpu -x -q -p no:cacheprovider -k "4096-4096 and 128 and Causal"
+    step smoke 120 "$PYTHON" -m pytest tests/test_mosaic_gpu.py -m gpu -x -q -p no:cacheprovider -k "float32 and 4096 and Causal"
     step numerics 300 "$PYTHON" -m pytest tests/test_mosaic_gpu.py -m gpu -q -p no:cacheprovider -k "not reruns"
     step peers 240 "$PYTHON" scripts/tune.py peers --widths 64 128 256 --lengths 4096 16384 --rounds 9 --json "$OUT/h100-attention.json"
     step reruns 90 "$PYTHON" -m pytest tests/test_mosaic_gpu.py -m gpu -q -p no:cacheprovider -k reruns
