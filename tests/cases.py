@@ -270,7 +270,7 @@ def tolerance(naive_error: float, dtype: Any, magnitude: float, factor: float = 
 
     naive_error: the largest error of naive dense results in the same precision: matmul operands and results
       rounded to `dtype`, products of the scores summed in float32 from the first feature to the last or
-      back, and where that decides from other features on; the backward recomputes P from lse and from
+      back, and where that decides as NumPy's matmul sums them; the backward recomputes P from lse and from
       scores summed in the other order.
     dtype: that of q, k and v, also for the gradients of bias and sinks, which are made from the rounded
       output; lse is float32 whatever the dtype.

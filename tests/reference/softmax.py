@@ -31,7 +31,7 @@ class Attention:
     dtype: type = np.float64
     rounded: type | None = None
     reverse: bool = False  # sum the products of the scores from the last feature to the first
-    first: float = 0.0  # the feature that sums start from, as a share of them all; they go around
+    library: float | None = None  # or as NumPy's matmul does, from this share of the features on and around
 
     def __post_init__(self):
         to = lambda x: None if x is None else np.asarray(x).astype(self.dtype)  # noqa: E731
@@ -59,10 +59,12 @@ class Attention:
     def _scores(self, reverse):
         """(scores, -inf where hidden; the softcap's slope)."""
         H = self.q.shape[-1]
-        order = np.roll(np.arange(H), -int(self.first * H))[:: -1 if reverse else 1]
+        order = np.roll(np.arange(H), -int((self.library or 0) * H))[:: -1 if reverse else 1]
         q, k = self.q[..., order], self.k_n[..., order]
         if self.dtype is np.float64:
             x = np.einsum("btnh,bsnh->bnts", q, k)
+        elif self.library is not None:
+            x = q.transpose(0, 2, 1, 3) @ k.transpose(0, 2, 3, 1)
         else:  # one product after another, as the textbook sums
             q, k = q.transpose(3, 0, 2, 1)[..., None], k.transpose(3, 0, 2, 1)[..., None, :]
             x = functools.reduce(lambda total, h: total + q[h] * k[h], range(len(q)), self.dtype(0))
