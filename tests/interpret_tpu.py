@@ -1,15 +1,16 @@
 """The TPU kernels in the interpreter, in a process of its own (tests/test_mosaic_tpu.py).
 
-    python -m tests.interpret_tpu [--vmem=BYTES] NUMBER|promises ...
+    python -m tests.interpret_tpu [--vmem=BYTES] NUMBER|promises|model ...
 
-checks cases of test_mosaic_tpu.CASES by number, or the promises of test_softmax beyond numbers. The
-interpreter raises on reads out of bounds and fills memory that nobody wrote with NaN; races are counted.
-Blocks are made small, so that short rows already have empty, full and partial ones. --vmem: a chip with so
-little memory that dQ comes in parts.
+checks cases of test_mosaic_tpu.CASES by number, the promises of test_softmax beyond numbers, or a whole
+language model. The interpreter raises on reads out of bounds and fills memory that nobody wrote with NaN;
+races are counted. Blocks are made small, so that short rows already have empty, full and partial ones.
+--vmem: a chip with so little memory that dQ comes in parts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -19,9 +20,15 @@ import tests.conftest  # noqa: F401 (compile quickly, multiply in full precision
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # isort: skip
 from jax.experimental.pallas import tpu as pltpu  # isort: skip
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax import AttentionConfig, Context, ModelConfig, RoPE, SlidingWindow, apply
 from attention_jax.ops.softmax import mosaic_tpu
 from attention_jax.ops.softmax.mosaic_tpu import plan, steps
 from tests import test_mosaic_tpu, test_softmax
+from tests.params import random_params
 
 PARAMS = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan", dma_execution_mode="on_wait"
@@ -41,6 +48,31 @@ def promises() -> None:
     test_softmax.test_a_hidden_key_may_be_as_large_as_its_dtype(impl, tiles)
 
 
+def model() -> None:
+    """A language model of two layers over packed documents: with the kernels it is that with `chunked`."""
+    mixers = (
+        AttentionConfig(num_heads=4, num_kv_heads=2, mask=SlidingWindow(70), rope=RoPE(), sinks=True),
+        AttentionConfig(num_heads=2, bias="alibi", softcap=20.0),
+    )
+    T = 150
+    segments = jnp.array([[0] * 60 + [1] * 80 + [-1] * 10])
+    positions = jnp.array([[*range(60), *range(80), *[-1] * 10]])
+    tokens = jax.random.randint(jax.random.key(0), (1, T), 0, 50)
+    found = {}
+    for impl in ("mosaic_tpu", "chunked"):
+        layers = tuple(dataclasses.replace(mixer, impl=impl) for mixer in mixers)
+        config = ModelConfig(vocab_size=50, d_model=32, num_layers=2, mixers=layers)
+        ctx = Context(positions_BT=positions, segment_ids_BT=segments)
+
+        def loss(params, config=config, ctx=ctx):
+            logits_BTV, _ = apply(config, params, tokens, ctx=ctx)
+            return jnp.sum(jnp.where(segments[..., None] < 0, 0, jnp.sin(logits_BTV))), logits_BTV
+
+        params = jax.tree.map(jnp.asarray, random_params(config))
+        found[impl] = jax.jit(jax.grad(loss, has_aux=True))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *found.values())
+
+
 def main(*what: str) -> None:
     # The smallest blocks: 128 lanes both ways.
     small = steps.Blocks((128, 128), (128, 128))
@@ -52,8 +84,8 @@ def main(*what: str) -> None:
             continue
         started = time.monotonic()
         with mosaic_tpu.forced(PARAMS):
-            if name == "promises":
-                promises()
+            if name in ("promises", "model"):
+                {"promises": promises, "model": model}[name]()
             else:
                 test_softmax.check(test_mosaic_tpu.CASES[int(name)], "mosaic_tpu")
         races = interpret_pallas_call.races

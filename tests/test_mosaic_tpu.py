@@ -78,6 +78,10 @@ def test_a_backward_in_parts():
     interpret("--vmem=131072", "0")
 
 
+def test_a_language_model_with_the_kernels_inside():
+    interpret("model")
+
+
 @pytest.mark.slow
 def test_what_every_implementation_promises():
     interpret("promises")
