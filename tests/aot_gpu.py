@@ -41,36 +41,32 @@ class Config:
 
 
 WIDE = {"64": (64, 64), "96": (96, 96), "192-128": (192, 128), "192": (192, 192), "256": (256, 256)}
-_ALL = KERNELS
+_ALL, _TWO = KERNELS, KERNELS[:3]
 CONFIGS = {
     "128 full": Config(_ALL, mask="Full()"),
     "128 causal": Config(_ALL),
     "64 full": Config(_ALL, (64, 64), mask="Full()"),
-    **{f"{name} causal": Config(_ALL if name == "64" else KERNELS[:3], w) for name, w in WIDE.items()},
+    **{f"{name} causal": Config(_ALL if name == "64" else _TWO, w) for name, w in WIDE.items()},
     "128 causal fp16": Config(_ALL, dtype="float16"),
     "128 odd lengths": Config(_ALL, lengths=(4001, 3999), mask="Full()"),
     "128 window": Config(_ALL, mask="SlidingWindow(1024)"),
     "128 prefix or chunks": Config(_ALL, mask="(Prefix(100) | Chunked(512)) & ~Dilated(4, 3)"),
-    "128 bigbird": Config(_ALL, mask="BigBird(64, 3, 1, 2) & Causal()"),
+    "128 bigbird": Config(mask="BigBird(64, 3, 1, 2) & Causal()"),
     "128 longformer": Config(_ALL, mask="Longformer(512, (0, 100, 2000))"),
-    "128 softcap": Config(_ALL, extras=("softcap",)),
-    "128 alibi": Config(_ALL, extras=("alibi",)),
+    "128 softcap": Config(extras=("softcap",)),
+    "128 alibi": Config(extras=("alibi",)),
     "128 sinks": Config(extras=("sinks",)),
     "128 segments": Config(_ALL, extras=("segments",)),
-    "128 positions segments": Config(_ALL, extras=("positions", "segments")),
-    "128 dropout": Config(_ALL, extras=("dropout",)),
-    "128 everything": Config(_ALL, extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")),
+    "128 positions segments": Config(extras=("positions", "segments")),
+    "128 dropout": Config(extras=("dropout",)),
+    "128 everything": Config(extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")),
     "64 everything": Config(
-        _ALL, (64, 64), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
+        _TWO, (64, 64), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
     ),
     "256 everything": Config(
-        KERNELS[:3], (256, 256), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
+        _TWO, (256, 256), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
     ),
 }
-
-
-# (configuration, kernel) that is known to spill: correct, and slower on its partial blocks.
-SPILLS: set[tuple[str, str]] = set()
 
 
 def missing() -> str | None:
@@ -126,21 +122,24 @@ def _program(config: Config, kernel: str):
     make, shapes = _call(config, dtype)
     tiles = plan.Tiles(*config.tiles[kernel]) if config.tiles and kernel in config.tiles else None
 
+    plans = {"forward": plan.forward_plan, "q": plan.backward_q_plan}
+    run = {
+        "forward": lambda cut, *rest: forward.forward(cut),
+        "q": backward.gradient_q,
+        "kv": backward.gradient_kv,
+        "fused": backward.gradients_fused,
+    }[kernel]
+    chosen = []
+
     def program(arrays):
         call = plan.clean(make(arrays))
         B, T, _, N, _, _, M = call.sizes
         saved = jnp.zeros((B, N, plan.round_up(T, 128)), jnp.float32)
-        cotangents = (jnp.zeros((B, T, N, M), dtype), saved, saved)
-        if kernel == "forward":
-            return forward.forward(plan.forward_plan(call, tiles))
-        if kernel == "q":
-            return backward.gradient_q(plan.backward_q_plan(call, tiles), *cotangents)
-        by_key = plan.backward_k_plan(call, tiles)
-        if kernel == "kv":
-            return backward.gradient_kv(by_key, *cotangents)
-        return backward.gradients_fused(by_key, *cotangents)
+        cut = plans.get(kernel, plan.backward_k_plan)(call, tiles)
+        chosen[:] = [cut.tiles.block, cut.tiles.stages]
+        return run(cut, jnp.zeros((B, T, N, M), dtype), saved, saved)
 
-    return program, shapes
+    return program, shapes, chosen
 
 
 @functools.cache
@@ -171,7 +170,8 @@ def measure(config: Config, kernel: str) -> dict[str, Any]:
     folder = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for old in folder.iterdir():
         old.unlink()
-    compile_for_h100(*_program(config, kernel))
+    program, shapes, chosen = _program(config, kernel)
+    compile_for_h100(program, shapes)
     (log,) = folder.glob("flash_*.ptxas")
     text = log.read_text()
     code = [p.read_text() for p in folder.glob(f"{log.stem}.sass*")]
@@ -179,6 +179,8 @@ def measure(config: Config, kernel: str) -> dict[str, Any]:
     code = code[0] if code else ""
     count = lambda name: len(re.findall(rf"\b{name}", code))  # noqa: E731
     return {
+        "block": chosen[0],
+        "stages": chosen[1],
         "stack": int(spills[1]),
         "spills": int(spills[2]) + int(spills[3]),
         "registers": int(re.search(r"Used (\d+) registers", text)[1]),
@@ -190,16 +192,6 @@ def measure(config: Config, kernel: str) -> dict[str, Any]:
         "code": bool(code),
         **{name: count(name) for name in ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDL", "STL")},
     }
-
-
-def tiles_of(config: Config, kernel: str) -> tuple[int, int]:
-    from attention_jax.ops.softmax.mosaic_gpu import plan
-
-    if config.tiles and kernel in config.tiles:
-        return config.tiles[kernel]
-    table = {"forward": plan.FORWARD, "q": plan.BACKWARD_Q}.get(kernel, plan.BACKWARD_K)
-    tiles = table[plan.padded_width(max(config.widths))]
-    return tiles.block, tiles.stages
 
 
 def main(argv: list[str]) -> None:
@@ -225,14 +217,15 @@ def main(argv: list[str]) -> None:
                 if kernel not in args.kernels:
                     continue
                 found = measure(config, kernel)
-                block, stages = tiles_of(config, kernel)
                 if args.json:
                     print(json.dumps({"name": name, "kernel": kernel, **found}), flush=True)
                 else:
-                    print(
-                        f"| {name} | {kernel} | {block} x {stages} | {found['most_registers']} | "
-                        f"{found['shared']:,} | {found['spills']} | {found['HGMMA']} |", flush=True,
-                    )  # fmt: skip
+                    print(f"| {name} | {kernel} | {_row(found)} |", flush=True)
+
+
+def _row(found: dict[str, Any]) -> str:
+    size = f"{found['block']} x {found['stages']}"
+    return f"{size} | {found['most_registers']} | {found['shared']:,} | {found['spills']} | {found['HGMMA']}"
 
 
 if __name__ == "__main__":

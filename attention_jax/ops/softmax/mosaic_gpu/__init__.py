@@ -69,7 +69,7 @@ def _inputs(call: Call) -> str | None:
         return "takes a Mask of positions, not a boolean array"
     if jax.tree.leaves(call.bias):
         return f"bias {type(call.bias).__name__} holds arrays; only biases computed from positions run here"
-    found = scores_of(call, planning.GROUP)
+    found = scores_of(call)
     return found if isinstance(found, str) else None
 
 
@@ -77,7 +77,8 @@ def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array
     """(out_BTNM in q's dtype, lse_BTN in float32).
 
     deterministic: the backward runs as two kernels, bit for bit the same every time. Otherwise it runs as
-      one, which adds to dQ in whatever order its thread blocks arrive, where the widths are 64 or 128.
+      one, which adds to dQ in whatever order its thread blocks arrive, where `Plan.fusible` says that its
+      registers suffice: widths of 64 or 128, no softcap, bias, dropout, or segments with positions.
     """
     return _attend(deterministic, call)
 
@@ -118,7 +119,7 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
     dout_BTNM = jnp.pad(dout_BTNM, ((0, 0), (0, 0), (0, 0), (0, width)))
     saved = (dout_BTNM, lse_BNT, delta_BNT)
     by_key = planning.backward_k_plan(cut)
-    if deterministic or by_key.call.sizes[5:] not in planning.FUSED:
+    if deterministic or not by_key.fusible:
         dq_BTNH = gradient_q(planning.backward_q_plan(cut), *saved)
         dk_BSKH, dv_BSKM = gradient_kv(by_key, *saved)
     else:

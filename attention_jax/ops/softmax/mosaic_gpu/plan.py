@@ -11,9 +11,8 @@ import numpy as np
 
 from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Schedule, Side, block_map, schedule, sides
-from attention_jax.ops.softmax.mosaic_gpu.scores import Scores, scores_of
+from attention_jax.ops.softmax.mosaic_gpu.scores import GROUP, Scores, scores_of
 
-GROUP = 64  # rows of a warpgroup's matrix instruction
 WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are padded with zeros
 
 
@@ -74,6 +73,12 @@ class Plan:
     key_rows: int  # keys of a thread block of the backward over keys
 
     @property
+    def fusible(self) -> bool:
+        """Whether the backward over keys can also make dQ: its product needs 64 rows and some registers."""
+        short = self.scores.placed(False) or len(self.k.vectors) > 1
+        return self.call.sizes[5:] in FUSED and self.tiles.block == GROUP and not short
+
+    @property
     def groups(self) -> int:
         """Query heads per kv head."""
         return self.call.sizes[3] // self.call.sizes[4]
@@ -87,29 +92,43 @@ class Plan:
 
 
 def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
-    *_, H, M = call.sizes
-    tiles = tiles or FORWARD[padded_width(max(H, M))]
-    return _plan(call, tiles, 2 * GROUP, tiles.block, by_key=False)
+    """Rows of 2 x 64 queries over blocks of keys."""
+    scores = _scores(call)
+    tiles = tiles or _fitting(FORWARD, call, scores.complex_mask)
+    return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
 
 def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
-    *_, H, M = call.sizes
-    tiles = tiles or BACKWARD_Q[padded_width(max(H, M))]
-    return _plan(call, tiles, 2 * GROUP, tiles.block, by_key=False)
+    """Rows of 2 x 64 queries over blocks of keys."""
+    scores = _scores(call)
+    tiles = tiles or _fitting(BACKWARD_Q, call, scores.complex_mask)
+    return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
 
 def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+    """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
-    tiles = tiles or BACKWARD_K[padded_width(max(H, M))]
-    # Accumulators of both dK and dV fit the registers of a warpgroup up to a width of 128.
-    key_rows = 2 * GROUP if max(H, M) <= 128 else GROUP
-    return _plan(call, tiles, tiles.block, key_rows, by_key=True)
+    scores = _scores(call)
+    heavy = scores.complex_mask or scores.softcap is not None or scores.dropout is not None
+    tiles = tiles or _fitting(BACKWARD_K, call, heavy)
+    return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
 
-def _plan(call: Call, tiles: Tiles, q_block: int, k_block: int, by_key: bool) -> Plan:
-    _, T, S, *_ = call.sizes
-    scores = scores_of(call, k_block)
+def _fitting(table: dict[int, Tiles], call: Call, heavy: bool) -> Tiles:
+    """The table's tiles, of half the block where registers must also hold what the scores need."""
+    *_, H, M = call.sizes
+    tiles = table[padded_width(max(H, M))]
+    return Tiles(tiles.block // 2, tiles.stages * 2) if heavy and tiles.block > 32 else tiles
+
+
+def _scores(call: Call) -> Scores:
+    scores = scores_of(call)
     assert isinstance(scores, Scores), scores
+    return scores
+
+
+def _plan(call: Call, scores: Scores, tiles: Tiles, q_block: int, k_block: int, by_key: bool) -> Plan:
+    _, T, S, *_ = call.sizes
     blocks = block_map(call, q_block, k_block)
     q, k = sides(call, round_up(T, q_block), round_up(S, k_block))
     return Plan(call, scores, tiles, schedule(blocks.transpose if by_key else blocks), q, k, k_block)

@@ -17,6 +17,7 @@ from attention_jax.ops.softmax.common import Call, dropout_keep
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
+GROUP = 64  # rows of a warpgroup's matrix instruction
 LOG2E = math.log2(math.e)
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - LOWEST) is 0 for z = -inf.
@@ -27,7 +28,7 @@ LOWEST = -3.4028234663852886e38
 class Scores:
     """What happens to the scores of a call, all of it known while tracing.
 
-    ragged: the number of keys where their last block is padded and positions are implicit, else None.
+    length: the number of keys where positions are implicit, else None.
     """
 
     keep: Traced
@@ -38,7 +39,7 @@ class Scores:
     dropout_rate: float
     positions: bool
     segments: bool
-    ragged: int | None
+    length: int | None
 
     def operands(self, B: int, N: int, q: Side, k: Side) -> dict[str, list[jax.Array]]:
         """The arrays `Tile` reads from global memory."""
@@ -51,13 +52,18 @@ class Scores:
         """The exponent is q . k times a positive constant, which the exponential's multiply-add takes in."""
         return self.softcap is None and self.bias is None and self.scale > 0
 
+    @property
+    def complex_mask(self) -> bool:
+        """The mask's vectors take many registers."""
+        return len(self.keep.inner) > 100
+
     def placed(self, masked: bool) -> bool:
         """Whether a step must know where its tile lies."""
         return masked or self.bias is not None or self.dropout is not None
 
 
-def scores_of(call: Call, k_block: int) -> Scores | str:
-    """The recipe of a call for key blocks of `k_block`, or why a kernel cannot follow it."""
+def scores_of(call: Call) -> Scores | str:
+    """The recipe of a call, or why a kernel cannot follow it."""
 
     def keep(b, n, q, k):
         return jnp.reshape(call.mask.keep(q, k), ())
@@ -82,7 +88,7 @@ def scores_of(call: Call, k_block: int) -> Scores | str:
     segments = call.q_segments_BT is not None
     return Scores(
         *parts, call.scale, call.softcap, call.dropout_rate, positions, segments,
-        S if S % k_block and not positions and not segments else None,
+        None if positions or segments else S,
     )  # fmt: skip
 
 
@@ -140,9 +146,11 @@ class Tile:
         if self.scores.segments:
             q, k = self._pair(self.q_vectors[-1], self.k_vectors[-1])
             kept = kept & (q == k)
-        if self.scores.ragged is not None:
+        # The blocks of the lists may be those of two warpgroups.
+        block = math.lcm(2 * GROUP, self.shape[1 - self.q_axis])
+        if self.scores.length is not None and self.scores.length % block:
             k = lax.broadcast_in_dim(self.k_positions, self.shape, (1 - self.q_axis,))
-            kept = kept & (k < self.scores.ragged)
+            kept = kept & (k < self.scores.length)
         return kept
 
     def along_queries(self, x: jax.Array) -> jax.Array:
