@@ -109,7 +109,8 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    heavy = scores.complex_mask or scores.softcap is not None or scores.dropout is not None
+    both = scores.dropout is not None and scores.bias is not None
+    heavy = scores.complex_mask or scores.softcap is not None or both
     tiles = tiles or _fitting(BACKWARD_K, call, heavy)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
