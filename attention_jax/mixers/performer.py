@@ -31,7 +31,7 @@ from attention_jax.feature_maps import log_positive_random, random_directions
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
 from attention_jax.mixers.parts import valid_tokens
-from attention_jax.ops.decay_scan.common import document_runs
+from attention_jax.ops.recurrences import document_runs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ import numpy as np
 
 from attention_jax.ops.arguments import per_token
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
-from attention_jax.ops.decay_scan.common import Call, document_runs
+from attention_jax.ops.decay_scan.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
+from attention_jax.ops.recurrences import document_runs
 
 
 def _many_tokens(call: Call) -> str | None:

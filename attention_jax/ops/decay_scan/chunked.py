@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.ops.decay_scan.common import Call, einsum, spread
+from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.recurrences import einsum, spread
 
 # Tokens of a chunk, measured on a CPU at B1 H8 D64 (docs/results.md).
 _CHUNK, _CHANNEL_CHUNK = 64, 64

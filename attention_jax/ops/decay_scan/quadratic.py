@@ -12,7 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.decay_scan.common import Call, einsum, spread
+from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.recurrences import einsum, spread
 
 # Elements of the largest temporary, [B, N, T, S] or [B, N, T, S, H]: 1 GiB in float32, and a backward
 # keeps several such.

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.ops.decay_scan.common import Call, einsum, spread
+from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.recurrences import einsum, spread
 
 
 def unsupported(call: Call) -> str | None:

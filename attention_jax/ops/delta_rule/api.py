@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.ops.arguments import per_token
-from attention_jax.ops.decay_scan.common import document_runs
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
+from attention_jax.ops.recurrences import document_runs
 
 
 def _many_tokens(call: Call) -> str | None:

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.decay_scan.common import spread
 from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.recurrences import spread
 
 # Tokens of a chunk where channels share a decay or have none, and where each has its own. Measured on two
 # busy CPU cores at B1 T4096 N8 H64 M64 in processor time, ms forward / with gradients, for chunks of 16, 32

@@ -17,8 +17,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.decay_scan.common import spread
 from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.recurrences import spread
 
 
 def attend(call: Call) -> tuple[jax.Array, jax.Array]:
