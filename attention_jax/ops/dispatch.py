@@ -34,7 +34,7 @@ class Explanation:
     shards: str = ""
 
     def __str__(self) -> str:
-        rows = [f"{name:<10} {reason}" for name, reason in self.reasons.items()]
+        rows = [f"{name:<16} {reason}" for name, reason in self.reasons.items()]
         return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
 
 

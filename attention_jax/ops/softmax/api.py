@@ -49,6 +49,9 @@ def _never_run(call: Call) -> str | None:
 _IMPLEMENTATIONS = {
     "cudnn": Implementation(library.attend, library.unsupported, _one_query),
     "mosaic_gpu": Implementation(mosaic_gpu.attend, mosaic_gpu.unsupported, _never_run),
+    "mosaic_gpu_fused": Implementation(
+        functools.partial(mosaic_gpu.attend, deterministic=False), mosaic_gpu.fused_unsupported, _never_run
+    ),
     "mosaic_tpu": Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, _one_query),
     "reference": Implementation(reference.attend, reference.unsupported, _dense_too_large),
     "chunked": Implementation(chunked.attend, chunked.unsupported),
@@ -90,8 +93,9 @@ def dot_product_attention(
       dropout_rate, dropout_key: drops entries of P, scaled by 1 / (1 - rate). The bits depend on (key,
         batch row, head, q position, k position) alone.
       return_lse: also return the log-sum-exp of each row's scores, the sink's included.
-      impl: "reference" (dense), "chunked" (blocks, O(T) memory), "cudnn" (NVIDIA's library), "mosaic_gpu"
-        and "mosaic_tpu" (our kernels), or None, which chooses by platform and size; see `explain`.
+      impl: "reference" (dense), "chunked" (blocks, O(T) memory), "cudnn" (NVIDIA's library), "mosaic_tpu"
+        and "mosaic_gpu" (our kernels), "mosaic_gpu_fused" (the same with a faster backward that adds in no
+        fixed order), or None, which chooses by platform and size; see `explain`.
 
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse

@@ -42,6 +42,14 @@ def unsupported(call: Call) -> str | None:
     return _platform(call) or kernel_refusal(call) or _inputs(call)
 
 
+def fused_unsupported(call: Call) -> str | None:
+    """The same with the backward in one kernel, for which registers must suffice."""
+    why_not = unsupported(call)
+    if why_not is None and not planning.backward_k_plan(planning.clean(call)).fusible:
+        return "one kernel has registers for a backward of widths 64 and 128 without softcap, bias, dropout"
+    return why_not
+
+
 def _platform(call: Call) -> str | None:
     version = jax.version.__version_info__
     if version < _OLDEST:
@@ -142,6 +150,8 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
             q_segments_BT=None,
             k_segments_BS=None,
             dropout_words=None,
+            first_row=None,
+            first_head=None,
         ),
     )
 

@@ -61,6 +61,8 @@ def backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
         k_segments_BS=None,
         mask_BNTS=None,
         dropout_words=None,
+        first_row=None,
+        first_head=None,
     )
 
 
