@@ -51,7 +51,13 @@ def test_the_blocked_form(monkeypatch, row):
     assert_allclose(out[0], dense(truth.table(row.truth, np.arange(T), np.arange(T))), **TOLERANCE)
 
 
-@pytest.mark.parametrize("pieces", [(1,) * T, (9, 1, 1, 7, 1, 7)], ids=["token by token", "in pieces"])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param((9, 1, 1, 7, 1, 7), id="in pieces"),
+        pytest.param((1,) * T, id="token by token", marks=pytest.mark.slow),
+    ],
+)
 @given(expressions)
 @quietly
 def test_decoding_with_the_cache_the_mask_allows(pieces, row):

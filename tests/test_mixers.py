@@ -131,7 +131,7 @@ def test_the_future_changes_no_bit_of_the_past(case, x):
         assert_array_equal(harness.parallel(changed)[:, : t + 1], harness.parallel(x)[:, : t + 1])
 
 
-@pytest.mark.parametrize("form", [0, 1])
+@pytest.mark.parametrize("form", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_gradients_to_the_future_are_exactly_zero(case, x, form):
     row, _ = case
     harness = Harness(row.config, impl=row.impls[form])
