@@ -408,4 +408,7 @@ def test_errors(changes, message):
 def test_a_log_decay_is_not_read_in_empty_slots():
     log_decay = -ONES[..., 0].copy()
     log_decay[:, 2] = np.inf
-    decay_scan(ONES, ONES, ONES, log_decay=log_decay, positions=np.array([0, 1, -1, 2, 3, 4]))
+    positions = np.array([0, 1, -1, 2, 3, 4])
+    y = decay_scan(ONES, ONES, ONES, log_decay=log_decay, positions=positions)
+    log_decay[:, 2] = 0
+    assert_array_equal(y, decay_scan(ONES, ONES, ONES, log_decay=log_decay, positions=positions))

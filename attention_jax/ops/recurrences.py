@@ -30,3 +30,10 @@ def document_runs(segments: jax.Array, valid: jax.Array) -> jax.Array:
     segment_before = jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1)
     starts = valid & (before >= 0) & (segments != segment_before)
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+
+def select_valid(x: jax.Array | None, valid_BT: jax.Array | None) -> jax.Array | None:
+    """x [B, T, ...] with slots without a token selected to 0: what stands there (NaN, Inf) is never read."""
+    if x is None or valid_BT is None:
+        return x
+    return jnp.where(jnp.expand_dims(valid_BT, range(2, x.ndim)), x, jnp.zeros((), x.dtype))

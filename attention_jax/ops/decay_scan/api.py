@@ -21,7 +21,7 @@ from attention_jax.ops.arguments import per_token
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import document_runs
+from attention_jax.ops.recurrences import document_runs, select_valid
 
 
 def _many_tokens(call: Call) -> str | None:
@@ -92,7 +92,7 @@ def decay_scan(
     y_BTNM, state_BNHM = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend(call)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
-    y_BTNM = _select(y_BTNM, valid)
+    y_BTNM = select_valid(y_BTNM, valid)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
 
@@ -111,13 +111,6 @@ def _normalized(y_BTNM: jax.Array, scale: float) -> jax.Array:
     den_BTN1 = y_BTNM[..., -1:]
     some = den_BTN1 != 0
     return jnp.where(some, y_BTNM[..., :-1] * scale / jnp.where(some, den_BTN1, 1.0), 0.0)
-
-
-def _select(x: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """x [B, T, ...] with slots without a token selected to 0, in the cotangent too."""
-    if valid is None:
-        return x
-    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
 def _is_array(x: Any) -> bool:
@@ -142,9 +135,9 @@ def _checked_call(
     valid = functools.reduce(jnp.logical_and, held) if held else None
     log_decay = _log_decay(log_decay, (B, T, N, H), dtype, valid)
     out_dtype = dtype if normalize else v.dtype
-    q, k, v = (_select(x, valid) for x in (q, k, v))
+    q, k, v = (select_valid(x, valid) for x in (q, k, v))
     if normalize:
-        ones = _select(jnp.ones((B, T, v.shape[2], 1), v.dtype), valid)
+        ones = select_valid(jnp.ones((B, T, v.shape[2], 1), v.dtype), valid)
         v = jnp.concatenate([v, ones], axis=3)
     call = Call(
         q, k, v, log_decay,
@@ -201,7 +194,7 @@ def _log_decay(x: Any, sizes: tuple[int, int, int, int], dtype: Any, valid: jax.
     x = jnp.asarray(x).astype(dtype)
     if valid is not None and x.ndim == 1:
         x = jnp.broadcast_to(x, (B, T, heads))
-    return x if x.ndim == 1 else _select(x, valid)
+    return x if x.ndim == 1 else select_valid(x, valid)
 
 
 def _check_sign(x: Any, valid: jax.Array | None) -> None:

@@ -23,7 +23,7 @@ from attention_jax.ops.arguments import per_token
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import document_runs
+from attention_jax.ops.recurrences import document_runs, select_valid
 
 
 def _many_tokens(call: Call) -> str | None:
@@ -93,7 +93,7 @@ def delta_rule(
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
         y_BTNM, state_BNHM = attend(call)
-    y_BTNM = _select(y_BTNM, valid_BT)
+    y_BTNM = select_valid(y_BTNM, valid_BT)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
 
@@ -105,13 +105,6 @@ def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
         return choose(_IMPLEMENTATIONS, _checked_call(*given.values())[0], impl)
 
     return explained(delta_rule, find, args, kwargs | {"impl": impl})
-
-
-def _select(x: jax.Array | None, valid_BT: jax.Array | None) -> jax.Array | None:
-    """x [B, T, ...] with slots without a token selected to 0, in the cotangent too."""
-    if valid_BT is None or x is None:
-        return x
-    return jnp.where(jnp.expand_dims(valid_BT, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
 
 
 def _checked_call(
@@ -135,8 +128,8 @@ def _checked_call(
         log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
     runs_BT = None if segments_BT is None else document_runs(segments_BT, valid_BT)
     call = Call(
-        *(_select(jnp.asarray(x), valid_BT) for x in (q, k, v, beta)),
-        _select(log_decay, valid_BT),
+        *(select_valid(jnp.asarray(x), valid_BT) for x in (q, k, v, beta)),
+        select_valid(log_decay, valid_BT),
         jnp.zeros((B, N, k.shape[3], M), dtype) if state is None else jnp.asarray(state),
         None if runs_BT is None else jnp.broadcast_to(runs_BT, (B, T)),
         scale=float(scale),
@@ -186,7 +179,7 @@ def _check_sign(log_decay: Any, valid_BT: Any) -> None:
     """ValueError where a concrete log decay of a token would let the state grow."""
     if any(isinstance(x, jax.core.Tracer) for x in (log_decay, valid_BT)):
         return
-    values = np.asarray(_select(jnp.asarray(log_decay, jnp.float32), valid_BT))
+    values = np.asarray(select_valid(jnp.asarray(log_decay, jnp.float32), valid_BT))
     wrong = values[np.logical_not(values <= 0)]
     if wrong.size:
         raise ValueError(f"log_decay must be <= 0 (a factor <= 1), got {wrong[0]}; pass the log of the decay")
