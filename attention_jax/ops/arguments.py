@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """An array or a tracer, not a Python number or a list."""
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
@@ -17,7 +18,7 @@ def per_token(name: str, x: jax.Array | None, B: int, length: int) -> jax.Array 
     """Integers of each token as int32 [1 or B, length], or None; ValueError names what does not fit."""
     if x is None:
         return None
-    x = x if _is_array(x) else np.asarray(x)
+    x = x if is_array(x) else np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {x.dtype}")
     if isinstance(x, np.ndarray) and x.size and max(x.max(), -x.min()) > np.iinfo(np.int32).max:

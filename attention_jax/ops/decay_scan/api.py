@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.ops.arguments import per_token
+from attention_jax.ops.arguments import is_array, per_token
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
@@ -113,10 +113,6 @@ def _normalized(y_BTNM: jax.Array, scale: float) -> jax.Array:
     return jnp.where(some, y_BTNM[..., :-1] * scale / jnp.where(some, den_BTN1, 1.0), 0.0)
 
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def _checked_call(
     q, k, v, log_decay, state, segment_ids, positions, normalize, scale, chunk_size
 ) -> tuple[Call, jax.Array | None]:
@@ -153,7 +149,7 @@ def _checked_call(
 def _sizes(q, k, v) -> tuple[int, int, int, int, int]:
     """(B, T, N, H, M) of arrays that fit."""
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BTKH"), ("v", v, "BTKM")):
-        if not _is_array(x):
+        if not is_array(x):
             raise ValueError(f"{name} must be an array [{', '.join(axes)}], got {type(x).__name__}")
         if len(x.shape) != 4 or 0 in x.shape:
             raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {x.shape}")
@@ -180,7 +176,7 @@ def _log_decay(x: Any, sizes: tuple[int, int, int, int], dtype: Any, valid: jax.
     if x is None:
         return None
     B, T, N, H = sizes
-    if not _is_array(x):
+    if not is_array(x):
         raise ValueError(f"log_decay must be an array or None, got {type(x).__name__}")
     heads = x.shape[min(2, len(x.shape) - 1)] if len(x.shape) in (1, 3, 4) else 0
     if tuple(x.shape) not in {(heads,), (B, T, heads), (B, T, heads, H)} or heads < 1 or N % heads:
@@ -213,7 +209,7 @@ def _check_sign(x: Any, valid: jax.Array | None) -> None:
 def _state(x: Any, shape: tuple[int, ...], dtype: Any, normalize: bool) -> jax.Array:
     if x is None:
         return jnp.zeros(shape, dtype)
-    if not _is_array(x) or tuple(x.shape) != shape:
+    if not is_array(x) or tuple(x.shape) != shape:
         what = getattr(x, "shape", None) or type(x).__name__
         columns = " (its last column is z)" * normalize
         raise ValueError(f"initial_state_BNHM must be {list(shape)}{columns}, got {what}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
-from attention_jax.ops.arguments import per_token, segment_pair
+from attention_jax.ops.arguments import is_array, per_token, segment_pair
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
 from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference, sharded
 from attention_jax.ops.softmax.common import Call
@@ -127,10 +127,6 @@ def _explanation(*, impl, **arguments) -> Explanation:
     return found if shards is None else dataclasses.replace(found, shards=str(shards))
 
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def _checked_call(
     q,
     k,
@@ -148,7 +144,7 @@ def _checked_call(
     return_lse=False,
 ) -> Call:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
-        if not _is_array(x):
+        if not is_array(x):
             raise ValueError(f"{name} must be an array [{', '.join(axes)}], got {type(x).__name__}")
         if len(x.shape) != 4 or 0 in x.shape:
             raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {x.shape}")
@@ -206,11 +202,11 @@ def _dropout_words(rate: float, key: jax.Array | None) -> jax.Array | None:
         return None
     if key is None:
         raise ValueError(f"dropout_rate={rate} needs a dropout_key")
-    if _is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+    if is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return jax.random.key_data(key).reshape(-1)
-    if _is_array(key) and key.dtype == jnp.uint32 and len(key.shape) == 1:
+    if is_array(key) and key.dtype == jnp.uint32 and len(key.shape) == 1:
         return jnp.asarray(key)
-    what = f"{key.dtype} {key.shape}" if _is_array(key) else type(key).__name__
+    what = f"{key.dtype} {key.shape}" if is_array(key) else type(key).__name__
     raise ValueError(f"dropout_key must be one jax.random.key (or its data, uint32 [n]), got {what}")
 
 
@@ -223,7 +219,7 @@ def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array
 def _mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, jax.Array | None]:
     if mask is None or isinstance(mask, Mask):
         return mask or Full(), None
-    if not _is_array(mask) or mask.dtype != bool:
+    if not is_array(mask) or mask.dtype != bool:
         what = getattr(mask, "dtype", None) or repr(mask)
         raise ValueError(f"mask must be a Mask or a boolean array, got {what}; use bias= to add")
     return Full(), _broadcastable("mask", mask, shape)
@@ -234,7 +230,7 @@ def _bias(bias: Any, shape: tuple[int, ...]) -> Bias | None:
         bias.check(shape)
     if bias is None or isinstance(bias, Bias):
         return bias
-    if not _is_array(bias):
+    if not is_array(bias):
         raise ValueError(f"bias must be a Bias or an array, got {bias!r}")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(f"bias must be floating point, got {bias.dtype}; use mask= for booleans")
@@ -244,7 +240,7 @@ def _bias(bias: Any, shape: tuple[int, ...]) -> Bias | None:
 def _sinks(sinks: jax.Array | None, N: int) -> jax.Array | None:
     if sinks is None:
         return None
-    if not _is_array(sinks) or sinks.shape != (N,):
+    if not is_array(sinks) or sinks.shape != (N,):
         what = getattr(sinks, "shape", None) or type(sinks).__name__
         raise ValueError(f"sink_logits_N must be [{N}], one per query head, got {what}")
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
