@@ -71,7 +71,7 @@ def generate(
 
     Raises:
       ValueError, before compiling: a model that is not causal, an empty prompt, an id outside the
-        vocabulary, prompt and new tokens longer than the capacity or the learned positions. After: logits
+        vocabulary, prompt and new tokens longer than the capacity or the model's `limit`. After: logits
         that are NaN or all -inf.
     """
     pieces = list(
@@ -179,13 +179,12 @@ def _sources(config: ModelConfig, sources: Any, requests: int) -> tuple[np.ndarr
 
 
 def _capacity(config: ModelConfig, longest: int, new: int, capacity: int | None) -> int:
-    needed, limit = longest + new, config.max_positions
+    needed = longest + new
+    limit, key = config.limit or (None, "")
     if capacity is not None and needed > capacity:
         raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the capacity {capacity}")
     if limit is not None and needed > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {new} new ones exceed the model's {limit} learned positions"
-        )
+        raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the model's {key} {limit}")
     if capacity is None:
         capacity = -(-needed // _BUCKET) * _BUCKET
     return capacity if limit is None else min(capacity, limit)

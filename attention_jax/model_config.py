@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 
 from attention_jax.masks import Full
-from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig
+from attention_jax.mixers import AttentionConfig, CosformerConfig, CrossAttentionConfig, MixerConfig
 from attention_jax.positions import RoPE
 
 _CHECKPOINT_POLICIES = tuple(
@@ -111,6 +111,18 @@ class ModelConfig:
     def prefix(self) -> int:
         """Positions that every token sees, those before it included: the longest `Prefix` of the mixers."""
         return max(getattr(mixer, "mask", Full()).prefix or 0 for mixer in self.mixers)
+
+    @property
+    def limit(self) -> tuple[int, str] | None:
+        """The most tokens a document may have, and the key that says so; None: any number."""
+        limits = [
+            (mixer.horizon, f"mixers.{index}.horizon")
+            for index, mixer in enumerate(self.mixers)
+            if isinstance(mixer, CosformerConfig)
+        ]
+        if self.max_positions is not None:
+            limits.append((self.max_positions, "max_positions"))
+        return min(limits, default=None)
 
 
 def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, name: str) -> None:

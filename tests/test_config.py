@@ -177,6 +177,10 @@ REFUSED = [
     (_seq2seq("", "causal: false"), ["model.causal is false"]),
     (_seq2seq("", mask="Prefix(4)"), ["model.mixers: a prefix of 4 tokens", "causal masks only"]),
     ("model: {max_positions: 16}", ["data.sequence_length 256 exceeds model.max_positions 16"]),
+    (
+        "model: {mixers: [{kind: softmax}, {kind: cosformer, horizon: 255}]}",
+        ["data.sequence_length 256 exceeds model.mixers.1.horizon 255"],
+    ),
     ("steps: 0", ["steps must be >= 1, got 0"]),
     ("seed: -1", ["seed must be in [0, 4294967296), got -1"]),
     ("data: {sequence_length: 0}", ["data.sequence_length must be >= 1, got 0"]),

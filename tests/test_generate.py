@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from attention_jax.generate import Sampling, generate, sample, stream
-from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
+from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
 from attention_jax.positions import RoPE
 from tests.params import random_params
@@ -194,8 +194,11 @@ def test_capacity_is_checked_before_compiling(small, monkeypatch):
     with pytest.raises(ValueError, match="a prompt of 3 tokens and 8 new ones exceed the capacity 10"):
         generate(*small, [[1, 2, 3]], max_new_tokens=8, sampling=GREEDY, capacity=10)
     config, params = model(AttentionConfig(num_heads=4), max_positions=10)
-    with pytest.raises(ValueError, match="exceed the model's 10 learned positions"):
+    with pytest.raises(ValueError, match="exceed the model's max_positions 10"):
         generate(config, params, [[1, 2, 3]], max_new_tokens=8, sampling=GREEDY)
+    short = dataclasses.replace(config, mixers=(CosformerConfig(num_heads=4, horizon=9),))
+    with pytest.raises(ValueError, match="exceed the model's mixers.0.horizon 9"):
+        generate(short, params, [[1, 2, 3]], max_new_tokens=7, sampling=GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place, name, point="never"):
+def start(place, name, point="never", *overrides):
     """A process that trains in place/name."""
     environment = {
         **os.environ,
@@ -61,7 +61,7 @@ def start(place, name, point="never"):
     program = str(ROOT / "tests" / "killed_run.py")
     command = [sys.executable, program, point, str(place / f"{name}.batches"), str(place / "tiny.yaml")]
     return subprocess.Popen(
-        [*command, f"run_dir={place / name}"],
+        [*command, f"run_dir={place / name}", *overrides],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -69,9 +69,9 @@ def start(place, name, point="never"):
     )
 
 
-def trained(place, name, point="never"):
+def trained(place, name, point="never", *overrides):
     """(exit status, output) of a process that trains in place/name."""
-    process = start(place, name, point)
+    process = start(place, name, point, *overrides)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -191,6 +191,22 @@ def test_killed_again_and_again_ends_with_the_same_bits(place, whole):
     assert_same_run(folder, whole)
     assert order_of_batches(place, "killed") == order_of_batches(place, "whole")
     assert sorted(order_of_batches(place, "whole")) == list(range(30))
+
+
+@pytest.mark.slow
+def test_a_hybrid_stack_killed_and_resumed_ends_with_the_same_bits(place):
+    mixers = (
+        "[{kind: gla, num_heads: 2}, {kind: gated_deltanet, num_heads: 2}, {kind: softmax, num_heads: 2}]"
+    )
+    hybrid = ["model.num_layers=3", f"model.mixers={mixers}", "steps=20"]
+    status, output = trained(place, "hybrid", "never", *hybrid)
+    assert status == 0, output
+    for point in ("save:10", "row:14"):
+        status, output = trained(place, "hybrid_killed", point, *hybrid)
+        assert status == -signal.SIGKILL, output
+    status, output = trained(place, "hybrid_killed", "never", *hybrid)
+    assert status == 0, output
+    assert_same_run(place / "hybrid_killed", place / "hybrid")
 
 
 @pytest.fixture(scope="module")

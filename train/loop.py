@@ -308,11 +308,11 @@ def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | No
             f"evaluation.sample_prompt has {prompt} tokens, fewer than the prefix of {model.prefix} that the "
             "mask shows: give a longer one, or set evaluation.sample_tokens to 0"
         )
-    limit, length = model.max_positions, prompt + evaluation.sample_tokens
-    if limit is not None and length > limit:
+    limit, key = model.limit or (math.inf, "")
+    if prompt + evaluation.sample_tokens > limit:
         raise ValueError(
             f"evaluation.sample_tokens {evaluation.sample_tokens}: with the prompt's {prompt} tokens it"
-            f" exceeds model.max_positions {limit}: lower it to {max(0, limit - prompt)}"
+            f" exceeds model.{key} {limit}: lower it to {max(0, limit - prompt)}"
         )
     return requests
 

@@ -221,8 +221,9 @@ class RunConfig:
             raise ValueError(f"optimizer.accumulation_steps {parts} does not divide data.batch_size {rows}")
         lengths = {"sequence_length": data.sequence_length, "source_length": data.source_length}
         for name, length in lengths.items():
-            if length is not None and model.max_positions is not None and model.max_positions < length:
-                raise ValueError(f"data.{name} {length} exceeds model.max_positions {model.max_positions}")
+            limit, key = model.limit or (math.inf, "")
+            if length is not None and length > limit:
+                raise ValueError(f"data.{name} {length} exceeds model.{key} {limit}")
         self._check_whole_rows("model.mixers", model.mixers, data.sequence_length)
         if self.objective != "seq2seq" and data.packing == "documents":
             for index, mixer in enumerate(model.mixers):

@@ -288,7 +288,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for name in dict.fromkeys(row["name"] for row in here):
             points = [(row["T"], row["tflops"]) for row in here if row["name"] == name]
             ax.plot(*zip(*points, strict=True), marker="o", label=name)
-        ax.set(title=f"{panel[0]}, H {panel[1]}, {panel[2]}", xlabel="tokens", ylabel="TFLOP/s of kept pairs")
+        ax.set(xlabel="tokens", ylabel="TFLOP/s of kept pairs")
+        ax.set_title(f"{panel[0]}, H {panel[1]}, {panel[2]}", fontsize="medium")
         ax.set_xscale("log", base=2)
         ax.set_ylim(bottom=0)
         ax.legend(fontsize="small")

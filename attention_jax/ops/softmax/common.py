@@ -137,11 +137,21 @@ def dropout_keep(
     The bit is a fixed hash of (key, batch row, global head, q position, k position) alone, so that
     every implementation, block size, cache and shard drops the same entries.
     """
+    rows_BNT = dropout_rows(words, batch_B, heads_N, q_pos_BT)
+    return dropout_keeps(rows_BNT[..., None], k_pos_BS[:, None, None, :], rate)
+
+
+def dropout_rows(words: jax.Array, batch_B: jax.Array, heads_N: jax.Array, q_pos_BT: jax.Array) -> jax.Array:
+    """The part of `dropout_keep`'s hash that keys have in common, uint32 [B, N, T]."""
     seed = jnp.uint32(0)
     for word in words:
         seed = _mix(seed + jnp.uint32(_GOLDEN) ^ word)
     rows = _mix(seed ^ batch_B.astype(jnp.uint32))
     rows = _mix(rows[:, None] + jnp.uint32(_GOLDEN) ^ heads_N.astype(jnp.uint32)[None])  # [B, N]
-    rows = _mix(rows[:, :, None] + jnp.uint32(_GOLDEN) ^ q_pos_BT.astype(jnp.uint32)[:, None])
-    bits = _mix(rows[..., None] + jnp.uint32(_GOLDEN) ^ k_pos_BS.astype(jnp.uint32)[:, None, None])
+    return _mix(rows[:, :, None] + jnp.uint32(_GOLDEN) ^ q_pos_BT.astype(jnp.uint32)[:, None])
+
+
+def dropout_keeps(rows: jax.Array, k_pos: jax.Array, rate: float) -> jax.Array:
+    """True where an entry survives: rows of `dropout_rows` against key positions, broadcasting."""
+    bits = _mix(rows + jnp.uint32(_GOLDEN) ^ k_pos.astype(jnp.uint32))
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from attention_jax.ops.softmax.common import _GOLDEN, Call, _mix, positions_of, valid_slots
+from attention_jax.ops.softmax.common import Call, dropout_keeps, dropout_rows, positions_of, valid_slots
 from attention_jax.ops.softmax.mosaic_tpu.bias import Split
 
 LOG2E = math.log2(math.e)
@@ -110,7 +110,7 @@ def make_operands(
         mask_BNTS = mask_BNTS.astype(jnp.int8 if two_sided else jnp.int32)
         found["mask"] = operand(mask_BNTS, T_pad, S_pad, transposed)
     if call.dropout_rate > 0:
-        rows = _dropout_rows(
+        rows = dropout_rows(
             call.dropout_words, jnp.arange(B), jnp.arange(N), positions_of(call.q_positions_BT, T)
         )
         found["dropout"] = operand(rows[..., None], T_pad, S_pad, transposed)
@@ -119,22 +119,6 @@ def make_operands(
         for i, x in enumerate(split.outside(call.bias, N, q_pos, k_pos)):
             found[f"bias{i}"] = operand(x, T_pad, S_pad, transposed)
     return found
-
-
-def _dropout_rows(words: jax.Array, batch_B: jax.Array, heads_N: jax.Array, q_pos_BT: jax.Array) -> jax.Array:
-    """The part of `common.dropout_keep`'s hash that all keys of a row share, uint32 [B, N, T]."""
-    seed = jnp.uint32(0)
-    for word in words:
-        seed = _mix(seed + jnp.uint32(_GOLDEN) ^ word)
-    rows = _mix(seed ^ batch_B.astype(jnp.uint32))
-    rows = _mix(rows[:, None] + jnp.uint32(_GOLDEN) ^ heads_N.astype(jnp.uint32)[None])
-    return _mix(rows[:, :, None] + jnp.uint32(_GOLDEN) ^ q_pos_BT.astype(jnp.uint32)[:, None])
-
-
-def _dropout_keep(rows: jax.Array, k_pos: jax.Array, rate: float) -> jax.Array:
-    """The rest of the hash: True where an entry survives, elementwise over the broadcast shapes."""
-    bits = _mix(rows + jnp.uint32(_GOLDEN) ^ k_pos.astype(jnp.uint32))
-    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,4 +197,4 @@ class Tile:
         if "dropout" not in self.refs:
             return None
         _, k_pos = self._positions()
-        return _dropout_keep(self._load("dropout"), k_pos, self.call.dropout_rate)
+        return dropout_keeps(self._load("dropout"), k_pos, self.call.dropout_rate)
