@@ -75,6 +75,13 @@ def test_decays_start_as_in_mamba_2(config):
     assert abs(np.log(steps).mean() - np.log(1e-2)) < 0.2  # log-uniform: the median is the middle decade
 
 
+@pytest.mark.parametrize("kind", [GatedDeltaNetConfig, KDAConfig])
+def test_decays_start_as_slowly_as_asked(kind):
+    mixer = kind(num_heads=16, dt_min=1e-6, dt_max=1e-5).build(64, nnx.Rngs(0), causal=True)
+    steps = np.asarray(jax.nn.softplus(mixer.dt_bias[...]))
+    assert 0.99e-6 < steps.min() and steps.max() < 1.01e-5
+
+
 @each_kind
 def test_a_model_that_is_not_causal_is_refused(kind):
     with pytest.raises(ValueError, match=f"{kind} is causal only: its state .*; use kind softmax") as error:
@@ -91,6 +98,8 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: DeltaNetConfig(impl="reference"), "unknown impl 'reference'; there are recurrent, chunked"),
         (lambda: GatedDeltaNetConfig(num_qk_heads=3), "num_qk_heads 3 does not divide num_heads 4"),
         (lambda: KDAConfig(rank=0), "rank must be >= 1, got 0"),
+        (lambda: KDAConfig(dt_min=0.0), "dt_min 0.0 and dt_max 0.1 must be 0 < dt_min <= dt_max"),
+        (lambda: GatedDeltaNetConfig(dt_max=1e-4), "dt_min 0.001 and dt_max 0.0001 must be 0 < dt_min"),
         (lambda: built(KDAConfig(num_heads=5)), "d_model 32 is not divisible by num_heads 5; set head_dim"),
     ],
 )

@@ -19,7 +19,6 @@ the model computes in. No position code: the convolution, the corrections and th
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -34,6 +33,8 @@ from attention_jax.mixers.recurrent import (
     GatedRMSNorm,
     RecurrentState,
     ShortConvolution,
+    check_steps,
+    initial_decays,
     refuse_bidirectional,
     scan_options,
 )
@@ -44,15 +45,14 @@ _CACHE = "O(1): a matrix H x M per head, the convolution's last inputs"
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaNetConfig:
-    """DeltaNet; `kind: deltanet`. Causal models only."""
+class DeltaBaseConfig:
+    """The keys that the three have in common."""
 
-    about = About("DeltaNet", "arXiv 2406.06484", "O(T)", cache=_CACHE)
     implementations = staticmethod(implementations)
     __pydantic_config__ = {"extra": "forbid", "strict": True}
 
-    kind: Literal["deltanet"] = "deltanet"  #: the mixer
-    num_heads: int = 4  #: heads (N)
+    kind: str = ""
+    num_heads: int = 4  #: heads of values and states (N)
     head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
     value_dim: int | None = None  #: width of a head's values (M); null: head_dim
     convolution: int = 4  #: tokens that the short convolutions see, the present one included
@@ -61,7 +61,13 @@ class DeltaNetConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        _check_fields(self, "value_dim", "convolution", "chunk_size")
+        check_heads(self.num_heads, None, 0.0)
+        for name in ("value_dim", "convolution", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.impl not in (None, *implementations()):
+            raise ValueError(f"unknown impl {self.impl!r}; there are {', '.join(implementations())}")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(H, M); ValueError where H is no whole number."""
@@ -70,8 +76,17 @@ class DeltaNetConfig:
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        refuse_bidirectional("deltanet", causal, "its state is corrected from the past to the present")
+        refuse_bidirectional(self.kind, causal, "its state runs from the past to the present")
         self.widths(d_model)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig(DeltaBaseConfig):
+    """DeltaNet; `kind: deltanet`. Causal models only."""
+
+    about = About("DeltaNet", "arXiv 2406.06484", "O(T)", cache=_CACHE)
+
+    kind: Literal["deltanet"] = "deltanet"  #: the mixer
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> DeltaNet:
         """The mixer; `module` holds dtype and initialisers."""
@@ -80,25 +95,20 @@ class DeltaNetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GatedDeltaNetConfig:
+class GatedDeltaNetConfig(DeltaBaseConfig):
     """Gated DeltaNet; `kind: gated_deltanet`. Causal models only."""
 
     about = About("Gated DeltaNet", "arXiv 2412.06464", "O(T)", cache=_CACHE)
-    implementations = staticmethod(implementations)
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     kind: Literal["gated_deltanet"] = "gated_deltanet"  #: the mixer
-    num_heads: int = 4  #: heads of values and states (N)
     num_qk_heads: int | None = None  #: heads of queries and keys, a divisor of num_heads; null: num_heads
-    head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
     value_dim: int | None = None  #: width of a head's values (M); null: 2 head_dim
-    convolution: int = 4  #: tokens that the short convolutions see, the present one included
-    negative_eigenvalues: bool = False  #: beta up to 2 instead of 1
-    chunk_size: int | None = None  #: tokens that the chunked recurrence takes at once; null: the fastest
-    impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
+    dt_min: float = 1e-3  #: initial steps softplus(dt_bias) are drawn log-uniformly from dt_min ...
+    dt_max: float = 0.1  #: ... to dt_max; smaller ones start with a longer memory
 
     def __post_init__(self):
-        _check_fields(self, "value_dim", "convolution", "chunk_size")
+        super().__post_init__()
+        check_steps(self.dt_min, self.dt_max)
         heads = self.num_qk_heads
         if heads is not None and (heads < 1 or self.num_heads % heads):
             raise ValueError(f"num_qk_heads {heads} does not divide num_heads {self.num_heads}")
@@ -108,11 +118,6 @@ class GatedDeltaNetConfig:
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         return head_dim, self.value_dim or 2 * head_dim
 
-    def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
-        refuse_bidirectional("gated_deltanet", causal, "its state decays from the past to the present")
-        self.widths(d_model)
-
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> GatedDeltaNet:
         """The mixer; `module` holds dtype and initialisers."""
         self.check(d_model, causal=causal)
@@ -120,50 +125,26 @@ class GatedDeltaNetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class KDAConfig:
+class KDAConfig(DeltaBaseConfig):
     """Kimi Delta Attention; `kind: kda`. Causal models only."""
 
     about = About("Kimi Delta Attention", "arXiv 2510.26692", "O(T)", cache=_CACHE)
-    implementations = staticmethod(implementations)
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     kind: Literal["kda"] = "kda"  #: the mixer
-    num_heads: int = 4  #: heads (N)
-    head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
-    value_dim: int | None = None  #: width of a head's values (M); null: head_dim
     rank: int | None = None  #: rank of the projections that make decays and gates; null: head_dim
-    convolution: int = 4  #: tokens that the short convolutions see, the present one included
-    negative_eigenvalues: bool = False  #: beta up to 2 instead of 1
-    chunk_size: int | None = None  #: tokens that the chunked recurrence takes at once; null: the fastest
-    impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
+    dt_min: float = 1e-3  #: initial steps softplus(dt_bias) are drawn log-uniformly from dt_min ...
+    dt_max: float = 0.1  #: ... to dt_max; smaller ones start with a longer memory
 
     def __post_init__(self):
-        _check_fields(self, "value_dim", "rank", "convolution", "chunk_size")
-
-    def widths(self, d_model: int) -> tuple[int, int]:
-        """(H, M); ValueError where H is no whole number."""
-        head_dim = head_width(d_model, self.num_heads, self.head_dim)
-        return head_dim, self.value_dim or head_dim
-
-    def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
-        refuse_bidirectional("kda", causal, "its state decays from the past to the present")
-        self.widths(d_model)
+        super().__post_init__()
+        check_steps(self.dt_min, self.dt_max)
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be >= 1, got {self.rank}")
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> KimiDeltaAttention:
         """The mixer; `module` holds dtype and initialisers."""
         self.check(d_model, causal=causal)
         return KimiDeltaAttention(d_model, self, rngs=rngs, **module)
-
-
-def _check_fields(config: Any, *positive: str) -> None:
-    check_heads(config.num_heads, None, 0.0)
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    if config.impl not in (None, *implementations()):
-        raise ValueError(f"unknown impl {config.impl!r}; there are {', '.join(implementations())}")
 
 
 class _DeltaMixer(nnx.Module):
@@ -172,7 +153,7 @@ class _DeltaMixer(nnx.Module):
     def __init__(
         self,
         d_model: int,
-        config: DeltaNetConfig | GatedDeltaNetConfig | KDAConfig,
+        config: DeltaBaseConfig,
         *,
         dtype: Any = jnp.float32,
         kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
@@ -269,7 +250,9 @@ class GatedDeltaNet(_DeltaMixer):
 
     def _add_parts(self, kernel_init, *, dtype, rngs):
         del kernel_init
-        self.A_log, self.dt_bias = _initial_decays(rngs, self.config.num_heads, self.config.num_heads)
+        self.A_log, self.dt_bias = initial_decays(
+            rngs, self.config.num_heads, self.config.num_heads, self.config.dt_min, self.config.dt_max
+        )
         self.norm = GatedRMSNorm(self.value_dim, gate="silu", dtype=dtype, rngs=rngs)
 
     def _log_decay(self, projections):
@@ -289,7 +272,9 @@ class KimiDeltaAttention(_DeltaMixer):
 
     def _add_parts(self, kernel_init, *, dtype, rngs):
         rank = self.config.rank or self.head_dim
-        self.A_log, self.dt_bias = _initial_decays(rngs, self.config.num_heads, self.keys)
+        self.A_log, self.dt_bias = initial_decays(
+            rngs, self.config.num_heads, self.keys, self.config.dt_min, self.config.dt_max
+        )
         self.decay_up = linear(rank, self.keys, kernel_init=kernel_init, rngs=rngs)
         self.gate_up = linear(
             rank, self.values, use_bias=True, kernel_init=kernel_init, dtype=dtype, rngs=rngs
@@ -309,12 +294,3 @@ def _unit(x: jax.Array) -> jax.Array:
     """x / sqrt(|x|^2 + 1e-6) over the last axis, float32 inside."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def _initial_decays(rngs: nnx.Rngs, heads: int, width: int) -> tuple[nnx.Param, nnx.Param]:
-    """A_log [heads] and dt_bias [width] as Mamba-2 starts them: rates from 1 to 16, steps from 1e-3 to 0.1."""
-    rates = jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)
-    low, high = math.log(1e-3), math.log(0.1)
-    steps = jnp.exp(jax.random.uniform(rngs.params(), (width,), minval=low, maxval=high))
-    # softplus(dt_bias) = steps.
-    return nnx.Param(jnp.log(rates)), nnx.Param(steps + jnp.log(-jnp.expm1(-steps)))

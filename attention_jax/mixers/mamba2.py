@@ -29,7 +29,9 @@ from attention_jax.mixers.recurrent import (
     GatedRMSNorm,
     RecurrentState,
     ShortConvolution,
+    check_steps,
     decayed,
+    initial_decays,
     refuse_bidirectional,
 )
 from attention_jax.ops.decay_scan.api import implementations
@@ -65,8 +67,7 @@ class Mamba2Config:
         for name in ("expand", "head_dim", "state_dim", "groups", "convolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 < self.dt_min <= self.dt_max < math.inf:
-            raise ValueError(f"dt_min {self.dt_min} and dt_max {self.dt_max} must be 0 < dt_min <= dt_max")
+        check_steps(self.dt_min, self.dt_max)
         high = math.inf if self.dt_limit_high is None else self.dt_limit_high
         if not 0 <= self.dt_limit_low < high:
             raise ValueError(f"dt_limit_low {self.dt_limit_low} must be >= 0 and below dt_limit_high {high}")
@@ -111,10 +112,7 @@ class Mamba2(nnx.Module):
         self.convolution = ShortConvolution(
             convolved, config.convolution, use_bias=True, dtype=dtype, rngs=rngs
         )
-        self.A_log = nnx.Param(
-            jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0))
-        )
-        self.dt_bias = nnx.Param(_initial_steps(rngs.params(), self.heads, config.dt_min, config.dt_max))
+        self.A_log, self.dt_bias = initial_decays(rngs, self.heads, self.heads, config.dt_min, config.dt_max)
         self.D = nnx.Param(jnp.ones(self.heads, jnp.float32))
         self.norm = GatedRMSNorm(self.channels, gated="before", groups=config.groups, dtype=dtype, rngs=rngs)
         self.out = linear(self.channels, d_model, kernel_init=out_init or kernel_init, **common)
@@ -147,9 +145,3 @@ class Mamba2(nnx.Module):
         config = self.config
         inputs_BUC = self.convolution.init_state(batch, dtype)
         return RecurrentState.empty(batch, self.heads, config.state_dim, config.head_dim, inputs_BUC)
-
-
-def _initial_steps(key: jax.Array, heads: int, low: float, high: float) -> jax.Array:
-    """What softplus turns into steps drawn log-uniformly from [low, high), float32 [N]."""
-    dt_N = jnp.exp(jax.random.uniform(key, (heads,), minval=math.log(low), maxval=math.log(high)))
-    return dt_N + jnp.log(-jnp.expm1(-dt_N))

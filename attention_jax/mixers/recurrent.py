@@ -8,6 +8,7 @@ if it were not there, and changes no bit of the state.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -40,6 +41,27 @@ class RecurrentState:
         """The state before the first token: S_0 = 0."""
         matrix_BNHM = jnp.zeros((batch, heads, key_width, value_width), jnp.float32)
         return RecurrentState(matrix_BNHM, inputs_BUC)
+
+
+def check_steps(dt_min: float, dt_max: float) -> None:
+    """ValueError unless 0 < dt_min <= dt_max."""
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"dt_min {dt_min} and dt_max {dt_max} must be 0 < dt_min <= dt_max")
+
+
+def initial_decays(
+    rngs: nnx.Rngs, heads: int, width: int, dt_min: float, dt_max: float
+) -> tuple[nnx.Param, nnx.Param]:
+    """A_log [heads] and dt_bias [width] of decays exp(-exp(A_log) softplus(... + dt_bias)), as in Mamba-2.
+
+    Rates exp(A_log) are drawn uniformly from 1 to 16, steps softplus(dt_bias) log-uniformly from dt_min to
+    dt_max (Dao & Gu 2024, arXiv 2405.21060).
+    """
+    rates = jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)
+    low, high = math.log(dt_min), math.log(dt_max)
+    steps = jnp.exp(jax.random.uniform(rngs.params(), (width,), minval=low, maxval=high))
+    # The inverse of softplus.
+    return nnx.Param(jnp.log(rates)), nnx.Param(steps + jnp.log(-jnp.expm1(-steps)))
 
 
 def refuse_bidirectional(kind: str, causal: bool, reason: str) -> None:
