@@ -14,6 +14,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if int(importlib.metadata.version("jax").split(".")[1]) < 11:
     _QUICK += " --xla_cpu_use_fusion_emitters=false"  # the older emitters, which later versions lack
+else:
+    _QUICK += " --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
 import jax  # noqa: E402 (after the environment it reads)

@@ -273,6 +273,9 @@ def cross_reference(params, x, memory, keep):
     return attention_mixer(params, x, memory, heads=4, kv_heads=2, keep=keep, rope=CROSS.rope)
 
 
+# Rows that differ from another by an option alone: with the slow tests.
+VARIANTS = {"nsa-fine", "kda-low-rank", "gla-fast", "retention-range", "lightning-rope", "forgetting-window"}
+
 CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(xpos=XPos(scale_base=16.0)))
 
 

@@ -16,7 +16,7 @@ from train.optimizer import make_optimizer
 from train.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"), key=lambda path: (len(path.parts), path))
 ROWS, LENGTH, STEPS = 2, 96, 20
 VOCABULARY = 257
 
@@ -36,7 +36,20 @@ def batches():
     return [{"tokens": r[:, :-1], "targets": r[:, 1:]} for r in rows]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs").with_suffix("")))
+def _brings_a_kind() -> list:
+    """All configs; those below configs/ whose kinds of mixers earlier ones have are slow."""
+    params, seen = [], set()
+    for path in CONFIGS:
+        kinds = {mixer.kind for mixer in _load(path).model.mixers}
+        slow = kinds <= seen and path.parent.name != "configs"
+        params.append(pytest.param(path, marks=[pytest.mark.slow] if slow else []))
+        seen |= kinds
+    return params
+
+
+@pytest.mark.parametrize(
+    "path", _brings_a_kind(), ids=lambda p: str(p.relative_to(ROOT / "configs").with_suffix(""))
+)
 def test_twenty_steps_lower_the_loss(path, batches):
     config = _load(path)
     if config.objective != "causal_lm":

@@ -23,9 +23,7 @@ _RNG = np.random.default_rng(0)
 Q, K, V = (_RNG.normal(size=(1, T, N, H)).astype(np.float32) for _ in range(3))
 # Programs would differ with every mask: run operation by operation, each compiled once for all of them.
 # The fixture may be shared by examples: each undoes its own patch.
-quietly = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quietly = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def dense(table: np.ndarray) -> np.ndarray:

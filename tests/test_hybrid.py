@@ -28,9 +28,9 @@ CONFIG = ModelConfig(
 STEPS = 30
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """The parameters after a few steps on rows of an arithmetic that the past decides, and the losses."""
+@pytest.mark.slow
+def test_a_hybrid_stack_trains():
+    """On rows of an arithmetic that the past decides."""
     start, stride = np.random.default_rng(0).integers(1, 31, (2, 8, 1))
     rows = ((start + stride * np.arange(33)) % 31).astype(np.int32)
     batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
@@ -42,17 +42,12 @@ def trained():
         params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))
         assert bool(metrics["finite"])
         losses.append(float(metrics["train/loss"]))
-    return params, losses
-
-
-def test_a_hybrid_stack_trains(trained):
-    _, losses = trained
     assert losses[0] > 3 and losses[-1] < 0.3, losses
 
 
-def test_a_hybrid_stack_decodes_the_uncached_argmax(trained):
+def test_a_hybrid_stack_decodes_the_uncached_argmax():
     """64 tokens each of two prompts of different lengths, side by side with left padding."""
-    params, _ = trained
+    params = jax.tree.map(jnp.asarray, random_params(CONFIG))
     prompts = [np.array([3, 7, 11, 15, 19]), np.array([9, 4])]
     new = generate(CONFIG, params, prompts, max_new_tokens=64, sampling=Sampling(temperature=0))
     whole = [np.concatenate([prompt, tokens]) for prompt, tokens in zip(prompts, new, strict=True)]

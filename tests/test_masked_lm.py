@@ -338,7 +338,10 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [CONFIGS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS[1:])],
+    ids=lambda path: path.stem,
+)  # fmt: skip
 def test_twenty_steps_lower_the_loss(path):
     """As tests/test_configs.py does for causal configs: few layers, windows of this project's own source."""
     run = config_lib.load(path, ["data.files=unread.txt"])

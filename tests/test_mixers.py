@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.positions import RoPE
-from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, cross_reference, dense, mask_of
+from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, VARIANTS, cross_reference, dense, mask_of
 
 B, T, CAPACITY = 2, 19, 24
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -66,7 +66,10 @@ def _random(rng, path: str, shape) -> np.ndarray:
     return 0.2 * x + ("scale" in path)
 
 
-@pytest.fixture(scope="module", params=list(MIXERS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in MIXERS],
+)
 def case(request):
     return MIXERS[request.param], Harness(MIXERS[request.param].config)
 
