@@ -29,10 +29,12 @@ from attention_jax.ops.softmax.common import Call, dropout_keep, positions_of, v
 
 LOG2E = math.log2(math.e)
 
-# Tiles measured on 2 cores that share a 1 MiB L2 cache (docs/results.md): a strip of scores is 256 x 1024.
+# Tiles measured on 2 cores that share a 1 MiB L2 cache (docs/results.md): a strip of scores is 256 x 1024, or
+# 512 x 1024 where the live blocks of twice the queries cover no more than WASTE times as many pairs.
 Q_BLOCK = 256
 KEY_UNIT = 256
 UNITS = 4
+WASTE = 1.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ def make_plan(call: Call) -> Plan:
     k_unit = _balanced(S, KEY_UNIT if S > 2 * KEY_UNIT else 2 * KEY_UNIT)
     units = min(UNITS, -(-S // k_unit))
     if call.arange_positions:
-        block_map = static_map(call.mask, T, S, q_block, k_unit)
+        q_block, block_map = _strips(call, q_block, k_unit)
         q = k = None
     else:
         k_unit, units = k_unit * units, 1
@@ -101,6 +103,19 @@ def make_plan(call: Call) -> Plan:
     pieces = tuple(p for p in _pieces(block_map.transpose, units) if not p.lists.empty)
     plan = Plan(call, T, S, q_block, k_unit, units, q, k, pieces)
     return dataclasses.replace(plan, call=_padded(call, plan.T_pad, plan.S_pad))
+
+
+def _strips(call: Call, q_block: int, k_unit: int) -> tuple[int, BlockMap]:
+    """The number of queries in a strip, this one or about twice as many, and its map."""
+    _, T, S, *_ = call.sizes
+    found = static_map(call.mask, T, S, q_block, k_unit)
+    twice = _balanced(T, 2 * Q_BLOCK)
+    if twice == q_block:
+        return q_block, found
+    wide = static_map(call.mask, T, S, twice, k_unit)
+    if wide.some.sum() * twice <= WASTE * found.some.sum() * q_block:
+        return twice, wide
+    return q_block, found
 
 
 def _balanced(length: int, most: int) -> int:
