@@ -185,7 +185,7 @@ def _kernel(H: int, mask: str, kernel: str, block: int, stages: int) -> Callable
     import jax.numpy as jnp
 
     from attention_jax.masks import parse
-    from attention_jax.ops.softmax.mosaic_gpu import backward, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu import backward_kv, backward_q, forward, plan
 
     arrays, size = inputs(4096, H), plan.Tiles(block, stages)
     B, T, N, _ = arrays["q"].shape
@@ -196,8 +196,8 @@ def _kernel(H: int, mask: str, kernel: str, block: int, stages: int) -> Callable
         if kernel == "forward":
             return forward.forward(plan.forward_plan(call, size))
         if kernel == "q":
-            return backward.gradient_q(plan.backward_q_plan(call, size), *rest)
-        by_key = backward.gradient_kv if kernel == "kv" else backward.gradients_fused
+            return backward_q.gradient_q(plan.backward_q_plan(call, size), *rest)
+        by_key = backward_kv.gradient_kv if kernel == "kv" else backward_kv.gradients_fused
         return by_key(plan.backward_k_plan(call, size), *rest)
 
     return functools.partial(device_time, functools.partial(jax.jit(run), arrays, saved))

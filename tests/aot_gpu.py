@@ -116,7 +116,7 @@ def _call(config: Config, dtype: Any):
 def _program(config: Config, kernel: str):
     import jax.numpy as jnp
 
-    from attention_jax.ops.softmax.mosaic_gpu import backward, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu import backward_kv, backward_q, forward, plan
 
     dtype = jnp.dtype(config.dtype)
     make, shapes = _call(config, dtype)
@@ -125,9 +125,9 @@ def _program(config: Config, kernel: str):
     plans = {"forward": plan.forward_plan, "q": plan.backward_q_plan}
     run = {
         "forward": lambda cut, *rest: forward.forward(cut),
-        "q": backward.gradient_q,
-        "kv": backward.gradient_kv,
-        "fused": backward.gradients_fused,
+        "q": backward_q.gradient_q,
+        "kv": backward_kv.gradient_kv,
+        "fused": backward_kv.gradients_fused,
     }[kernel]
     chosen = []
 

@@ -2,7 +2,8 @@
 
     plan       how a call is cut: widths, tiles, operands        elementwise  functions of positions on tiles
     schedule   block maps as lists that a kernel reads           scores       q . k to exponents on a tile
-    launch     layouts, scratch, a thread block                  forward, backward   the kernels
+    launch     layouts, scratch, a thread block                  gradients    a tile's dZ
+    forward, backward_q, backward_kv    the kernels
 
 docs/kernels.md tells what was verified on what.
 """
@@ -107,7 +108,8 @@ def _attend_fwd(deterministic: bool, call: Call):
 
 
 def _attend_bwd(deterministic: bool, residuals, cotangents):
-    from attention_jax.ops.softmax.mosaic_gpu.backward import gradient_kv, gradient_q, gradients_fused
+    from attention_jax.ops.softmax.mosaic_gpu.backward_kv import gradient_kv, gradients_fused
+    from attention_jax.ops.softmax.mosaic_gpu.backward_q import gradient_q
 
     call, out_BTNM, lse_BNT = residuals
     _, T, _, _, _, H, M = call.sizes

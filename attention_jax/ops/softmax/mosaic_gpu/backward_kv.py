@@ -1,10 +1,8 @@
-"""The backward as two kernels, both deterministic: one sweeps keys for dQ, one sweeps queries for dK and dV.
+"""The backward over keys: a thread block owns keys and sweeps queries for dK = dZ^T Q and dV = P^T dO.
 
-    P = 2^(z - lse),  dZ = P * (dP - delta),  dQ = dZ K,  dK = dZ^T Q,  dV = P^T dO,  dP = dO V^T
-
-with delta_t = out_t . d out_t - d lse_t (Dao et al. 2022, arXiv 2205.14135). The second kernel holds its
-tiles transposed, so that P and dZ enter their products from registers, and walks all query heads of a kv
-head, so that no gradient per query head is ever stored.
+Tiles are held transposed, so that P and dZ enter their products from registers. A thread block walks all
+query heads of its kv head, so that no gradient per query head is ever stored. The fused form makes dQ as
+well: the copy engine adds it up in whatever order thread blocks arrive.
 """
 
 from __future__ import annotations
@@ -15,6 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.gradients import (
+    REGISTERS,
+    both_products,
+    gradient,
+    weights_alone,
+    zeros,
+)
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
@@ -27,183 +32,8 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     times,
     vector,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
-
-WGMMA = plgpu.Layout.WGMMA
-REGISTERS = 240  # of a thread that computes; 24 of one that loads
-
-
-def _zeros(width: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((GROUP, width), jnp.float32), WGMMA)
-
-
-def _gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, jax.Array]:
-    """(P with dropout, d(q . k) / scale) of a tile, from its two products and its queries' lse and delta.
-
-    dp, lse, delta: functions, called as late as possible, since registers are short.
-    """
-    p, share, slope = _weights(tile, qk, lse, masked)
-    dp = dp()
-    if share is not None:
-        dp = dp * share
-    dz = p * (dp - tile.along_queries(delta()))
-    if slope is not None:
-        dz = dz * slope
-    if masked:
-        # What is hidden (p = 0) may have overflowed, and 0 * Inf is NaN: select.
-        dz = jnp.where(p > 0.0, dz, 0.0)
-    return p if share is None else p * share, dz
-
-
-def _weights(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """(P, the factor dropout puts on each entry, the softcap's slope); None where there is none."""
-    scores = tile.scores
-    z, factor, slope = tile.exponents(qk, masked)
-    p = jnp.exp2(times(z, factor) - tile.along_queries(lse()))
-    share = None
-    if scores.dropout is not None:
-        share = jnp.where(tile.surviving(), 1 / (1 - scores.dropout_rate), 0.0)
-    return p, share, slope
-
-
-def _weights_alone(shape, pair, tile: Tile, lse, masked: bool) -> jax.Array:
-    """P with dropout, where nothing else is wanted of the scores."""
-
-    def product(acc):
-        plgpu.wgmma(acc, pair[0], pair[1].transpose((1, 0)))
-        return acc[...]
-
-    p, share, _ = _weights(tile, pl.run_scoped(product, plgpu.ACC(shape, jnp.float32)), lse, masked)
-    return p if share is None else p * share
-
-
-def _products(shape, qk_pair, dp_pair, then):
-    """then(q . k, function of dP), products a b^T of shared memory: dP is computed under what uses q . k."""
-
-    def inner(qk_acc, dp_acc):
-        for acc, (a, b) in ((qk_acc, qk_pair), (dp_acc, dp_pair)):
-            plgpu.wgmma(acc, a, b.transpose((1, 0)))
-        qk = plgpu.wgmma_accumulator_load(qk_acc, wait_n=1)
-        return then(qk, lambda: plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
-
-    acc = plgpu.ACC(shape, jnp.float32)
-    return pl.run_scoped(inner, acc, acc)
-
-
-def gradient_q(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """dQ [B, T, N, H] of a clean call; dout [B, T, N, M], lse / ln 2 and delta float32 [B, N, T padded]."""
-    call = plan.call
-    B, T, _, N, _, H, M = call.sizes
-    dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
-    operands = plan.operands(
-        q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, dout=dout, lse=lse, delta=delta
-    )
-    vectors = len(plan.k.vectors)
-    scratch = {
-        "q": tiled((2, GROUP, H), dtype, block),
-        "dout": tiled((2, GROUP, M), dtype, block),
-        "k": tiled((stages, block, H), dtype, block),
-        "v": tiled((stages, block, M), dtype, block),
-        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
-        "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        "ready": plgpu.Barrier(num_arrivals=2 + vectors, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-    }
-
-    def body(refs, smem):
-        kernel = _QueryKernel(plan, refs, smem)
-        group = lax.axis_index("group")
-        pl.when(group < 2)(lambda: kernel.compute(group))
-        pl.when(group == 2)(kernel.load)
-
-    return launch(
-        body, operands, {"dq": jax.ShapeDtypeStruct((B, T, N, H), dtype)}, scratch,
-        name="flash_backward_q", groups=3,
-        grid={"head": N, "row": round_up(T, 2 * GROUP) // (2 * GROUP), "batch": B},
-    )["dq"]  # fmt: skip
-
-
-class _QueryKernel(ThreadBlock):
-    """Two warpgroups that each own 64 queries of a head, and one that loads keys and values."""
-
-    @property
-    def head(self) -> jax.Array:
-        return lax.axis_index("head")
-
-    def load(self) -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        _, start, _, end = self.row()
-        refs, smem, block = self.refs, self.smem, self.plan.tiles.block
-        kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
-
-        def copy(i, slot):
-            tokens = pl.ds(self.item(start + i) * block, block)
-            at, ready = (self.batch, tokens, kv_head), smem["ready"].at[slot]
-            plgpu.copy_gmem_to_smem(refs["k_tokens"].at[at], smem["k"].at[slot], ready)
-            plgpu.copy_gmem_to_smem(refs["v_tokens"].at[at], smem["v"].at[slot], ready)
-            for ref, buffer in zip(refs["k"], smem["k_vectors"], strict=True):
-                plgpu.copy_gmem_to_smem(self.per_token(ref, tokens), buffer.at[slot], ready)
-
-        self.produce(end - start, {"free": copy})
-
-    def compute(self, group: jax.Array) -> None:
-        plgpu.set_max_registers(REGISTERS, action="increase")
-        refs, smem, plan = self.refs, self.smem, self.plan
-        H = plan.call.sizes[5]
-        q_block, start, full_end, end = self.row()
-        q_start = q_block * (2 * GROUP) + group * GROUP
-        rows = pl.ds(q_start, GROUP)
-        q_smem, dout_smem, own_ready = (smem[x].at[group] for x in ("q", "dout", "own_ready"))
-        at = (self.batch, rows, self.head)
-        plgpu.copy_gmem_to_smem(refs["q_tokens"].at[at], q_smem, own_ready)
-        plgpu.copy_gmem_to_smem(refs["dout"].at[at], dout_smem, own_ready)
-        lse, delta = (vector(refs[x].at[self.batch, self.head, rows], ROWS) for x in ("lse", "delta"))
-        q_vectors = [vector(self.per_token(ref, rows), ROWS) for ref in refs["q"]]
-        plgpu.barrier_wait(own_ready)
-
-        def body(masked):
-            own = (q_start, q_vectors, lse, delta)
-            return lambda i, dq: self.step(i, dq, masked, start, group, own)
-
-        dq = _zeros(H)
-        if plan.schedule.some_full:
-            dq = lax.fori_loop(jnp.int32(0), full_end - start, body(False), dq)
-        if plan.schedule.some_partial:
-            dq = lax.fori_loop(full_end - start, end - start, body(True), dq)
-        q_smem[...] = (dq * plan.scores.scale).astype(plan.call.q_BTNH.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem, refs["dq"].at[at])
-        plgpu.wait_smem_to_gmem(0)
-
-    def step(self, i, dq, masked, start, group, own):
-        plan, smem = self.plan, self.smem
-        q_start, q_vectors, lse, delta = own
-        group = fresh(group)
-        q_smem = smem["q"].at[group]
-        stages, block = plan.tiles.stages, plan.tiles.block
-        slot, shape = remainder(i, stages), (GROUP, block)
-        k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
-        k_smem = smem["k"].at[slot]
-        plgpu.barrier_wait(smem["ready"].at[slot])
-        k_vectors = []
-        if plan.scores.placed(masked):
-            k_vectors = [vector(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
-        tile = Tile(
-            plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
-            shape, 0, (ROWS, COLUMNS),
-        )  # fmt: skip
-
-        def products(dq_acc):
-            pair = (q_smem, k_smem), (smem["dout"].at[fresh(group)], smem["v"].at[slot])
-            _, dz = _products(
-                shape, *pair, lambda qk, dp: _gradient(tile, qk, dp, lambda: lse, lambda: delta, masked)
-            )
-            plgpu.wgmma(dq_acc, dz.astype(plan.call.q_BTNH.dtype), smem["k"].at[fresh(slot)])
-
-        dq = pl.run_state(products)(plgpu.ACC.init(dq))
-        release(smem["free"].at[slot], read=bool(k_vectors))
-        return dq
 
 
 def gradient_kv(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -329,7 +159,7 @@ class _KeyKernel(ThreadBlock):
             return lambda i, sums: self.step(i, sums, masked, start, group, part, k_start, k_vectors)
 
         widths = dict(zip(("dk", "dv"), self.widths, strict=True))
-        sums = {name: _zeros(widths[name]) for name in wanted}
+        sums = {name: zeros(widths[name]) for name in wanted}
         full, steps = (full_end - start) * plan.groups, (end - start) * plan.groups
         if plan.schedule.some_full:
             sums = lax.fori_loop(jnp.int32(0), full, body(False), sums)
@@ -367,11 +197,11 @@ class _KeyKernel(ThreadBlock):
         def products(accumulators):
             qk_pair, dp_pair = (smem["k"].at[part], q_smem), (smem["v"].at[part], dout_smem)
             if "dk" not in sums:
-                p = _weights_alone(shape, qk_pair, tile, lse, masked)
+                p = weights_alone(shape, qk_pair, tile, lse, masked)
                 plgpu.wgmma(accumulators["dv"], p.astype(dtype), dout_smem)
                 return
-            p, dz = _products(
-                shape, qk_pair, dp_pair, lambda qk, dp: _gradient(tile, qk, dp, lse, delta, masked)
+            p, dz = both_products(
+                shape, qk_pair, dp_pair, lambda qk, dp: gradient(tile, qk, dp, lse, delta, masked)
             )
             if "dv" in sums:
                 plgpu.wgmma(accumulators["dv"], p.astype(dtype), dout_smem)

@@ -1,0 +1,79 @@
+"""What both kernels of the backward do with a tile: its two products, P from the first, dZ from both.
+
+    P = 2^(z - lse),  dZ = P * (dP - delta),  dP = dO V^T
+
+with delta_t = out_t . d out_t - d lse_t (Dao et al. 2022, arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attention_jax.ops.softmax.mosaic_gpu.launch import (
+    times,
+)
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP
+from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
+
+WGMMA = plgpu.Layout.WGMMA
+REGISTERS = 240  # of a thread that computes; 24 of one that loads
+
+
+def zeros(width: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((GROUP, width), jnp.float32), WGMMA)
+
+
+def gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, jax.Array]:
+    """(P with dropout, d(q . k) / scale) of a tile, from its two products and its queries' lse and delta.
+
+    dp, lse, delta: functions, called as late as possible, since registers are short.
+    """
+    p, share, slope = weights(tile, qk, lse, masked)
+    dp = dp()
+    if share is not None:
+        dp = dp * share
+    dz = p * (dp - tile.along_queries(delta()))
+    if slope is not None:
+        dz = dz * slope
+    if masked:
+        # What is hidden (p = 0) may have overflowed, and 0 * Inf is NaN: select.
+        dz = jnp.where(p > 0.0, dz, 0.0)
+    return p if share is None else p * share, dz
+
+
+def weights(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """(P, the factor dropout puts on each entry, the softcap's slope); None where there is none."""
+    scores = tile.scores
+    z, factor, slope = tile.exponents(qk, masked)
+    p = jnp.exp2(times(z, factor) - tile.along_queries(lse()))
+    share = None
+    if scores.dropout is not None:
+        share = jnp.where(tile.surviving(), 1 / (1 - scores.dropout_rate), 0.0)
+    return p, share, slope
+
+
+def weights_alone(shape, pair, tile: Tile, lse, masked: bool) -> jax.Array:
+    """P with dropout, where nothing else is wanted of the scores."""
+
+    def product(acc):
+        plgpu.wgmma(acc, pair[0], pair[1].transpose((1, 0)))
+        return acc[...]
+
+    p, share, _ = weights(tile, pl.run_scoped(product, plgpu.ACC(shape, jnp.float32)), lse, masked)
+    return p if share is None else p * share
+
+
+def both_products(shape, qk_pair, dp_pair, then):
+    """then(q . k, function of dP), products a b^T of shared memory: dP is computed under what uses q . k."""
+
+    def inner(qk_acc, dp_acc):
+        for acc, (a, b) in ((qk_acc, qk_pair), (dp_acc, dp_pair)):
+            plgpu.wgmma(acc, a, b.transpose((1, 0)))
+        qk = plgpu.wgmma_accumulator_load(qk_acc, wait_n=1)
+        return then(qk, lambda: plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
+
+    acc = plgpu.ACC(shape, jnp.float32)
+    return pl.run_scoped(inner, acc, acc)
