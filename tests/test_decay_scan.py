@@ -405,6 +405,19 @@ def test_errors(changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_ids_of_any_integer_type():
+    """Ids of unsigned types are ids; those that int32 would take for an empty slot are refused."""
+    right = decay_scan(ONES, ONES, ONES, segment_ids=np.array([1, 1, 1, 7, 7, 7]))
+    for dtype in (np.uint8, np.uint32, np.uint64, np.int64):
+        found = decay_scan(ONES, ONES, ONES, segment_ids=np.array([1, 1, 1, 7, 7, 7], dtype))
+        assert_array_equal(found, right)
+    lowest = np.array([-(2**31), 0, 1, 2, 3, 4], np.int32)
+    assert_array_equal(decay_scan(ONES, ONES, ONES, positions=lowest)[:, 0], 0)
+    for ids in (np.array([0, 0, 0, 1, 1, 2**31]), jnp.full(6, 3_000_000_000, jnp.uint32)):
+        with pytest.raises(ValueError, match="segment_ids must fit int32, got"):
+            decay_scan(ONES, ONES, ONES, segment_ids=ids)
+
+
 def test_a_log_decay_is_not_read_in_empty_slots():
     log_decay = -ONES[..., 0].copy()
     log_decay[:, 2] = np.inf

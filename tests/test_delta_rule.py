@@ -330,9 +330,21 @@ def test_explain_tells_what_runs():
     assert found.chosen == "chunked" and "T = 7 > 1" in found.reasons["recurrent"]
 
 
+def test_numpy_float64_is_float32_to_jax():
+    """A state that a call returned fits the next call with the same arrays."""
+    given = [x if x is None else x.astype(np.float64) for x in arrays(7)[:5]]
+    y, state = delta_rule(*given[:4], log_decay=given[4], return_state=True)
+    assert y.dtype == state.dtype == jnp.float32
+    again = delta_rule(*given[:4], log_decay=given[4], initial_state_BNHM=state)
+    narrow = [x.astype(np.float32) for x in given]
+    assert_array_equal(again, delta_rule(*narrow[:4], log_decay=narrow[4], initial_state_BNHM=state))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"beta": [[[0.5, 0.5]]]}, r"beta must be an array \[B, T, N\], got list"),
+        ({"log_decay": -0.5}, "log_decay must be an array or None, got float"),
         ({"impl": "fast"}, "unknown impl 'fast'; there are recurrent, chunked, quadratic"),
         ({"chunk_size": 0}, "chunk_size must be an integer >= 1, got 0"),
         ({"scale": float("inf")}, "scale must be a finite Python number"),

@@ -109,7 +109,7 @@ def test_rows_of_different_lengths_are_alone_in_their_batch(case, x):
 
 def test_gradients_are_finite_and_zero_at_invalid_tokens(case, x):
     _, harness = case
-    wide, ctx = padded(x, 2, fill=3.0)
+    wide, ctx = padded(x, 2)
 
     def loss(params, x):
         return jnp.sum(jnp.sin(harness.run(params, x, ctx)))

@@ -180,7 +180,7 @@ class MaskedData(TextData):
 
     tokens, as the model reads them; targets, the tokens that are hidden (-1: not scored); positions and
     segment_ids as of `TextData`. Training masks depend on (shuffle_seed, step, row), held-out ones on the
-    batch and row alone: they are the same in every evaluation of every run.
+    number of the batch and the row in it alone: the same in every run of one batch size, whatever its seed.
     """
 
     @property

@@ -127,6 +127,8 @@ class Linformer(nnx.Module):
         T = x_BTD.shape[1]
         if T > config.length:
             raise ValueError(f"linformer: {T} tokens exceed its length {config.length}; raise length")
+        # An empty slot's NaN would reach the projections' gradients as 0 * NaN.
+        x_BTD = zero_invalid(x_BTD, ctx)
         q_BTNH, k_BTNH, v_BTNH = (
             split_heads(y, self.head_dim) for y in together([self.q, self.k, self.v], x_BTD)
         )

@@ -126,6 +126,8 @@ class Nystromformer(nnx.Module):
         config = self.config
         refuse_state("nystromformer", state)
         check_whole_row("nystromformer", ctx)
+        # An empty slot's NaN would reach the projections' gradients as 0 * NaN.
+        x_BTD = zero_invalid(x_BTD, ctx)
         qkv = (split_heads(y, self.head_dim) for y in together([self.q, self.k, self.v], x_BTD))
         valid_BT = valid_tokens(ctx)
         if valid_BT is not None:  # what they hold must reach neither a landmark nor the convolution

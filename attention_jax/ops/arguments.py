@@ -21,12 +21,21 @@ def per_token(name: str, x: jax.Array | None, B: int, length: int) -> jax.Array 
     x = x if is_array(x) else np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {x.dtype}")
-    if isinstance(x, np.ndarray) and x.size and max(x.max(), -x.min()) > np.iinfo(np.int32).max:
-        raise ValueError(f"{name} must fit int32, got {x.min()} .. {x.max()}")
+    _check_fits(name, x)
     x = x[None] if x.ndim == 1 else x
     if x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1] != length:
         raise ValueError(f"{name} must be [{B}, {length}] or [{length}], got {x.shape}")
     return jnp.asarray(x, jnp.int32)
+
+
+def _check_fits(name: str, x: Any) -> None:
+    """ValueError where concrete integers would wrap in int32, which makes a token an empty slot."""
+    limits = np.iinfo(np.int32)
+    if isinstance(x, jax.core.Tracer) or not x.size or np.iinfo(x.dtype).max <= limits.max:
+        return
+    values = np.asarray(x)
+    if values.min() < limits.min or values.max() > limits.max:
+        raise ValueError(f"{name} must fit int32, got {values.min()} .. {values.max()}")
 
 
 def segment_pair(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:

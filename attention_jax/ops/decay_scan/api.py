@@ -79,7 +79,7 @@ def decay_scan(
 
     Returns:
       y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32). Slots without a token give 0 and pass no
-      gradient. Everything accumulates in float32 (float64 if an input is).
+      gradient. Everything accumulates in float32 (float64 if q, k or v is).
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.

@@ -42,5 +42,5 @@ class Call:
 
     @property
     def dtype(self) -> Any:
-        """Of the state and of every sum: float32, or float64 where an input is."""
+        """Of the state and of every sum: float32, or float64 where q, k or v is."""
         return self.state_BNHM.dtype

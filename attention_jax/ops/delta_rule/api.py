@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.ops.arguments import per_token
+from attention_jax.ops.arguments import is_array, per_token
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
@@ -80,7 +80,7 @@ def delta_rule(
 
     Returns:
       y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32). Slots without a token give 0 and pass no
-      gradient. Everything is computed in float32 (float64 if an input is), matrix products included.
+      gradient. Everything is computed in float32 (float64 if q, k and v are), matrix products included.
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
@@ -111,7 +111,10 @@ def _checked_call(
     q, k, v, beta, log_decay, state, segment_ids, positions, scale, chunk_size
 ) -> tuple[Call, jax.Array | None]:
     """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
-    dtype = _check_arrays(q, k, v, beta, log_decay, state)
+    _check_shapes(q, k, v, beta, log_decay, state)
+    # NumPy's float64 is float32 to JAX unless 64 bits are on.
+    q, k, v, beta = map(jnp.asarray, (q, k, v, beta))
+    dtype = _check_dtypes(q, k, v, beta, log_decay, state)
     if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite Python number (multiply q by a traced one), got {scale!r}")
     if chunk_size is not None and not (isinstance(chunk_size, numbers.Integral) and chunk_size >= 1):
@@ -128,7 +131,7 @@ def _checked_call(
         log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
     runs_BT = None if segments_BT is None else document_runs(segments_BT, valid_BT)
     call = Call(
-        *(select_valid(jnp.asarray(x), valid_BT) for x in (q, k, v, beta)),
+        *(select_valid(x, valid_BT) for x in (q, k, v, beta)),
         select_valid(log_decay, valid_BT),
         jnp.zeros((B, N, k.shape[3], M), dtype) if state is None else jnp.asarray(state),
         None if runs_BT is None else jnp.broadcast_to(runs_BT, (B, T)),
@@ -138,9 +141,8 @@ def _checked_call(
     return call, valid_BT
 
 
-def _check_arrays(q, k, v, beta, log_decay, state) -> Any:
-    """The dtype of the computation; ValueError where shapes or dtypes do not fit."""
-    _check_shapes(q, k, v, beta, log_decay, state)
+def _check_dtypes(q, k, v, beta, log_decay, state) -> Any:
+    """The dtype of the computation; ValueError where dtypes do not fit."""
     if not (q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
     given = {"q": q, "beta": beta, "log_decay": log_decay, "initial_state_BNHM": state}
@@ -155,8 +157,13 @@ def _check_arrays(q, k, v, beta, log_decay, state) -> Any:
 
 def _check_shapes(q, k, v, beta, log_decay, state) -> None:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BTKH"), ("v", v, "BTNM"), ("beta", beta, "BTN")):
-        if jnp.ndim(x) != len(axes) or 0 in jnp.shape(x):
-            raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {jnp.shape(x)}")
+        if not is_array(x):
+            raise ValueError(f"{name} must be an array [{', '.join(axes)}], got {type(x).__name__}")
+        if len(x.shape) != len(axes) or 0 in x.shape:
+            raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {x.shape}")
+    for name, x in (("log_decay", log_decay), ("initial_state_BNHM", state)):
+        if x is not None and not is_array(x):
+            raise ValueError(f"{name} must be an array or None, got {type(x).__name__}")
     B, T, N, M = v.shape
     H = k.shape[3]
     if q.shape[:2] != (B, T) or k.shape[:2] != (B, T) or q.shape[3] != H:
@@ -166,13 +173,13 @@ def _check_shapes(q, k, v, beta, log_decay, state) -> None:
             raise ValueError(f"{x.shape[2]} heads of {name} do not divide {N} heads of v (axis 2)")
     if beta.shape != (B, T, N):
         raise ValueError(f"beta must be [B, T, N] = {(B, T, N)}, got {beta.shape}")
-    if log_decay is not None and jnp.shape(log_decay) not in ((B, T, N), (B, T, N, H)):
+    if log_decay is not None and tuple(log_decay.shape) not in ((B, T, N), (B, T, N, H)):
         raise ValueError(
             f"log_decay must be [B, T, N] = {(B, T, N)} or [B, T, N, H] = {(B, T, N, H)}, "
-            f"got {jnp.shape(log_decay)}"
+            f"got {log_decay.shape}"
         )
-    if state is not None and jnp.shape(state) != (B, N, H, M):
-        raise ValueError(f"initial_state_BNHM must be [B, N, H, M] = {(B, N, H, M)}, got {jnp.shape(state)}")
+    if state is not None and tuple(state.shape) != (B, N, H, M):
+        raise ValueError(f"initial_state_BNHM must be [B, N, H, M] = {(B, N, H, M)}, got {state.shape}")
 
 
 def _check_sign(log_decay: Any, valid_BT: Any) -> None:
