@@ -149,6 +149,28 @@ def test_gradients_to_the_future_are_exactly_zero(case, x, form):
     assert (np.abs(grad[:, :t]).max((0, 2)) > 0).tolist() == seen[:t].tolist()
 
 
+# A fast row for each mixer of softmax attention; recurrences and NSA have tests of their own, too.
+_SOFTMAX = ("gqa-rope", "qk-l2-scale-sinks", "gated", "forgetting", "differential", "mla")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in _SOFTMAX else pytest.param(n, marks=pytest.mark.slow) for n in MIXERS]
+)
+def test_an_empty_slot_reaches_no_gradient(name, x):
+    """NaN in a slot without a token: gradients of parameters and of x are those of the tokens alone."""
+    harness = Harness(MIXERS[name].config)
+
+    def loss(params, x, ctx):
+        return jnp.sin(harness.run(params, x, None, ctx)[0]).sum()
+
+    alone = jax.jit(jax.grad(loss, (0, 1)))(harness.params, x, Context())
+    padded = jnp.concatenate([jnp.full((B, 3, D_MODEL), jnp.nan), x], axis=1)
+    ctx = Context(positions_BT=jnp.tile(jnp.maximum(jnp.arange(T + 3) - 3, -1), (B, 1)))
+    params, tokens = jax.jit(jax.grad(loss, (0, 1)))(harness.params, padded, ctx)
+    assert_array_equal(tokens[:, :3], 0)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-4), (params, tokens[:, 3:]), alone)
+
+
 @pytest.mark.parametrize("name", TWO_SIDED)
 def test_two_sided_masks(name, x):
     row = TWO_SIDED[name]

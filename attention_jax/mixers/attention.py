@@ -166,6 +166,8 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, state: KVCache | MemoryCache | None = None, *, ctx: Context
     ) -> tuple[jax.Array, KVCache | MemoryCache | None]:
         """y [B, T, D] and the state with x appended (unchanged for a memory, None for None)."""
+        # An empty slot's NaN would reach the parameters' gradients as 0 * NaN.
+        x_BTD = zero_invalid(x_BTD, ctx)
         if self.cross:
             return self._cross(x_BTD, state, ctx)
         q, k, v = together([self.q, self.k, self.v], x_BTD)
@@ -217,9 +219,9 @@ class Attention(nnx.Module):
         return self._output(keys, q_BTNH, ctx), state
 
     def _memory(self, memory_BSD, positions_BS):
-        k, v = together([self.k, self.v], memory_BSD)
-        k_BSKH = split_heads(k, self.head_dim, self.k_norm)
-        k_BSKH = self._keys(k_BSKH, Context(positions_BT=positions_BS))
+        ctx = Context(positions_BT=positions_BS)
+        k, v = together([self.k, self.v], zero_invalid(memory_BSD, ctx))
+        k_BSKH = self._keys(split_heads(k, self.head_dim, self.k_norm), ctx)
         return k_BSKH, split_heads(v, self.head_dim)
 
     def _output(self, keys: Keys, q_BTNH: jax.Array, ctx: Context) -> jax.Array:

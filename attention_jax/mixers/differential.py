@@ -101,6 +101,8 @@ class DifferentialAttention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """y [B, T, D] and the state with x appended."""
         config, H = self.config, self.head_dim
+        # An empty slot's NaN would reach the parameters' gradients as 0 * NaN.
+        x_BTD = zero_invalid(x_BTD, ctx)
         q, k, v = together([self.q, self.k, self.v], x_BTD)
         # Heads 2n and 2n + 1 are the pair of differential head n.
         q_BTNH, k_BTKH = split_heads(q, H), split_heads(k, H)

@@ -141,6 +141,8 @@ class ForgettingAttention(nnx.Module):
     ) -> tuple[jax.Array, ForgettingState | None]:
         """y [B, T, D] and the state with x appended."""
         config = self.config
+        # An empty slot's NaN would reach the parameters' gradients as 0 * NaN.
+        x_BTD = zero_invalid(x_BTD, ctx)
         q, k, v = together([self.q, self.k, self.v], x_BTD)
         q_BTNH = split_heads(q, self.head_dim, self.q_norm)
         k_BTKH = split_heads(k, self.head_dim, self.k_norm)

@@ -124,6 +124,8 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """y [B, T, D] and the state with x appended."""
         T = x_BTD.shape[1]
+        # An empty slot's NaN would reach the parameters' gradients as 0 * NaN.
+        x_BTD = zero_invalid(x_BTD, ctx)
         q_BTNH = self._queries(x_BTD, ctx)
         cached = state is not None
         # One head of [latent ; rotary key] is what the cache holds; its values are a part of it.
