@@ -2,11 +2,12 @@
 
 python scripts/kernel_report.py [--topology v5e:2x2] [--widths 64 128] [--length 2048] [--json FILE]
 
-No TPU is needed, only libtpu. A bundle is what a TPU core issues in a cycle; the bundles of the code that
-a live block runs are the one static cost that means anything. For the backward JAX's splash attention has two
-forms: kernels for dQ and for dK with dV, whose bundles add up, and one for all that writes a partial dQ per
-key block to HBM. Busy is the share of the slots of the matrix units that are taken. Where a kernel has two
-bodies, the first is that of full blocks, the second that of partial ones.
+No TPU is needed, only libtpu. A bundle is what a TPU core issues in a cycle. Cycles without an instruction
+are scheduled too and then folded into delays, so that code has fewer bundles than cycles: cycles are the cost
+of a live block as the compiler sees it, bundles count its instructions. For the backward JAX's splash
+attention has two forms: kernels for dQ and for dK with dV, whose costs add up, and one for all that writes a
+partial dQ per key block to HBM. Busy is the share of the cycles in which the matrix units are taken. Where a
+kernel has two bodies, the first is that of full blocks, the second that of partial ones.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Body:
     """
 
     bundles: int
+    cycles: int
     spills: int
     fills: int
     busy: float
@@ -41,19 +43,25 @@ class Body:
 
 def bodies(folder: Path, kernel: str) -> list[Body]:
     """The bodies of the kernel whose dumped name contains `kernel`, in program order."""
-    (bundles,) = (p for p in folder.glob("*-final_bundles.txt")
-                  if kernel in p.name and "schedule-analysis" not in p.name)  # fmt: skip
-    stem, ending = re.sub(r"-\d+-final_bundles\.txt$", "-", bundles.name), "-per-bundle-utilization.txt"
-    (used,) = (p for p in folder.glob(f"*-final_hlo-static{ending}") if p.name.startswith(stem))
+    (final,) = _dumps(folder, kernel, "final_bundles")
+    prefix = re.sub(r"\d+-final_bundles\.txt$", "", final.name)
+    # Before empty bundles are folded into delays.
+    (scheduled,) = _dumps(folder, prefix, "packed-bundles-post-ra")
+    (used,) = _dumps(folder, prefix, "pre-delay_hlo-static-per-bundle-utilization")
     names, capacity, rows = _utilization(used)
-    found = []
-    for start, end in _leaf_regions(bundles):
+    bundles, found = _regions(final), []
+    for number, (start, end) in _leaves(_regions(scheduled)):
         total = [sum(column) for column in zip(*rows[start : end + 1], strict=True)]
-        sums = dict(zip(names, total, strict=True))
+        sums, cycles = dict(zip(names, total, strict=True)), end - start + 1
         if sums["MATMUL"]:
-            busy = sums["MATMUL"] / (capacity["MATMUL"] * (end - start + 1))
-            found.append(Body(end - start + 1, sums["VSTORE:SPILL"], sums["VLOAD:FILL"], round(busy, 3)))
+            first, last = bundles[number]
+            busy = round(sums["MATMUL"] / (capacity["MATMUL"] * cycles), 3)
+            found.append(Body(last - first + 1, cycles, sums["VSTORE:SPILL"], sums["VLOAD:FILL"], busy))
     return found
+
+
+def _dumps(folder: Path, name: str, ending: str) -> list[Path]:
+    return [x for x in folder.glob(f"*-{ending}.txt") if name in x.name]
 
 
 def _utilization(path: Path) -> tuple[list[str], dict[str, int], list[list[int]]]:
@@ -64,16 +72,22 @@ def _utilization(path: Path) -> tuple[list[str], dict[str, int], list[list[int]]
     return names, dict(zip(names, numbers[0], strict=True)), numbers[1:]
 
 
-def _leaf_regions(path: Path) -> list[tuple[int, int]]:
-    """First and last bundle of the regions that hold no other region."""
+def _regions(path: Path) -> dict[str, tuple[int, int]]:
+    """First and last bundle of each region, by its number, which is the same in all dumps of a kernel."""
     spans: dict[str, list[int | None]] = {}
     for line in path.read_text().splitlines():
         at = re.match(r"\s*(0x[0-9a-f]+|0)\s", line)
         for which, number in re.findall(r"(Start|End) region (\d+)", line) if at else ():
             spans.setdefault(number, [None, None])[which == "End"] = int(at[1], 16)
-    known = [(a, b) for a, b in spans.values() if a is not None and b is not None]
-    return sorted((a, b) for a, b in known
-                  if not any(a <= x and y <= b and (x, y) != (a, b) for x, y in known))  # fmt: skip
+    return {number: (a, b) for number, (a, b) in spans.items() if a is not None and b is not None}
+
+
+def _leaves(regions: dict[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
+    """The regions that hold no other region, in program order."""
+    spans = regions.values()
+    found = [(number, (a, b)) for number, (a, b) in regions.items()
+             if not any(a <= x and y <= b and (x, y) != (a, b) for x, y in spans)]  # fmt: skip
+    return sorted(found, key=lambda x: x[1])
 
 
 def _compile(system: str, topology: str, length: int, width: int) -> None:
@@ -185,13 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _compile(given.compile, given.topology, given.length, given.widths[0])
         return 0
     rows = [row for width in given.widths for row in report(given.topology, given.length, width)]
-    print(f"{'chip':9} {'width':>5} {'kernel':20} {'bundles per live block':>24} {'spills':>12} {'busy':>12}")
+    names = ("bundles", "cycles", "spills", "busy")
+    print(f"{'chip':9} {'width':>5} {'kernel':20}", *(f"{x:>13}" for x in names), "  per live block")
     for row in rows:
-        cells = (
-            " / ".join(str(body[key]) for body in row["bodies"]) for key in ("bundles", "spills", "busy")
-        )
+        cells = (" / ".join(str(body[key]) for body in row["bodies"]) for key in names)
         name = f"{row['kernel']}{' fused' * (row['system'] == 'splash fused')}"
-        print("{:9} {:5} {:20} {:>24} {:>12} {:>12}".format(row["topology"], row["width"], name, *cells))
+        print(f"{row['topology']:9} {row['width']:5} {name:20}", *(f"{x:>13}" for x in cells))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
