@@ -72,6 +72,13 @@ def test_a_mask_traced_on_scalars_keeps_what_it_keeps(name):
     assert_array_equal(found, wanted.T)
 
 
+def test_a_mask_without_a_condition_runs_no_code():
+    """Mosaic finds no layout for a tile of booleans that are all made of one."""
+    traced = trace(lambda b, n, q, k: Full().keep(q, k), "mask")
+    assert traced.constant
+    assert trace(lambda b, n, q, k: Causal().keep(q, k), "mask").constant is None
+
+
 @pytest.mark.parametrize("name", sorted(_INDEXES))
 def test_a_mask_that_looks_up_an_array_is_refused(name):
     mask = MASKS[name].mask
@@ -218,7 +225,10 @@ def assert_well_compiled(found: dict) -> None:
 
 @needs_compiler
 def test_compiled_for_an_h100_nothing_spills():
-    for found in compiled("128 causal", kernels=("forward", "fused")):
+    for found in (
+        *compiled("128 causal", kernels=("forward", "fused")),
+        *compiled("128 odd lengths", kernels=("forward",)),
+    ):
         assert_well_compiled(found)
 
 

@@ -23,6 +23,7 @@ from attention_jax.ops.softmax.mosaic_gpu.gradients import (
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
+    TILE_ROWS,
     ThreadBlock,
     fresh,
     launch,
@@ -32,7 +33,7 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     times,
     vector,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
 
@@ -48,10 +49,10 @@ def gradients_fused(
     """(dQ float32, dK, dV) in one pass of five products a tile; dQ's sums run in no fixed order."""
     call = plan.call
     B, T, _, N, _, H, _ = call.sizes
-    dq = jax.new_ref(jnp.zeros((B, T, N, H), jnp.float32))
+    dq = jax.new_ref(jnp.zeros((B, round_up(T, TILE_ROWS), N, H), jnp.float32))
     # Each warpgroup makes half of the columns of a tile of dQ: the tiles in shared memory split there.
     dk, dv = _over_keys(_FusedKernel, plan, H // 2, dout=dout, lse=lse, delta=delta, dq=dq)
-    return jax.freeze(dq) * plan.scores.scale, dk, dv
+    return jax.freeze(dq)[:, :T] * plan.scores.scale, dk, dv
 
 
 def _over_keys(

@@ -40,6 +40,14 @@ class Traced:
     known: dict  # variables that depend on nothing, as NumPy scalars
     jaxpr: core.ClosedJaxpr
 
+    @property
+    def constant(self) -> Any:
+        """The value where it is the same for all arguments, else None."""
+        (out,) = self.jaxpr.jaxpr.outvars
+        if isinstance(out, core.Literal):
+            return out.val
+        return self.known.get(out)
+
     def scalars(self, B: int, N: int) -> list[jax.Array]:
         """What the kernel reads per (batch row, head): arrays [B, N], one for each frontier variable."""
         batch, head, _, _ = self.jaxpr.jaxpr.invars
@@ -103,7 +111,13 @@ def trace(fn: Callable, what: str) -> Traced | str:
     outer, inner, frontier, known = [], [], {}, {}
     for eqn in jaxpr.eqns:
         used = [v for v in eqn.invars if not isinstance(v, core.Literal)]
-        if all(v in known for v in used) and (value := _folded(eqn, known)) is not None:
+        if _equal_to_itself(eqn):  # `Full`
+            value = np.asarray(True)
+        elif all(v in known for v in used):
+            value = _folded(eqn, known)
+        else:
+            value = None
+        if value is not None:
             known[eqn.outvars[0]] = value
             kinds[eqn.outvars[0]] = NEITHER
             continue
@@ -135,6 +149,12 @@ _FOLDED = {
     "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "and": np.bitwise_and,
     "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip
+
+
+def _equal_to_itself(eqn: Any) -> bool:
+    a = eqn.invars[0]
+    same = eqn.primitive.name == "eq" and not isinstance(a, core.Literal) and a is eqn.invars[1]
+    return same and jnp.issubdtype(a.aval.dtype, jnp.integer)
 
 
 def _folded(eqn: Any, known: dict) -> np.ndarray | None:

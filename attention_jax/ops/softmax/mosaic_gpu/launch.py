@@ -17,6 +17,9 @@ from attention_jax.ops.softmax.mosaic_gpu.plan import Plan
 # Layouts of a vector along the rows and along the columns of an accumulator.
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+# Rows of a tile of swizzled shared memory. The copy engine cuts what lies past an array's end, but the array
+# must be one of whole tiles.
+TILE_ROWS = 8
 
 
 def tiled(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
@@ -26,7 +29,7 @@ def tiled(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
     """
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = min(plgpu.find_swizzle(shape[-1] * bits), plgpu.find_swizzle(block * bits))
-    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+    transforms = (plgpu.TilingTransform((TILE_ROWS, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -129,11 +132,13 @@ def launch(
 ) -> dict[str, jax.Array]:
     """Runs `body(refs, smem)` on a grid of thread blocks of `groups` warpgroups; refs hold operands and outs.
 
-    The first axis of the grid runs fastest. An operand may be a `jax.Ref`, which the kernel adds to.
+    The first axis of the grid runs fastest. An operand may be a `jax.Ref`, which the kernel adds to; one of
+    tokens then has whole tiles of `TILE_ROWS`, to which other operands and outputs are padded here.
     """
     flat, treedef = jax.tree.flatten(operands, is_leaf=lambda x: x is None)
-    arrays = [x for x in flat if x is not None]
-    out_flat, out_treedef = jax.tree.flatten(outs)
+    arrays = [x if isinstance(x, jax.Ref) else _whole_tiles(x) for x in flat if x is not None]
+    wanted, out_treedef = jax.tree.flatten(outs)
+    out_flat = [jax.eval_shape(_whole_tiles, x) for x in wanted]
     scratch_flat, scratch_treedef = jax.tree.flatten(scratch, is_leaf=lambda x: x is None)
 
     def kernel(*refs):
@@ -157,4 +162,11 @@ def launch(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*arrays)
-    return out_treedef.unflatten(found)
+    return out_treedef.unflatten([x[:, : y.shape[1]] for x, y in zip(found, wanted, strict=True)])
+
+
+def _whole_tiles(x: jax.Array) -> jax.Array:
+    """Tokens [B, L, heads, width] up to a multiple of `TILE_ROWS`; anything else as it is."""
+    if x.ndim != 4 or x.shape[1] % TILE_ROWS == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE_ROWS), (0, 0), (0, 0)))

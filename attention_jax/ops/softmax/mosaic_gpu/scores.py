@@ -6,6 +6,7 @@ z = (softcap(q . k * scale) + bias) * log2 e,   -inf where masked
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -137,21 +138,24 @@ class Tile:
             for x, axis in ((q, self.q_axis), (k, 1 - self.q_axis))
         )
 
-    def kept(self) -> jax.Array:
-        """Which entries the mask, validity and segments keep."""
-        kept = self._run("keep")
+    def kept(self) -> jax.Array | None:
+        """Which entries the mask, validity and segments keep; None: all."""
+        found = []
+        always = self.scores.keep.constant
+        if always is None or not always:
+            found.append(self._run("keep"))
         if self.scores.positions:
             q, k = self._pair(self.q_vectors[0], self.k_vectors[0])
-            kept = kept & (jnp.minimum(q, k) >= 0)
+            found.append(jnp.minimum(q, k) >= 0)
         if self.scores.segments:
             q, k = self._pair(self.q_vectors[-1], self.k_vectors[-1])
-            kept = kept & (q == k)
+            found.append(q == k)
         # The blocks of the lists may be those of two warpgroups.
         block = math.lcm(2 * GROUP, self.shape[1 - self.q_axis])
         if self.scores.length is not None and self.scores.length % block:
             k = lax.broadcast_in_dim(self.k_positions, self.shape, (1 - self.q_axis,))
-            kept = kept & (k < self.scores.length)
-        return kept
+            found.append(k < self.scores.length)
+        return functools.reduce(jnp.logical_and, found) if found else None
 
     def along_queries(self, x: jax.Array) -> jax.Array:
         """A value per query, on the tile."""
@@ -177,6 +181,7 @@ class Tile:
             if scores.bias is not None:
                 z = z + self._run("bias") * LOG2E
             factor = 1.0
-        if masked:
-            z = jnp.where(self.kept(), z, -jnp.inf)
+        kept = self.kept() if masked else None
+        if kept is not None:
+            z = jnp.where(kept, z, -jnp.inf)
         return z, factor, slope
