@@ -50,7 +50,7 @@ CONFIGS = {
     "128 causal fp16": Config(_ALL, dtype="float16"),
     "128 odd lengths": Config(_ALL, lengths=(4001, 3999), mask="Full()"),
     "128 window": Config(_ALL, mask="SlidingWindow(1024)"),
-    "128 prefix or chunks": Config(_ALL, mask="(Prefix(100) | Chunked(512)) & ~Dilated(4, 3)"),
+    "128 prefix or chunks": Config(mask="(Prefix(100) | Chunked(512)) & ~Dilated(4, 3)"),
     "128 bigbird": Config(mask="BigBird(64, 3, 1, 2) & Causal()"),
     "128 longformer": Config(_ALL, mask="Longformer(512, (0, 100, 2000))"),
     "128 softcap": Config(extras=("softcap",)),

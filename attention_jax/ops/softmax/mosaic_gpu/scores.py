@@ -56,7 +56,7 @@ class Scores:
     @property
     def complex_mask(self) -> bool:
         """The mask's vectors take many registers."""
-        return len(self.keep.inner) > 100
+        return len(self.keep.inner) > 30
 
     def placed(self, masked: bool) -> bool:
         """Whether a step must know where its tile lies."""
