@@ -274,7 +274,10 @@ def cross_reference(params, x, memory, keep):
 
 
 # Rows that differ from another by an option alone: with the slow tests.
-VARIANTS = {"nsa-fine", "kda-low-rank", "gla-fast", "retention-range", "lightning-rope", "forgetting-window"}
+VARIANTS = {
+    "nsa-fine", "kda-low-rank", "gla-fast", "retention-range", "lightning-rope", "forgetting-window",
+    "deltanet-negative", "gated-deltanet-shared-keys", "mamba2-groups",
+}  # fmt: skip
 
 CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(xpos=XPos(scale_base=16.0)))
 

@@ -37,7 +37,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["mha", "mix", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in ("mha", "mix"))],
+)
 def test_greedy_equals_the_uncached_argmax_for_256_tokens(name):
     config, params = model(*MODELS[name], max_positions=300 if name == "mha" else None)
     prompts = [np.arange(1, 20) % 61, np.array([7, 3, 7])]

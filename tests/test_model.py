@@ -47,7 +47,11 @@ def loss_and_grads(config, params, tokens, ctx=None):
 
 @pytest.mark.parametrize(
     "change",
-    [{"layers": "scan"}, {"remat": "nothing_saveable"}, {"layers": "scan", "remat": "dots_saveable"}],
+    [
+        {"layers": "scan", "remat": "dots_saveable"},
+        pytest.param({"layers": "scan"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "nothing_saveable"}, marks=pytest.mark.slow),
+    ],
 )
 def test_scan_and_remat_compute_the_same(params, tokens, change):
     loss, grads = loss_and_grads(CONFIG, params, tokens)

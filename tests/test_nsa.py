@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.nsa import NSAConfig
 from attention_jax.positions import RoPE
-from tests.mixers import MIXERS
+from tests.mixers import MIXERS, VARIANTS
 from tests.mixers import nsa_reference as reference
 
 D_MODEL, B, T, CAPACITY = 32, 2, 19, 24
@@ -52,7 +52,10 @@ class Harness:
         return jnp.concatenate(out, axis=1), state
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in CASES],
+)
 def harness(request):
     return Harness(CASES[request.param])
 

@@ -246,6 +246,7 @@ def test_a_prompt_is_the_source(config, monkeypatch):
     assert status == 2 and "the source is empty" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_config_trains_on_the_standard_library(tmp_path, monkeypatch):
     """configs/seq2seq.yaml with half its layers, on some of its files: twenty steps, falling loss."""
     run = config_lib.load(ROOT / "configs" / "seq2seq.yaml", ["data.batch_size=4"])
