@@ -94,14 +94,18 @@ class Plan:
 def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
-    tiles = tiles or _fitting(FORWARD, call, scores.complex_mask)
+    *_, H, M = call.sizes
+    heavy = scores.complex_mask or (max(H, M) > 192 and scores.heavy)
+    tiles = tiles or _fitting(FORWARD, call, heavy)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
 
 def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
-    tiles = tiles or _fitting(BACKWARD_Q, call, scores.complex_mask)
+    *_, H, M = call.sizes
+    heavy = scores.complex_mask or (max(H, M) <= 64 and scores.heavy)  # 128 keys a step there
+    tiles = tiles or _fitting(BACKWARD_Q, call, heavy)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
 
@@ -109,9 +113,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    both = scores.dropout is not None and scores.bias is not None
-    heavy = scores.complex_mask or scores.softcap is not None or both
-    tiles = tiles or _fitting(BACKWARD_K, call, heavy)
+    tiles = tiles or _fitting(BACKWARD_K, call, scores.complex_mask or scores.heavy)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
 

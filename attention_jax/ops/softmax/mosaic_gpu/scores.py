@@ -58,6 +58,11 @@ class Scores:
         """The mask's vectors take many registers."""
         return len(self.keep.inner) > 30
 
+    @property
+    def heavy(self) -> bool:
+        """What is done to a score beside the mask takes many registers."""
+        return self.softcap is not None or (self.dropout is not None and self.bias is not None)
+
     def placed(self, masked: bool) -> bool:
         """Whether a step must know where its tile lies."""
         return masked or self.bias is not None or self.dropout is not None
