@@ -51,12 +51,10 @@ CASES = FAST + [
     for case in (OpCase(seed=i, **row) for i, row in enumerate(pairwise(FACTORS, tries=10)))
     if _possible(case)
 ]
-_PER_PROCESS = 6
-_SLOW = range(len(FAST), len(CASES))
 
 
-def interpret(*what: str) -> None:
-    found = aot.run(*what, module="tests.interpret_tpu", timeout=550)
+def interpret(*what: str, timeout: float = 550) -> None:
+    found = aot.run(*what, module="tests.interpret_tpu", timeout=timeout)
     assert [line["checked"] for line in found] == [x for x in what if not x.startswith("--")]
 
 
@@ -65,11 +63,11 @@ def test_numerics_in_the_interpreter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "group", [_SLOW[i : i + _PER_PROCESS] for i in range(0, len(_SLOW), _PER_PROCESS)], ids=str
-)
-def test_numerics_in_the_interpreter_exhaustively(group):
-    interpret(*map(str, group))
+@pytest.mark.timeout(1900)
+@pytest.mark.parametrize("number", range(len(FAST), len(CASES)))
+def test_numerics_in_the_interpreter_exhaustively(number):
+    """Most take seconds, the longest a quarter of an hour beside other jobs."""
+    interpret(str(number), timeout=1800)
 
 
 @pytest.mark.slow
