@@ -29,32 +29,6 @@ def built(config, **options):
     return config.build(D_MODEL, nnx.Rngs(1), causal=True, **options)
 
 
-@pytest.mark.parametrize("kind", ["retention", "mamba2"])
-def test_decoding_from_the_state_equals_the_full_forward_for_512_tokens(kind):
-    T = 512
-    graphdef, params = nnx.split(built(CONFIGS[kind]))
-    x = jax.random.normal(jax.random.key(0), (2, T, D_MODEL))
-
-    @jax.jit
-    def forward(params, x):
-        return nnx.merge(graphdef, params)(x, ctx=Context())[0]
-
-    @jax.jit
-    def decode(params, x):
-        mixer = nnx.merge(graphdef, params)
-
-        def step(state, token):
-            x_BD, position = token
-            ctx = Context(positions_BT=jnp.full((2, 1), position))
-            y, state = mixer(x_BD[:, None], state, ctx=ctx)
-            return state, y[:, 0]
-
-        _, y_TBD = jax.lax.scan(step, mixer.init_state(2, T), (jnp.swapaxes(x, 0, 1), jnp.arange(T)))
-        return jnp.swapaxes(y_TBD, 0, 1)
-
-    assert_allclose(decode(params, x), forward(params, x), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_bfloat16_keeps_decays_and_state_in_float32(kind, monkeypatch):
     x = jax.random.normal(jax.random.key(2), (1, 24, D_MODEL)).astype(jnp.bfloat16)

@@ -40,27 +40,6 @@ def x():
     return jax.random.normal(jax.random.key(1), (B, T, D_MODEL))
 
 
-@pytest.mark.parametrize("name", ["linear", "performer"])
-def test_decoding_512_tokens_equals_the_parallel_form(name):
-    """One token at a time in one `lax.scan`, from the empty state."""
-    length = 512
-    harness = Harness(dataclasses.replace(MIXERS[name].config, chunk_size=None))
-    x = jax.random.normal(jax.random.key(2), (1, length, D_MODEL))
-
-    @jax.jit
-    def decode(params, x_BTD):
-        def step(state, token):
-            x_BD, t = token
-            y_B1D, state = harness.run(params, x_BD[:, None], state, Context(positions_BT=t[None, None]))
-            return state, y_B1D[:, 0]
-
-        start = nnx.merge(harness.graphdef, params).init_state(1, length)
-        _, y_TBD = jax.lax.scan(step, start, (jnp.moveaxis(x_BTD, 1, 0), jnp.arange(length)))
-        return jnp.moveaxis(y_TBD, 0, 1)
-
-    assert_allclose(decode(harness.params, x), harness.parallel(x), **TOLERANCE)
-
-
 # The sums with a turned numerator, without a denominator, and with a stabiliser of the document.
 @pytest.mark.parametrize("name", ["linear-both", "linear-identity-both", "performer-both"])
 def test_both_sides_of_packed_documents(name, x):

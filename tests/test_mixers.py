@@ -97,6 +97,36 @@ def test_cached_in_any_pieces_equals_parallel(case, x):
         assert_allclose(harness.cached(x, cuts)[0], y, **TOLERANCE)
 
 
+RECURRENCES = [
+    name
+    for name, row in MIXERS.items()
+    if name == row.config.kind.replace("_", "-") and "recurrent" in row.impls
+]
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_decoding_512_tokens_from_the_state_equals_the_parallel_form(name):
+    """One token at a time in one `lax.scan`, from the empty state."""
+    length, config = 512, MIXERS[name].config
+    # The table's chunks and horizon are for short rows.
+    usual = {"chunk_size": None, "horizon": length}
+    harness = Harness(dataclasses.replace(config, **{k: v for k, v in usual.items() if hasattr(config, k)}))
+    x = jax.random.normal(jax.random.key(2), (1, length, D_MODEL))
+
+    @jax.jit
+    def decode(params, x_BTD):
+        def step(state, token):
+            x_BD, t = token
+            y_B1D, state = harness.run(params, x_BD[:, None], state, Context(positions_BT=t[None, None]))
+            return state, y_B1D[:, 0]
+
+        start = nnx.merge(harness.graphdef, params).init_state(1, length)
+        _, y_TBD = jax.lax.scan(step, start, (jnp.moveaxis(x_BTD, 1, 0), jnp.arange(length)))
+        return jnp.moveaxis(y_TBD, 0, 1)
+
+    assert_allclose(decode(harness.params, x), harness.parallel(x), **TOLERANCE)
+
+
 def test_left_padding_and_invalid_tokens(case, x):
     """A padded prompt decodes like a bare one, and padding (NaN features) leaves the state as it is."""
     _, harness = case
