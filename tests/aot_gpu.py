@@ -11,15 +11,18 @@ process: run this in a process of its own.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 TARGET = pathlib.Path(__file__).parent / "aot" / "h100_sxm.txtpb"
@@ -209,18 +212,23 @@ def main(argv: list[str]) -> None:
         print(f"jax {jax.__version__}")
         print("| configuration | kernel | block x stages | registers | shared memory | spills | wgmma |")
         print("|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    # A process for each configuration: jax 0.12 compiles equal kernels once, and then dumps nothing.
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
         for name in args.names or CONFIGS:
-            config = CONFIGS[name]
-            for kernel in config.kernels:
-                if kernel not in args.kernels:
-                    continue
-                found = measure(config, kernel)
+            kernels = [kernel for kernel in CONFIGS[name].kernels if kernel in args.kernels]
+            for kernel, found in pool.submit(_measured, CONFIGS[name], kernels).result():
                 if args.json:
                     print(json.dumps({"name": name, "kernel": kernel, **found}), flush=True)
                 else:
                     print(f"| {name} | {kernel} | {_row(found)} |", flush=True)
+
+
+def _measured(config: Config, kernels: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        return [(kernel, measure(config, kernel)) for kernel in kernels]
 
 
 def _row(found: dict[str, Any]) -> str:
