@@ -3,23 +3,17 @@
 #   sh scripts/on_card.sh [FOLDER]              results as JSON and logs in FOLDER (default docs/results)
 #   REHEARSE=1 sh scripts/on_card.sh [FOLDER]   on a CPU, before: collects the tests, compiles for an H100, and
 #                                               writes the tile sizes that are worth timing
-#   STEPS="smoke numerics" sh scripts/on_card.sh [FOLDER]   some of the steps, where a lease comes in pieces
 # Each step has its own limit, so that one that hangs costs no more than that; the exit status counts failures.
 set -u
 OUT=${1:-docs/results}
 PYTHON=${PYTHON:-python3}
 FAILED=0
-STEPS_KNOWN=""
-COMPILED=$OUT/h100-compiled.json
-[ -f "$COMPILED" ] || COMPILED=docs/results/h100-compiled.json
 mkdir -p "$OUT"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 
 step() { # name, seconds, command...
     name=$1 limit=$2
     shift 2
-    STEPS_KNOWN="$STEPS_KNOWN $name"
-    case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
     echo "== $name"
     start=$(date +%s)
     timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
@@ -42,10 +36,7 @@ else
     step peers 240 "$PYTHON" scripts/tune.py peers --widths 64 128 256 --lengths 4096 16384 --rounds 9 --json "$OUT/h100-attention.json"
     step reruns 90 "$PYTHON" -m pytest tests/test_mosaic_gpu.py -m gpu -q -p no:cacheprovider -k reruns
     step sparse 90 "$PYTHON" scripts/tune.py sparse --rounds 9 --json "$OUT/h100-sparse.json"
-    step tiles 300 "$PYTHON" scripts/tune.py tiles --widths 128 64 --rounds 7 --compiled "$COMPILED" --json "$OUT/h100-tiles.json"
+    step tiles 300 "$PYTHON" scripts/tune.py tiles --widths 128 64 --rounds 7 --compiled "$OUT/h100-compiled.json" --json "$OUT/h100-tiles.json"
 fi
-for name in ${STEPS:-}; do
-    case " $STEPS_KNOWN " in *" $name "*) ;; *) echo "no step $name; there are$STEPS_KNOWN" >&2; FAILED=$((FAILED + 1)) ;; esac
-done
 echo "$FAILED steps failed"
 exit "$FAILED"

@@ -41,15 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiled", type=Path, help="the candidates, as --rehearse wrote them")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)
-    write(args, _PROGRAMS[args.what](args))
-    return 0
-
-
-def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The rows so far, where --json says."""
+    rows = _PROGRAMS[args.what](args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return 0
 
 
 def machine() -> dict[str, Any]:
@@ -180,7 +176,6 @@ def tiles(args: argparse.Namespace) -> list[dict[str, Any]]:
             row["ms"] = times[row["block"], row["stages"]]
         for row in sorted(found, key=lambda row: row["ms"]):
             print(*group, f"{row['block']} x {row['stages']}: {row['ms']:.3f} ms", flush=True)
-        write(args, rows)  # a run cut short keeps what it has timed
     return rows
 
 
@@ -291,7 +286,6 @@ def peers(args: argparse.Namespace) -> list[dict[str, Any]]:
                     if (torch := _torch(arrays["q"].shape, causal, backward)) is not None:
                         contestants["torch"] = torch
                     rows += _report(args, contestants, arrays["q"].shape, T, H, str(mask), backward)
-                    write(args, rows)
     return rows
 
 
@@ -310,7 +304,6 @@ def sparse(args: argparse.Namespace) -> list[dict[str, Any]]:
             contestants = {"ours": _ours(arrays, mask, backward)}
             density = float(mask.density(T))
             rows += _report(args, contestants, arrays["q"].shape, T, H, str(mask), backward, density)
-            write(args, rows)
     return rows
 
 
