@@ -11,18 +11,15 @@ OUT=${1:-docs/results}
 STEPS=" $* "
 PYTHON=${PYTHON:-python3}
 COMPILED=${COMPILED:-docs/results/h100-compiled.json}
-FAILED=0
+FAILED=0 RAN=0
 mkdir -p "$OUT" "$(dirname "$COMPILED")"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
-# Where jax finds none of NVIDIA's compiler packages, the toolkit's ptxas and libdevice.
-if [ -d /usr/local/cuda/nvvm ] && [ "$("$PYTHON" -c 'from jax._src import lib; print(lib.cuda_path)')" = None ]; then
-    export CUDA_ROOT=/usr/local/cuda
-fi
 
 step() { # name, seconds, command...
     name=$1 limit=$2
     shift 2
     case $STEPS in "  " | *" $name "*) ;; *) return ;; esac
+    RAN=$((RAN + 1))
     echo "== $name" | tee -a "$OUT/on_card.log"
     start=$(date +%s)
     timeout -k 10 "$limit" "$@" >"$OUT/on_card.step" 2>&1
@@ -60,5 +57,6 @@ else
     step sparse 180 "$PYTHON" scripts/tune.py sparse --rounds 7 --json "$OUT/h100-sparse.json"
     step tiles 300 "$PYTHON" scripts/tune.py tiles --widths 128 64 --rounds 7 --compiled "$COMPILED" --json "$OUT/h100-tiles.json"
 fi
-echo "$FAILED steps failed"
+[ "$RAN" -gt 0 ] || { echo "no such step:$STEPS" >&2; exit 2; }
+echo "$FAILED of $RAN steps failed"
 exit "$FAILED"
