@@ -15,10 +15,11 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiled", type=Path, help="the candidates, as --rehearse wrote them")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)
-    rows = _PROGRAMS[args.what](args)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    return 0
+    if args.compiled and not args.compiled.exists():
+        parser.error(f"--compiled {args.compiled}: no such file; --rehearse --json writes it, without a card")
+    rows = []
+    for row in _PROGRAMS[args.what](args):
+        rows.append(row)
+        if args.json:  # after every row: a card's time may end at any of them
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return int(any("error" in row and row["name"].startswith("ours") for row in rows))
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """What a figure depends on beside the code."""
     import importlib.metadata
@@ -70,23 +76,35 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def device_time(call: Callable[[], Any]) -> float:
-    """Milliseconds on the device of one call of a jitted function."""
+def device_time(run: Callable, *arguments: Any) -> float:
+    """Milliseconds on the device of one call of a jitted function.
+
+    Its arguments are given apart: closed over they would be constants of the program, which XLA folds.
+    """
     from jax.experimental.mosaic.gpu import profiler
 
-    _, ms = profiler.measure(call)()
+    _, ms = profiler.measure(run)(*arguments)
+    if ms is None:
+        raise RuntimeError("CUPTI saw no kernel")
     return float(ms)
 
 
-def interleave(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each contestant's times, taken in turn after three calls to warm up."""
-    times = {name: [] for name in contestants}
+def interleave(contestants: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, float | str]:
+    """The median of each contestant's times, taken in turn after three calls to warm up, or its error."""
+    times: dict[Any, list[float]] = {name: [] for name in contestants}
+    errors: dict[Any, str] = {}
     for i in range(rounds + 3):
         for name, call in contestants.items():
-            ms = call()
+            if name in errors:
+                continue
+            try:
+                ms = call()
+            except Exception as error:  # who refuses a shape shall not cost the others their times
+                errors[name] = f"{type(error).__name__}: {error}"[:500]
+                continue
             if i >= 3:
                 times[name].append(ms)
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return {name: float(np.median(values)) for name, values in times.items() if name not in errors} | errors
 
 
 def inputs(T: int, H: int, N: int = 16, K: int = 16) -> dict[str, Any]:
@@ -139,11 +157,10 @@ def _compiled(name: str, kernel: str, H: int, block: int, stages: int) -> dict[s
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def compiled_tiles(args: argparse.Namespace) -> list[dict[str, Any]]:
+def compiled_tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The candidates that an H100's compiler takes, with what it says of them."""
     from attention_jax.ops.softmax.mosaic_gpu import plan
 
-    rows = []
     for H in args.widths:
         for mask in ("Full()", "Causal()"):
             for kernel in args.kernels:
@@ -155,15 +172,15 @@ def compiled_tiles(args: argparse.Namespace) -> list[dict[str, Any]]:
                         row = {"width": H, "mask": mask, "kernel": kernel, "block": block, "stages": stages}
                         row |= {name: found[name] for name in ("spills", "shared", "most_registers")}
                         print(row, flush=True)
-                        rows.append(row)
-    return rows
+                        yield row
 
 
-def tiles(args: argparse.Namespace) -> list[dict[str, Any]]:
+def tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every candidate without a spill, timed at 4096 tokens, best first."""
     rows = json.loads(args.compiled.read_text())["rows"] if args.compiled else compiled_tiles(args)
     if args.rehearse:
-        return rows
+        yield from rows
+        return
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         if not row["spills"] and row["width"] in args.widths and row["kernel"] in args.kernels:
@@ -172,11 +189,13 @@ def tiles(args: argparse.Namespace) -> list[dict[str, Any]]:
         sizes = [(row["block"], row["stages"]) for row in found]
         contestants = {size: _kernel(*group, *size) for size in sizes}
         times = interleave(contestants, args.rounds)
+        timed = []
         for row in found:
-            row["ms"] = times[row["block"], row["stages"]]
-        for row in sorted(found, key=lambda row: row["ms"]):
-            print(*group, f"{row['block']} x {row['stages']}: {row['ms']:.3f} ms", flush=True)
-    return rows
+            ms = times[row["block"], row["stages"]]
+            timed.append(row | ({"error": ms, "name": "ours"} if isinstance(ms, str) else {"ms": ms}))
+        for row in sorted(timed, key=lambda row: row.get("ms", math.inf)):
+            print(*group, f"{row['block']} x {row['stages']}: {row.get('ms', row.get('error'))}", flush=True)
+            yield row
 
 
 def _kernel(H: int, mask: str, kernel: str, block: int, stages: int) -> Callable[[], float]:
@@ -200,7 +219,7 @@ def _kernel(H: int, mask: str, kernel: str, block: int, stages: int) -> Callable
         by_key = backward_kv.gradient_kv if kernel == "kv" else backward_kv.gradients_fused
         return by_key(plan.backward_k_plan(call, size), *rest)
 
-    return functools.partial(device_time, functools.partial(jax.jit(run), arrays, saved))
+    return functools.partial(device_time, jax.jit(run), arrays, saved)
 
 
 def _ours(
@@ -221,8 +240,7 @@ def _ours(
         (_, lse), vjp = jax.vjp(attend, q, k, v)
         return vjp((do, jnp.zeros_like(lse)))
 
-    run = jax.jit(run)
-    return functools.partial(device_time, functools.partial(run, *(arrays[x] for x in ("q", "k", "v", "do"))))
+    return functools.partial(device_time, jax.jit(run), *(arrays[x] for x in ("q", "k", "v", "do")))
 
 
 def _jax_nn(arrays: dict[str, Any], causal: bool, backward: bool) -> Callable[[], float]:
@@ -235,8 +253,7 @@ def _jax_nn(arrays: dict[str, Any], causal: bool, backward: bool) -> Callable[[]
         _, vjp = jax.vjp(attend, q, k, v)
         return vjp(do)
 
-    run = jax.jit(run)
-    return functools.partial(device_time, functools.partial(run, *(arrays[x] for x in ("q", "k", "v", "do"))))
+    return functools.partial(device_time, jax.jit(run), *(arrays[x] for x in ("q", "k", "v", "do")))
 
 
 def _torch(shape: tuple[int, ...], causal: bool, backward: bool) -> Callable[[], float] | None:
@@ -244,7 +261,9 @@ def _torch(shape: tuple[int, ...], causal: bool, backward: bool) -> Callable[[],
     try:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:
+
+        torch.cuda.init()
+    except (ImportError, OSError, RuntimeError):
         return None
     B, T, N, H = shape
     q, k, v, do = (torch.randn(B, N, T, H, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -258,6 +277,7 @@ def _torch(shape: tuple[int, ...], causal: bool, backward: bool) -> Callable[[],
 
     def timed() -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(20_000_000)  # cycles, 10 ms in which the host queues what is timed
         start.record()
         run()
         stop.record()
@@ -267,11 +287,10 @@ def _torch(shape: tuple[int, ...], causal: bool, backward: bool) -> Callable[[],
     return timed
 
 
-def peers(args: argparse.Namespace) -> list[dict[str, Any]]:
+def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Forward, and forward with backward, beside cuDNN through jax.nn and through torch."""
     from attention_jax.masks import Causal, Full
 
-    rows = []
     for H in args.widths:
         for causal in (False, True):
             for T in args.lengths:
@@ -285,15 +304,14 @@ def peers(args: argparse.Namespace) -> list[dict[str, Any]]:
                         contestants["ours, fused"] = _ours(arrays, mask, True, deterministic=False)
                     if (torch := _torch(arrays["q"].shape, causal, backward)) is not None:
                         contestants["torch"] = torch
-                    rows += _report(args, contestants, arrays["q"].shape, T, H, str(mask), backward)
-    return rows
+                    yield from _report(args, contestants, arrays["q"].shape, T, H, str(mask), backward)
 
 
-def sparse(args: argparse.Namespace) -> list[dict[str, Any]]:
+def sparse(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Sparse masks at 16k tokens beside our own dense and causal times, by live pair."""
     from attention_jax.masks import Causal, Full, parse
 
-    T, H, rows = 16384, 128, []
+    T, H = 16384, 128
     arrays = inputs(T, H)
     masks = [Full(), Causal(), *map(parse, (
         "SlidingWindow(1024)", "SlidingWindow(4096)", "Chunked(2048)", "BigBird(128, 3, 1, 3)",
@@ -303,24 +321,23 @@ def sparse(args: argparse.Namespace) -> list[dict[str, Any]]:
         for backward in (False, True):
             contestants = {"ours": _ours(arrays, mask, backward)}
             density = float(mask.density(T))
-            rows += _report(args, contestants, arrays["q"].shape, T, H, str(mask), backward, density)
-    return rows
+            yield from _report(args, contestants, arrays["q"].shape, T, H, str(mask), backward, density)
 
 
-def _report(args, contestants, shape, T, H, mask, backward, density=None) -> list[dict[str, Any]]:
-    rows = []
+def _report(args, contestants, shape, T, H, mask, backward, density=None) -> Iterator[dict[str, Any]]:
     if density is None:
         density = 0.5 if mask.startswith("Causal") else 1.0
     work = flops(shape, density, False) + (flops(shape, density, True) if backward else 0.0)
     for name, ms in interleave(contestants, args.rounds).items():
-        row = {"length": T, "width": H, "mask": mask, "backward": backward, "name": name, "ms": ms}
-        rows.append(row | {"tflops": work / ms / 1e9, "density": density})
+        row = {"length": T, "width": H, "mask": mask, "backward": backward, "name": name, "density": density}
+        if isinstance(ms, str):
+            row["error"] = found = ms
+        else:
+            row |= {"ms": ms, "tflops": work / ms / 1e9}
+            found = f"{ms:8.3f} ms {row['tflops']:6.0f} TFLOP/s"
         what = "forward + backward" if backward else "forward"
-        print(
-            f"{H:>4} {T:>6} {mask:<40} {what:<18} {name:<12} {ms:8.3f} ms {rows[-1]['tflops']:6.0f} TFLOP/s",
-            flush=True,
-        )
-    return rows
+        print(f"{H:>4} {T:>6} {mask:<40} {what:<18} {name:<12} {found}", flush=True)
+        yield row
 
 
 _PROGRAMS = {"tiles": tiles, "peers": peers, "sparse": sparse}

@@ -132,7 +132,7 @@ def launch(
 ) -> dict[str, jax.Array]:
     """Runs `body(refs, smem)` on a grid of thread blocks of `groups` warpgroups; refs hold operands and outs.
 
-    The first axis of the grid runs fastest. An operand may be a `jax.Ref`, which the kernel adds to; one of
+    The last axis of the grid runs fastest. An operand may be a `jax.Ref`, which the kernel adds to; one of
     tokens then has whole tiles of `TILE_ROWS`, to which other operands and outputs are padded here.
     """
     flat, treedef = jax.tree.flatten(operands, is_leaf=lambda x: x is None)
