@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that a Hopper card is wanted for, in under 25 minutes of its time, the most telling first:
+# All that a Hopper card is wanted for, in under 20 minutes of its time, the most telling first:
 #   sh scripts/on_card.sh [FOLDER [STEP...]]    JSON and on_card.log in FOLDER (default docs/results); all steps, or
 #                                               these: smoke numerics peers reruns sparse tiles
 #   REHEARSE=1 sh scripts/on_card.sh [FOLDER]   on a CPU, before: collects the tests, compiles for an H100, and
@@ -49,13 +49,13 @@ else
     # Compiling takes most of the tests' time: several processes where pytest-xdist is installed.
     PARALLEL=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 6")
     # A kernel that is wrong is not worth timing: numerics, poison and odd lengths first, without reruns.
-    tests smoke 180 -x -k "float32 and 4096 and Causal"
+    tests smoke 150 -x -k "float32 and 4096 and Causal"
     # shellcheck disable=SC2086 # two words or none
     tests numerics 300 $PARALLEL -k "not reruns"
-    step peers 400 "$PYTHON" scripts/tune.py peers --widths 128 64 256 --lengths 4096 16384 --rounds 7 --json "$OUT/h100-attention.json"
+    step peers 330 "$PYTHON" scripts/tune.py peers --widths 128 64 256 --lengths 4096 16384 --rounds 7 --json "$OUT/h100-attention.json"
     tests reruns 90 -k reruns
-    step sparse 180 "$PYTHON" scripts/tune.py sparse --rounds 7 --json "$OUT/h100-sparse.json"
-    step tiles 300 "$PYTHON" scripts/tune.py tiles --widths 128 64 --rounds 7 --compiled "$COMPILED" --json "$OUT/h100-tiles.json"
+    step sparse 120 "$PYTHON" scripts/tune.py sparse --rounds 7 --json "$OUT/h100-sparse.json"
+    step tiles 210 "$PYTHON" scripts/tune.py tiles --widths 128 64 --rounds 7 --compiled "$COMPILED" --json "$OUT/h100-tiles.json"
 fi
 [ "$RAN" -gt 0 ] || { echo "no such step:$STEPS" >&2; exit 2; }
 echo "$FAILED of $RAN steps failed"
