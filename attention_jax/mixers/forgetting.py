@@ -28,6 +28,7 @@ from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     build_within,
     check_heads,
+    check_impl,
     dropout_options,
     head_norm,
     head_width,
@@ -62,6 +63,7 @@ class ForgettingAttentionConfig:
     def __post_init__(self):
         parse_mask(self)
         check_heads(self.num_heads, self.num_kv_heads, self.dropout)
+        check_impl(self)
         if not math.isfinite(self.gate_bias):
             raise ValueError(f"gate_bias must be finite, got {self.gate_bias}")
 

@@ -23,6 +23,7 @@ from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     build_within,
     check_heads,
+    check_impl,
     dropout_options,
     head_norm,
     head_width,
@@ -57,6 +58,7 @@ class GatedAttentionConfig:
     def __post_init__(self):
         parse_mask(self)
         check_heads(self.num_heads, self.num_kv_heads, self.dropout)
+        check_impl(self)
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""

@@ -22,6 +22,7 @@ from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     check_heads,
+    check_impl,
     check_whole_row,
     dropout_options,
     head_width,
@@ -56,6 +57,7 @@ class LinformerConfig:
 
     def __post_init__(self):
         check_heads(self.num_heads, None, self.dropout)
+        check_impl(self)
         for name in ("length", "projected_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
