@@ -18,6 +18,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import KVCache, MemoryCache
+from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
@@ -79,6 +80,7 @@ class AttentionConfig:
         if self.bias == "t5":
             object.__setattr__(self, "bias", T5())
         check_heads(self.num_heads, self.num_kv_heads, self.dropout)
+        check_choices(self)
         check_impl(self)
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; null switches it off")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
+from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
@@ -57,6 +58,7 @@ class LinformerConfig:
 
     def __post_init__(self):
         check_heads(self.num_heads, None, self.dropout)
+        check_choices(self)
         check_impl(self)
         for name in ("length", "projected_length"):
             if getattr(self, name) < 1:

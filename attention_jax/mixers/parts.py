@@ -142,9 +142,11 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
 
 
 def parse_mask(config: Any) -> None:
-    """A frozen config's `mask` as a Mask where it was given as an expression."""
+    """A frozen config's `mask` as a Mask where it was given as an expression; ValueError for neither."""
     if isinstance(config.mask, str):
         object.__setattr__(config, "mask", parse(config.mask))
+    if not isinstance(config.mask, Mask):
+        raise ValueError(f"mask must be a Mask or its expression, got {type(config.mask).__name__}")
 
 
 def within(mask: Mask, causal: bool) -> Mask:
