@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 
+from attention_jax.choices import check_choices
 from attention_jax.masks import Full
 from attention_jax.mixers import AttentionConfig, CosformerConfig, CrossAttentionConfig, MixerConfig
 from attention_jax.positions import RoPE
@@ -80,6 +81,7 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", tuple(self.mixers))
+        check_choices(self)
         for name in ("d_model", "num_layers", "vocab_size", "mlp_width", "max_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -127,6 +129,8 @@ class ModelConfig:
 
 def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, name: str) -> None:
     for index, mixer in enumerate(mixers):
+        if not hasattr(mixer, "check"):
+            raise ValueError(f"{name}.{index} must be a config such as AttentionConfig(), got {mixer!r}")
         try:
             mixer.check(d_model, causal=causal)
         except ValueError as error:

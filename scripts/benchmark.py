@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from attention_jax import masks
 from scripts.benchmarks import linear, softmax, training
 from scripts.benchmarks.attention import attention
 from scripts.benchmarks.timing import machine
@@ -39,21 +40,43 @@ _BENCHMARKS = {
 }
 
 
+def _count(text: str) -> int:
+    """An argument that is an integer >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    return int(text)
+
+
+def _mask(text: str) -> str:
+    """An argument that is a mask expression."""
+    try:
+        masks.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status."""
+    """Run a command line; the exit status. A mistake in it exits with 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=list(_BENCHMARKS))
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64], help="of a head")
-    parser.add_argument("--masks", nargs="+", default=["Causal()"], help="expressions, as in YAML")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 elsewhere")
-    parser.add_argument("--length", type=int)
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--lengths", type=_count, nargs="+", help="tokens")
+    parser.add_argument("--widths", type=_count, nargs="+", default=[64], help="of a head")
+    parser.add_argument(
+        "--masks", type=_mask, nargs="+", default=["Causal()"], help="expressions, as in YAML"
+    )
+    parser.add_argument("--batch", type=_count, default=1)
+    parser.add_argument("--heads", type=_count, default=8)
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32 on a CPU, bfloat16 elsewhere",
+    )
+    parser.add_argument("--length", type=_count)
+    parser.add_argument("--window", type=_count, default=512)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--config", type=Path, default=Path("configs/shakespeare_char.yaml"))
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=_count, default=11)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--plot", type=Path, help="attention: a picture of TFLOP/s over the length")
     args = parser.parse_args(argv)

@@ -24,9 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status: 0, or 2 for a user's mistake told in one line on stderr."""
     args = _parser().parse_args(argv)
     try:
-        step = int(args.step) if args.step.isdigit() else args.step
+        step = int(args.step) if args.step.isdecimal() else args.step
         if step not in ("latest", "best") and not isinstance(step, int):
             raise ValueError(f"--step must be a number, latest or best, got {args.step}")
+        if args.seed is not None and not 0 <= args.seed < 2**32:
+            raise ValueError(f"--seed must be in [0, {2**32}), got {args.seed}")
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
         _print_text(load_run(args.run_dir, step=step), args, sampling)
     except (ValueError, OSError) as error:

@@ -154,6 +154,12 @@ REFUSED = [
     ("model: {mixers: [{kind: softmax, mask: 4}]}", ["mixers.0.mask: expected a mask expression, got 4"]),
     ("model: {mixers: [{kind: softmax, mask: Slid(4)}]}", ["model.mixers.0.mask", "Slid", "SlidingWindow"]),
     ("model: {mixers: [{kind: softmax, mask: SlidingWindow(0)}]}", ["model.mixers.0.mask", "window"]),
+    (
+        "model: {mixers: [{kind: softmax, mask: 'Dense([[True]])'}]}",
+        ["model.mixers.0.mask: Dense(1 x 1", "has no YAML"],
+    ),
+    ("model: {mixers: [{kind: softmax, impl: flash}]}", ["model.mixers.0", "unknown impl 'flash'"]),
+    ("model: {mixers: [{kind: softmax, softcap: 0}]}", ["model.mixers.0.softcap must be finite and > 0"]),
     ("model: {mixers: [{kind: softmax, num_heads: 3, num_kv_heads: 2}]}", ["num_kv_heads 2", "num_heads 3"]),
     ("model: {d_model: 130}", ["model.mixers.0", "130", "num_heads 4"]),
     ("model: {d_model: 10, mixers: [{kind: softmax, num_heads: 2, rope: {}}]}", ["model.mixers.0", "odd"]),

@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # From the ground up; a module may import its own storey and those below.
 STOREYS = [
-    ["attention_jax.about", "attention_jax.masks", "attention_jax.biases", "attention_jax.positions",
-     "attention_jax.caches", "attention_jax.layers", "attention_jax.feature_maps"],
+    ["attention_jax.about", "attention_jax.choices", "attention_jax.masks", "attention_jax.biases",
+     "attention_jax.positions", "attention_jax.caches", "attention_jax.layers", "attention_jax.feature_maps"],
     ["attention_jax.ops"],
     ["attention_jax.mixers"],
     ["attention_jax.model_config", "attention_jax.stack", "attention_jax.model"],

@@ -306,6 +306,45 @@ def test_metrics_are_cut_after_the_resumed_step(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_a_lost_last_row_is_not_replaced_by_an_earlier_one(config, stand_in):
+    """Its val/loss is of other parameters."""
+    run = config()
+    assert loop.train(run) == 0
+    folder = Path(run.run_dir)
+    (folder / "result.json").unlink()
+    *whole, _ = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join(whole))
+    with pytest.raises(ValueError, match="metrics.jsonl has lost the row of step 8") as caught:
+        loop.train(run)
+    assert "\n" not in str(caught.value) and not (folder / "result.json").exists()
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint(config, stand_in, monkeypatch):
+    synced, save = [], Checkpoints.save
+    sync = MetricsWriter.sync
+    monkeypatch.setattr(
+        MetricsWriter, "sync", lambda self: (synced.append(self.rows[-1]["step"]), sync(self))
+    )
+
+    def checked(self, step, *arguments, **options):
+        assert synced[-1] == step
+        return save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", checked)
+    assert loop.train(config(checkpoint__every=8)) == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "versions.json", "result.json"])
+def test_a_file_that_is_no_json_object_is_named(config, stand_in, name):
+    run = config()
+    assert loop.train(run) == 0
+    folder = Path(run.run_dir)
+    (folder / "result.json").unlink()
+    (folder / name).write_text("[]")
+    with pytest.raises(ValueError, match=f"{name} is no JSON object"):
+        loop.train(run)
+
+
 def test_a_broken_row_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0}\nrubbish\n{"step": 3, "time": 0}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no row of metrics"):

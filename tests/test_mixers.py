@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.mixers import AttentionConfig, Context
+from attention_jax.mixers import AttentionConfig, Context, make_mixer, mixer_kinds
 from attention_jax.positions import RoPE
 from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, VARIANTS, cross_reference, dense, mask_of
 
@@ -264,12 +264,31 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(x):
         ({"num_heads": 4, "rope": RoPE(width=16)}, "RoPE width 16 exceeds head_dim 8"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"mask": "SlidingWindow(0)"}, "window must be an integer >= 1"),
+        ({"qk_norm": "layer"}, "qk_norm must be one of rms, l2, None, got 'layer'"),
+        ({"bias": "rpe"}, "bias must be one of alibi, t5, None, got 'rpe'"),
+        ({"mask": np.ones((2, 2), bool)}, "mask must be a Mask or its expression, got ndarray"),
+        ({"softcap": 0.0}, "softcap must be finite and > 0, got 0.0; null switches it off"),
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
     ],
 )
 def test_bad_configs(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         AttentionConfig(**arguments).build(D_MODEL, nnx.Rngs(0))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", mixer_kinds())
+@pytest.mark.parametrize("d_model", [0, -8])
+def test_a_model_has_a_width(kind, d_model):
+    with pytest.raises(ValueError, match=f"d_model must be >= 1, got {d_model}"):
+        make_mixer(kind, d_model, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", mixer_kinds())
+def test_an_unknown_impl_is_refused_by_the_config(kind):
+    """Not by the first step, when a run folder has been made that refuses the mended config."""
+    with pytest.raises(ValueError, match="impl.*'flash'"):
+        mixer_kinds()[kind](impl="flash")
 
 
 def test_bad_calls(x):

@@ -218,6 +218,10 @@ def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
         ({"vocab_size": 0}, "vocab_size must be >= 1"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
         ({"remat": "dots_savable"}, "no policy 'dots_savable'; did you mean 'dots_saveable'"),
+        ({"mlp": "relu"}, "mlp must be one of swiglu, geglu, gelu, got 'relu'"),
+        ({"norm": "rms"}, "norm must be one of rmsnorm, layernorm, got 'rms'"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"mixers": ("softmax",)}, r"mixers.0 must be a config such as AttentionConfig\(\), got 'softmax'"),
     ],
 )
 def test_bad_configs(arguments, message):

@@ -529,3 +529,27 @@ def test_scan_and_checkpoint(impl, small_tiles):
 
     found, wanted = (jax.jit(jax.grad(f))(x) for f in (scanned, plain))
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_hessian_vector_products(small_tiles):
+    """Forward-mode over the gradient differentiates both passes of `chunked`, its 2^x of bits included."""
+    shapes = ((1, 20, 2, 8), (1, 20, 1, 8), (1, 20, 1, 8), (1, 2, 20, 20), (2,))
+    keys = jax.random.split(jax.random.key(0), 2 * len(shapes))
+    point, direction = (
+        [jax.random.normal(key, shape) for key, shape in zip(keys[i::2], shapes, strict=True)] for i in (0, 1)
+    )
+
+    def loss(impl, arguments):
+        q, k, v, bias, sinks = arguments
+        out, lse = dot_product_attention(
+            q, k, v, mask=SlidingWindow(9), bias=bias, sink_logits_N=sinks, softcap=3.0, return_lse=True,
+            impl=impl,
+        )  # fmt: skip
+        return (out**2).sum() + jnp.sin(lse).sum()
+
+    def product(impl):
+        gradient = jax.grad(functools.partial(loss, impl))
+        return jax.jit(lambda x, dx: jax.jvp(gradient, (x,), (dx,))[1])(point, direction)
+
+    for found, wanted in zip(product("chunked"), product("reference"), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())

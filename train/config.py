@@ -18,7 +18,7 @@ from typing import Any
 
 import pydantic
 
-from attention_jax.masks import Mask
+from attention_jax.masks import Mask, parse
 from train import plain_yaml
 from train.keys import default_of, expected, hints, item_type, kind_of, members, sections
 from train.plain_yaml import ConfigError
@@ -46,20 +46,35 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     _check_keys(RunConfig, raw, "")
     try:
         # JSON mode is strict about scalars, yet takes lists for tuples and mappings for dataclasses.
-        return _adapter().validate_json(json.dumps(raw))
+        config = _adapter().validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
         raise ConfigError(_told(error, raw)) from None
-
-
-def to_dict(config: Any) -> Any:
-    """Plain dicts, lists and scalars; masks become their expressions."""
-    if isinstance(config, Mask):
-        return str(config)
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, (tuple, list)):
-        return [to_dict(item) for item in config]
+    to_dict(config)  # early: a run folder could not hold what this refuses
     return config
+
+
+def to_dict(config: Any, path: str = "") -> Any:
+    """Plain dicts, lists and scalars; masks become their expressions.
+
+    ConfigError names the key, below `path`, of a mask without one.
+    """
+    if isinstance(config, Mask):
+        return _expression(config, path)
+    if dataclasses.is_dataclass(config):
+        values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        return {name: to_dict(value, _join(path, name)) for name, value in values}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item, _join(path, index)) for index, item in enumerate(config)]
+    return config
+
+
+def _expression(mask: Mask, path: str) -> str:
+    try:
+        if parse(str(mask)) == mask:
+            return str(mask)
+    except ValueError:
+        pass
+    raise ConfigError(f"{path}: {mask} has no YAML, an array or a function is no text; choose a pattern")
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -241,12 +241,19 @@ class Run:
             "versions": package_versions(),
         }
         state = {"params": self.params, "opt_state": self.opt_state}
+        self.metrics.sync()
         self.checkpoints.save(step, state, info, best=self.best and self.best["step"])
 
     def finish(self) -> dict[str, Any]:
         """Score every held-out token, draw the losses, write result.json; its content."""
         steps = self.config.steps
-        last = next((row for row in reversed(self.metrics.rows) if "val/loss" in row), {})
+        # An earlier row is of other parameters.
+        last = next((row for row in self.metrics.rows if row["step"] == steps and "val/loss" in row), None)
+        if last is None:
+            raise ValueError(
+                f"{self.folder.path}/metrics.jsonl has lost the row of step {steps}, written before the "
+                "checkpoint: restore it from a copy, or delete the checkpoints of that step"
+            )
         names = ("train/loss", "val/loss", "val/accuracy")
         result = {"step": steps} | {name: last[name] for name in names if name in last}
         if self.config.evaluation.final_full:

@@ -10,6 +10,7 @@ not.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ class MetricsWriter:
         self._add_events(row)
         self._events.flush()
         return row
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk: a power failure then takes none from before a checkpoint."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the files."""

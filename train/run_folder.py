@@ -137,9 +137,12 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads(_text(self.path / name))
+            value = json.loads(_text(self.path / name))
         except json.JSONDecodeError:
-            raise ValueError(f"{self.path / name} is no JSON: choose another run_dir") from None
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path / name} is no JSON object: choose another run_dir")
+        return value
 
 
 def config_hash(config: RunConfig) -> str:

@@ -186,8 +186,8 @@ def parse(text: str) -> Mask:
         if node.func.id not in known:
             raise ValueError(f"mask {text!r}: no mask {node.func.id!r}; there are {', '.join(sorted(known))}")
         try:
-            args = [ast.literal_eval(arg) for arg in node.args]
-            kwargs = {kw.arg: ast.literal_eval(kw.value) for kw in node.keywords}
+            args = [_literal(arg) for arg in node.args]
+            kwargs = {kw.arg: _literal(kw.value) for kw in node.keywords}
             return known[node.func.id](*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise ValueError(f"mask {text!r}: {error}") from None
@@ -199,13 +199,27 @@ def parse(text: str) -> Mask:
     return build(tree)
 
 
+def _literal(node: ast.AST) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"arguments are plain numbers, or tuples of them, got {ast.unparse(node)}") from None
+
+
 def _subclasses(cls: type) -> set[type]:
     return {cls}.union(*map(_subclasses, cls.__subclasses__())) - {Mask}
 
 
-def natural(name: str, value: int, least: int = 0) -> None:
+# Positions are int32: a larger number could not be compared with one, and sums in `bounds` would wrap.
+_LARGEST = 2**30
+
+
+def natural(name: str, value: int, least: int = 0, most: int = _LARGEST) -> None:
+    """ValueError unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be <= {most}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -120,7 +120,7 @@ class RandomBlocks(Mask):
     def __post_init__(self):
         natural("RandomBlocks block", self.block, 1)
         natural("RandomBlocks count", self.count, 1)
-        natural("RandomBlocks seed", self.seed)
+        natural("RandomBlocks seed", self.seed, most=2**32 - 1)
         natural("RandomBlocks skip", self.skip)
         natural("RandomBlocks first", self.first)
 
@@ -341,7 +341,7 @@ class BigBird(Recipe):
         natural("BigBird window_blocks", self.window_blocks, 1)
         natural("BigBird global_blocks", self.global_blocks)
         natural("BigBird random_blocks", self.random_blocks)
-        natural("BigBird seed", self.seed)
+        natural("BigBird seed", self.seed, most=2**32 - 1)
         if self.window_blocks % 2 == 0:
             raise ValueError(f"BigBird window_blocks must be odd, got {self.window_blocks}")
 

@@ -95,6 +95,7 @@ class Dilated(Mask):
     def __post_init__(self):
         natural("Dilated window", self.window, 1)
         natural("Dilated stride", self.stride, 1)
+        natural("Dilated (window - 1) stride", self._reach)
 
     @property
     def _reach(self) -> int:

@@ -92,6 +92,8 @@ def make_mixer(
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)[0]
             raise ValueError(f"mixer {kind!r} has no option {name!r}; did you mean {near!r}?")
+    if d_model < 1:
+        raise ValueError(f"d_model must be >= 1, got {d_model}")
     return kinds[kind](**options).build(d_model, rngs, causal=causal, dtype=dtype)
 
 

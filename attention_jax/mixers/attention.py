@@ -8,6 +8,7 @@ Vaswani et al. 2017 (arXiv 1706.03762); MQA: Shazeer 2019 (1911.02150); GQA: Ain
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -17,12 +18,14 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import KVCache, MemoryCache
+from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     Keys,
     check_heads,
+    check_impl,
     dropout_options,
     head_norm,
     head_width,
@@ -77,6 +80,12 @@ class AttentionConfig:
         if self.bias == "t5":
             object.__setattr__(self, "bias", T5())
         check_heads(self.num_heads, self.num_kv_heads, self.dropout)
+        check_choices(self)
+        check_impl(self)
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; null switches it off")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite, got {self.scale}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""

@@ -28,7 +28,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_heads, head_width, split_heads, zero_invalid
+from attention_jax.mixers.parts import check_heads, check_impl, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
     GatedRMSNorm,
     RecurrentState,
@@ -66,8 +66,7 @@ class DeltaBaseConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        if self.impl not in (None, *implementations()):
-            raise ValueError(f"unknown impl {self.impl!r}; there are {', '.join(implementations())}")
+        check_impl(self)
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(H, M); ValueError where H is no whole number."""

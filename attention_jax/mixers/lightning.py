@@ -24,7 +24,14 @@ from attention_jax.about import About
 from attention_jax.biases import alibi_slopes
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_heads, head_width, positions_of, split_heads, zero_invalid
+from attention_jax.mixers.parts import (
+    check_heads,
+    check_impl,
+    head_width,
+    positions_of,
+    split_heads,
+    zero_invalid,
+)
 from attention_jax.mixers.recurrent import GatedRMSNorm, RecurrentState, decayed, refuse_bidirectional
 from attention_jax.ops.decay_scan.api import implementations
 from attention_jax.positions import RoPE
@@ -51,6 +58,7 @@ class LightningConfig:
 
     def __post_init__(self):
         check_heads(self.num_heads, None, 0.0)
+        check_impl(self)
         if not 0 < self.slope_factor < math.inf:
             raise ValueError(f"slope_factor must be > 0 and finite, got {self.slope_factor}")
 

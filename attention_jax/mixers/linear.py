@@ -45,10 +45,6 @@ class LinearAttentionConfig(LinearBaseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(
-                f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}"
-            )
         if self.normalize and not FEATURE_MAPS[self.feature_map].never_negative:
             raise ValueError(
                 f"normalize divides by a sum of weights that feature_map {self.feature_map!r} lets pass "

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
+from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     check_heads,
+    check_impl,
     check_whole_row,
     dropout_options,
     head_width,
@@ -56,6 +58,8 @@ class LinformerConfig:
 
     def __post_init__(self):
         check_heads(self.num_heads, None, self.dropout)
+        check_choices(self)
+        check_impl(self)
         for name in ("length", "projected_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

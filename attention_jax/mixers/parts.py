@@ -13,6 +13,7 @@ from attention_jax.caches import KVCache
 from attention_jax.masks import Causal, Mask, parse
 from attention_jax.mixers.base import Context
 from attention_jax.ops.softmax import dot_product_attention
+from attention_jax.ops.softmax.api import implementations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +142,11 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
 
 
 def parse_mask(config: Any) -> None:
-    """A frozen config's `mask` as a Mask where it was given as an expression."""
+    """A frozen config's `mask` as a Mask where it was given as an expression; ValueError for neither."""
     if isinstance(config.mask, str):
         object.__setattr__(config, "mask", parse(config.mask))
+    if not isinstance(config.mask, Mask):
+        raise ValueError(f"mask must be a Mask or its expression, got {type(config.mask).__name__}")
 
 
 def within(mask: Mask, causal: bool) -> Mask:
@@ -168,6 +171,13 @@ def check_heads(num_heads: int, num_kv_heads: int | None, dropout: float) -> Non
         raise ValueError(f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def check_impl(config: Any) -> None:
+    """ValueError for an `impl` that the mixer's op does not have; whether it runs a call is known later."""
+    known = getattr(config, "implementations", implementations)()
+    if config.impl not in (None, *known):
+        raise ValueError(f"unknown impl {config.impl!r}; there are {', '.join(known)}")
 
 
 def refuse_causal(name: str, reason: str, causal: bool) -> None:

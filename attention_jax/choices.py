@@ -1,0 +1,32 @@
+"""Options of configs that take one of a few words, checked where Python makes the config, as YAML does."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any, Literal, Union
+
+
+def check_choices(config: Any) -> None:
+    """ValueError for a field of a dataclass whose `Literal` type does not list its value."""
+    for name, (words, others) in _choices(type(config)).items():
+        value = getattr(config, name)
+        if not (isinstance(value, others) or any(value is word or value == word for word in words)):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, words))}, got {value!r}")
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[tuple[Any, ...], tuple[type, ...]]]:
+    """The words of each field that has some, and the classes that its type also allows."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        union = typing.get_origin(hint) in (Union, types.UnionType)
+        members = typing.get_args(hint) if union else (hint,)
+        words = [w for m in members if typing.get_origin(m) is Literal for w in typing.get_args(m)]
+        if words:
+            others = tuple(m for m in members if isinstance(m, type))
+            found[field.name] = ((*words, None) if type(None) in others else tuple(words), others)
+    return found
