@@ -99,7 +99,9 @@ def dot_product_attention(
 
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
-      -inf (or the sink), and passes no gradient. Everything accumulates in float32.
+      -inf (or the sink), and passes no gradient. Everything accumulates in float32. Every implementation
+      has a gradient; `jax.jvp` of a gradient (Hessian-vector products) works through "chunked" and
+      "reference", any other derivative through "reference" alone, and JAX refuses it elsewhere.
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together.
