@@ -285,6 +285,14 @@ def test_bits_per_byte_of_a_prefix_lm_are_of_the_bytes_it_scores(config):
         assert row["val/bits_per_byte"] == pytest.approx(bits, rel=1e-9)
 
 
+def test_an_implementation_that_cannot_run_here_begins_no_run(config):
+    """The mended config may have the folder."""
+    model = {"d_model": 8, "num_layers": 1, "mixers": [{"kind": "softmax", "num_heads": 2, "impl": "cudnn"}]}
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        loop.train(config(model=model))
+    assert loop.train(config()) == 0
+
+
 def test_metrics_are_cut_after_the_resumed_step(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in range(1, 6):

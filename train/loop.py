@@ -91,6 +91,9 @@ class Run:
             self.fill_in = make_fill_in(self.model)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
         self._start(init_key)
+        if not folder.begun:
+            # What cannot run here, such as a named `impl`, is refused before the folder is this config's.
+            jax.eval_shape(self.eval_step, self.params, next(self.data.validation_batches(1)))
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
         notes = folder.begin(facts)
         self.checkpoints.collect(self.best and self.best["step"])
