@@ -18,14 +18,12 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import KVCache, MemoryCache
-from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     Keys,
-    check_heads,
-    check_impl,
+    check_options,
     dropout_options,
     head_norm,
     head_width,
@@ -79,9 +77,7 @@ class AttentionConfig:
         parse_mask(self)
         if self.bias == "t5":
             object.__setattr__(self, "bias", T5())
-        check_heads(self.num_heads, self.num_kv_heads, self.dropout)
-        check_choices(self)
-        check_impl(self)
+        check_options(self)
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; null switches it off")
         if self.scale is not None and not math.isfinite(self.scale):

@@ -28,7 +28,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_heads, check_impl, head_width, split_heads, zero_invalid
+from attention_jax.mixers.parts import check_options, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
     GatedRMSNorm,
     RecurrentState,
@@ -61,12 +61,11 @@ class DeltaBaseConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_heads(self.num_heads, None, 0.0)
+        check_options(self)
         for name in ("value_dim", "convolution", "chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        check_impl(self)
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(H, M); ValueError where H is no whole number."""

@@ -24,8 +24,7 @@ from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     build_within,
-    check_heads,
-    check_impl,
+    check_options,
     head_width,
     parse_mask,
     positions_of,
@@ -55,8 +54,7 @@ class DifferentialAttentionConfig:
 
     def __post_init__(self):
         parse_mask(self)
-        check_heads(self.num_heads, self.num_kv_heads, 0.0)
-        check_impl(self)
+        check_options(self)
         if not 0 < self.lambda_init < 1:
             raise ValueError(f"lambda_init must be in (0, 1), got {self.lambda_init}")
 

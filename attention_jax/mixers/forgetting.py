@@ -22,14 +22,12 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
 from attention_jax.caches import KVCache
-from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     build_within,
-    check_heads,
-    check_impl,
+    check_options,
     dropout_options,
     head_norm,
     head_width,
@@ -63,9 +61,7 @@ class ForgettingAttentionConfig:
 
     def __post_init__(self):
         parse_mask(self)
-        check_heads(self.num_heads, self.num_kv_heads, self.dropout)
-        check_choices(self)
-        check_impl(self)
+        check_options(self)
         if not math.isfinite(self.gate_bias):
             raise ValueError(f"gate_bias must be finite, got {self.gate_bias}")
 

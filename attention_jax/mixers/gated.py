@@ -17,14 +17,12 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import KVCache
-from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     build_within,
-    check_heads,
-    check_impl,
+    check_options,
     dropout_options,
     head_norm,
     head_width,
@@ -58,9 +56,7 @@ class GatedAttentionConfig:
 
     def __post_init__(self):
         parse_mask(self)
-        check_heads(self.num_heads, self.num_kv_heads, self.dropout)
-        check_choices(self)
-        check_impl(self)
+        check_options(self)
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""

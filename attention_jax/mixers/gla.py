@@ -22,7 +22,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_heads, check_impl, head_width, split_heads, zero_invalid
+from attention_jax.mixers.parts import check_options, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import GatedRMSNorm, RecurrentState, decayed, refuse_bidirectional
 from attention_jax.ops.decay_scan.api import implementations
 
@@ -45,8 +45,7 @@ class GLAConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_heads(self.num_heads, None, 0.0)
-        check_impl(self)
+        check_options(self)
         for name in ("value_dim", "decay_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -24,14 +24,7 @@ from attention_jax.about import About
 from attention_jax.biases import alibi_slopes
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import (
-    check_heads,
-    check_impl,
-    head_width,
-    positions_of,
-    split_heads,
-    zero_invalid,
-)
+from attention_jax.mixers.parts import check_options, head_width, positions_of, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import GatedRMSNorm, RecurrentState, decayed, refuse_bidirectional
 from attention_jax.ops.decay_scan.api import implementations
 from attention_jax.positions import RoPE
@@ -57,8 +50,7 @@ class LightningConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_heads(self.num_heads, None, 0.0)
-        check_impl(self)
+        check_options(self)
         if not 0 < self.slope_factor < math.inf:
             raise ValueError(f"slope_factor must be > 0 and finite, got {self.slope_factor}")
 

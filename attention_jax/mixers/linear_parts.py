@@ -16,17 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import (
-    check_heads,
-    check_impl,
-    head_norm,
-    head_width,
-    split_heads,
-    zero_invalid,
-)
+from attention_jax.mixers.parts import check_options, head_norm, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import scan_options
 from attention_jax.ops.decay_scan import decay_scan
 from attention_jax.ops.decay_scan.api import implementations
@@ -49,9 +41,7 @@ class LinearBaseConfig:
     impl: str | None = None  #: implementation of decay_scan by name; null: the best
 
     def __post_init__(self):
-        check_heads(self.num_heads, self.num_kv_heads, 0.0)
-        check_choices(self)
-        check_impl(self)
+        check_options(self)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size must be >= 1, got {self.chunk_size}")
 

@@ -18,12 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.choices import check_choices
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
-    check_heads,
-    check_impl,
+    check_options,
     check_whole_row,
     dropout_options,
     head_width,
@@ -57,9 +55,7 @@ class LinformerConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        check_heads(self.num_heads, None, self.dropout)
-        check_choices(self)
-        check_impl(self)
+        check_options(self)
         for name in ("length", "projected_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

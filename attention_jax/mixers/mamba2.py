@@ -24,7 +24,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.layers import linear
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_impl, split_heads, zero_invalid
+from attention_jax.mixers.parts import check_options, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
     GatedRMSNorm,
     RecurrentState,
@@ -64,7 +64,7 @@ class Mamba2Config:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_impl(self)
+        check_options(self)
         for name in ("expand", "head_dim", "state_dim", "groups", "convolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

@@ -27,8 +27,7 @@ from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
     Keys,
     build_within,
-    check_heads,
-    check_impl,
+    check_options,
     dropout_options,
     parse_mask,
     positions_of,
@@ -68,8 +67,7 @@ class LatentAttentionConfig:
 
     def __post_init__(self):
         parse_mask(self)
-        check_heads(self.num_heads, None, self.dropout)
-        check_impl(self)
+        check_options(self)
         for name in ("latent_dim", "query_latent_dim", "head_dim", "value_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:

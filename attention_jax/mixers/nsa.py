@@ -85,7 +85,7 @@ class NSAConfig:
     impl: str | None = None
 
     def __post_init__(self):
-        check_heads(self.num_heads, self.num_kv_heads, 0.0)
+        check_heads(self.num_heads, self.num_kv_heads)
         for name in ("compress_block", "compress_stride", "compress_width", "select_block", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -23,8 +23,7 @@ from attention_jax.about import About
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.parts import (
-    check_heads,
-    check_impl,
+    check_options,
     check_whole_row,
     head_width,
     refuse_causal,
@@ -54,8 +53,7 @@ class NystromformerConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        check_heads(self.num_heads, None, 0.0)
-        check_impl(self)
+        check_options(self)
         for name in ("landmarks", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

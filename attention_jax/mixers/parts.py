@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.caches import KVCache
+from attention_jax.choices import check_choices
 from attention_jax.masks import Causal, Mask, parse
 from attention_jax.mixers.base import Context
 from attention_jax.ops.softmax import dot_product_attention
@@ -162,19 +163,25 @@ def build_within(config: Any, module: type, d_model: int, rngs: nnx.Rngs, causal
     )
 
 
-def check_heads(num_heads: int, num_kv_heads: int | None, dropout: float) -> None:
-    """ValueError for head counts or a dropout rate that cannot be."""
+def check_heads(num_heads: int, num_kv_heads: int | None) -> None:
+    """ValueError for head counts that cannot be."""
     if num_heads < 1:
         raise ValueError(f"num_heads must be >= 1, got {num_heads}")
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if kv_heads < 1 or num_heads % kv_heads:
         raise ValueError(f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}")
-    if not 0 <= dropout < 1:
+
+
+def check_options(config: Any) -> None:
+    """ValueError for what configs of many mixers share and cannot be: head counts, dropout, words, `impl`.
+
+    An `impl` is one that the mixer's op has; whether it runs a call is known later.
+    """
+    if hasattr(config, "num_heads"):
+        check_heads(config.num_heads, getattr(config, "num_kv_heads", None))
+    if not 0 <= (dropout := getattr(config, "dropout", 0.0)) < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-
-
-def check_impl(config: Any) -> None:
-    """ValueError for an `impl` that the mixer's op does not have; whether it runs a call is known later."""
+    check_choices(config)
     known = getattr(config, "implementations", implementations)()
     if config.impl not in (None, *known):
         raise ValueError(f"unknown impl {config.impl!r}; there are {', '.join(known)}")

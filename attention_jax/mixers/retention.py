@@ -22,14 +22,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.layers import linear, together
 from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import (
-    check_heads,
-    check_impl,
-    head_width,
-    positions_of,
-    split_heads,
-    zero_invalid,
-)
+from attention_jax.mixers.parts import check_options, head_width, positions_of, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import HeadGroupNorm, RecurrentState, decayed, refuse_bidirectional
 from attention_jax.ops.decay_scan.api import implementations
 from attention_jax.positions import RoPE
@@ -55,8 +48,7 @@ class RetentionConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_heads(self.num_heads, None, 0.0)
-        check_impl(self)
+        check_options(self)
         if self.value_dim is not None and self.value_dim < 1:
             raise ValueError(f"value_dim must be >= 1, got {self.value_dim}")
         for name in ("first_exponent", "last_exponent"):
