@@ -2,8 +2,9 @@
 
     python -m tests.mosaic_gpu_run '{"lengths": [150, 200], "dtype": "bfloat16"}' [fused]
 
-Outputs and gradients are compared with float64 as in tests/test_softmax.py; then races are read out. The
-process fails, or hangs where a barrier is missed: whoever starts it sets a limit.
+Outputs and gradients are compared with float64 as in tests/test_softmax.py; then races are read out. It
+prints "fused" if a backward ran as one kernel. The process fails, or hangs where a barrier is missed: whoever
+starts it sets a limit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def main(words: dict, kind: str) -> None:
 
     from attention_jax.ops.dispatch import Implementation
     from attention_jax.ops.softmax import api, mosaic_gpu
+    from attention_jax.ops.softmax.mosaic_gpu import backward_kv
     from tests.cases import OpCase
     from tests.test_softmax import check
 
@@ -28,10 +30,13 @@ def main(words: dict, kind: str) -> None:
     mosaic_gpu_shim.install()
     attend = functools.partial(mosaic_gpu.attend, deterministic=kind != "fused")
     api._IMPLEMENTATIONS["mosaic_gpu"] = Implementation(attend, mosaic_gpu.unsupported)
+    fused, calls = backward_kv.gradients_fused, []
+    backward_kv.gradients_fused = lambda *arguments: calls.append("fused") or fused(*arguments)
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with mosaic_gpu.any_platform(), plgpu.force_gpu_interpret_mode(params):
         check(case, "mosaic_gpu")
     assert not gpu_callbacks.get_races().races_found, "the interpreter found races"
+    print(*set(calls))
 
 
 if __name__ == "__main__":

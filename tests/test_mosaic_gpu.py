@@ -160,8 +160,8 @@ def test_without_a_hopper_it_says_so():
     assert ("sm_90" if _NEW else "needs jax >= 0.11.2") in mosaic_gpu.unsupported(call_of())
 
 
-def interpret(case: OpCase, kind: str = "two kernels") -> None:
-    run("tests.mosaic_gpu_run", json.dumps(dataclasses.asdict(case)), kind)
+def interpret(case: OpCase, kind: str = "two kernels") -> str:
+    return run("tests.mosaic_gpu_run", json.dumps(dataclasses.asdict(case)), kind)
 
 
 _ALL = OpCase(
@@ -175,6 +175,13 @@ _ALL = OpCase(
 def test_interpreted_with_everything_at_once(kind):
     case = _ALL if kind == "fused" else dataclasses.replace(_ALL, widths=(40, 64), dtype="float16")
     interpret(case, kind)
+
+
+@needs_kernels
+def test_interpreted_fused():
+    """All that the one kernel takes: what it does not take (above) runs as two."""
+    case = dataclasses.replace(_ALL, bias=None, softcap=None, positions=None, dropout=0.0, dtype="float16")
+    assert interpret(case, "fused").split() == ["fused"]
 
 
 FACTORS = {
