@@ -216,6 +216,31 @@ def test_interpreted_over_all_pairs(case, kind):
     interpret(case, kind)
 
 
+# What runs as one kernel: no row of the array above is among it.
+FUSED_FACTORS = {
+    "lengths": FACTORS["lengths"],
+    "widths": [(64, 64), (128, 128)],
+    "mask": [None, "causal", "sink window"],
+    "heads": FACTORS["heads"],
+    "slots": [{}, {"positions": "left padded"}, {"positions": "cache"}, {"segments": "ragged"}],
+    "sinks": [False, True],
+    "dtype": FACTORS["dtype"],
+    "scale": FACTORS["scale"],
+}
+
+
+def _fused() -> list[OpCase]:
+    rows = pairwise(FUSED_FACTORS, tries=10)
+    return [OpCase(seed=i, batch=1, **row.pop("slots"), **row) for i, row in enumerate(rows)]
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _fused(), ids=str)
+def test_interpreted_fused_over_all_pairs(case):
+    assert interpret(case, "fused").split() == ["fused"]
+
+
 def compiled(*names: str, kernels: tuple[str, ...] = aot_gpu.KERNELS) -> list[dict]:
     lines = run("tests.aot_gpu", *names, "--json", "--kernels", *kernels, limit=1800).splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
