@@ -159,13 +159,9 @@ def _compiled(name: str, kernel: str, H: int, block: int, stages: int) -> dict[s
 
 def compiled_tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The candidates that an H100's compiler takes, with what it says of them."""
-    from attention_jax.ops.softmax.mosaic_gpu import plan
-
     for H in args.widths:
         for mask in ("Full()", "Causal()"):
             for kernel in args.kernels:
-                if kernel == "fused" and (H, H) not in plan.FUSED:
-                    continue
                 for block, stages in candidates(kernel):
                     found = _compiled(mask, kernel, H, block, stages)
                     if found is not None:
@@ -204,7 +200,7 @@ def _kernel(H: int, mask: str, kernel: str, block: int, stages: int) -> Callable
     import jax.numpy as jnp
 
     from attention_jax.masks import parse
-    from attention_jax.ops.softmax.mosaic_gpu import backward_kv, backward_q, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
 
     arrays, size = inputs(4096, H), plan.Tiles(block, stages)
     B, T, N, _ = arrays["q"].shape
@@ -216,8 +212,9 @@ def _kernel(H: int, mask: str, kernel: str, block: int, stages: int) -> Callable
             return forward.forward(plan.forward_plan(call, size))
         if kernel == "q":
             return backward_q.gradient_q(plan.backward_q_plan(call, size), *rest)
-        by_key = backward_kv.gradient_kv if kernel == "kv" else backward_kv.gradients_fused
-        return by_key(plan.backward_k_plan(call, size), *rest)
+        if kernel == "kv":
+            return backward_kv.gradient_kv(plan.backward_k_plan(call, size), *rest)
+        return backward_fused.gradients_fused(plan.fused_plan(call, size), *rest)
 
     return functools.partial(device_time, jax.jit(run), arrays, saved)
 
@@ -300,7 +297,7 @@ def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         "ours": _ours(arrays, mask, backward),
                         "jax.nn": _jax_nn(arrays, causal, backward),
                     }
-                    if backward and H in (64, 128):
+                    if backward:
                         contestants["ours, fused"] = _ours(arrays, mask, True, deterministic=False)
                     if (torch := _torch(arrays["q"].shape, causal, backward)) is not None:
                         contestants["torch"] = torch

@@ -33,7 +33,7 @@ KERNELS = ("forward", "q", "kv", "fused")
 class Config:
     """One compilation: a call at a real size, and which of its kernels."""
 
-    kernels: tuple[str, ...] = ("forward", "q", "kv")
+    kernels: tuple[str, ...] = KERNELS
     widths: tuple[int, int] = (128, 128)
     heads: tuple[int, int] = (16, 4)
     lengths: tuple[int, int] = (4096, 4096)
@@ -44,31 +44,26 @@ class Config:
 
 
 WIDE = {"64": (64, 64), "96": (96, 96), "192-128": (192, 128), "192": (192, 192), "256": (256, 256)}
-_ALL, _TWO = KERNELS, KERNELS[:3]
+_EVERYTHING = ("positions", "segments", "sinks", "alibi", "softcap", "dropout")
 CONFIGS = {
-    "128 full": Config(_ALL, mask="Full()"),
-    "128 causal": Config(_ALL),
-    "64 full": Config(_ALL, (64, 64), mask="Full()"),
-    **{f"{name} causal": Config(_ALL if name == "64" else _TWO, w) for name, w in WIDE.items()},
-    "128 causal fp16": Config(_ALL, dtype="float16"),
-    "128 odd lengths": Config(_ALL, lengths=(4001, 3999), mask="Full()"),
-    "128 window": Config(_ALL, mask="SlidingWindow(1024)"),
+    "128 full": Config(mask="Full()"),
+    "128 causal": Config(),
+    "64 full": Config(widths=(64, 64), mask="Full()"),
+    **{f"{name} causal": Config(widths=w) for name, w in WIDE.items()},
+    "128 causal fp16": Config(dtype="float16"),
+    "128 odd lengths": Config(lengths=(4001, 3999), mask="Full()"),
+    "128 window": Config(mask="SlidingWindow(1024)"),
     "128 prefix or chunks": Config(mask="(Prefix(100) | Chunked(512)) & ~Dilated(4, 3)"),
     "128 bigbird": Config(mask="BigBird(64, 3, 1, 2) & Causal()"),
-    "128 longformer": Config(_ALL, mask="Longformer(512, (0, 100, 2000))"),
+    "128 longformer": Config(mask="Longformer(512, (0, 100, 2000))"),
     "128 softcap": Config(extras=("softcap",)),
     "128 alibi": Config(extras=("alibi",)),
     "128 sinks": Config(extras=("sinks",)),
-    "128 segments": Config(_ALL, extras=("segments",)),
+    "128 segments": Config(extras=("segments",)),
     "128 positions segments": Config(extras=("positions", "segments")),
     "128 dropout": Config(extras=("dropout",)),
-    "128 everything": Config(extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")),
-    "64 everything": Config(
-        _TWO, (64, 64), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
-    ),
-    "256 everything": Config(
-        _TWO, (256, 256), extras=("positions", "segments", "sinks", "alibi", "softcap", "dropout")
-    ),
+    "128 everything": Config(extras=_EVERYTHING),
+    **{f"{name} everything": Config(widths=WIDE[name], extras=_EVERYTHING) for name in ("64", "192", "256")},
 }
 
 
@@ -119,18 +114,18 @@ def _call(config: Config, dtype: Any):
 def _program(config: Config, kernel: str):
     import jax.numpy as jnp
 
-    from attention_jax.ops.softmax.mosaic_gpu import backward_kv, backward_q, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
 
     dtype = jnp.dtype(config.dtype)
     make, shapes = _call(config, dtype)
     tiles = plan.Tiles(*config.tiles[kernel]) if config.tiles and kernel in config.tiles else None
 
-    plans = {"forward": plan.forward_plan, "q": plan.backward_q_plan}
+    plans = {"forward": plan.forward_plan, "q": plan.backward_q_plan, "fused": plan.fused_plan}
     run = {
         "forward": lambda cut, *rest: forward.forward(cut),
         "q": backward_q.gradient_q,
         "kv": backward_kv.gradient_kv,
-        "fused": backward_kv.gradients_fused,
+        "fused": backward_fused.gradients_fused,
     }[kernel]
     chosen = []
 

@@ -22,7 +22,7 @@ def main(words: dict, kind: str) -> None:
 
     from attention_jax.ops.dispatch import Implementation
     from attention_jax.ops.softmax import api, mosaic_gpu
-    from attention_jax.ops.softmax.mosaic_gpu import backward_kv
+    from attention_jax.ops.softmax.mosaic_gpu import backward_fused
     from tests.cases import OpCase
     from tests.test_softmax import check
 
@@ -30,8 +30,8 @@ def main(words: dict, kind: str) -> None:
     mosaic_gpu_shim.install()
     attend = functools.partial(mosaic_gpu.attend, deterministic=kind != "fused")
     api._IMPLEMENTATIONS["mosaic_gpu"] = Implementation(attend, mosaic_gpu.unsupported)
-    fused, calls = backward_kv.gradients_fused, []
-    backward_kv.gradients_fused = lambda *arguments: calls.append("fused") or fused(*arguments)
+    fused, calls = backward_fused.gradients_fused, []
+    backward_fused.gradients_fused = lambda *arguments: calls.append("fused") or fused(*arguments)
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with mosaic_gpu.any_platform(), plgpu.force_gpu_interpret_mode(params):
         check(case, "mosaic_gpu")

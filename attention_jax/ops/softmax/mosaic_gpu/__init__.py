@@ -3,7 +3,7 @@
     plan       how a call is cut: widths, tiles, operands        elementwise  functions of positions on tiles
     schedule   block maps as lists that a kernel reads           scores       q . k to exponents on a tile
     launch     layouts, scratch, a thread block                  gradients    a tile's dZ
-    forward, backward_q, backward_kv    the kernels
+    forward, backward_q, backward_kv, backward_fused    the kernels
 
 docs/kernels.md tells what was verified on what.
 """
@@ -43,14 +43,6 @@ def unsupported(call: Call) -> str | None:
     return _platform(call) or kernel_refusal(call) or _inputs(call)
 
 
-def fused_unsupported(call: Call) -> str | None:
-    """The same with the backward in one kernel, for which registers must suffice."""
-    why_not = unsupported(call)
-    if why_not is None and not planning.backward_k_plan(planning.clean(call)).fusible:
-        return "one kernel has registers for a backward of widths 64 and 128 without softcap, bias, dropout"
-    return why_not
-
-
 def _platform(call: Call) -> str | None:
     version = jax.version.__version_info__
     if version < _OLDEST:
@@ -86,8 +78,7 @@ def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array
     """(out_BTNM in q's dtype, lse_BTN in float32).
 
     deterministic: the backward runs as two kernels, bit for bit the same every time. Otherwise it runs as
-      one, which adds to dQ in whatever order its thread blocks arrive, where `Plan.fusible` says that its
-      registers suffice: widths of 64 or 128, no softcap, bias, dropout, or segments with positions.
+      one, which adds to dQ in whatever order its thread blocks arrive.
     """
     return _attend(deterministic, call)
 
@@ -108,7 +99,8 @@ def _attend_fwd(deterministic: bool, call: Call):
 
 
 def _attend_bwd(deterministic: bool, residuals, cotangents):
-    from attention_jax.ops.softmax.mosaic_gpu.backward_kv import gradient_kv, gradients_fused
+    from attention_jax.ops.softmax.mosaic_gpu.backward_fused import gradients_fused
+    from attention_jax.ops.softmax.mosaic_gpu.backward_kv import gradient_kv
     from attention_jax.ops.softmax.mosaic_gpu.backward_q import gradient_q
 
     call, out_BTNM, lse_BNT = residuals
@@ -128,12 +120,11 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
     width = planning.padded_width(M) - M
     dout_BTNM = jnp.pad(dout_BTNM, ((0, 0), (0, 0), (0, 0), (0, width)))
     saved = (dout_BTNM, lse_BNT, delta_BNT)
-    by_key = planning.backward_k_plan(cut)
-    if deterministic or not by_key.fusible:
+    if deterministic:
         dq_BTNH = gradient_q(planning.backward_q_plan(cut), *saved)
-        dk_BSKH, dv_BSKM = gradient_kv(by_key, *saved)
+        dk_BSKH, dv_BSKM = gradient_kv(planning.backward_k_plan(cut), *saved)
     else:
-        dq_BTNH, dk_BSKH, dv_BSKM = gradients_fused(by_key, *saved)
+        dq_BTNH, dk_BSKH, dv_BSKM = gradients_fused(planning.fused_plan(cut), *saved)
         dq_BTNH = dq_BTNH.astype(call.q_BTNH.dtype)
     dsinks_N = None
     if call.sink_logits_N is not None:

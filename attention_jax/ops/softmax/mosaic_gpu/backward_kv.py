@@ -1,8 +1,7 @@
 """The backward over keys: a thread block owns keys and sweeps queries for dK = dZ^T Q and dV = P^T dO.
 
 Tiles are held transposed, so that P and dZ enter their products from registers. A thread block walks all
-query heads of its kv head, so that no gradient per query head is ever stored. The fused form makes dQ as
-well: the copy engine adds it up in whatever order thread blocks arrive.
+query heads of its kv head, so that no gradient per query head is ever stored.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from attention_jax.ops.softmax.mosaic_gpu.gradients import (
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
-    TILE_ROWS,
     ThreadBlock,
     fresh,
     launch,
@@ -33,31 +31,20 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     times,
     vector,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
 
 def gradient_kv(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(dK [B, S, K, H], dV [B, S, K, M]) of a clean call; arguments as in `gradient_q`."""
-    kernel = _KeyKernel if plan.key_rows == 2 * GROUP else _SplitKernel
-    return _over_keys(kernel, plan, plan.tiles.block, dout=dout, lse=lse, delta=delta)
+    kernel = KeyKernel if plan.key_rows == 2 * GROUP else _SplitKernel
+    return over_keys(kernel, plan, plan.tiles.block, dout=dout, lse=lse, delta=delta)
 
 
-def gradients_fused(
-    plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dQ float32, dK, dV) in one pass of five products a tile; dQ's sums run in no fixed order."""
-    call = plan.call
-    B, T, _, N, _, H, _ = call.sizes
-    dq = jax.new_ref(jnp.zeros((B, round_up(T, TILE_ROWS), N, H), jnp.float32))
-    # Each warpgroup makes half of the columns of a tile of dQ: the tiles in shared memory split there.
-    dk, dv = _over_keys(_FusedKernel, plan, H // 2, dout=dout, lse=lse, delta=delta, dq=dq)
-    return jax.freeze(dq)[:, :T] * plan.scores.scale, dk, dv
-
-
-def _over_keys(
-    kind: type[_KeyKernel], plan: Plan, swizzle_block: int, **more: jax.Array
+def over_keys(
+    kind: type[KeyKernel], plan: Plan, swizzle_block: int, **more: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """(dK, dV) by a kernel over keys; swizzle_block: the columns of what it reads in pieces."""
     call = plan.call
     B, _, S, _, K, H, M = call.sizes
     dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
@@ -95,7 +82,7 @@ def _over_keys(
     return found["dk"], found["dv"]
 
 
-class _KeyKernel(ThreadBlock):
+class KeyKernel(ThreadBlock):
     """Two warpgroups that each own 64 keys of a kv head, and one that loads.
 
     A step is a block of queries of one head: the listed blocks in turn, for each the heads of the group.
@@ -127,11 +114,8 @@ class _KeyKernel(ThreadBlock):
     def load(self) -> None:
         plgpu.set_max_registers(24, action="decrease")
         k_block, start, _, end = self.row()
+        self.load_keys(k_block)
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
-        for part in range(self.plan.key_rows // GROUP):
-            at = (self.batch, pl.ds(self.keys(k_block, part), GROUP), self.kv_head)
-            for name, tokens in (("k", "k_tokens"), ("v", "v_tokens")):
-                plgpu.copy_gmem_to_smem(refs[tokens].at[at], smem[name].at[part], smem["own_ready"].at[part])
 
         def copy(i, slot):
             q_block, head = self.visit(start, i)
@@ -146,6 +130,14 @@ class _KeyKernel(ThreadBlock):
                 plgpu.copy_gmem_to_smem(self.per_token(ref, tokens), buffer.at[slot], ready)
 
         self.produce((end - start) * self.plan.groups, {"free": copy})
+
+    def load_keys(self, k_block: jax.Array) -> None:
+        """The keys and values that the thread block owns."""
+        refs, smem = self.refs, self.smem
+        for part in range(self.plan.key_rows // GROUP):
+            at = (self.batch, pl.ds(self.keys(k_block, part), GROUP), self.kv_head)
+            for name, tokens in (("k", "k_tokens"), ("v", "v_tokens")):
+                plgpu.copy_gmem_to_smem(refs[tokens].at[at], smem[name].at[part], smem["own_ready"].at[part])
 
     def compute(self, group: jax.Array, part: jax.Array, wanted: tuple[str, ...]) -> None:
         plgpu.set_max_registers(REGISTERS, action="increase")
@@ -181,17 +173,7 @@ class _KeyKernel(ThreadBlock):
         plan, smem = self.plan, self.smem
         dtype, (stages, block) = plan.call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
         slot, shape, part = remainder(i, stages), (GROUP, block), fresh(part)
-        q_block = head = jnp.int32(0)
-        if plan.scores.placed(masked):
-            q_block, head = self.visit(start, i)
-        plgpu.barrier_wait(smem["ready"].at[slot])
-        q_vectors = []
-        if plan.scores.placed(masked):
-            q_vectors = [vector(x.at[slot], COLUMNS) for x in smem["q_vectors"]]
-        tile = Tile(
-            plan.scores, self.refs, self.batch, head, q_block * block, k_start, q_vectors, k_vectors,
-            shape, 1, (ROWS, COLUMNS),
-        )  # fmt: skip
+        tile = self.tile(i, slot, masked, start, k_start, k_vectors)
         q_smem, dout_smem = smem["q"].at[slot], smem["dout"].at[slot]
         lse, delta = (lambda x=smem[x].at[slot]: vector(x, COLUMNS) for x in ("lse", "delta"))
 
@@ -216,6 +198,21 @@ class _KeyKernel(ThreadBlock):
             self.add_queries(i, start, group)
         return found
 
+    def tile(self, i, slot, masked, start, k_start, k_vectors) -> Tile:
+        """The scores of a step, transposed, once its queries are there."""
+        plan, smem, block = self.plan, self.smem, self.plan.tiles.block
+        q_block = head = jnp.int32(0)
+        if plan.scores.placed(masked):
+            q_block, head = self.visit(start, i)
+        plgpu.barrier_wait(smem["ready"].at[slot])
+        q_vectors = []
+        if plan.scores.placed(masked):
+            q_vectors = [vector(x.at[slot], COLUMNS) for x in smem["q_vectors"]]
+        return Tile(
+            plan.scores, self.refs, self.batch, head, q_block * block, k_start, q_vectors, k_vectors,
+            (GROUP, block), 1, (ROWS, COLUMNS),
+        )  # fmt: skip
+
     def before_output(self) -> None:
         """Before the sums overwrite this warpgroup's keys and values in shared memory."""
 
@@ -231,7 +228,7 @@ class _KeyKernel(ThreadBlock):
         """What else a step gives."""
 
 
-class _SplitKernel(_KeyKernel):
+class _SplitKernel(KeyKernel):
     """Where registers cannot hold both sums of a wide head, both warpgroups own the same 64 keys.
 
     The first sums their dK, the second their dV, whose scores are computed twice.
@@ -249,52 +246,3 @@ class _SplitKernel(_KeyKernel):
 
     def before_output(self) -> None:
         self.meet()
-
-
-class _FusedKernel(_KeyKernel):
-    """Also dQ: both warpgroups put their dZ^T side by side, and each adds half the columns of dZ K to dQ.
-
-    dZ has two buffers, so that one meeting a step suffices: whoever writes a buffer again has met the other
-    after its last read.
-    """
-
-    name = "fused"
-
-    @staticmethod
-    def more_scratch(plan: Plan, swizzle_block: int) -> dict:
-        H, dtype, block = plan.call.sizes[5], plan.call.q_BTNH.dtype, plan.tiles.block
-        return {
-            "dz": tiled((2, 2, GROUP, block), dtype, swizzle_block),
-            "dq": tiled((2, block, H // 2), jnp.float32),
-            "met": plgpu.Barrier(num_arrivals=2),
-            "done": plgpu.Barrier(num_arrivals=2),
-        }
-
-    def before_output(self):
-        self.meet()
-
-    def share(self, i, part, dz):
-        self.smem["dz"].at[remainder(i, 2), part][...] = dz
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.smem["met"])
-
-    def add_queries(self, i, start, group):
-        smem, block = self.smem, self.plan.tiles.block
-        half = self.widths[0] // 2
-        q_block, head = self.visit(start, i)
-        columns = pl.ds(group * half, half)
-        plgpu.barrier_wait(smem["met"])
-
-        def product(acc):
-            for part in range(2):
-                dz_T = smem["dz"].at[remainder(i, 2), part]
-                plgpu.wgmma(acc, dz_T.transpose((1, 0)), smem["k"].at[part, :, columns])
-            return acc[...]
-
-        dq = pl.run_scoped(product, plgpu.ACC((block, half), jnp.float32))
-        own = smem["dq"].at[group]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        own[...] = dq
-        plgpu.commit_smem()
-        at = (self.batch, pl.ds(q_block * block, block), head, columns)
-        plgpu.copy_smem_to_gmem(own, self.refs["dq"].at[at], reduction_op="add")

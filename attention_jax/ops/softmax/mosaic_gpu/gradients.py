@@ -57,13 +57,44 @@ def weights(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | N
 
 def weights_alone(shape, pair, tile: Tile, lse, masked: bool) -> jax.Array:
     """P with dropout, where nothing else is wanted of the scores."""
+    p, share, _ = weights(tile, product(shape, *pair), lse, masked)
+    return p if share is None else p * share
 
-    def product(acc):
-        plgpu.wgmma(acc, pair[0], pair[1].transpose((1, 0)))
+
+def handed(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array]:
+    """(All that dZ needs of the scores in one array, P with dropout).
+
+    The first is P times the softcap's slope, negative where dropout took the entry.
+    """
+    p, share, slope = weights(tile, qk, lse, masked)
+    kept = p
+    if share is not None:
+        p = jnp.where(share > 0.0, p, -p)
+        kept = jnp.maximum(p, 0.0) * (1 / (1 - tile.scores.dropout_rate))
+    if slope is not None:
+        # As in `gradient`: a hidden score may have overflowed, and its slope be NaN.
+        p = jnp.where(jnp.abs(p) > 0.0, p * slope, 0.0) if masked else p * slope
+    return p, kept
+
+
+def gradient_of_handed(found, dp, delta, dropout_rate: float, masked: bool) -> jax.Array:
+    """d(q . k) / scale of a tile from what `handed` gives, as in `gradient`."""
+    p = found
+    if dropout_rate:
+        p = jnp.abs(found)
+        dp = jnp.where(found > 0.0, dp * (1 / (1 - dropout_rate)), 0.0)
+    dz = p * (dp - delta)
+    return jnp.where(p > 0.0, dz, 0.0) if masked else dz
+
+
+def product(shape: tuple[int, int], a, b) -> jax.Array:
+    """a b^T of two tiles in shared memory."""
+
+    def inner(acc):
+        plgpu.wgmma(acc, a, b.transpose((1, 0)))
         return acc[...]
 
-    p, share, _ = weights(tile, pl.run_scoped(product, plgpu.ACC(shape, jnp.float32)), lse, masked)
-    return p if share is None else p * share
+    return pl.run_scoped(inner, plgpu.ACC(shape, jnp.float32))
 
 
 def both_products(shape, qk_pair, dp_pair, then):

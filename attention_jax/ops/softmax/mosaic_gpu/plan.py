@@ -49,7 +49,14 @@ BACKWARD_K = {
     192: Tiles(64, 2),
     256: Tiles(64, 2),
 }
-FUSED = ((64, 64), (128, 128))  # widths (H, M) whose backward can run as one kernel
+# The backward in one kernel (dQ, dK, dV): queries per step, the 64 rows of its product for dQ.
+FUSED = {
+    64: Tiles(64, 3),
+    96: Tiles(64, 2),
+    128: Tiles(64, 2),
+    192: Tiles(64, 2),
+    256: Tiles(64, 2),
+}
 
 
 def padded_width(width: int) -> int:
@@ -71,12 +78,6 @@ class Plan:
     q: Side
     k: Side
     key_rows: int  # keys of a thread block of the backward over keys
-
-    @property
-    def fusible(self) -> bool:
-        """Whether the backward over keys can also make dQ: its product needs 64 rows and some registers."""
-        short = self.scores.placed(False) or len(self.k.vectors) > 1
-        return self.call.sizes[5:] in FUSED and self.tiles.block == GROUP and not short
 
     @property
     def groups(self) -> int:
@@ -115,6 +116,16 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     scores = _scores(call)
     tiles = tiles or _fitting(BACKWARD_K, call, scores.complex_mask or scores.heavy)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
+
+
+def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+    """Rows of keys over blocks of queries: 2 x 64 while registers hold both sums and the scores, else 64."""
+    *_, H, M = call.sizes
+    scores = _scores(call)
+    much = scores.placed(False) or scores.heavy or scores.complex_mask
+    much = much or (scores.positions and scores.segments) or max(H, M) > 128
+    tiles = tiles or FUSED[padded_width(max(H, M))]
+    return _plan(call, scores, tiles, tiles.block, GROUP if much else 2 * GROUP, by_key=True)
 
 
 def _fitting(table: dict[int, Tiles], call: Call, heavy: bool) -> Tiles:
