@@ -237,9 +237,7 @@ def test_an_empty_slot_reaches_no_gradient(name, x):
 
     # One program for both: tokens alone are followed by some that do not count, whatever they hold.
     at = np.arange(T + pad)
-    alone = gradients(
-        harness.params, np.concatenate([x, x[:, :pad]], axis=1), np.tile(at, (B, 1)), at < T
-    )
+    alone = gradients(harness.params, np.concatenate([x, x[:, :pad]], axis=1), np.tile(at, (B, 1)), at < T)
     empty = np.full((B, pad, D_MODEL), np.nan, np.float32)
     padded = np.concatenate([empty, x], axis=1)
     positions = np.tile(np.maximum(at - pad, -1), (B, 1))

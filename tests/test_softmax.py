@@ -122,7 +122,9 @@ def test_forward_lse_and_gradients(case, small_tiles):
 
 # Without tiles lengths matter little: every value is there, not every pair.
 @pytest.mark.parametrize(
-    "case", [c if i % 3 == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(FAST)], ids=str
+    "case",
+    [c if i % 3 == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(FAST)],
+    ids=str,
 )
 def test_forward_lse_and_gradients_of_the_reference(case):
     check(case, "reference")
