@@ -39,10 +39,10 @@ MODELS = {
 
 @pytest.mark.parametrize(
     "name",
-    ["mha", "mix", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in ("mha", "mix"))],
+    ["mix", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "mix")],
 )
 def test_greedy_equals_the_uncached_argmax_for_256_tokens(name):
-    config, params = model(*MODELS[name], max_positions=300 if name == "mha" else None)
+    config, params = model(*MODELS[name], max_positions=300 if name in ("mha", "mix") else None)
     prompts = [np.arange(1, 20) % 61, np.array([7, 3, 7])]
     new = generate(config, params, prompts, max_new_tokens=256, sampling=GREEDY)
     logits = jax.jit(lambda t: apply(config, params, t)[0])

@@ -111,7 +111,7 @@ def _covering(factors, tries=30, seed=0):
     return [OpCase(seed=i, **row) for i, row in enumerate(pairwise(factors, seed, tries))]
 
 
-FAST = _covering(FACTORS_FAST, seed=4)  # of the first seeds the one with the fewest rows
+FAST = _covering(FACTORS_FAST, seed=6)  # of the first seeds the one with the fewest rows
 SLOW = _covering(FACTORS_SLOW, tries=4)
 
 
