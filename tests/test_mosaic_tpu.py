@@ -80,6 +80,7 @@ def test_a_backward_in_parts():
     interpret("--vmem=131072", "0")
 
 
+@pytest.mark.slow
 def test_a_language_model_with_the_kernels_inside():
     interpret("model")
 
@@ -191,7 +192,7 @@ def test_steps_visit_every_live_block_once(static, G, parts):
     for share in (0.0, 0.2, 0.7, 1.0):
         some = rng.random((1 if static else 3, 4, 5)) < share
         every = some & (rng.random(some.shape) < 0.5)
-        block_map = blocks.BlockMap(some, every)
+        block_map = blocks.BlockMap(*(x if static else jnp.asarray(x) for x in (some, every)))
         forward, backward = forward_steps(block_map), backward_steps(block_map)
         for b in range(len(some)):
             rows = _read(forward, b)
