@@ -212,7 +212,7 @@ def _delta(config: MixerConfig) -> MixerCase:
 
 
 MIXERS |= {
-    "deltanet": _delta(DeltaNetConfig()),
+    "deltanet": _delta(DeltaNetConfig(chunk_size=8)),
     "deltanet-negative": _delta(
         DeltaNetConfig(num_heads=2, head_dim=6, value_dim=5, convolution=2, negative_eigenvalues=True)
     ),
@@ -220,7 +220,7 @@ MIXERS |= {
     "gated-deltanet-shared-keys": _delta(
         GatedDeltaNetConfig(num_qk_heads=2, head_dim=6, value_dim=5, negative_eigenvalues=True)
     ),
-    "kda": _delta(KDAConfig(chunk_size=16)),
+    "kda": _delta(KDAConfig(chunk_size=8)),
     "kda-low-rank": _delta(KDAConfig(num_heads=2, head_dim=6, value_dim=5, rank=3, convolution=3)),
 }
 
@@ -237,7 +237,9 @@ def _linear(formula: Callable, config: MixerConfig, *names: str, causal: bool = 
 MIXERS |= {
     "linear": _linear(linear.linear, LinearAttentionConfig(num_kv_heads=2, chunk_size=4)),
     "linear-rope": _linear(
-        linear.linear, LinearAttentionConfig(rope=RoPE(theta=99.0), use_bias=True, chunk_size=8), "rope"
+        linear.linear,
+        LinearAttentionConfig(num_kv_heads=2, rope=RoPE(theta=99.0), use_bias=True, chunk_size=8),
+        "rope",
     ),
     "linear-identity-norm": _linear(
         linear.linear,
@@ -273,10 +275,13 @@ def cross_reference(params, x, memory, keep):
     return attention_mixer(params, x, memory, heads=4, kv_heads=2, keep=keep, rope=CROSS.rope)
 
 
-# Rows that differ from another by an option alone: with the slow tests.
+# Rows that differ from another by an option alone: their reference is checked with the others', the rest of
+# the contract with the slow tests.
 VARIANTS = {
-    "nsa-fine", "kda-low-rank", "gla-fast", "retention-range", "lightning-rope", "forgetting-window",
-    "deltanet-negative", "gated-deltanet-shared-keys", "mamba2-groups",
+    "mha", "mqa-rope-interleaved-partial", "window-1", "all-but-window", "qk-rms-softcap", "wide-heads",
+    "gated-headwise-window", "forgetting-window", "mla-window-query-latent", "nsa-fine", "retention-range",
+    "gla-fast", "lightning-rope", "mamba2-groups", "deltanet-negative", "gated-deltanet-shared-keys",
+    "kda-low-rank", "linear",
 }  # fmt: skip
 
 CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(xpos=XPos(scale_base=16.0)))

@@ -84,8 +84,15 @@ def test_t5_buckets_follow_the_published_formula(buckets, max_distance, bidirect
         assert any(d**rest * exact**i == max_distance**i * exact**rest for i in range(rest)), d
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "bidirectional"),
+    [
+        ("reference", False),
+        ("chunked", True),
+        pytest.param("reference", True, marks=pytest.mark.slow),
+        pytest.param("chunked", False, marks=pytest.mark.slow),
+    ],
+)
 def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional, monkeypatch):
     """Shuffled positions, grouped heads, several tiles, empty slots."""
     monkeypatch.setattr(tiles, "Q_BLOCK", 16)

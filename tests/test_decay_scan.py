@@ -47,16 +47,16 @@ class Case:
 
 
 FACTORS_FAST = {
-    "T": [1, 16, 33, 50],
+    "T": [1, 16, 50],
     "decay": ["channel", "token", "head", None],
-    "chunk": [16, 12, 1],
-    "strength": ["mixed", "strong", "weak", "-inf"],
+    "chunk": [16, 12],
+    "strength": ["mixed", "strong", "-inf"],
     "segments": [None, "packed", "ragged"],
-    "heads": [(2, 2, 2), (4, 2, 2), (1, 1, 4), (2, 1, 2)],
+    "heads": [(2, 2, 2), (4, 2, 2), (1, 1, 4)],
     "widths": [(8, 5), (1, 8), (24, 1)],
     "state": [True, False],
     "normalize": [False, True],
-    "dtype": ["float32", "float32", "bfloat16"],
+    "dtype": ["float32", "bfloat16"],
     "scale": [1.0, -0.3],
 }
 FACTORS_SLOW = {
@@ -144,6 +144,17 @@ def scan(learned, fixed, impl):
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _scanned(learned, ids, options, impl):
+    return scan(learned, ids | dict(options), impl)
+
+
+def scanned(learned, fixed, impl):
+    """`scan` as one program, the same for all ids."""
+    ids = {name: fixed[name] for name in ("segment_ids", "positions")}
+    return _scanned(learned, ids, tuple((n, x) for n, x in fixed.items() if n not in ids), impl)
+
+
 def compiled(problem: Problem, impl: str | None):
     """A program of (learned, dy, dstate) that returns results and gradients by name."""
 
@@ -226,12 +237,10 @@ def assert_close(found, problem, case, impl):
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, size {size:.2e}"
 
 
-def check(case: Case):
-    """Every implementation against the truth; what empty slots hold and what comes later change no bit."""
+def check(case: Case, *impls: str):
+    """Implementations against the truth; what empty slots hold and what comes later change no bit."""
     problem = make(case)
-    # Dense weights per channel of a thousand tokens would be gigabytes.
-    short = case.T <= 130 or case.decay != "channel"
-    for impl in implementations()[: 3 if short else 2]:
+    for impl in impls:
         run = compiled(problem, impl)
         found = run(planted(problem, np.nan), problem.dy, problem.dstate)
         assert_close(found, problem, case, impl)
@@ -257,19 +266,32 @@ def check(case: Case):
                     assert_array_equal(after[f"d{name}"][:, t:], 0)
 
 
-FAST = [Case(**row) for row in pairwise(FACTORS_FAST)]
+FAST = [Case(**row) for row in pairwise(FACTORS_FAST, seed=1)]  # of the first seeds the fewest rows
 SLOW = [Case(**row) for row in pairwise(FACTORS_SLOW)]
 
 
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_chunked_against_the_recurrence_in_float64(case):
+    check(case, "chunked")
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "quadratic"])
 @pytest.mark.parametrize("case", FAST[::2], ids=str)
-def test_against_the_recurrence_in_float64(case):
-    check(case)
+def test_the_readable_forms_against_the_recurrence_in_float64(case, impl):
+    check(case, impl)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FAST[1::2] + SLOW, ids=str)
 def test_against_the_recurrence_in_float64_slow(case):
-    check(case)
+    # Dense weights per channel of a thousand tokens would be gigabytes.
+    short = case.T <= 130 or case.decay != "channel"
+    check(case, *implementations()[: 3 if short else 2])
+
+
+def test_the_readable_forms_meet_every_value_of_every_factor():
+    for name, values in FACTORS_FAST.items():
+        assert {repr(getattr(case, name)) for case in FAST[::2]} == set(map(repr, values)), name
 
 
 def small(**changes):
@@ -278,18 +300,20 @@ def small(**changes):
     return case, make(case)
 
 
-@pytest.mark.parametrize("decay", [None, "head", "token", "channel"])
+@pytest.mark.parametrize(
+    "decay", ["head", "channel", *(pytest.param(x, marks=pytest.mark.slow) for x in (None, "token"))]
+)
 def test_pieces_with_the_state_carried_are_the_whole(decay):
     case, problem = small(T=40, decay=decay, segments="ragged", normalize=True)
     state, pieces = problem.learned["initial_state"], []
     segments = np.where(problem.valid, 0, -1)
-    whole, last = scan(problem.learned, problem.fixed | {"segment_ids": segments}, "chunked")
+    whole, last = scanned(problem.learned, problem.fixed | {"segment_ids": segments}, "chunked")
     for a, b, impl in ((0, 17, "chunked"), (17, 18, "recurrent"), (18, 40, "quadratic")):
         piece = {
             n: x if n == "initial_state" or x.ndim == 1 else x[:, a:b] for n, x in problem.learned.items()
         }
         fixed = problem.fixed | {"segment_ids": segments[:, a:b], "positions": None}
-        y, state = scan(piece | {"initial_state": state}, fixed, impl)
+        y, state = scanned(piece | {"initial_state": state}, fixed, impl)
         pieces.append(y)
     assert_allclose(np.concatenate(pieces, 1), whole, rtol=1e-5, atol=1e-5)
     assert_allclose(state, last, rtol=1e-5, atol=1e-5)
@@ -299,14 +323,14 @@ def test_pieces_with_the_state_carried_are_the_whole(decay):
 def test_empty_slots_leave_the_state_bit_for_bit(impl):
     case, problem = small(T=20, decay="channel")
     empty = {n: x if n == "initial_state" else np.full_like(x, np.nan) for n, x in problem.learned.items()}
-    y, state = scan(empty, problem.fixed | {"positions": np.full(20, -1)}, impl)
+    y, state = scanned(empty, problem.fixed | {"positions": np.full(20, -1)}, impl)
     assert_array_equal(state, problem.learned["initial_state"])
     assert_array_equal(y, 0)
     # Neither do they say which document the initial state is of.
     segments = np.where(np.arange(20) < 5, -1, 7)
     some = {n: x if n == "initial_state" else x[:, 5:] for n, x in problem.learned.items()}
-    found = scan(problem.learned, problem.fixed | {"segment_ids": segments}, impl)
-    right = scan(some, problem.fixed, impl)
+    found = scanned(problem.learned, problem.fixed | {"segment_ids": segments}, impl)
+    right = scanned(some, problem.fixed, impl)
     assert_allclose(found[0][:, 5:], right[0], rtol=1e-5, atol=1e-5)
     assert_allclose(found[1], right[1], rtol=1e-5, atol=1e-5)
 
@@ -325,7 +349,7 @@ def test_a_hidden_token_may_overflow():
         assert all(np.isfinite(x).all() for x in after.values())
 
 
-@pytest.mark.parametrize("decay", ["token", "channel"])
+@pytest.mark.parametrize("decay", [pytest.param("token", marks=pytest.mark.slow), "channel"])
 def test_vmap_and_scan_over_the_op(decay):
     case, problem = small(T=12, chunk=5, decay=decay, segments="packed")
     fixed = problem.fixed | {"segment_ids": None, "positions": None}
@@ -337,7 +361,7 @@ def test_vmap_and_scan_over_the_op(decay):
     def grad(learned, impl):
         return jax.grad(loss)(learned, impl)
 
-    stacked = jax.tree.map(lambda x: jnp.stack([x, x * 0.5]), problem.learned)
+    stacked = jax.tree.map(lambda x: np.stack([x, x * np.float32(0.5)]), problem.learned)
     mapped = jax.jit(jax.vmap(functools.partial(grad, impl="chunked")))(stacked)
     scanned = jax.jit(lambda xs: jax.lax.scan(lambda c, x: (c, grad(x, "chunked")), 0, xs)[1])(stacked)
     alone = jax.jit(functools.partial(grad, impl="recurrent"))(jax.tree.map(lambda x: x[1], stacked))

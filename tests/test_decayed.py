@@ -29,7 +29,9 @@ def built(config, **options):
     return config.build(D_MODEL, nnx.Rngs(1), causal=True, **options)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("gla", "mamba2") else pytest.param(k, marks=pytest.mark.slow) for k in CONFIGS]
+)
 def test_bfloat16_keeps_decays_and_state_in_float32(kind, monkeypatch):
     x = jax.random.normal(jax.random.key(2), (1, 24, D_MODEL)).astype(jnp.bfloat16)
     ctx = Context(positions_BT=jnp.arange(24)[None])

@@ -117,8 +117,8 @@ def compare(impl, chunk_size, given, kind, seed=0, tolerance=TOLERANCE):
 
 
 FACTORS = {
-    "T": (1, 5, 33, 70),
-    "chunk_size": (None, 1, 4, 24),
+    "T": (1, 5, 50),
+    "chunk_size": (None, 1, 12),
     "decay": (None, "head", "channel"),
     "kind": ("plain", "padded", "packed"),
     "heads": ((2, 1, 2), (1, 2, 4)),
@@ -153,7 +153,7 @@ def test_chunked_equals_float64(case):
 @pytest.mark.parametrize("decay", [None, "head", "channel"])
 @pytest.mark.parametrize("impl", ["recurrent", "quadratic"])
 def test_the_readable_forms_equal_float64(impl, decay):
-    for kind in ("plain", "packed") if decay is not None else ("packed",):
+    for kind in ("plain", "packed") if decay == "head" else ("packed",):
         _check_case(impl, 33, None, decay, kind, (2, 1, 2))
 
 
@@ -171,7 +171,7 @@ def test_long_rows_equal_float64(T, decay):
         compare(impl, None, arrays(T, decay=decay), "packed")
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("decay", [pytest.param("head", marks=pytest.mark.slow), "channel"])
 def test_groups_of_chunks_and_single_ones_agree(decay, monkeypatch):
     """How many chunks are prepared at once changes nothing."""
     given = arrays(70, decay=decay)
@@ -200,8 +200,9 @@ def test_the_reference_gradient_is_the_slope_of_its_forward():
 @pytest.mark.parametrize("impl", ["recurrent", "chunked"])
 def test_gradients_in_float64(impl):
     with jax.enable_x64(True):
-        given = [jnp.asarray(x, jnp.float64) for x in arrays(6, decay="channel", smallest=0.2)]
+        given = [np.asarray(x, np.float64) for x in arrays(6, decay="channel", smallest=0.2)]
 
+        @jax.jit
         def call(q, k, v, beta, log_decay, state):
             return delta_rule(
                 q, k, v, beta, log_decay=log_decay, initial_state_BNHM=state, impl=impl, return_state=True
@@ -209,7 +210,7 @@ def test_gradients_in_float64(impl):
 
         y, state = call(*given)
         assert y.dtype == state.dtype == jnp.float64
-        check_grads(jax.jit(call), given, order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
+        check_grads(call, given, order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
 
 @each_implementation
@@ -253,8 +254,8 @@ def test_the_future_changes_no_bit_of_the_past(impl):
 @each_implementation
 def test_pieces_with_the_state_carried_equal_the_whole(impl):
     """An op's document goes on through its initial state; the next piece's ids may be its own."""
-    given = arrays(33, decay="channel")
-    segments, _ = layout(33, "packed", seed=2)
+    given = arrays(34, decay="channel")
+    segments, _ = layout(34, "packed", seed=4)
     segments = np.abs(segments)
     step = jax.jit(
         lambda q, k, v, beta, log_decay, state, segments: delta_rule(
@@ -264,11 +265,12 @@ def test_pieces_with_the_state_carried_equal_the_whole(impl):
     )  # fmt: skip
     y, last = step(*given, segments)
     state, out = given[5], []
-    cut = 1 + int(np.flatnonzero((np.diff(segments, axis=1) == 0).all(0))[5])
-    for part in (slice(0, cut), slice(cut, 33)):
+    # Within documents, and in the middle: both pieces are one program.
+    assert (segments[:, 16] == segments[:, 17]).all()
+    for part in (slice(0, 17), slice(17, 34)):
         piece, state = step(*(x[:, part] for x in given[:5]), state, segments[:, part])
         out.append(piece)
-    for x, whole in ((jnp.concatenate(out, axis=1), y), (state, last)):
+    for x, whole in ((np.concatenate(out, axis=1), y), (state, last)):
         assert_allclose(x, whole, rtol=TOLERANCE, atol=TOLERANCE)
 
 

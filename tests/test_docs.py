@@ -4,6 +4,7 @@ A line `print(...)  # -> text` of a page promises what it prints; where a block 
 prints must be promised.
 """
 
+import ast
 import contextlib
 import dataclasses
 import io
@@ -69,9 +70,32 @@ def run_page(name: str, path: Path) -> None:
         del sys.modules[module.__name__]
 
 
-@pytest.mark.parametrize("name", [name for name, path in PAGES.items() if blocks(path, "python")])
+PYTHON = [name for name, path in PAGES.items() if blocks(path, "python")]
+# What these run takes seconds to compile.
+_LONG = {f"docs/mixers/{name}.md" for name in (
+    "deltanet", "gated_deltanet", "gla", "hedgehog", "kda", "linformer", "mamba2", "mla", "nsa",
+    "nystromformer", "performer",
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _LONG else name for name in PYTHON]
+)
 def test_python_runs(name):
     run_page(name, PAGES[name])
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_imports_what_there_is(name):
+    for _, text in blocks(PAGES[name], "python"):
+        imports = [
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        exec(compile(ast.Module(imports, []), name, "exec"), {})
+
+
+def test_long_pages_exist():
+    assert _LONG <= set(PYTHON)
 
 
 @pytest.mark.parametrize("name", [name for name, path in PAGES.items() if blocks(path, "yaml")])

@@ -51,7 +51,7 @@ def test_a_hybrid_stack_decodes_the_uncached_argmax():
     prompts = [np.array([3, 7, 11, 15, 19]), np.array([9, 4])]
     new = generate(CONFIG, params, prompts, max_new_tokens=64, sampling=Sampling(temperature=0))
     whole = [np.concatenate([prompt, tokens]) for prompt, tokens in zip(prompts, new, strict=True)]
-    padded = jnp.stack([jnp.pad(row, (0, 69 - len(row))) for row in whole])
+    padded = np.stack([np.pad(row, (0, 69 - len(row))) for row in whole])
     best = np.argmax(jax.jit(lambda t: apply(CONFIG, params, t)[0])(padded), -1)
     for prompt, tokens, row in zip(prompts, new, best, strict=True):
         assert len(tokens) == 64 and len(set(tokens.tolist())) > 3

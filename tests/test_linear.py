@@ -41,7 +41,9 @@ def x():
 
 
 # The sums with a turned numerator, without a denominator, and with a stabiliser of the document.
-@pytest.mark.parametrize("name", ["linear-both", "linear-identity-both", "performer-both"])
+@pytest.mark.parametrize(
+    "name", ["linear-both", pytest.param("linear-identity-both", marks=pytest.mark.slow), "performer-both"]
+)
 def test_both_sides_of_packed_documents(name, x):
     """A document sees itself, whole, and nothing else; NaN in slots without a token reaches nothing."""
     harness = Harness(TWO_SIDED[name].config, causal=False)

@@ -112,6 +112,17 @@ def test_one_compilation_however_the_run_goes(config, monkeypatch):
     assert eval_step(model)._cache_size() == 1
 
 
+def measured(loss):
+    metrics = {"train/loss": loss, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 16}
+    metrics["finite"] = np.isfinite(loss)
+    return {name: np.asarray(value) for name, value in metrics.items()}
+
+
+def untrained(model, optimizer, steps):
+    """A train step that needs no compilation and changes nothing."""
+    return lambda params, opt_state, batch, step, key: (params, opt_state, measured(1.0))
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """Replaces both steps by trivial ones and tells in which order things happened."""
@@ -119,13 +130,9 @@ def stand_in(monkeypatch):
 
     def make_train(model, optimizer, steps):
         def step(params, opt_state, batch, step, key):
-            step = int(step) + 1
-            events.append(("dispatched", step))
-            loss = bad.get(step, 1.0 / step)
-            metrics = {"train/loss": loss, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 16}
-            finite = np.isfinite(loss)
-            metrics = {name: np.asarray(value) for name, value in metrics.items()}
-            return params, opt_state, metrics | {"finite": np.asarray(finite)}
+            events.append(("dispatched", int(step) + 1))
+            loss = bad.get(int(step) + 1, 1.0 / (int(step) + 1))
+            return params, opt_state, measured(loss)
 
         return step
 
@@ -269,7 +276,8 @@ def test_a_prompt_shorter_than_the_prefix_is_refused_at_the_start(config, stand_
     assert not (tmp_path / "run").exists()
 
 
-def test_bits_per_byte_of_a_prefix_lm_are_of_the_bytes_it_scores(config):
+def test_bits_per_byte_of_a_prefix_lm_are_of_the_bytes_it_scores(config, monkeypatch):
+    monkeypatch.setattr(loop, "make_train_step", untrained)
     prefix = [{"kind": "softmax", "num_heads": 2, "mask": "Prefix(4) | Causal()"}]
     plain = config("plain", evaluation__final_full=True)
     shown = config("shown", evaluation__final_full=True, model__mixers=prefix)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from scripts import generate, recall
+from tests.test_loop import untrained
 from train import config as config_lib
 from train import data as data_lib
 from train import loop, restore
@@ -290,6 +291,7 @@ def _scored(run, config):
 
 def test_a_task_with_other_rows_does_not_go_on(config, monkeypatch):
     run = config("run", evaluation={"sample_tokens": 0, "final_full": False})
+    monkeypatch.setattr(loop, "make_train_step", untrained)
     loop.train(run)
     (Path(run.run_dir) / "result.json").unlink()
     rows = MQARConfig.rows

@@ -38,15 +38,16 @@ def arrays(T=T):
 
 
 def run(impl, q, k, v, do, blocks=BLOCKS, block_size=BLOCK, **options):
-    """Output and gradients of q, k, v, compiled."""
+    """Output and gradients of q, k, v."""
+    return [np.asarray(x) for x in _both(impl, block_size, q, k, v, do, blocks, options)]
 
-    @functools.partial(jax.jit)
-    def both(q, k, v):
-        attend = functools.partial(selected_attention, block_size=block_size, impl=impl, **options)
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, blocks), q, k, v)
-        return out, *pull(jnp.asarray(do, out.dtype))
 
-    return [np.asarray(x) for x in both(q, k, v)]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _both(impl, block_size, q, k, v, do, blocks, options):
+    """One program for all calls of the same shapes."""
+    attend = functools.partial(selected_attention, block_size=block_size, impl=impl, **options)
+    out, pull = jax.vjp(lambda *qkv: attend(*qkv, blocks), q, k, v)
+    return out, *pull(do.astype(out.dtype))
 
 
 def expected_gradients(q, k, v, do, blocks):

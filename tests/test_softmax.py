@@ -107,18 +107,27 @@ def assert_close(name: str, x: np.ndarray, wanted: np.ndarray, allowed: float) -
     assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"
 
 
-def _covering(factors, tries=30):
-    return [OpCase(seed=i, **row) for i, row in enumerate(pairwise(factors, tries=tries))]
+def _covering(factors, tries=30, seed=0):
+    return [OpCase(seed=i, **row) for i, row in enumerate(pairwise(factors, seed, tries))]
 
 
-FAST = _covering(FACTORS_FAST)
+FAST = _covering(FACTORS_FAST, seed=6)  # of the first seeds the one with the fewest rows
 SLOW = _covering(FACTORS_SLOW, tries=4)
 
 
-@each_implementation
 @pytest.mark.parametrize("case", FAST, ids=str)
-def test_forward_lse_and_gradients(case, impl, small_tiles):
-    check(case, impl)
+def test_forward_lse_and_gradients(case, small_tiles):
+    check(case, "chunked")
+
+
+# Without tiles lengths matter little: every value is there, not every pair.
+@pytest.mark.parametrize(
+    "case",
+    [c if i % 3 == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(FAST)],
+    ids=str,
+)
+def test_forward_lse_and_gradients_of_the_reference(case):
+    check(case, "reference")
 
 
 @pytest.mark.slow
@@ -163,7 +172,9 @@ def test_the_covering_arrays_cover_every_pair():
         for a, b in itertools.combinations(factors, 2):
             met = {(repr(getattr(c, a)), repr(getattr(c, b))) for c in found}
             assert met == {(repr(x), repr(y)) for x in factors[a] for y in factors[b]}
-    assert len(FAST) <= 60 and len(SLOW) <= 500
+    for name, values in FACTORS_FAST.items():
+        assert {repr(getattr(c, name)) for c in FAST[::3]} == set(map(repr, values)), name
+    assert len(FAST) <= 30 and len(SLOW) <= 500
 
 
 @each_implementation
@@ -194,11 +205,17 @@ RING = OpCase(
 )
 
 
+@functools.cache
+def small_program(case: OpCase, impl: str):
+    """The problem's program, compiled once for the tests below, all of them with `small_tiles`."""
+    return problems.make(case).program(impl)
+
+
 @each_implementation
 @pytest.mark.parametrize("sinks", [False, True])
 def test_rows_without_a_key_give_zero_and_pass_no_gradient(impl, sinks, small_tiles):
-    problem = problems.make(dataclasses.replace(HOLES, sinks=sinks))
-    program = problem.program(impl)
+    case = dataclasses.replace(HOLES, sinks=sinks)
+    problem, program = problems.make(case), small_program(case, impl)
     out, lse, grads = program()
     blind = ~problem.keep.any(-1).swapaxes(1, 2)
     assert blind.any() and not blind.all()
@@ -217,8 +234,7 @@ def test_rows_without_a_key_give_zero_and_pass_no_gradient(impl, sinks, small_ti
 @each_implementation
 @pytest.mark.parametrize("case", [HOLES, RING], ids=["holes", "ring"])
 def test_what_an_invalid_slot_holds_changes_no_bit(case, impl, small_tiles):
-    problem = problems.make(case)
-    program = problem.program(impl)
+    problem, program = problems.make(case), small_program(case, impl)
     clean = program()
     for poison in (np.nan, np.inf, -np.inf, float(jnp.finfo(problem.dtype).max)):
         learned = dict(problem.learned)
@@ -306,7 +322,7 @@ def _probabilities(impl, *, batch=2, rate=0.5):
     return np.asarray(out).swapaxes(1, 2), bits
 
 
-@pytest.mark.parametrize("tile", [8, 16, 256])
+@pytest.mark.parametrize("tile", [8, pytest.param(16, marks=pytest.mark.slow), 256])
 @each_implementation
 def test_dropout_bits_are_a_fixed_hash_of_key_row_head_and_positions(impl, tile, monkeypatch):
     if impl == "reference" and tile != 8:
