@@ -38,7 +38,7 @@ class Config:
     heads: tuple[int, int] = (16, 4)
     lengths: tuple[int, int] = (4096, 4096)
     mask: str = "Causal()"
-    extras: tuple[str, ...] = ()  # softcap, alibi, positions, segments, sinks, dropout
+    extras: tuple[str, ...] = ()  # softcap, alibi, positions, segments, sinks, dropout, array
     dtype: str = "bfloat16"
     tiles: dict[str, tuple[int, int]] | None = None  # kernel: (block, stages) in place of the table's
 
@@ -56,6 +56,12 @@ CONFIGS = {
     "128 prefix or chunks": Config(mask="(Prefix(100) | Chunked(512)) & ~Dilated(4, 3)"),
     "128 bigbird": Config(mask="BigBird(64, 3, 1, 2) & Causal()"),
     "128 longformer": Config(mask="Longformer(512, (0, 100, 2000))"),
+    "128 dense": Config(mask="dense"),
+    "128 array": Config(extras=("array",)),
+    "128 named tokens": Config(mask=f"Longformer(512, {tuple(range(0, 4096, 50))})"),
+    "64 bigbird": Config(widths=(64, 64), mask="BigBird(64, 3, 1, 2) & Causal()"),
+    "64 array": Config(widths=(64, 64), extras=("array",)),
+    "256 array": Config(widths=(256, 256), extras=("array",)),
     "128 softcap": Config(extras=("softcap",)),
     "128 alibi": Config(extras=("alibi",)),
     "128 sinks": Config(extras=("sinks",)),
@@ -82,9 +88,10 @@ def _call(config: Config, dtype: Any):
     """(a function of arrays that makes the Call, the shapes of those arrays)."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from attention_jax.biases import ALiBi
-    from attention_jax.masks import parse
+    from attention_jax.masks import Dense, parse
     from attention_jax.ops.softmax.common import Call
 
     (T, S), (H, M), (N, K) = config.lengths, config.widths, config.heads
@@ -100,9 +107,12 @@ def _call(config: Config, dtype: Any):
         shapes["sink_logits_N"] = jax.ShapeDtypeStruct((N,), jnp.float32)
     if "dropout" in config.extras:
         shapes["dropout_words"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    if "array" in config.extras:
+        shapes["mask_BNTS"] = jax.ShapeDtypeStruct((2, N, T, S), jnp.bool_)
+    dense = np.random.default_rng(0).random((T, S)) < 0.5 if config.mask == "dense" else None
     names = {f.name for f in dataclasses.fields(Call)}
     fixed = dict.fromkeys(names - shapes.keys()) | {
-        "mask": parse(config.mask),
+        "mask": parse(config.mask) if dense is None else Dense(dense),
         "bias": ALiBi(N) if "alibi" in config.extras else None,
         "scale": H**-0.5,
         "softcap": 30.0 if "softcap" in config.extras else None,

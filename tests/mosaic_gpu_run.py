@@ -11,7 +11,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
+
+# An interpreted warpgroup that waits holds a thread of XLA's pool, which has one per core: two kernels at
+# once would hang on two cores.
+os.environ.setdefault("NPROC", "16")
 
 from tests import conftest, mosaic_gpu_shim  # noqa: F401 (conftest: quick compilation, full precision)
 

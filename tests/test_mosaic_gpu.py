@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
@@ -20,18 +21,18 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax.biases import ALiBi, ArrayBias
-from attention_jax.masks import Causal, Full, SlidingWindow
+from attention_jax.masks import BigBird, Causal, Dense, Full, Predicate, SlidingWindow
 from attention_jax.ops.softmax import mosaic_gpu
 from attention_jax.ops.softmax.blocks import static_map
 from attention_jax.ops.softmax.common import Call, dropout_keep
-from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
+from attention_jax.ops.softmax.mosaic_gpu.bits import mask_bits
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import block_map, schedule
 from tests import aot_gpu
 from tests.cases import MASKS, OpCase
 from tests.covering import pairwise
 
 _NEW = jax.version.__version_info__ >= (0, 11, 2)
-_INDEXES = {"global many", "dense"}  # masks that look positions up in an array
 needs_kernels = pytest.mark.skipif(
     not _NEW, reason=f"the kernels need jax >= 0.11.2, this is {jax.__version__}"
 )
@@ -59,18 +60,33 @@ def call_of(T=130, S=200, N=4, K=2, H=64, M=64, mask=None, dtype=jnp.bfloat16, *
     return Call(**dict.fromkeys(names) | arrays | fixed | given)
 
 
-@pytest.mark.parametrize("name", sorted(MASKS.keys() - _INDEXES))
+@pytest.mark.parametrize("name", sorted(MASKS.keys() - {"dense"}))
 def test_a_mask_traced_on_scalars_keeps_what_it_keeps(name):
     mask = MASKS[name].mask
-    traced = trace(lambda b, n, q, k: mask.keep(q, k), "mask")
-    assert isinstance(traced, Traced), traced
-    q, k = np.arange(40, dtype=np.int32), np.arange(30, dtype=np.int32)
-    scalars = [x[0, 0] for x in traced.scalars(1, 1)]
-    wanted = mask.keep(q[:, None], k[None])
-    found = traced.tile(scalars, jnp.asarray(q), jnp.asarray(k), (40, 30), 0)
-    assert_array_equal(found, wanted)
-    found = traced.tile(scalars, jnp.asarray(q), jnp.asarray(k), (30, 40), 1)
-    assert_array_equal(found, wanted.T)
+    q, k = jnp.arange(40, dtype=jnp.int32), jnp.arange(30, dtype=jnp.int32)
+    wanted = mask.keep(np.arange(40)[:, None], np.arange(30)[None])
+    for look_up in (True, False):
+        traced = trace(lambda b, n, q, k: mask.keep(q, k), "mask", look_up)
+        if name == "global many" and not look_up:
+            assert "cannot evaluate" in traced
+            continue
+        assert isinstance(traced, Traced), traced
+        scalars = [x[0, 0] for x in traced.scalars(1, 1)]
+        looked = [
+            [functools.partial(operator.getitem, x, 0) for x in traced.look_up(side, x[None])]
+            for side, x in ((Q, q), (K, k))
+        ]
+        assert look_up or not any(looked)
+        assert_array_equal(traced.tile(scalars, q, k, (40, 30), 0, looked), wanted)
+        assert_array_equal(traced.tile(scalars, q, k, (30, 40), 1, looked), wanted.T)
+
+
+def test_what_is_long_is_looked_up_and_does_not_run_in_the_kernel():
+    mask = MASKS["causal bigbird"].mask
+    inside, read = (trace(lambda b, n, q, k: mask.keep(q, k), "mask", look_up) for look_up in (False, True))
+    assert len(inside.inner) > 300 and not inside.looked
+    assert len(read.inner) < 30 and len(read.looked) == 8
+    assert not trace(lambda b, n, q, k: Causal().keep(q, k), "mask", True).looked
 
 
 def test_a_mask_without_a_condition_runs_no_code():
@@ -80,10 +96,52 @@ def test_a_mask_without_a_condition_runs_no_code():
     assert trace(lambda b, n, q, k: Causal().keep(q, k), "mask").constant is None
 
 
-@pytest.mark.parametrize("name", sorted(_INDEXES))
-def test_a_mask_that_looks_up_an_array_is_refused(name):
-    mask = MASKS[name].mask
-    assert "cannot evaluate" in trace(lambda b, n, q, k: mask.keep(q, k), "mask")
+@pytest.mark.parametrize("shape", [(2, 3, 70, 90), (1, 1, 70, 90), (2, 1, 1, 90), (1, 3, 70, 1)], ids=str)
+@pytest.mark.parametrize("by_key", [False, True])
+def test_bits_of_a_boolean_array(shape, by_key):
+    T, S = 70, 90
+    array = np.random.default_rng(0).random(shape) < 0.6
+    call = call_of(T=T, S=S, mask_BNTS=jnp.asarray(array))
+    own, swept = (128, 96) if by_key else (96, 128)
+    words = np.asarray(mask_bits(call, False, by_key, own, swept))
+    wanted = np.broadcast_to(array, (*shape[:2], T, S))
+    wanted = wanted if by_key else wanted.swapaxes(2, 3)
+    assert words.shape == (*shape[:2], swept // 32, own) and words.dtype == np.int32
+    i = np.arange(swept)
+    found = (words.view(np.uint32)[:, :, i // 32] >> (i % 32)[:, None]) & 1
+    assert_array_equal(found[:, :, : wanted.shape[2], : wanted.shape[3]], wanted)
+    assert found.sum() == wanted.sum()  # padding is hidden
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_bits_of_a_mask_are_the_same_where_positions_are_given(by_key):
+    T, S = 70, 90
+    implicit = call_of(T=T, S=S, mask=MASKS["dense"].mask)
+    given = dataclasses.replace(
+        implicit, q_positions_BT=jnp.arange(T)[None], k_positions_BS=jnp.arange(S)[None]
+    )
+    words = [mask_bits(call, True, by_key, 128, 128) for call in (implicit, given)]
+    assert isinstance(words[0], np.ndarray)  # packed while tracing
+    assert_array_equal(*words)
+    array = jnp.asarray(np.random.default_rng(0).random((1, 1, T, S)) < 0.5)
+    both, alone = (
+        mask_bits(dataclasses.replace(implicit, mask_BNTS=array), table, by_key, 128, 128)
+        for table in (True, False)
+    )
+    assert_array_equal(both, words[0] & np.asarray(alone))
+
+
+def test_blocks_of_a_boolean_array_count_over_heads():
+    T, S, q_block, k_block = 70, 90, 32, 16
+    array = np.random.default_rng(1).random((2, 3, T, S)) < 0.02
+    array[:, :, 32:64, 16:48] = array[1, :, 64:, :80] = True
+    found = block_map(call_of(T=T, S=S, mask_BNTS=jnp.asarray(array)), q_block, k_block)
+    for b, i, j in np.ndindex(2, 3, 6):
+        block = array[b, :, i * q_block : (i + 1) * q_block, j * k_block : (j + 1) * k_block]
+        whole = block.shape[2] == k_block
+        assert bool(found.some[b, i, j]) == block.any() and bool(found.every[b, i, j]) == (
+            block.all() and whole
+        )
 
 
 def test_a_bias_and_dropout_traced_on_scalars():
@@ -143,9 +201,7 @@ def keep_rows(tile: np.ndarray) -> np.ndarray:
         ("float32", {"dtype": jnp.float32}),
         ("up to 256", {"H": 260}),
         ("up to 256", {"M": 300}),
-        ("boolean array", {"mask_BNTS": jnp.ones((1, 1, 1, 1), bool)}),
         ("ArrayBias holds arrays", {"bias": ArrayBias(jnp.zeros((1, 1, 1, 1)))}),
-        ("mask Global uses", {"mask": MASKS["global many"].mask}),
     ],
 )
 @needs_kernels
@@ -153,6 +209,18 @@ def test_what_it_refuses_by_name(reason, changes):
     with mosaic_gpu.any_platform():
         assert reason in mosaic_gpu.unsupported(call_of(**changes))
         assert mosaic_gpu.unsupported(call_of(mask=SlidingWindow(9), bias=ALiBi(4))) is None
+
+
+@needs_kernels
+def test_no_mask_is_refused():
+    def sorted_first(q, k):  # neither elementwise nor traceable on scalars
+        return np.sort(np.broadcast_to(q, np.broadcast_shapes(q.shape, k.shape)), axis=0) >= k
+
+    with mosaic_gpu.any_platform():
+        for case in MASKS.values():
+            assert mosaic_gpu.unsupported(call_of(mask=case.mask)) is None
+        assert mosaic_gpu.unsupported(call_of(mask=Predicate(sorted_first))) is None
+        assert mosaic_gpu.unsupported(call_of(mask_BNTS=jnp.ones((1, 1, 1, 1), bool))) is None
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
@@ -171,23 +239,26 @@ _ALL = OpCase(
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["two kernels", "fused"])
-def test_interpreted_with_everything_at_once(kind):
-    case = _ALL if kind == "fused" else dataclasses.replace(_ALL, widths=(40, 64), dtype="float16")
-    assert interpret(case, kind).split() == ["fused"] * (kind == "fused")
+@pytest.mark.parametrize("kind, mask", [("two kernels", "sink window"), ("fused", "array BNTS")])
+def test_interpreted_with_everything_at_once(kind, mask):
+    changes = {"widths": (40, 64), "dtype": "float16"} if mask == "sink window" else {}
+    found = interpret(dataclasses.replace(_ALL, mask=mask, **changes), kind)
+    assert found.split() == ["fused"] * (kind == "fused")
 
 
 @needs_kernels
 def test_interpreted_fused_with_128_keys():
-    """All that it takes: what it does not take (above) runs with 64 keys a thread block."""
-    case = dataclasses.replace(_ALL, bias=None, softcap=None, positions=None, dropout=0.0, dtype="float16")
+    """With a mask that looks positions up. What needs more registers (above) has 64 keys a thread block."""
+    case = dataclasses.replace(
+        _ALL, mask="global many", bias=None, softcap=None, segments=None, dtype="float16"
+    )
     assert interpret(case, "fused").split() == ["fused"]
 
 
 FACTORS = {
     "lengths": [(64, 128), (150, 200), (129, 300), (290, 70)],
     "widths": [(64, 64), (96, 80), (128, 128), (192, 128), (256, 256)],
-    "mask": [None, "causal", "sink window", "bigbird", "far past"],
+    "mask": [None, "causal", "sink window", "bigbird", "far past", "array BNTS", "dense", "global many"],
     "heads": [(2, 2), (4, 2), (3, 1)],
     "bias": [None, "alibi"],
     "positions": [None, "shifted", "left padded", "cache"],
@@ -220,10 +291,16 @@ def test_interpreted_over_all_pairs(case, kind):
 FUSED_FACTORS = {
     "lengths": FACTORS["lengths"],
     "widths": [(64, 64), (96, 80), (128, 128), (192, 128), (256, 256)],
-    "mask": [None, "causal", "sink window"],
+    "mask": [None, "causal", "sink window", "array BNTS", "global many"],
     "heads": FACTORS["heads"],
-    "slots": [{}, {"positions": "left padded"}, {"positions": "cache"}, {"segments": "ragged"}],
+    "slots": [
+        {},
+        {"positions": "left padded"},
+        {"segments": "packed", "positions": "cache"},
+        {"segments": "ragged"},
+    ],
     "sinks": [False, True],
+    "dropout": [0.0, 0.3],
     "dtype": FACTORS["dtype"],
     "scale": FACTORS["scale"],
 }
@@ -298,11 +375,12 @@ def _both_ways(attend, call: Call, do: jax.Array):
     return out, lse, *vjp((do.astype(out.dtype), jnp.zeros_like(lse)))
 
 
+_DENSE = Dense(np.random.default_rng(0).random((4096, 4096)) < 0.5)
 _CARD = pairwise(
     {
         "H": [64, 96, 128, 192, 256],
         "lengths": [(4096, 4096), (4001, 3999), (1, 777)],
-        "mask": [Causal(), Full(), SlidingWindow(1000)],
+        "mask": [Causal(), Full(), SlidingWindow(1000), BigBird(64, 3, 1, 2), _DENSE],
         "deterministic": [True, False],
         "dtype": [jnp.bfloat16, jnp.float16],
     }

@@ -1,7 +1,8 @@
 """Softmax attention on Hopper GPUs: flash attention over block lists in Pallas Mosaic GPU.
 
-    plan       how a call is cut: widths, tiles, operands        elementwise  functions of positions on tiles
-    schedule   block maps as lists that a kernel reads           scores       q . k to exponents on a tile
+    plan       how a call is cut: widths, tiles, operands       elementwise  functions of positions on tiles
+    schedule   block maps as lists that a kernel reads          bits         masks read, not computed
+    scores     q . k to exponents on a tile
     launch     layouts, scratch, a thread block                  gradients    a tile's dZ
     forward, backward_q, backward_kv, backward_fused    the kernels
 
@@ -66,8 +67,6 @@ def _inputs(call: Call) -> str | None:
         return f"takes bfloat16 and float16, the inputs are {call.q_BTNH.dtype}"
     if max(H, M) > planning.WIDTHS[-1]:
         return f"heads up to {planning.WIDTHS[-1]} wide, these are {H} (keys) and {M} (values)"
-    if call.mask_BNTS is not None:
-        return "takes a Mask of positions, not a boolean array"
     if jax.tree.leaves(call.bias):
         return f"bias {type(call.bias).__name__} holds arrays; only biases computed from positions run here"
     found = scores_of(call)
@@ -142,6 +141,7 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
             k_positions_BS=None,
             q_segments_BT=None,
             k_segments_BS=None,
+            mask_BNTS=None,
             dropout_words=None,
             first_row=None,
             first_head=None,

@@ -134,11 +134,11 @@ class _RelayKernel(_FusedKernel):
     @classmethod
     def more_scratch(cls, plan: Plan, swizzle_block: int) -> dict:
         dtype, block, M = plan.call.q_BTNH.dtype, plan.tiles.block, plan.call.sizes[6]
-        stages = cls.dout_stages(plan)
+        stages, given = cls.dout_stages(plan), 2 + len(plan.q.vectors) + (plan.words > 0)
         return super().more_scratch(plan, swizzle_block) | {
             "dout": tiled((stages, block, M), dtype, swizzle_block),
             "delta": plgpu.SMEM((stages, block), jnp.float32),
-            "ready": plgpu.Barrier(num_arrivals=2 + len(plan.q.vectors), num_barriers=plan.tiles.stages),
+            "ready": plgpu.Barrier(num_arrivals=given, num_barriers=plan.tiles.stages),
             "dout_ready": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "dout_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "p": tiled((GROUP, block), jnp.float32),
@@ -159,19 +159,18 @@ class _RelayKernel(_FusedKernel):
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         copy = plgpu.copy_gmem_to_smem
 
-        def place(i):
-            q_block, head = self.visit(start, i)
-            return pl.ds(q_block * block, block), head
-
         def queries(i, slot):
-            (tokens, head), ready = place(i), smem["ready"].at[slot]
+            (q_block, head), ready = self.visit(start, i), smem["ready"].at[slot]
+            tokens = pl.ds(q_block * block, block)
             copy(refs["q_tokens"].at[self.batch, tokens, head], smem["q"].at[slot], ready)
             copy(refs["lse"].at[self.batch, head, tokens], smem["lse"].at[slot], ready)
             for ref, buffer in zip(refs["q"], smem["q_vectors"], strict=True):
                 copy(self.per_token(ref, tokens), buffer.at[slot], ready)
+            self.copy_bits(head, q_block, k_block, slot, ready)
 
         def cotangents(i, slot):
-            (tokens, head), ready = place(i), smem["dout_ready"].at[slot]
+            (q_block, head), ready = self.visit(start, i), smem["dout_ready"].at[slot]
+            tokens = pl.ds(q_block * block, block)
             copy(refs["dout"].at[self.batch, tokens, head], smem["dout"].at[slot], ready)
             copy(refs["delta"].at[self.batch, head, tokens], smem["delta"].at[slot], ready)
 
@@ -199,7 +198,7 @@ class _RelayKernel(_FusedKernel):
         smem, part, slot = self.smem, fresh(part), remainder(i, self.plan.tiles.stages)
         first, dout_slot = "dv" in sums, remainder(i, self.dout_stages(self.plan))
         if first:
-            tile = self.tile(i, slot, masked, start, k_start, k_vectors)
+            tile = self.tile(i, slot, masked, start, part, k_start, k_vectors)
 
         def products(accumulators):
             if first:

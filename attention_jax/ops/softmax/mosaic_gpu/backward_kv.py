@@ -23,8 +23,11 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
     ThreadBlock,
+    bits_scratch,
     fresh,
     launch,
+    loaded,
+    loader,
     release,
     remainder,
     tiled,
@@ -50,7 +53,7 @@ def over_keys(
     dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
     parts = plan.key_rows // GROUP
     operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, **more)
-    vectors = len(plan.q.vectors)
+    vectors, bits = len(plan.q.vectors), bits_scratch(plan, plan.key_rows)
     scratch = {
         "k": tiled((parts, GROUP, H), dtype, swizzle_block),
         "v": tiled((parts, GROUP, M), dtype, swizzle_block),
@@ -59,8 +62,9 @@ def over_keys(
         "lse": plgpu.SMEM((stages, block), jnp.float32),
         "delta": plgpu.SMEM((stages, block), jnp.float32),
         "q_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
+        "bits": bits,
         "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=parts),
-        "ready": plgpu.Barrier(num_arrivals=4 + vectors, num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=4 + vectors + (bits is not None), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         **kind.more_scratch(plan, swizzle_block),
     }
@@ -128,6 +132,7 @@ class KeyKernel(ThreadBlock):
                 plgpu.copy_gmem_to_smem(row, smem[name].at[slot], ready)
             for ref, buffer in zip(refs["q"], smem["q_vectors"], strict=True):
                 plgpu.copy_gmem_to_smem(self.per_token(ref, tokens), buffer.at[slot], ready)
+            self.copy_bits(head, q_block, k_block, slot, ready)
 
         self.produce((end - start) * self.plan.groups, {"free": copy})
 
@@ -145,7 +150,7 @@ class KeyKernel(ThreadBlock):
         k_block, start, full_end, end = self.row()
         k_start = self.keys(k_block, part)
         rows = pl.ds(k_start, GROUP)
-        k_vectors = [vector(self.per_token(ref, rows), ROWS) for ref in refs["k"]]
+        k_vectors = loaded([loader(self.per_token(ref, rows), ROWS) for ref in refs["k"]])
         plgpu.barrier_wait(smem["own_ready"].at[part])
 
         def body(masked):
@@ -173,7 +178,7 @@ class KeyKernel(ThreadBlock):
         plan, smem = self.plan, self.smem
         dtype, (stages, block) = plan.call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
         slot, shape, part = remainder(i, stages), (GROUP, block), fresh(part)
-        tile = self.tile(i, slot, masked, start, k_start, k_vectors)
+        tile = self.tile(i, slot, masked, start, part, k_start, k_vectors)
         q_smem, dout_smem = smem["q"].at[slot], smem["dout"].at[slot]
         lse, delta = (lambda x=smem[x].at[slot]: vector(x, COLUMNS) for x in ("lse", "delta"))
 
@@ -198,7 +203,7 @@ class KeyKernel(ThreadBlock):
             self.add_queries(i, start, group)
         return found
 
-    def tile(self, i, slot, masked, start, k_start, k_vectors) -> Tile:
+    def tile(self, i, slot, masked, start, part, k_start, k_vectors) -> Tile:
         """The scores of a step, transposed, once its queries are there."""
         plan, smem, block = self.plan, self.smem, self.plan.tiles.block
         q_block = head = jnp.int32(0)
@@ -207,10 +212,11 @@ class KeyKernel(ThreadBlock):
         plgpu.barrier_wait(smem["ready"].at[slot])
         q_vectors = []
         if plan.scores.placed(masked):
-            q_vectors = [vector(x.at[slot], COLUMNS) for x in smem["q_vectors"]]
+            q_vectors = [loader(x.at[slot], COLUMNS) for x in smem["q_vectors"]]
+        bits = self.own_bits(slot, part) if masked else []
         return Tile(
             plan.scores, self.refs, self.batch, head, q_block * block, k_start, q_vectors, k_vectors,
-            (GROUP, block), 1, (ROWS, COLUMNS),
+            (GROUP, block), 1, (ROWS, COLUMNS), bits,
         )  # fmt: skip
 
     def before_output(self) -> None:

@@ -21,8 +21,11 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
     ThreadBlock,
+    bits_scratch,
     fresh,
     launch,
+    loaded,
+    loader,
     release,
     remainder,
     tiled,
@@ -40,15 +43,16 @@ def gradient_q(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) ->
     operands = plan.operands(
         q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, dout=dout, lse=lse, delta=delta
     )
-    vectors = len(plan.k.vectors)
+    vectors, bits = len(plan.k.vectors), bits_scratch(plan, 2 * GROUP)
     scratch = {
         "q": tiled((2, GROUP, H), dtype, block),
         "dout": tiled((2, GROUP, M), dtype, block),
         "k": tiled((stages, block, H), dtype, block),
         "v": tiled((stages, block, M), dtype, block),
         "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
+        "bits": bits,
         "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        "ready": plgpu.Barrier(num_arrivals=2 + vectors, num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=2 + vectors + (bits is not None), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     }
 
@@ -74,7 +78,7 @@ class _QueryKernel(ThreadBlock):
 
     def load(self) -> None:
         plgpu.set_max_registers(24, action="decrease")
-        _, start, _, end = self.row()
+        q_block, start, _, end = self.row()
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
 
@@ -85,6 +89,7 @@ class _QueryKernel(ThreadBlock):
             plgpu.copy_gmem_to_smem(refs["v_tokens"].at[at], smem["v"].at[slot], ready)
             for ref, buffer in zip(refs["k"], smem["k_vectors"], strict=True):
                 plgpu.copy_gmem_to_smem(self.per_token(ref, tokens), buffer.at[slot], ready)
+            self.copy_bits(self.head, self.item(start + i), q_block, slot, ready)
 
         self.produce(end - start, {"free": copy})
 
@@ -100,7 +105,7 @@ class _QueryKernel(ThreadBlock):
         plgpu.copy_gmem_to_smem(refs["q_tokens"].at[at], q_smem, own_ready)
         plgpu.copy_gmem_to_smem(refs["dout"].at[at], dout_smem, own_ready)
         lse, delta = (vector(refs[x].at[self.batch, self.head, rows], ROWS) for x in ("lse", "delta"))
-        q_vectors = [vector(self.per_token(ref, rows), ROWS) for ref in refs["q"]]
+        q_vectors = loaded([loader(self.per_token(ref, rows), ROWS) for ref in refs["q"]])
         plgpu.barrier_wait(own_ready)
 
         def body(masked):
@@ -129,10 +134,11 @@ class _QueryKernel(ThreadBlock):
         plgpu.barrier_wait(smem["ready"].at[slot])
         k_vectors = []
         if plan.scores.placed(masked):
-            k_vectors = [vector(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
+            k_vectors = [loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
+        bits = self.own_bits(slot, group) if masked else []
         tile = Tile(
             plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
-            shape, 0, (ROWS, COLUMNS),
+            shape, 0, (ROWS, COLUMNS), bits,
         )  # fmt: skip
 
         def products(dq_acc):
@@ -143,5 +149,5 @@ class _QueryKernel(ThreadBlock):
             plgpu.wgmma(dq_acc, dz.astype(plan.call.q_BTNH.dtype), smem["k"].at[fresh(slot)])
 
         dq = pl.run_state(products)(plgpu.ACC.init(dq))
-        release(smem["free"].at[slot], read=bool(k_vectors))
+        release(smem["free"].at[slot], read=bool(k_vectors or bits))
         return dq

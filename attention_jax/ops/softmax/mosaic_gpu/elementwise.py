@@ -3,7 +3,11 @@
 A mask's `keep`, a bias's `score` and the dropout hash are elementwise. Traced on scalars they are a jaxpr
 without a shape, whose equations fall into three parts: what depends on neither position is computed once
 per (batch row, head) outside the kernel; what depends on one position runs on a vector, one value per row or
-column of the tile; the rest runs on the tile. Nothing that indexes an array can run there: `trace` says so.
+column of the tile; the rest runs on the tile.
+
+What depends on one position is *looked up*, computed outside the kernel as one int32 per token, where it
+cannot run there (it indexes an array) or takes `LONG` equations: a vector is read in less time. Of what
+indexes an array with both positions, `trace` says that it cannot run.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ _LOWERED = frozenset(
 # Of arrays with one element these change the shape alone; on a scalar they are the identity.
 _SHAPES = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy".split())
 
+LONG = 6
+
 Q, K = frozenset("q"), frozenset("k")
 NEITHER: frozenset[str] = frozenset()
 
@@ -39,6 +45,7 @@ class Traced:
     frontier: list  # what `inner` reads of `outer`, in order
     known: dict  # variables that depend on nothing, as NumPy scalars
     jaxpr: core.ClosedJaxpr
+    looked: dict  # what `inner` reads that is looked up: variables, and the side Q or K of their position
 
     @property
     def constant(self) -> Any:
@@ -63,18 +70,40 @@ class Traced:
         b, n = jnp.arange(B, dtype=jnp.int32), jnp.arange(N, dtype=jnp.int32)
         return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(b, n)
 
+    def look_up(self, side: frozenset, positions_BL: jax.Array) -> list[jax.Array]:
+        """What the kernel reads per token of one side, Q or K: int32 arrays like its positions."""
+        wanted = [v for v, kind in self.looked.items() if kind == side]
+        jaxpr = self.jaxpr.jaxpr
+        jaxpr = jaxpr.replace(outvars=wanted, debug_info=jaxpr.debug_info.with_unknown_names())
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, self.jaxpr.consts))
+
+        def one(position):  # none of `wanted` depends on the other arguments
+            zero = jnp.int32(0)
+            return [x.reshape(()).astype(jnp.int32) for x in function(zero, zero, position, position)]
+
+        return jax.vmap(jax.vmap(one))(positions_BL) if wanted else []
+
     def tile(
-        self, scalars: Sequence[Any], q_pos: Any, k_pos: Any, shape: tuple[int, int], q_axis: int
+        self,
+        scalars: Sequence[Any],
+        q_pos: Any,
+        k_pos: Any,
+        shape: tuple[int, int],
+        q_axis: int,
+        looked: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
     ) -> Any:
         """The function on a tile [queries, keys] (q_axis 0) or [keys, queries] (q_axis 1), in a kernel.
 
-        q_pos, k_pos: vectors along their axes of the tile.
+        q_pos, k_pos: vectors along their axes of the tile. looked: functions that give the tile's part of
+        `look_up`, of queries and of keys, called where they are needed.
         """
         env: dict[Any, tuple[frozenset, Any]] = {
             v: (NEITHER, x.reshape(())[()]) for v, x in self.known.items()
         }
         for var, x in zip(self.frontier, scalars, strict=True):
             env[var] = (NEITHER, x != 0 if var.aval.dtype == bool else x)
+        found = {Q: iter(looked[0]), K: iter(looked[1])}
+        late = {var: next(found[kind]) for var, kind in self.looked.items()}
         _, _, q, k = self.jaxpr.jaxpr.invars
         env[q], env[k] = (Q, q_pos), (K, k_pos)
         axes = {Q: q_axis, K: 1 - q_axis}
@@ -82,6 +111,9 @@ class Traced:
         def read(v):
             if isinstance(v, core.Literal):
                 return NEITHER, np.asarray(v.val, v.aval.dtype)[()]
+            if v in late and v not in env:
+                x = late[v]()
+                env[v] = (self.looked[v], x != 0 if v.aval.dtype == bool else x)
             return env[v]
 
         for eqn in self.inner:
@@ -97,8 +129,11 @@ class Traced:
         return _spread(x, kind, Q | K, shape, axes)
 
 
-def trace(fn: Callable, what: str) -> Traced | str:
-    """`fn(batch, head, q_pos, k_pos)` of scalars, or why it cannot run in a kernel."""
+def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
+    """`fn(batch, head, q_pos, k_pos)` of scalars, or why it cannot run in a kernel.
+
+    look_up: the kernel reads `Traced.look_up`; of a function that differs by head nothing is looked up.
+    """
     i32 = jax.ShapeDtypeStruct((), jnp.int32)
     try:
         with jax.disable_jit():  # so that no equation is a call
@@ -108,8 +143,10 @@ def trace(fn: Callable, what: str) -> Traced | str:
     jaxpr = closed.jaxpr
     kinds = {v: NEITHER for v in (*jaxpr.constvars, *jaxpr.invars[:2])}
     kinds |= {jaxpr.invars[2]: Q, jaxpr.invars[3]: K}
-    outer, inner, frontier, known = [], [], {}, {}
-    for eqn in jaxpr.eqns:
+    by_head, outside = set(jaxpr.invars[:2]), set()
+    chains: dict[Any, frozenset] = {}  # the equations of the same one position behind a variable
+    outer, inner, known = [], [], {}
+    for i, eqn in enumerate(jaxpr.eqns):
         used = [v for v in eqn.invars if not isinstance(v, core.Literal)]
         if _equal_to_itself(eqn):  # `Full`
             value = np.asarray(True)
@@ -123,18 +160,33 @@ def trace(fn: Callable, what: str) -> Traced | str:
             continue
         kind = frozenset().union(*(kinds[v] for v in used))
         kinds |= {v: kind for v in eqn.outvars}
+        if by_head.intersection(used):
+            by_head.update(eqn.outvars)
+        name = eqn.primitive.name
         if kind == NEITHER:
             outer.append(eqn)
-            continue
-        name = eqn.primitive.name
-        if name not in _LOWERED | _SHAPES or any(v.aval.size != 1 for v in (*used, *eqn.outvars)):
+        elif name in _LOWERED | _SHAPES and all(v.aval.size == 1 for v in (*used, *eqn.outvars)):
+            inner.append(eqn)
+            if len(kind) == 1:
+                chains[eqn.outvars[0]] = frozenset([i]).union(*(chains.get(v, ()) for v in used))
+        elif look_up and len(kind) == 1 and not by_head.intersection(used):
+            outside.update(eqn.outvars)
+        else:
             return f"{what} uses {name!r}, which this kernel cannot evaluate entry by entry"
-        inner.append(eqn)
-        frontier |= {v: None for v in used if kinds[v] == NEITHER and v not in known}
-    out = jaxpr.outvars[0]
-    if not isinstance(out, core.Literal) and kinds[out] == NEITHER and out not in known:
-        frontier |= {out: None}
-    return Traced(outer, inner, list(frontier), known, closed)
+    if look_up:
+        outside |= {v for v, chain in chains.items() if len(chain) >= LONG and v not in by_head}
+    # From the result backwards, so that what only a look-up needs does not run in the kernel.
+    read = {v: None for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    needed = []
+    for eqn in reversed(inner):
+        if eqn.outvars[0] in read.keys() - outside:
+            needed.append(eqn)
+            read |= {v: None for v in eqn.invars if not isinstance(v, core.Literal)}
+    looked = {v: kinds[v] for v in read if v in outside}
+    if any(v.aval.dtype not in (bool, jnp.int32) for v in looked):
+        return f"{what} looks up other numbers than int32"
+    frontier = [v for v in read if kinds[v] == NEITHER and v not in known]
+    return Traced(outer, needed[::-1], frontier, known, closed, looked)
 
 
 def _bind(eqn: Any, env: dict) -> None:

@@ -20,12 +20,14 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
     ThreadBlock,
+    bits_scratch,
     launch,
+    loaded,
+    loader,
     release,
     remainder,
     tiled,
     times,
-    vector,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
@@ -42,7 +44,7 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
     if call.sink_logits_N is not None:
         sinks = call.sink_logits_N.astype(jnp.float32) * LOG2E
     operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, sinks=sinks)
-    vectors = len(plan.k.vectors)
+    vectors, bits = len(plan.k.vectors), bits_scratch(plan, 2 * GROUP)
     scratch = {
         "q": tiled((2, GROUP, H), dtype, block),
         "k": tiled((stages, block, H), dtype, block),
@@ -50,8 +52,9 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
         "out": None if H == M else tiled((2, GROUP, M), dtype, block),
         "lse": plgpu.SMEM((2, GROUP), jnp.float32),
         "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
+        "bits": bits,
         "q_ready": plgpu.Barrier(num_barriers=2),
-        "k_ready": plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=stages),
+        "k_ready": plgpu.Barrier(num_arrivals=1 + vectors + (bits is not None), num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -86,7 +89,7 @@ class _Kernel(ThreadBlock):
     def load(self) -> None:
         """The third warpgroup: keys and values of the listed blocks, `stages` steps ahead."""
         plgpu.set_max_registers(40, action="decrease")
-        _, start, _, end = self.row()
+        q_block, start, _, end = self.row()
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
 
@@ -98,6 +101,7 @@ class _Kernel(ThreadBlock):
             plgpu.copy_gmem_to_smem(refs["k_tokens"].at[self.batch, at, kv_head], smem["k"].at[slot], ready)
             for ref, buffer in zip(refs["k"], smem["k_vectors"], strict=True):
                 plgpu.copy_gmem_to_smem(self.per_token(ref, at), buffer.at[slot], ready)
+            self.copy_bits(self.head, self.item(start + i), q_block, slot, ready)
 
         def values(i, slot):
             at = (self.batch, tokens(i), kv_head)
@@ -117,7 +121,7 @@ class _Kernel(ThreadBlock):
         plgpu.copy_gmem_to_smem(
             refs["q_tokens"].at[self.batch, rows, self.head], q_smem, smem["q_ready"].at[group]
         )
-        q_vectors = [vector(self.per_token(ref, rows), ROWS) for ref in refs["q"]]
+        q_vectors = loaded([loader(self.per_token(ref, rows), ROWS) for ref in refs["q"]])
         plgpu.barrier_wait(smem["q_ready"].at[group])
         steps = end - start
         pl.when(steps > 0)(lambda: plgpu.barrier_wait(smem["k_ready"].at[0]))
@@ -127,7 +131,9 @@ class _Kernel(ThreadBlock):
         carry = (plgpu.layout_cast(jnp.zeros((GROUP, M), jnp.float32), WGMMA), m, norm)
 
         def body(masked):
-            return lambda i, carry: self.step(i, carry, masked, start, steps, q_start, q_smem, q_vectors)
+            return lambda i, carry: self.step(
+                i, carry, masked, start, steps, group, q_start, q_smem, q_vectors
+            )
 
         if plan.schedule.some_full:
             carry = lax.fori_loop(jnp.int32(0), full_end - start, body(False), carry)
@@ -149,7 +155,7 @@ class _Kernel(ThreadBlock):
             m, norm = jnp.maximum(m, sink), jnp.where(sink == -jnp.inf, 0.0, 1.0)
         return tuple(plgpu.layout_cast(lax.broadcast(x, (GROUP,)), ROWS) for x in (m, norm))
 
-    def step(self, i, carry, masked, start, steps, q_start, q_smem, q_vectors):
+    def step(self, i, carry, masked, start, steps, group, q_start, q_smem, q_vectors):
         plan, smem = self.plan, self.smem
         (stages, block), M = (plan.tiles.stages, plan.tiles.block), plan.call.sizes[6]
         acc, m, norm = carry
@@ -165,12 +171,13 @@ class _Kernel(ThreadBlock):
         qk = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
         k_vectors = []
         if plan.scores.placed(masked):
-            k_vectors = [vector(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
-        release(smem["k_free"].at[slot], read=bool(k_vectors))
+            k_vectors = loaded([loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]])
+        bits = loaded(self.own_bits(slot, group)) if masked else []
+        release(smem["k_free"].at[slot], read=bool(k_vectors or bits))
 
         tile = Tile(
             plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
-            shape, 0, (ROWS, COLUMNS),
+            shape, 0, (ROWS, COLUMNS), bits,
         )  # fmt: skip
         z, factor, _ = tile.exponents(qk, masked)
         new_m = jnp.maximum(m, times(z.max(axis=1), factor))

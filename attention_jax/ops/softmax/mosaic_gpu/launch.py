@@ -12,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention_jax.ops.softmax.mosaic_gpu.plan import Plan
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
+from attention_jax.ops.softmax.mosaic_gpu.scores import Vector
 
 # Layouts of a vector along the rows and along the columns of an accumulator.
 ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -57,9 +58,25 @@ def release(barrier: Any, read: bool) -> None:
     plgpu.barrier_arrive(barrier)
 
 
+def bits_scratch(plan: Plan, own: int) -> Any:
+    """Shared memory for the bits of `own` tokens, a row a word; None where the kernel computes the mask."""
+    return plgpu.SMEM((plan.tiles.stages * plan.words, own), jnp.int32) if plan.words else None
+
+
 def vector(ref: Any, layout: Any) -> jax.Array:
     """A vector from global or shared memory, spread over the threads as rows or columns of a tile are."""
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def loader(ref: Any, layout: Any) -> Vector:
+    """Loads a vector where it is called."""
+    return lambda: vector(ref, layout)
+
+
+def loaded(loaders: list[Vector]) -> list[Vector]:
+    """The same vectors, loaded now."""
+    found = [load() for load in loaders]
+    return [lambda x=x: x for x in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +96,10 @@ class ThreadBlock:
         """(H, M)."""
         return self.plan.call.sizes[5:]
 
-    def _shared(self, ref: Any) -> jax.Array | int:
+    def _shared(self, ref: Any) -> jax.Array:
         """The batch index into an array whose batch rows may all be one."""
-        return self.batch if ref.shape[0] > 1 else 0
+        # Not a constant 0: a region inside a loop cannot close over one.
+        return self.batch if ref.shape[0] > 1 else self.batch * 0
 
     def row(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(row's block, start, end of the full blocks, end) of the list this thread block works off."""
@@ -114,6 +132,22 @@ class ThreadBlock:
 
         lax.fori_loop(jnp.int32(0), steps, step, None)
         lax.fori_loop(steps, steps + stages, drain, None)
+
+    def copy_bits(self, head, swept_block: jax.Array, own_block: jax.Array, slot: jax.Array, ready) -> None:
+        """Fetches a step's words for the tokens that the thread block owns, where there are any."""
+        words = self.plan.words
+        if not words:
+            return
+        ref, buffer = self.refs["bits"], self.smem["bits"]
+        own = buffer.shape[1]
+        at = (pl.ds(swept_block * words, words), pl.ds(own_block * own, own))
+        source = ref.at[self._shared(ref), head if ref.shape[1] > 1 else 0, *at]
+        plgpu.copy_gmem_to_smem(source, buffer.at[pl.ds(slot * words, words)], ready)
+
+    def own_bits(self, slot: jax.Array, part: jax.Array) -> list[Vector]:
+        """A step's words for one warpgroup's rows."""
+        rows, words = pl.ds(part * GROUP, GROUP), self.plan.words
+        return [loader(self.smem["bits"].at[slot * words + i, rows], ROWS) for i in range(words)]
 
     def per_token(self, ref: Any, tokens: Any) -> Any:
         """Positions or segments of some tokens, in global memory."""
@@ -166,7 +200,7 @@ def launch(
 
 
 def _whole_tiles(x: jax.Array) -> jax.Array:
-    """Tokens [B, L, heads, width] up to a multiple of `TILE_ROWS`; anything else as it is."""
-    if x.ndim != 4 or x.shape[1] % TILE_ROWS == 0:
+    """Tokens [B, L, heads, width] up to a multiple of `TILE_ROWS`; anything else (bits too) as it is."""
+    if x.ndim != 4 or x.dtype == jnp.int32 or x.shape[1] % TILE_ROWS == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE_ROWS), (0, 0), (0, 0)))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
+from attention_jax.ops.softmax.mosaic_gpu.bits import WORD, mask_bits
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Schedule, Side, block_map, schedule, sides
 from attention_jax.ops.softmax.mosaic_gpu.scores import GROUP, Scores, scores_of
 
@@ -78,6 +80,13 @@ class Plan:
     q: Side
     k: Side
     key_rows: int  # keys of a thread block of the backward over keys
+    bits: jax.Array | np.ndarray | None  # int32 [b, n, words, own tokens], see `bits.py`
+    swept: int  # tokens per step, of which a word holds 32
+
+    @property
+    def words(self) -> int:
+        """Vectors of bits that a step reads; 0 where the kernel computes the mask."""
+        return 0 if self.bits is None else self.swept // WORD
 
     @property
     def groups(self) -> int:
@@ -88,7 +97,7 @@ class Plan:
         """What every kernel reads, as a pytree."""
         B, _, _, N, *_ = self.call.sizes
         lists = {"rows": self.schedule.rows, "items": self.schedule.items}
-        found = self.scores.operands(B, N, self.q, self.k) | lists | more
+        found = self.scores.operands(B, N, self.q, self.k) | lists | {"bits": self.bits} | more
         return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, found)
 
 
@@ -114,7 +123,8 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    tiles = tiles or _fitting(BACKWARD_K, call, scores.complex_mask or scores.heavy)
+    heavy = scores.complex_mask or (max(H, M) > 64 and scores.heavy)
+    tiles = tiles or _fitting(BACKWARD_K, call, heavy)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
 
@@ -122,8 +132,8 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold both sums and the scores, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    much = scores.placed(False) or scores.heavy or scores.complex_mask
-    much = much or (scores.positions and scores.segments) or max(H, M) > 128
+    much = scores.complex_mask or scores.vectors > 2 or scores.softcap is not None or scores.bias is not None
+    much = max(H, M) > 128 or (max(H, M) > 64 and much)
     tiles = tiles or FUSED[padded_width(max(H, M))]
     return _plan(call, scores, tiles, tiles.block, GROUP if much else 2 * GROUP, by_key=True)
 
@@ -144,8 +154,23 @@ def _scores(call: Call) -> Scores:
 def _plan(call: Call, scores: Scores, tiles: Tiles, q_block: int, k_block: int, by_key: bool) -> Plan:
     _, T, S, *_ = call.sizes
     blocks = block_map(call, q_block, k_block)
-    q, k = sides(call, round_up(T, q_block), round_up(S, k_block))
-    return Plan(call, scores, tiles, schedule(blocks.transpose if by_key else blocks), q, k, k_block)
+    T_pad, S_pad = round_up(T, q_block), round_up(S, k_block)
+    q, k = sides(call, T_pad, S_pad)
+    if scores.keep.looked:
+        q = _looked_up(scores, q, Q, call.q_positions_BT, T_pad)
+        k = _looked_up(scores, k, K, call.k_positions_BS, S_pad)
+    bits, swept = None, q_block if by_key else k_block
+    if scores.bits:
+        bits = mask_bits(call, scores.table, by_key, *((S_pad, T_pad) if by_key else (T_pad, S_pad)))
+    lists = schedule(blocks.transpose if by_key else blocks)
+    return Plan(call, scores, tiles, lists, q, k, k_block, bits, swept)
+
+
+def _looked_up(scores: Scores, side: Side, name: frozenset, positions: jax.Array | None, length: int) -> Side:
+    """The side with what the mask looks up with its positions."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
+    padded = jnp.pad(positions, ((0, 0), (0, length - positions.shape[1])), constant_values=-1)
+    return dataclasses.replace(side, looked=tuple(scores.keep.look_up(name, padded)))
 
 
 def clean(call: Call) -> Call:

@@ -16,6 +16,7 @@ import numpy as np
 
 from attention_jax.ops.softmax.blocks import BlockMap, Tokens, runtime_map, static_map
 from attention_jax.ops.softmax.common import Call, positions_of, valid_slots
+from attention_jax.ops.softmax.mosaic_gpu.bits import any_and_all
 
 Array = Any  # NumPy for a static map, jax for one made at run time
 
@@ -69,10 +70,11 @@ class Side:
 
     positions: jax.Array | None
     segments: jax.Array | None
+    looked: tuple[jax.Array, ...] = ()  # what the mask looks up with a position, computed outside the kernel
 
     @property
     def vectors(self) -> list[jax.Array]:
-        return [x for x in (self.positions, self.segments) if x is not None]
+        return [*(x for x in (self.positions, self.segments) if x is not None), *self.looked]
 
 
 def sides(call: Call, T_pad: int, S_pad: int) -> tuple[Side, Side]:
@@ -100,6 +102,14 @@ def sides(call: Call, T_pad: int, S_pad: int) -> tuple[Side, Side]:
 
 def block_map(call: Call, q_block: int, k_block: int) -> BlockMap:
     """Which blocks of [q_block, k_block] are empty, partial and full."""
+    found = _by_positions(call, q_block, k_block)
+    if call.mask_BNTS is None:
+        return found
+    some, every = any_and_all(call.mask_BNTS, *call.sizes[1:3], q_block, k_block)
+    return BlockMap(found.some & some, found.every & every)
+
+
+def _by_positions(call: Call, q_block: int, k_block: int) -> BlockMap:
     _, T, S, *_ = call.sizes
     if call.arange_positions:
         return static_map(call.mask, T, S, q_block, k_block)

@@ -8,17 +8,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention_jax.masks import Full
 from attention_jax.ops.softmax.common import Call, dropout_keep
-from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
+from attention_jax.ops.softmax.mosaic_gpu.bits import WORD
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
 GROUP = 64  # rows of a warpgroup's matrix instruction
+Vector = Callable[[], jax.Array]
 LOG2E = math.log2(math.e)
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - LOWEST) is 0 for z = -inf.
@@ -29,7 +33,8 @@ LOWEST = -3.4028234663852886e38
 class Scores:
     """What happens to the scores of a call, all of it known while tracing.
 
-    length: the number of keys where positions are implicit, else None.
+    table: the mask cannot be computed in a kernel, which reads it as bits (`bits.py`) with those of a boolean
+    array; `keep` then keeps all. length: the number of keys where positions are implicit, else None.
     """
 
     keep: Traced
@@ -41,9 +46,11 @@ class Scores:
     positions: bool
     segments: bool
     length: int | None
+    table: bool
+    bits: bool
 
     def operands(self, B: int, N: int, q: Side, k: Side) -> dict[str, list[jax.Array]]:
-        """The arrays `Tile` reads from global memory."""
+        """The arrays `Tile` reads from global memory, beside bits."""
         traced = {"keep": self.keep, "bias": self.bias, "dropout": self.dropout}
         found = {name: [] if t is None else t.scalars(B, N) for name, t in traced.items()}
         return found | {"q": q.vectors, "k": k.vectors}
@@ -52,6 +59,12 @@ class Scores:
     def foldable(self) -> bool:
         """The exponent is q . k times a positive constant, which the exponential's multiply-add takes in."""
         return self.softcap is None and self.bias is None and self.scale > 0
+
+    @property
+    def vectors(self) -> int:
+        """What a tile reads per token, of the side of which it reads more."""
+        looked = self.keep.looked.values()
+        return self.positions + self.segments + max(sum(x == side for x in looked) for side in (Q, K))
 
     @property
     def complex_mask(self) -> bool:
@@ -82,8 +95,10 @@ def scores_of(call: Call) -> Scores | str:
         return jnp.reshape(dropout_keep(words, rate, b[None], n[None], q[None, None], k[None, None]), ())
 
     _, _, S, *_ = call.sizes
+    kept = trace(keep, "the mask", look_up=True)
+    table = isinstance(kept, str)
     parts = [
-        trace(keep, f"mask {type(call.mask).__name__}"),
+        trace(lambda b, n, q, k: Full().keep(q, k), "no mask") if table else kept,
         None if call.bias is None else trace(bias, f"bias {type(call.bias).__name__}"),
         None if call.dropout_rate == 0 else trace(drop, "dropout"),
     ]
@@ -94,7 +109,7 @@ def scores_of(call: Call) -> Scores | str:
     segments = call.q_segments_BT is not None
     return Scores(
         *parts, call.scale, call.softcap, call.dropout_rate, positions, segments,
-        None if positions or segments else S,
+        None if positions or segments else S, table, table or call.mask_BNTS is not None,
     )  # fmt: skip
 
 
@@ -102,8 +117,9 @@ def scores_of(call: Call) -> Scores | str:
 class Tile:
     """A tile of scores in registers: q . k, [queries, keys], or transposed (q_axis 1).
 
-    q_vectors, k_vectors: the tile's positions and segments where they are given; q_start, k_start: its first
-    token indices.
+    q_vectors, k_vectors: the tile's positions and segments where they are given, then what the mask looks up;
+    q_start, k_start: its first token indices; bits: vectors of words along axis 0, each for 32 of axis 1.
+    Vectors are functions, called as late as possible, since registers are short.
     """
 
     scores: Scores
@@ -112,11 +128,12 @@ class Tile:
     head: jax.Array
     q_start: jax.Array
     k_start: jax.Array
-    q_vectors: list[jax.Array]
-    k_vectors: list[jax.Array]
+    q_vectors: list[Vector]
+    k_vectors: list[Vector]
     shape: tuple[int, int]
     q_axis: int
     layouts: tuple[Any, Any]  # of vectors along axis 0 and axis 1
+    bits: list[Vector]
 
     def _index(self, start: jax.Array, axis: int) -> jax.Array:
         from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -126,16 +143,30 @@ class Tile:
 
     @property
     def q_positions(self) -> jax.Array:
-        return self.q_vectors[0] if self.scores.positions else self._index(self.q_start, self.q_axis)
+        return self.q_vectors[0]() if self.scores.positions else self._index(self.q_start, self.q_axis)
 
     @property
     def k_positions(self) -> jax.Array:
-        return self.k_vectors[0] if self.scores.positions else self._index(self.k_start, 1 - self.q_axis)
+        return self.k_vectors[0]() if self.scores.positions else self._index(self.k_start, 1 - self.q_axis)
 
     def _run(self, name: str) -> jax.Array:
         scalars = [ref[self.batch, self.head] for ref in self.refs[name]]
         traced = getattr(self.scores, name)
-        return traced.tile(scalars, self.q_positions, self.k_positions, self.shape, self.q_axis)
+        given = self.scores.positions + self.scores.segments
+        looked = (self.q_vectors[given:], self.k_vectors[given:]) if traced.looked else ((), ())
+        return traced.tile(scalars, self.q_positions, self.k_positions, self.shape, self.q_axis, looked)
+
+    def _set(self) -> jax.Array:
+        """True where the entry's bit is set."""
+        column = self._index(jnp.int32(0), 1)
+
+        def spread(x, axis=1):
+            return lax.broadcast_in_dim(x, self.shape, (axis,))
+
+        word = spread(self.bits[0](), 0)
+        for i, x in enumerate(self.bits[1:], 1):
+            word = jnp.where(spread(column // WORD) >= i, spread(x(), 0), word)
+        return lax.bitwise_and(lax.shift_right_logical(word, spread(column % WORD)), 1) != 0
 
     def _pair(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         return tuple(
@@ -149,11 +180,14 @@ class Tile:
         always = self.scores.keep.constant
         if always is None or not always:
             found.append(self._run("keep"))
+        if self.scores.bits:
+            found.append(self._set())
         if self.scores.positions:
-            q, k = self._pair(self.q_vectors[0], self.k_vectors[0])
+            q, k = self._pair(self.q_positions, self.k_positions)
             found.append(jnp.minimum(q, k) >= 0)
         if self.scores.segments:
-            q, k = self._pair(self.q_vectors[-1], self.k_vectors[-1])
+            at = int(self.scores.positions)
+            q, k = self._pair(self.q_vectors[at](), self.k_vectors[at]())
             found.append(q == k)
         # The blocks of the lists may be those of two warpgroups.
         block = math.lcm(2 * GROUP, self.shape[1 - self.q_axis])
@@ -177,15 +211,15 @@ class Tile:
         z = qk
         if not scores.foldable:
             if scores.softcap is None:
-                z = qk * factor
+                z = qk * scores.scale
             else:
                 # 1 - 2 / (e^2x + 1) is exact to 1e-7, where the approximate tanh instruction errs by 5e-4.
                 tanh = 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * scores.scale / scores.softcap)) + 1.0)
                 slope = 1.0 - tanh * tanh
-                z = tanh * (scores.softcap * LOG2E)
+                z = tanh * scores.softcap
             if scores.bias is not None:
-                z = z + self._run("bias") * LOG2E
-            factor = 1.0
+                z = z + self._run("bias")
+            factor = LOG2E
         kept = self.kept() if masked else None
         if kept is not None:
             z = jnp.where(kept, z, -jnp.inf)
