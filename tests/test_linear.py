@@ -160,7 +160,7 @@ def test_performer_approaches_softmax_attention(x):
 
 
 def test_random_directions_are_not_trained_and_can_be_redrawn():
-    mixer = PerformerConfig(num_heads=2, num_features=12)
+    mixer = PerformerConfig(num_heads=2, num_features=12, chunk_size=6)
     model = ModelConfig(vocab_size=11, d_model=16, num_layers=2, mixers=(mixer,))
     drawn = init_params(model, jax.random.key(0))["stacks"]["0"]["mixer"]["random_directions"]
     assert drawn.shape == (2, 12, 8) and np.abs(drawn[0] - drawn[1]).max() > 0.1  # a draw for each layer

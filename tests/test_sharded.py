@@ -18,10 +18,7 @@ EVERY = [
     "rows and heads: mosaic_tpu",
 ]
 # Heads with slopes of their own behind one kv head, dropout of rows and heads, kernels. The rest is slow.
-FAST = [
-    "one kv head: chunked", "rows and heads, dropout: chunked", "rows and heads, dropout: reference",
-    "rows and heads: mosaic_tpu",
-]  # fmt: skip
+FAST = ["one kv head: chunked", "rows and heads, dropout: chunked", "rows and heads: mosaic_tpu"]
 
 
 def seen(*names: str) -> dict:
