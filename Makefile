@@ -22,11 +22,11 @@ train: setup
 	$(RUN) -m train $(CONFIG)
 
 test: setup
-	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "not slow and not gpu"
+	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "not slow and not gpu and not kernels"
 
 # OPTIONS=-x stops at the first failure.
 test-slow: setup
-	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "slow and not gpu" $(OPTIONS)
+	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "(slow or kernels) and not gpu" $(OPTIONS)
 
 test-all: test test-slow
 

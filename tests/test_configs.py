@@ -41,8 +41,7 @@ def _name(path: Path) -> str:
 
 
 # The contract test has every kind of mixer: here a few stand for the folders, the rest are slow.
-_FAST = {"tiny", "shakespeare_char", "gemma_shaped", "llama4_shaped"}
-_FAST |= {"mechanisms/hybrid", "mechanisms/mamba2"}
+_FAST = {"tiny", "shakespeare_char", "gemma_shaped", "llama4_shaped", "mechanisms/mamba2"}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from attention_jax.model import ModelConfig
 
 D_MODEL = 32
 CONFIGS = {
-    "deltanet": DeltaNetConfig(negative_eigenvalues=True, chunk_size=16),
-    "gated_deltanet": GatedDeltaNetConfig(num_qk_heads=2, chunk_size=16),
-    "kda": KDAConfig(negative_eigenvalues=True, chunk_size=16),
+    "deltanet": DeltaNetConfig(negative_eigenvalues=True, chunk_size=8),
+    "gated_deltanet": GatedDeltaNetConfig(num_qk_heads=2, chunk_size=8),
+    "kda": KDAConfig(negative_eigenvalues=True, chunk_size=8),
 }
 
 each_kind = pytest.mark.parametrize("kind", CONFIGS)

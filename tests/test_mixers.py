@@ -124,9 +124,7 @@ RECURRENCES = [
 @pytest.mark.parametrize(
     "name",
     [
-        n
-        if n in ("gla", "mamba2", "gated-deltanet", "kda", "linear", "performer")
-        else pytest.param(n, marks=pytest.mark.slow)
+        n if n in ("mamba2", "gated-deltanet", "performer") else pytest.param(n, marks=pytest.mark.slow)
         for n in RECURRENCES
     ],
 )
@@ -190,8 +188,7 @@ def test_the_future_changes_no_bit_of_the_past(case, x):
 
 # One of each op, and those with parts of their own behind it; the ops' own tests have the rest.
 _FAST_GRADIENTS = (
-    "gqa-rope", "window-sinks", "forgetting", "differential", "mla", "nsa-rope", "gla", "gated-deltanet",
-    "mamba2", "performer", "cosformer",
+    "window-sinks", "forgetting", "mla", "nsa-rope", "gated-deltanet", "mamba2", "performer",
 )  # fmt: skip
 
 

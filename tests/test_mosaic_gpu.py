@@ -69,7 +69,7 @@ def test_a_mask_traced_on_scalars_keeps_what_it_keeps(name):
         traced = trace(lambda b, n, q, k: mask.keep(q, k), "mask", look_up)
         if name == "global many" and not look_up:
             assert "cannot evaluate" in traced
-            continue
+            break
         assert isinstance(traced, Traced), traced
         scalars = [x[0, 0] for x in traced.scalars(1, 1)]
         looked = [
@@ -79,6 +79,8 @@ def test_a_mask_traced_on_scalars_keeps_what_it_keeps(name):
         assert look_up or not any(looked)
         assert_array_equal(traced.tile(scalars, q, k, (40, 30), 0, looked), wanted)
         assert_array_equal(traced.tile(scalars, q, k, (30, 40), 1, looked), wanted.T)
+        if not any(looked):
+            break  # the other way is the same
 
 
 def test_what_is_long_is_looked_up_and_does_not_run_in_the_kernel():
@@ -238,6 +240,7 @@ _ALL = OpCase(
 )  # fmt: skip
 
 
+@pytest.mark.kernels
 @needs_kernels
 @pytest.mark.parametrize("kind, mask", [("two kernels", "sink window"), ("fused", "array BNTS")])
 def test_interpreted_with_everything_at_once(kind, mask):
@@ -246,6 +249,7 @@ def test_interpreted_with_everything_at_once(kind, mask):
     assert found.split() == ["fused"] * (kind == "fused")
 
 
+@pytest.mark.kernels
 @needs_kernels
 def test_interpreted_fused_with_128_keys():
     """With a mask that looks positions up. What needs more registers (above) has 64 keys a thread block."""
@@ -333,6 +337,7 @@ def assert_well_compiled(found: dict) -> None:
         assert bool(found["UTMAREDG"]) == (found["kernel"] == "fused"), what
 
 
+@pytest.mark.kernels
 @needs_compiler
 def test_compiled_for_an_h100_nothing_spills():
     for found in (

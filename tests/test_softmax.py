@@ -31,6 +31,10 @@ from tests.covering import pairwise
 from tests.reference import softmax as truth
 
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+# The reference has no tiles, lists or backward of its own that a transformation could meet.
+chunked_first = pytest.mark.parametrize(
+    "impl", [x if x == "chunked" else pytest.param(x, marks=pytest.mark.slow) for x in IMPLEMENTATIONS]
+)
 
 
 @pytest.fixture
@@ -497,7 +501,7 @@ def test_lse_is_returned_on_request_and_changes_nothing(impl):
     assert_array_equal(dot_product_attention(q, k, v, impl=impl), out)
 
 
-@each_implementation
+@chunked_first
 def test_vmap_over_calls(impl, small_tiles):
     """Masked with positions that differ by call, differentiated: equal to a loop."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -526,7 +530,7 @@ def test_vmap_over_calls(impl, small_tiles):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), together, stacked)
 
 
-@each_implementation
+@chunked_first
 def test_scan_and_checkpoint(impl, small_tiles):
     """Layers in a scan, rematerialised, under grad under jit: equal to plain layers one by one."""
     x = jax.random.normal(jax.random.key(0), (1, 20, 2, 8))
