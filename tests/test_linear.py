@@ -159,24 +159,14 @@ def test_performer_approaches_softmax_attention(x):
     assert np.std(y - expected) < 0.03 * np.std(expected)
 
 
-def test_random_directions_are_not_trained_and_can_be_redrawn():
-    mixer = PerformerConfig(num_heads=2, num_features=12, chunk_size=6)
+def test_random_directions_are_drawn_for_each_layer_and_can_be_redrawn():
+    mixer = PerformerConfig(num_heads=2, num_features=12)
     model = ModelConfig(vocab_size=11, d_model=16, num_layers=2, mixers=(mixer,))
     drawn = init_params(model, jax.random.key(0))["stacks"]["0"]["mixer"]["random_directions"]
     assert drawn.shape == (2, 12, 8) and np.abs(drawn[0] - drawn[1]).max() > 0.1  # a draw for each layer
 
-    model = dataclasses.replace(model, num_layers=1)
-    params = random_params(model)
+    params = random_params(dataclasses.replace(model, num_layers=1))
     assert not decay_mask(params)["stacks"]["0"]["mixer"]["random_directions"]
-    optimizer = OptimizerConfig(weight_decay=0.1)
-    step = make_train_step(model, optimizer, 4)
-    tokens = np.arange(24, dtype=np.int32).reshape(2, 12) % 11
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}
-    given = jax.tree.map(jnp.array, params)  # the step may reuse its arguments' memory
-    after, *_ = step(given, make_optimizer(optimizer).init(given), batch, np.int32(0), jax.random.key(1))
-    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert _changed(params, after) == names - {"random_directions"}
-
     params["stacks"]["0"]["mixer"]["random_directions"] = np.asarray(drawn)
     again = redraw(params, jax.random.key(7))
     assert _changed(params, again) == {"random_directions"}
@@ -186,6 +176,20 @@ def test_random_directions_are_not_trained_and_can_be_redrawn():
     assert_allclose(products - np.diag(np.diag(products)), 0, atol=1e-4)
     with pytest.raises(ValueError, match="no performer mixer"):
         redraw({"out": {"kernel": np.ones(2)}}, jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_random_directions_are_not_trained():
+    mixer = PerformerConfig(num_heads=2, num_features=12, chunk_size=6)
+    model = ModelConfig(vocab_size=11, d_model=16, num_layers=1, mixers=(mixer,))
+    params, optimizer = random_params(model), OptimizerConfig(weight_decay=0.1)
+    step = make_train_step(model, optimizer, 4)
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12) % 11
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}
+    given = jax.tree.map(jnp.array, params)  # the step may reuse its arguments' memory
+    after, *_ = step(given, make_optimizer(optimizer).init(given), batch, np.int32(0), jax.random.key(1))
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert _changed(params, after) == names - {"random_directions"}
 
 
 def _changed(before, after):
