@@ -105,7 +105,7 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.complex_mask or (max(H, M) > 192 and scores.heavy)
+    heavy = scores.mask_operations > 30 or (max(H, M) > 192 and scores.heavy)
     tiles = tiles or _fitting(FORWARD, call, heavy)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
@@ -114,7 +114,7 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.complex_mask or (max(H, M) <= 64 and scores.heavy)  # 128 keys a step there
+    heavy = scores.mask_operations > 30 or (max(H, M) <= 64 and scores.heavy)  # 128 keys a step there
     tiles = tiles or _fitting(BACKWARD_Q, call, heavy)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
@@ -123,7 +123,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    heavy = scores.complex_mask or (max(H, M) > 64 and scores.heavy)
+    heavy = scores.mask_operations > 24 or (max(H, M) > 64 and scores.heavy)
     tiles = tiles or _fitting(BACKWARD_K, call, heavy)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
@@ -132,7 +132,12 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold both sums and the scores, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    much = scores.complex_mask or scores.vectors > 2 or scores.softcap is not None or scores.bias is not None
+    much = (
+        scores.mask_operations > 30
+        or scores.vectors > 2
+        or scores.softcap is not None
+        or scores.bias is not None
+    )
     much = max(H, M) > 128 or (max(H, M) > 64 and much)
     tiles = tiles or FUSED[padded_width(max(H, M))]
     return _plan(call, scores, tiles, tiles.block, GROUP if much else 2 * GROUP, by_key=True)

@@ -67,9 +67,9 @@ class Scores:
         return self.positions + self.segments + max(sum(x == side for x in looked) for side in (Q, K))
 
     @property
-    def complex_mask(self) -> bool:
-        """The mask's vectors take many registers."""
-        return len(self.keep.inner) > 30
+    def mask_operations(self) -> int:
+        """A measure of the registers that the mask takes; a division is many operations."""
+        return sum(8 if eqn.primitive.name in ("div", "rem") else 1 for eqn in self.keep.inner)
 
     @property
     def heavy(self) -> bool:
