@@ -208,13 +208,16 @@ FACTORS_FAST = {
 FACTORS_SLOW = {
     "lengths": [
         (1, 1), (2, 1), (3, 7), (1, 130), (8, 8), (16, 16), (17, 33), (32, 31), (64, 64), (97, 130),
-        (127, 128), (127, 128), (239, 239),
+        (127, 128), (65, 40), (239, 239),
     ],
     "mask": [None, *MASKS, "array BNTS", "array 11TS", "array B11S", "array N11"],
     "bias": [None, "alibi", "gate", *(f"array {shape}" for shape in ARRAY_SHAPES)],
     "positions": [None, "shifted", "left padded", "cache"],
     "segments": [None, "packed", "ragged"],
-    "widths": [(1, 1), (1, 40), (24, 24), (40, 72), (59, 24), (64, 64), (72, 59), (128, 1), (64, 256)],
+    "widths": [
+        (1, 1), (1, 40), (24, 24), (40, 72), (59, 24), (64, 64), (72, 59), (64, 59), (72, 1), (128, 1),
+        (64, 256),
+    ],
     "heads": [(1, 1), (2, 2), (2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (12, 12)],
     "dtype": ["float32", "bfloat16", "float16"],
     "softcap": [None, 2.0, 50.0],

@@ -89,6 +89,9 @@ def test_what_is_long_is_looked_up_and_does_not_run_in_the_kernel():
     assert len(inside.inner) > 300 and not inside.looked
     assert len(read.inner) < 30 and len(read.looked) == 8
     assert not trace(lambda b, n, q, k: Causal().keep(q, k), "mask", True).looked
+    # Floats are not read per token: such a chain runs in the kernel, however long.
+    floats = trace(lambda b, n, q, k: functools.reduce(jnp.add, [q * 0.5] * 9) >= k, "mask", True)
+    assert len(floats.inner) > 8 and not floats.looked
 
 
 def test_a_mask_without_a_condition_runs_no_code():

@@ -52,7 +52,12 @@ FAST = [
         (130, 130), (64, 59), (2, 1), "array BNTS", "alibi", None, False, "ragged", dtype="bfloat16", batch=1
     ),
 ]
-CASES = [*FAST, OpCase((140, 200), (1, 16), (2, 2), None, "array 1NT1", batch=1)] + [
+CASES = [
+    *FAST,
+    OpCase((150, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3),
+    OpCase((130, 130), (64, 59), (2, 1), "array BNTS", "alibi", None, False, "ragged", dtype="bfloat16"),
+    OpCase((140, 200), (1, 16), (2, 2), None, "array 1NT1", batch=1),
+] + [
     case
     for case in (OpCase(seed=i, **row) for i, row in enumerate(pairwise(FACTORS, tries=10)))
     if _possible(case)

@@ -31,6 +31,7 @@ _LOWERED = frozenset(
 _SHAPES = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy".split())
 
 LONG = 6
+_READ = (bool, jnp.int32)  # types of what is looked up
 
 Q, K = frozenset("q"), frozenset("k")
 NEITHER: frozenset[str] = frozenset()
@@ -174,7 +175,8 @@ def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
         else:
             return f"{what} uses {name!r}, which this kernel cannot evaluate entry by entry"
     if look_up:
-        outside |= {v for v, chain in chains.items() if len(chain) >= LONG and v not in by_head}
+        long = {v for v, chain in chains.items() if len(chain) >= LONG and v.aval.dtype in _READ}
+        outside |= long - by_head
     # From the result backwards, so that what only a look-up needs does not run in the kernel.
     read = {v: None for v in jaxpr.outvars if not isinstance(v, core.Literal)}
     needed = []
@@ -183,7 +185,7 @@ def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
             needed.append(eqn)
             read |= {v: None for v in eqn.invars if not isinstance(v, core.Literal)}
     looked = {v: kinds[v] for v in read if v in outside}
-    if any(v.aval.dtype not in (bool, jnp.int32) for v in looked):
+    if any(v.aval.dtype not in _READ for v in looked):
         return f"{what} looks up other numbers than int32"
     frontier = [v for v in read if kinds[v] == NEITHER and v not in known]
     return Traced(outer, needed[::-1], frontier, known, closed, looked)
