@@ -1,9 +1,12 @@
 """Softmax attention on Hopper GPUs: flash attention over block lists in Pallas Mosaic GPU.
 
-    plan       how a call is cut: widths, tiles, operands       elementwise  functions of positions on tiles
-    schedule   block maps as lists that a kernel reads          bits         masks read, not computed
-    scores     q . k to exponents on a tile
-    launch     layouts, scratch, a thread block                  gradients    a tile's dZ
+    plan         how a call is cut: widths, tiles, operands
+    elementwise  functions of positions, on tiles
+    bits         masks that are read, not computed
+    schedule     block maps as lists that a kernel reads
+    scores       q . k to exponents, on a tile
+    launch       layouts, scratch, a thread block
+    gradients    dZ of a tile
     forward, backward_q, backward_kv, backward_fused    the kernels
 
 docs/kernels.md tells what was verified on what.

@@ -134,7 +134,7 @@ class _RelayKernel(_FusedKernel):
     @classmethod
     def more_scratch(cls, plan: Plan, swizzle_block: int) -> dict:
         dtype, block, M = plan.call.q_BTNH.dtype, plan.tiles.block, plan.call.sizes[6]
-        stages, given = cls.dout_stages(plan), 2 + len(plan.q.vectors) + (plan.words > 0)
+        stages, given = cls.dout_stages(plan), 2 + plan.copies(plan.q)
         return super().more_scratch(plan, swizzle_block) | {
             "dout": tiled((stages, block, M), dtype, swizzle_block),
             "delta": plgpu.SMEM((stages, block), jnp.float32),

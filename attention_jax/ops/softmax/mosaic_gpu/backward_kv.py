@@ -53,7 +53,6 @@ def over_keys(
     dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
     parts = plan.key_rows // GROUP
     operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, **more)
-    vectors, bits = len(plan.q.vectors), bits_scratch(plan, plan.key_rows)
     scratch = {
         "k": tiled((parts, GROUP, H), dtype, swizzle_block),
         "v": tiled((parts, GROUP, M), dtype, swizzle_block),
@@ -61,10 +60,10 @@ def over_keys(
         "dout": tiled((stages, block, M), dtype, swizzle_block),
         "lse": plgpu.SMEM((stages, block), jnp.float32),
         "delta": plgpu.SMEM((stages, block), jnp.float32),
-        "q_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
-        "bits": bits,
+        "q_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in plan.q.vectors],
+        "bits": bits_scratch(plan, plan.key_rows),
         "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=parts),
-        "ready": plgpu.Barrier(num_arrivals=4 + vectors + (bits is not None), num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=4 + plan.copies(plan.q), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         **kind.more_scratch(plan, swizzle_block),
     }

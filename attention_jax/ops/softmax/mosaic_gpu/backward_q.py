@@ -43,16 +43,15 @@ def gradient_q(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) ->
     operands = plan.operands(
         q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, dout=dout, lse=lse, delta=delta
     )
-    vectors, bits = len(plan.k.vectors), bits_scratch(plan, 2 * GROUP)
     scratch = {
         "q": tiled((2, GROUP, H), dtype, block),
         "dout": tiled((2, GROUP, M), dtype, block),
         "k": tiled((stages, block, H), dtype, block),
         "v": tiled((stages, block, M), dtype, block),
-        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
-        "bits": bits,
+        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in plan.k.vectors],
+        "bits": bits_scratch(plan, 2 * GROUP),
         "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        "ready": plgpu.Barrier(num_arrivals=2 + vectors + (bits is not None), num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=2 + plan.copies(plan.k), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     }
 

@@ -44,17 +44,16 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
     if call.sink_logits_N is not None:
         sinks = call.sink_logits_N.astype(jnp.float32) * LOG2E
     operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, sinks=sinks)
-    vectors, bits = len(plan.k.vectors), bits_scratch(plan, 2 * GROUP)
     scratch = {
         "q": tiled((2, GROUP, H), dtype, block),
         "k": tiled((stages, block, H), dtype, block),
         "v": tiled((stages, block, M), dtype, block),
         "out": None if H == M else tiled((2, GROUP, M), dtype, block),
         "lse": plgpu.SMEM((2, GROUP), jnp.float32),
-        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in range(vectors)],
-        "bits": bits,
+        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in plan.k.vectors],
+        "bits": bits_scratch(plan, 2 * GROUP),
         "q_ready": plgpu.Barrier(num_barriers=2),
-        "k_ready": plgpu.Barrier(num_arrivals=1 + vectors + (bits is not None), num_barriers=stages),
+        "k_ready": plgpu.Barrier(num_arrivals=1 + plan.copies(plan.k), num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention_jax.ops.softmax.mosaic_gpu.launch import (
-    times,
-)
+from attention_jax.ops.softmax.mosaic_gpu.launch import times
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 

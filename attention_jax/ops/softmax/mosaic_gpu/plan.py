@@ -17,6 +17,10 @@ from attention_jax.ops.softmax.mosaic_gpu.scores import GROUP, Scores, scores_of
 
 WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are padded with zeros
 
+# Operations of a mask beyond which a whole block spills, as ahead-of-time compilation for sm_90 shows.
+MANY = 30
+MANY_BY_KEY = 24  # where both sums, dK and dV, stay in registers
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -88,6 +92,10 @@ class Plan:
         """Vectors of bits that a step reads; 0 where the kernel computes the mask."""
         return 0 if self.bits is None else self.swept // WORD
 
+    def copies(self, side: Side) -> int:
+        """Copies that a step waits for beside its tiles: the vectors of the side it sweeps, and bits."""
+        return len(side.vectors) + (self.words > 0)
+
     @property
     def groups(self) -> int:
         """Query heads per kv head."""
@@ -105,7 +113,7 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.mask_operations > 30 or (max(H, M) > 192 and scores.heavy)
+    heavy = scores.mask_operations > MANY or (max(H, M) > 192 and scores.heavy)
     tiles = tiles or _fitting(FORWARD, call, heavy)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
@@ -114,7 +122,7 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.mask_operations > 30 or (max(H, M) <= 64 and scores.heavy)  # 128 keys a step there
+    heavy = scores.mask_operations > MANY or (max(H, M) <= 64 and scores.heavy)  # 128 keys a step there
     tiles = tiles or _fitting(BACKWARD_Q, call, heavy)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
@@ -123,7 +131,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    heavy = scores.mask_operations > 24 or (max(H, M) > 64 and scores.heavy)
+    heavy = scores.mask_operations > MANY_BY_KEY or (max(H, M) > 64 and scores.heavy)
     tiles = tiles or _fitting(BACKWARD_K, call, heavy)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
@@ -132,15 +140,11 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold both sums and the scores, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    much = (
-        scores.mask_operations > 30
-        or scores.vectors > 2
-        or scores.softcap is not None
-        or scores.bias is not None
-    )
-    much = max(H, M) > 128 or (max(H, M) > 64 and much)
+    changed = scores.softcap is not None or scores.bias is not None
+    heavy = changed or scores.mask_operations > MANY or scores.vectors > 2
+    relay = max(H, M) > 128 or (max(H, M) > 64 and heavy)
     tiles = tiles or FUSED[padded_width(max(H, M))]
-    return _plan(call, scores, tiles, tiles.block, GROUP if much else 2 * GROUP, by_key=True)
+    return _plan(call, scores, tiles, tiles.block, GROUP if relay else 2 * GROUP, by_key=True)
 
 
 def _fitting(table: dict[int, Tiles], call: Call, heavy: bool) -> Tiles:

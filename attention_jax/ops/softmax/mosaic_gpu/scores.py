@@ -22,11 +22,12 @@ from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
 GROUP = 64  # rows of a warpgroup's matrix instruction
-Vector = Callable[[], jax.Array]
 LOG2E = math.log2(math.e)
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - LOWEST) is 0 for z = -inf.
 LOWEST = -3.4028234663852886e38
+
+Vector = Callable[[], jax.Array]  # loaded from memory where it is called
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
