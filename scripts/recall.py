@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.mixers import MixerConfig
-from train import config as config_lib
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROOT = Path(__file__).resolve().parent.parent
+from attention_jax.mixers import MixerConfig
+from scripts import trials
+from train import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +59,17 @@ class Trial:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status: 0, or 2 for a user's mistake told in one line on stderr."""
     args = _parser().parse_args(argv)
-    configs = args.configs or sorted((ROOT / "configs" / "mqar").glob("*.yaml"))
-    trials = [
+    configs = args.configs or sorted((trials.ROOT / "configs" / "mqar").glob("*.yaml"))
+    all_trials = [
         Trial(Path(config), setting, rate, seed, tuple(args.set))
         for config, setting, rate, seed in itertools.product(
             configs, args.settings, args.rates or [None], args.seeds
         )
     ]
     try:
-        for trial in trials:  # all of them, before the first hour
+        for trial in all_trials:  # all of them, before the first hour
             config_lib.load(trial.config, trial.overrides)
-        results = {trial: _run(trial, args.runs) for trial in trials}
+        results = {trial: _run(trial, args.runs) for trial in all_trials}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -109,23 +108,12 @@ def _cell(accuracies: dict[Trial, float]) -> str:
     for trial, accuracy in accuracies.items():
         by_rate.setdefault(trial.rate, []).append(accuracy)
     rate, values = max(by_rate.items(), key=lambda item: sum(item[1]) / len(item[1]))
-    text = f"{sum(values) / len(values):.3f}"
-    if len(values) > 1:
-        text += f" [{min(values):.3f}, {max(values):.3f}]"
-    return text + (f" ({rate})" if len(by_rate) > 1 else "")
+    return trials.mean_and_range(values) + (f" ({rate})" if len(by_rate) > 1 else "")
 
 
 def _run(trial: Trial, runs: Path) -> float:
-    """Train in a process of its own, whose output is ours; the accuracy on all held-out rows."""
-    folder = runs / trial.folder
-    command = [sys.executable, "-m", "train", str(trial.config), *trial.overrides, f"run_dir={folder}"]
-    print(f"{trial.folder}:", flush=True)
-    status = subprocess.run(command, check=False).returncode
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        raise ValueError(f"{trial.folder} ended with status {status}: {' '.join(command)}")
-    result = json.loads((folder / "result.json").read_text())
+    """The accuracy on all held-out rows."""
+    result = trials.train(trial.config, trial.overrides, runs / trial.folder)
     if "val/full_accuracy" not in result:
         raise ValueError(f"{trial.config}: no accuracy; it needs data.task and evaluation.final_full: true")
     return result["val/full_accuracy"]
