@@ -35,7 +35,7 @@ test-all: test test-slow
 KERNELS := $(VENV)-kernels
 $(KERNELS)/.installed: setup.cfg pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
-		{ echo "make kernels needs Python >= 3.12 (JAX >= 0.11.2); give PYTHON=" >&2; exit 2; }
+		{ echo "make kernels needs Python >= 3.12 and its newest JAX; give PYTHON=" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(KERNELS)
 	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	jax=$$($(KERNELS)/bin/python -c 'import jax; print(jax.__version__)') && \

@@ -28,6 +28,13 @@ def test_every_mixer_and_every_mask_is_listed():
         assert entry.title and entry.time and entry.memory and entry.cache and entry.implementations
 
 
+def test_what_is_listed_of_a_mixer_is_what_its_config_takes():
+    for entry in catalogue():
+        if entry.group == "mixer":
+            for impl in entry.implementations:
+                assert mixer_kinds()[entry.name](impl=impl).impl == impl
+
+
 def test_python_m_attention_jax_prints_it():
     command = [sys.executable, "-m", "attention_jax"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout

@@ -116,6 +116,13 @@ def test_bounds_on_every_rectangle(row, numpy):
         assert_array_equal(every, all_kept)
 
 
+@each_mask
+def test_bounds_of_integers_are_those_of_arrays(row):
+    for corners in ((0, 3, 5, 5), (7, 9, 2, 8), (40, 43, 0, 3)):
+        found = row.mask.bounds(*corners), row.mask.bounds(*map(np.array, corners))
+        assert_array_equal(*(np.broadcast_arrays(*pair) for pair in found))
+
+
 @given(expressions)
 @quietly
 def test_bounds_of_expressions_are_conservative(row):

@@ -3,7 +3,7 @@
 The set-up writes config.yaml last, so a folder without it is not begun; result.json ends a run.
 
     config.yaml    the resolved configuration
-    versions.json  package versions;  run.json: corpus hash, sizes, device
+    versions.json  package versions;  run.json: corpus hash, parameters
     data/          the tokenised snapshot of the corpus
     metrics.jsonl, tensorboard/, samples/, checkpoints/, loss.png, result.json
 """

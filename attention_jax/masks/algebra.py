@@ -9,8 +9,9 @@ cache, the density, the picture) follows from them:
     retention()                        which past keys may still be needed?   cache size
 
 `keep` and `bounds` use comparisons, integer arithmetic, `&` and `|` only, so that they run unchanged on
-NumPy arrays, on traced arrays and inside a kernel. Negation is written `== False`, because `~` on
-booleans does not lower inside a Mosaic kernel.
+NumPy arrays, on traced arrays and inside a kernel; `Dense`, and `Global` of many runs, also index an array,
+which kernels have read beforehand. Negation is written `== False`, because `~` on booleans does not lower
+inside a Mosaic kernel.
 
 Patterns are relations, not causal by themselves; a causal model intersects them with `Causal()`.
 """
@@ -136,7 +137,7 @@ class Mask:
     def plot(self, T: int, S: int | None = None, *, block: int | None = None, axes: Any = None) -> Any:
         """A matplotlib picture of the pattern over positions 0..T-1 x 0..S-1; see `masks.picture`.
 
-        Needs matplotlib (the extra `viz`). Returns the figure.
+        Needs matplotlib (the extra `train`). Returns the figure.
         """
         from attention_jax.masks.picture import plot
 

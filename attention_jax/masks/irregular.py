@@ -196,7 +196,7 @@ class RandomBlocks(Mask):
 
 def _is_grid(q_lo, q_hi, k_lo, k_hi) -> bool:
     """A column of intervals against a row of them, both ascending: what a static block map asks for."""
-    if not (q_lo.ndim == k_lo.ndim == 2 and q_lo.shape[1] == k_lo.shape[0] == 1):
+    if not (np.ndim(q_lo) == np.ndim(k_lo) == 2 and q_lo.shape[1] == k_lo.shape[0] == 1):
         return False
     if q_lo.shape != q_hi.shape or k_lo.shape != k_hi.shape:
         return False
@@ -301,7 +301,7 @@ class Longformer(Recipe):
         "Longformer",
         "arXiv 2004.05150",
         "O(T (window + positions))",
-        cache="ring of window / 2 + 1, pinned keys",
+        cache="ring of window / 2 + 1 or up to the last named key, pinned keys",
     )
 
     window: int

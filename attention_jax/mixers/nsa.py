@@ -59,6 +59,7 @@ _SELECTED_IMPL = {None: None, "reference": "reference", "chunked": "gathered"}
 class NSAConfig:
     """Native sparse attention; `kind: nsa`. Causal models only."""
 
+    implementations = staticmethod(lambda: tuple(filter(None, _SELECTED_IMPL)))
     about = About(
         "Native sparse attention",
         "arXiv 2502.11089",
