@@ -43,7 +43,11 @@ class Config:
     tiles: dict[str, tuple[int, int]] | None = None  # kernel: (block, stages) in place of the table's
 
 
-WIDE = {"64": (64, 64), "96": (96, 96), "192-128": (192, 128), "192": (192, 192), "256": (256, 256)}
+WIDE = {
+    "64": (64, 64), "96": (96, 96), "192-128": (192, 128), "192": (192, 192), "256-192": (256, 192),
+    "256": (256, 256),
+}  # fmt: skip
+MARK = -12345  # a number that "128 where" compares differences of positions with, which are signed
 _EVERYTHING = ("positions", "segments", "sinks", "alibi", "softcap", "dropout")
 CONFIGS = {
     "128 full": Config(mask="Full()"),
@@ -62,6 +66,9 @@ CONFIGS = {
     "64 bigbird": Config(widths=(64, 64), mask="BigBird(64, 3, 1, 2) & Causal()"),
     "64 array": Config(widths=(64, 64), extras=("array",)),
     "256 array": Config(widths=(256, 256), extras=("array",)),
+    "256 bigbird": Config(widths=(256, 256), mask="BigBird(64, 3, 1, 2) & Causal()"),
+    "256 array positions segments": Config(widths=(256, 256), extras=("array", "positions", "segments")),
+    "128 where": Config(("forward", "kv"), mask="where"),
     "128 softcap": Config(extras=("softcap",)),
     "128 alibi": Config(extras=("alibi",)),
     "128 sinks": Config(extras=("sinks",)),
@@ -91,7 +98,7 @@ def _call(config: Config, dtype: Any):
     import numpy as np
 
     from attention_jax.biases import ALiBi
-    from attention_jax.masks import Dense, parse
+    from attention_jax.masks import Dense, Predicate, parse
     from attention_jax.ops.softmax.common import Call
 
     (T, S), (H, M), (N, K) = config.lengths, config.widths, config.heads
@@ -109,10 +116,13 @@ def _call(config: Config, dtype: Any):
         shapes["dropout_words"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
     if "array" in config.extras:
         shapes["mask_BNTS"] = jax.ShapeDtypeStruct((2, N, T, S), jnp.bool_)
-    dense = np.random.default_rng(0).random((T, S)) < 0.5 if config.mask == "dense" else None
+    masks = {
+        "dense": lambda: Dense(np.random.default_rng(0).random((T, S)) < 0.5),
+        "where": lambda: Predicate(lambda q, k: jnp.where(k < 4, 0, k - q) > MARK),
+    }
     names = {f.name for f in dataclasses.fields(Call)}
     fixed = dict.fromkeys(names - shapes.keys()) | {
-        "mask": parse(config.mask) if dense is None else Dense(dense),
+        "mask": masks.get(config.mask, lambda: parse(config.mask))(),
         "bias": ALiBi(N) if "alibi" in config.extras else None,
         "scale": H**-0.5,
         "softcap": 30.0 if "softcap" in config.extras else None,
@@ -183,6 +193,9 @@ def measure(config: Config, kernel: str) -> dict[str, Any]:
     (log,) = folder.glob("flash_*.ptxas")
     text = log.read_text()
     code = [p.read_text() for p in folder.glob(f"{log.stem}.sass*")]
+    ptx = "".join(p.read_text() for p in folder.glob(f"{log.stem}*.ptx"))
+    marks = "|".join(str(MARK + i + wrapped) for i in (0, 1) for wrapped in (0, 2**32))
+    compared = re.findall(rf"setp\.\w+\.(\w+)\s[^;]*, (?:{marks});", ptx)
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     code = code[0] if code else ""
     count = lambda name: len(re.findall(rf"\b{name}", code))  # noqa: E731
@@ -198,6 +211,7 @@ def measure(config: Config, kernel: str) -> dict[str, Any]:
         ),
         # ptxas has ten reasons to serialise wgmma and five to ignore setmaxnreg, each with a code of its own.
         "serialized": "are serialized" in text or "'setmaxnreg' ignored" in text,
+        "compared": sorted(set(compared)),
         "code": bool(code),
         **{name: count(name) for name in ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDL", "STL")},
     }

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax.biases import ALiBi, ArrayBias
@@ -92,6 +93,71 @@ def test_what_is_long_is_looked_up_and_does_not_run_in_the_kernel():
     # Floats are not read per token: such a chain runs in the kernel, however long.
     floats = trace(lambda b, n, q, k: functools.reduce(jnp.add, [q * 0.5] * 9) >= k, "mask", True)
     assert len(floats.inner) > 8 and not floats.looked
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda x: x**-2,
+        lambda x: x % 3.0,
+        lambda x: jnp.exp(x.astype(jnp.bfloat16)),
+        lambda x: lax.select_n((x > 0).astype(jnp.int32), x, x),
+    ],
+    ids=["power", "remainder", "bfloat16", "select by number"],
+)
+def test_what_mosaic_does_not_lower_is_refused_when_traced(what):
+    found = trace(lambda b, n, q, k: what((q - k).astype(jnp.float32)), "the bias")
+    assert isinstance(found, str) and "cannot evaluate entry by entry" in found
+    assert isinstance(trace(lambda b, n, q, k: (q - k).astype(bool), "the mask"), Traced)
+
+
+class _Launched(Exception):
+    """In place of a launch: the scratch it was given."""
+
+
+def shared_bytes(scratch: dict) -> int:
+    """What jax makes of scratch: every buffer whole kilobytes, 8 bytes a barrier."""
+    total = 0
+    for x in jax.tree.leaves(scratch, is_leaf=lambda x: hasattr(x, "num_barriers")):
+        if hasattr(x, "num_barriers"):
+            total += 8 * math.prod(np.atleast_1d(x.num_barriers).tolist())
+        else:
+            x = x.inner_aval
+            total += -(-x.size * x.dtype.itemsize // 1024) * 1024
+    return total
+
+
+@needs_kernels
+@pytest.mark.kernels
+@pytest.mark.parametrize("widths", [(256, 256), (192, 256), (192, 192)], ids=str)
+def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
+    from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
+
+    def launch(body, operands, outs, scratch, **grid):
+        raise _Launched(scratch)
+
+    for module in (forward, backward_q, backward_kv):
+        monkeypatch.setattr(module, "launch", launch)
+    kernels = {
+        "forward": (plan.forward_plan, lambda cut, *rest: forward.forward(cut)),
+        "q": (plan.backward_q_plan, backward_q.gradient_q),
+        "kv": (plan.backward_k_plan, backward_kv.gradient_kv),
+        "fused": (plan.fused_plan, backward_fused.gradients_fused),
+    }
+    ids = jnp.zeros((1, 128), jnp.int32)
+    slots = dict.fromkeys(("q_positions_BT", "k_positions_BS", "q_segments_BT", "k_segments_BS"), ids)
+    array = {"mask_BNTS": jnp.ones((1, 1, 128, 128), bool)}
+    dout, zero = jnp.zeros((1, 128, 1, widths[1]), jnp.bfloat16), jnp.zeros((1, 1, 128))
+    for mask, given in (
+        (Full(), {}), (BigBird(64, 3, 1, 2), {}), (BigBird(64, 3, 1, 4), slots),
+        (BigBird(64, 3, 1, 4), slots | array), (BigBird(64, 3, 1, 2), slots | array), (Causal(), array),
+    ):  # fmt: skip
+        call = call_of(128, 128, 1, 1, *widths, mask, **given)
+        for name, (make, run) in kernels.items():
+            with pytest.raises(_Launched) as launched:
+                run(make(call), dout, zero, zero)
+            reduction = 2048 if name == "forward" else 0
+            assert shared_bytes(launched.value.args[0]) + reduction <= plan.SHARED, (name, mask, list(given))
 
 
 def test_a_mask_without_a_condition_runs_no_code():
@@ -349,6 +415,13 @@ def test_compiled_for_an_h100_nothing_spills():
         *compiled("128 alibi", kernels=("fused",)),
     ):
         assert_well_compiled(found)
+
+
+@pytest.mark.kernels
+@needs_compiler
+def test_differences_of_positions_are_compared_as_signed_numbers():
+    for found in compiled("128 where"):
+        assert found["compared"] == ["s32"], found["kernel"]
 
 
 @needs_compiler

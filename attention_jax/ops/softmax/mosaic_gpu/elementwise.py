@@ -49,6 +49,11 @@ class Traced:
     looked: dict  # what `inner` reads that is looked up: variables, and the side Q or K of their position
 
     @property
+    def vectors(self) -> int:
+        """Numbers looked up per token, of the side of which there are more."""
+        return max(sum(kind == side for kind in self.looked.values()) for side in (Q, K))
+
+    @property
     def constant(self) -> Any:
         """The value where it is the same for all arguments, else None."""
         (out,) = self.jaxpr.jaxpr.outvars
@@ -166,7 +171,7 @@ def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
         name = eqn.primitive.name
         if kind == NEITHER:
             outer.append(eqn)
-        elif name in _LOWERED | _SHAPES and all(v.aval.size == 1 for v in (*used, *eqn.outvars)):
+        elif _runs(eqn) and all(v.aval.size == 1 for v in (*used, *eqn.outvars)):
             inner.append(eqn)
             if len(kind) == 1:
                 chains[eqn.outvars[0]] = frozenset([i]).union(*(chains.get(v, ()) for v in used))
@@ -189,6 +194,21 @@ def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
         return f"{what} looks up other numbers than int32"
     frontier = [v for v in read if kinds[v] == NEITHER and v not in known]
     return Traced(outer, needed[::-1], frontier, known, closed, looked)
+
+
+def _runs(eqn: Any) -> bool:
+    """Whether Mosaic GPU lowers the equation, on jax 0.11 and 0.12."""
+    name = eqn.primitive.name
+    if name not in _LOWERED | _SHAPES:
+        return False
+    kind = eqn.invars[0].aval.dtype.kind
+    if name == "integer_pow":
+        return eqn.params["y"] > 1
+    if name == "rem":
+        return kind in "iu"
+    if name in ("exp", "exp2", "log", "tanh", "sqrt", "rsqrt"):
+        return eqn.invars[0].aval.dtype == jnp.float32
+    return name != "select_n" or kind == "b"
 
 
 def _bind(eqn: Any, env: dict) -> None:
@@ -236,5 +256,6 @@ def _apply(eqn: Any, values: list) -> Any:
     if name == "not" and values[0].dtype == bool:
         return values[0] == False  # noqa: E712 (Mosaic lowers no negation of booleans)
     if name == "convert_element_type":
-        return values[0].astype(eqn.params["new_dtype"])
+        wanted = np.dtype(eqn.params["new_dtype"])
+        return values[0] != 0 if wanted.kind == "b" else values[0].astype(wanted)
     return eqn.primitive.bind(*values, **eqn.params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ class Tiles:
     block: int
     stages: int
 
+
+SHARED = 232_448  # bytes of shared memory of a thread block on sm_90
 
 # By the larger of the padded widths of keys and values. `scripts/tune.py` times the alternatives.
 FORWARD = {
@@ -114,7 +117,7 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     scores = _scores(call)
     *_, H, M = call.sizes
     heavy = scores.mask_operations > MANY or (max(H, M) > 192 and scores.heavy)
-    tiles = tiles or _fitting(FORWARD, call, heavy)
+    tiles = tiles or _fitting(FORWARD, call, scores, heavy, _forward_bytes)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
 
@@ -123,7 +126,7 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     scores = _scores(call)
     *_, H, M = call.sizes
     heavy = scores.mask_operations > MANY or (max(H, M) <= 64 and scores.heavy)  # 128 keys a step there
-    tiles = tiles or _fitting(BACKWARD_Q, call, heavy)
+    tiles = tiles or _fitting(BACKWARD_Q, call, scores, heavy, _backward_q_bytes)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
 
@@ -132,7 +135,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     *_, H, M = call.sizes
     scores = _scores(call)
     heavy = scores.mask_operations > MANY_BY_KEY or (max(H, M) > 64 and scores.heavy)
-    tiles = tiles or _fitting(BACKWARD_K, call, heavy)
+    tiles = tiles or _fitting(BACKWARD_K, call, scores, heavy, _backward_k_bytes)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
 
@@ -143,15 +146,54 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     changed = scores.softcap is not None or scores.bias is not None
     heavy = changed or scores.mask_operations > MANY or scores.vectors > 2
     relay = max(H, M) > 128 or (max(H, M) > 64 and heavy)
-    tiles = tiles or FUSED[padded_width(max(H, M))]
+    tiles = tiles or FUSED[padded_width(max(H, M))]  # any call fits: `scores.vectors` is bounded
     return _plan(call, scores, tiles, tiles.block, GROUP if relay else 2 * GROUP, by_key=True)
 
 
-def _fitting(table: dict[int, Tiles], call: Call, heavy: bool) -> Tiles:
-    """The table's tiles, of half the block where registers must also hold what the scores need."""
+def _fitting(
+    table: dict[int, Tiles], call: Call, scores: Scores, heavy: bool, shared: Callable[..., int]
+) -> Tiles:
+    """The table's tiles, of half the block where registers must also hold what the scores need.
+
+    Where shared memory has no room for them there is one block less in flight, a halved one if possible.
+    """
     *_, H, M = call.sizes
     tiles = table[padded_width(max(H, M))]
-    return Tiles(tiles.block // 2, tiles.stages * 2) if heavy and tiles.block > 32 else tiles
+    if heavy and tiles.block > 32:
+        tiles = Tiles(tiles.block // 2, tiles.stages * 2)
+    while shared(H, M, tiles, scores) > SHARED:
+        if tiles.block > 32:
+            tiles = Tiles(tiles.block // 2, tiles.stages * 2)
+        tiles = Tiles(tiles.block, tiles.stages - 1)
+        assert tiles.stages > 0, (H, M, scores.vectors)
+    return tiles
+
+
+def _forward_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
+    own = 2 * GROUP * (H + (M if H != M else 0)) * 2
+    reduction, lse = 2048, 1024
+    return own + lse + reduction + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
+
+
+def _backward_q_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
+    return 2 * GROUP * (H + M) * 2 + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
+
+
+def _backward_k_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
+    rows = 2 * GROUP if max(H, M) <= 128 else GROUP
+    lse_and_delta = 2 * _buffer(tiles.stages * tiles.block * 4)
+    return rows * (H + M) * 2 + lse_and_delta + _swept_bytes(H + M, tiles, scores, rows)
+
+
+def _swept_bytes(widths: int, tiles: Tiles, scores: Scores, rows: int) -> int:
+    """What of the swept side is in flight, with its vectors and bits, and barriers."""
+    tokens = tiles.stages * tiles.block
+    bits = _buffer(tokens // WORD * rows * 4) if scores.bits else 0
+    return tokens * widths * 2 + scores.vectors * _buffer(tokens * 4) + bits + 1024
+
+
+def _buffer(size: int) -> int:
+    return round_up(size, 1024)
 
 
 def _scores(call: Call) -> Scores:

@@ -18,10 +18,11 @@ from jax import lax
 from attention_jax.masks import Full
 from attention_jax.ops.softmax.common import Call, dropout_keep
 from attention_jax.ops.softmax.mosaic_gpu.bits import WORD
-from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
 GROUP = 64  # rows of a warpgroup's matrix instruction
+MOST_VECTORS = 8  # that shared memory holds beside the tiles of every kernel, bits counted as one
 LOG2E = math.log2(math.e)
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - LOWEST) is 0 for z = -inf.
@@ -64,8 +65,7 @@ class Scores:
     @property
     def vectors(self) -> int:
         """What a tile reads per token, of the side of which it reads more."""
-        looked = self.keep.looked.values()
-        return self.positions + self.segments + max(sum(x == side for x in looked) for side in (Q, K))
+        return self.positions + self.segments + self.keep.vectors
 
     @property
     def mask_operations(self) -> int:
@@ -96,8 +96,10 @@ def scores_of(call: Call) -> Scores | str:
         return jnp.reshape(dropout_keep(words, rate, b[None], n[None], q[None, None], k[None, None]), ())
 
     _, _, S, *_ = call.sizes
+    positions = call.q_positions_BT is not None or call.k_positions_BS is not None
+    segments, array = call.q_segments_BT is not None, call.mask_BNTS is not None
     kept = trace(keep, "the mask", look_up=True)
-    table = isinstance(kept, str)
+    table = isinstance(kept, str) or positions + segments + array + kept.vectors > MOST_VECTORS
     parts = [
         trace(lambda b, n, q, k: Full().keep(q, k), "no mask") if table else kept,
         None if call.bias is None else trace(bias, f"bias {type(call.bias).__name__}"),
@@ -106,11 +108,9 @@ def scores_of(call: Call) -> Scores | str:
     for part in parts:
         if isinstance(part, str):
             return part
-    positions = call.q_positions_BT is not None or call.k_positions_BS is not None
-    segments = call.q_segments_BT is not None
     return Scores(
         *parts, call.scale, call.softcap, call.dropout_rate, positions, segments,
-        None if positions or segments else S, table, table or call.mask_BNTS is not None,
+        None if positions or segments else S, table, table or array,
     )  # fmt: skip
 
 
