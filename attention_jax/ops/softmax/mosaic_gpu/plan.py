@@ -135,6 +135,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     *_, H, M = call.sizes
     scores = _scores(call)
     heavy = scores.mask_operations > MANY_BY_KEY or (max(H, M) > 64 and scores.heavy)
+    heavy |= max(H, M) > 192 and scores.bits and scores.vectors > 0
     tiles = tiles or _fitting(BACKWARD_K, call, scores, heavy, _backward_k_bytes)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
