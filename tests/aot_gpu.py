@@ -68,6 +68,9 @@ CONFIGS = {
     "256 array": Config(widths=(256, 256), extras=("array",)),
     "256 bigbird": Config(widths=(256, 256), mask="BigBird(64, 3, 1, 2) & Causal()"),
     "256 array positions segments": Config(widths=(256, 256), extras=("array", "positions", "segments")),
+    "256 bigbird positions segments": Config(
+        widths=(256, 256), mask="BigBird(64, 3, 1, 2) & Causal()", extras=("positions", "segments")
+    ),
     "128 where": Config(("forward", "kv"), mask="where"),
     "128 softcap": Config(extras=("softcap",)),
     "128 alibi": Config(extras=("alibi",)),

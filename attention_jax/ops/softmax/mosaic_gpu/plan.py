@@ -21,6 +21,7 @@ WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are pad
 # Operations of a mask beyond which a whole block spills, as ahead-of-time compilation for sm_90 shows.
 MANY = 30
 MANY_BY_KEY = 24  # where both sums, dK and dV, stay in registers
+FEW = 4  # vectors per token that a whole block holds at a width of 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.mask_operations > MANY or (max(H, M) > 192 and scores.heavy)
+    heavy = scores.mask_operations > MANY or (max(H, M) > 192 and (scores.heavy or scores.vectors > FEW))
     tiles = tiles or _fitting(FORWARD, call, scores, heavy, _forward_bytes)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
@@ -135,7 +136,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     *_, H, M = call.sizes
     scores = _scores(call)
     heavy = scores.mask_operations > MANY_BY_KEY or (max(H, M) > 64 and scores.heavy)
-    heavy |= max(H, M) > 192 and scores.bits and scores.vectors > 0
+    heavy |= max(H, M) > 192 and scores.vectors > (0 if scores.bits else FEW)
     tiles = tiles or _fitting(BACKWARD_K, call, scores, heavy, _backward_k_bytes)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
