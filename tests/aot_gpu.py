@@ -68,6 +68,8 @@ CONFIGS = {
     "256 array": Config(widths=(256, 256), extras=("array",)),
     "256 bigbird": Config(widths=(256, 256), mask="BigBird(64, 3, 1, 2) & Causal()"),
     "256 array positions segments": Config(widths=(256, 256), extras=("array", "positions", "segments")),
+    "128 array dropout": Config(extras=("array", "dropout")),
+    "256 array dropout": Config(widths=(256, 256), extras=("array", "dropout")),
     "256 bigbird positions segments": Config(
         widths=(256, 256), mask="BigBird(64, 3, 1, 2) & Causal()", extras=("positions", "segments")
     ),

@@ -117,7 +117,8 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.mask_operations > MANY or (max(H, M) > 192 and (scores.heavy or scores.vectors > FEW))
+    heavy = scores.heavy or scores.drawn or scores.vectors > FEW
+    heavy = scores.mask_operations > MANY or (max(H, M) > 192 and heavy)
     tiles = tiles or _fitting(FORWARD, call, scores, heavy, _forward_bytes)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
@@ -146,7 +147,7 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     *_, H, M = call.sizes
     scores = _scores(call)
     changed = scores.softcap is not None or scores.bias is not None
-    heavy = changed or scores.mask_operations > MANY or scores.vectors > 2
+    heavy = changed or scores.mask_operations > MANY or scores.vectors > 2 or scores.drawn
     relay = max(H, M) > 128 or (max(H, M) > 64 and heavy)
     tiles = tiles or FUSED[padded_width(max(H, M))]  # any call fits: `scores.vectors` is bounded
     return _plan(call, scores, tiles, tiles.block, GROUP if relay else 2 * GROUP, by_key=True)

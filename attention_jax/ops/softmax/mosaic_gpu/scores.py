@@ -77,6 +77,11 @@ class Scores:
         """What is done to a score beside the mask takes many registers."""
         return self.softcap is not None or (self.dropout is not None and self.bias is not None)
 
+    @property
+    def drawn(self) -> bool:
+        """Bits are read and entries dropped."""
+        return self.bits and self.dropout is not None
+
     def placed(self, masked: bool) -> bool:
         """Whether a step must know where its tile lies."""
         return masked or self.bias is not None or self.dropout is not None
