@@ -48,6 +48,7 @@ WIDE = {
     "256": (256, 256),
 }  # fmt: skip
 MARK = -12345  # a number that "128 where" compares differences of positions with, which are signed
+_BIGBIRD = "BigBird(64, 3, 1, 2) & Causal()"
 _EVERYTHING = ("positions", "segments", "sinks", "alibi", "softcap", "dropout")
 CONFIGS = {
     "128 full": Config(mask="Full()"),
@@ -58,20 +59,23 @@ CONFIGS = {
     "128 odd lengths": Config(lengths=(4001, 3999), mask="Full()"),
     "128 window": Config(mask="SlidingWindow(1024)"),
     "128 prefix or chunks": Config(mask="(Prefix(100) | Chunked(512)) & ~Dilated(4, 3)"),
-    "128 bigbird": Config(mask="BigBird(64, 3, 1, 2) & Causal()"),
+    "128 bigbird": Config(mask=_BIGBIRD),
     "128 longformer": Config(mask="Longformer(512, (0, 100, 2000))"),
     "128 dense": Config(mask="dense"),
     "128 array": Config(extras=("array",)),
     "128 named tokens": Config(mask=f"Longformer(512, {tuple(range(0, 4096, 50))})"),
-    "64 bigbird": Config(widths=(64, 64), mask="BigBird(64, 3, 1, 2) & Causal()"),
+    "64 bigbird": Config(widths=(64, 64), mask=_BIGBIRD),
     "64 array": Config(widths=(64, 64), extras=("array",)),
     "256 array": Config(widths=(256, 256), extras=("array",)),
-    "256 bigbird": Config(widths=(256, 256), mask="BigBird(64, 3, 1, 2) & Causal()"),
+    "256 bigbird": Config(widths=(256, 256), mask=_BIGBIRD),
     "256 array positions segments": Config(widths=(256, 256), extras=("array", "positions", "segments")),
+    "128 bigbird dropout": Config(mask=_BIGBIRD, extras=("dropout",)),
+    "128 bigbird softcap alibi": Config(mask=_BIGBIRD, extras=("softcap", "alibi")),
+    "256 bigbird dropout": Config(widths=(256, 256), mask=_BIGBIRD, extras=("dropout",)),
     "128 array dropout": Config(extras=("array", "dropout")),
     "256 array dropout": Config(widths=(256, 256), extras=("array", "dropout")),
     "256 bigbird positions segments": Config(
-        widths=(256, 256), mask="BigBird(64, 3, 1, 2) & Causal()", extras=("positions", "segments")
+        widths=(256, 256), mask=_BIGBIRD, extras=("positions", "segments")
     ),
     "128 where": Config(("forward", "kv"), mask="where"),
     "128 softcap": Config(extras=("softcap",)),

@@ -118,7 +118,7 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     scores = _scores(call)
     *_, H, M = call.sizes
     heavy = scores.heavy or scores.drawn or scores.vectors > FEW
-    heavy = scores.mask_operations > MANY or (max(H, M) > 192 and heavy)
+    heavy = scores.mask_operations > MANY or scores.crowded or (max(H, M) > 192 and heavy)
     tiles = tiles or _fitting(FORWARD, call, scores, heavy, _forward_bytes)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
@@ -136,7 +136,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    heavy = scores.mask_operations > MANY_BY_KEY or (max(H, M) > 64 and scores.heavy)
+    heavy = scores.mask_operations > MANY_BY_KEY or (max(H, M) > 64 and (scores.heavy or scores.crowded))
     heavy |= max(H, M) > 192 and scores.vectors > (0 if scores.bits else FEW)
     tiles = tiles or _fitting(BACKWARD_K, call, scores, heavy, _backward_k_bytes)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
@@ -146,8 +146,7 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold both sums and the scores, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    changed = scores.softcap is not None or scores.bias is not None
-    heavy = changed or scores.mask_operations > MANY or scores.vectors > 2 or scores.drawn
+    heavy = scores.changed or scores.mask_operations > MANY or scores.vectors > 2 or scores.drawn
     relay = max(H, M) > 128 or (max(H, M) > 64 and heavy)
     tiles = tiles or FUSED[padded_width(max(H, M))]  # any call fits: `scores.vectors` is bounded
     return _plan(call, scores, tiles, tiles.block, GROUP if relay else 2 * GROUP, by_key=True)

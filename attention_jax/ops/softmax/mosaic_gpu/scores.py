@@ -22,6 +22,7 @@ from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
 GROUP = 64  # rows of a warpgroup's matrix instruction
+SEVERAL = 12  # operations of a mask that take registers of their own
 MOST_VECTORS = 8  # that shared memory holds beside the tiles of every kernel, bits counted as one
 LOG2E = math.log2(math.e)
 
@@ -78,8 +79,18 @@ class Scores:
         return self.softcap is not None or (self.dropout is not None and self.bias is not None)
 
     @property
+    def changed(self) -> bool:
+        """Something is done to a score before its exponential."""
+        return self.softcap is not None or self.bias is not None
+
+    @property
+    def crowded(self) -> bool:
+        """More is done to a score beside a mask of several operations."""
+        return self.mask_operations > SEVERAL and (self.changed or self.dropout is not None)
+
+    @property
     def drawn(self) -> bool:
-        """Bits are read and entries dropped."""
+        """Entries are dropped beside a mask that is read as bits."""
         return self.bits and self.dropout is not None
 
     def placed(self, masked: bool) -> bool:
