@@ -127,7 +127,9 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.mask_operations > MANY or (max(H, M) <= 64 and scores.heavy)  # 128 keys a step there
+    heavy = max(H, M) > 128 and scores.heavy and (scores.bits or scores.crowded)
+    heavy |= scores.mask_operations > MANY
+    heavy |= max(H, M) <= 64 and (scores.heavy or scores.crowded)  # 128 keys a step there
     tiles = tiles or _fitting(BACKWARD_Q, call, scores, heavy, _backward_q_bytes)
     return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
 
