@@ -21,7 +21,7 @@ WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are pad
 # Operations of a mask beyond which a whole block spills, as ahead-of-time compilation for sm_90 shows.
 MANY = 30
 MANY_BY_KEY = 24  # where both sums, dK and dV, stay in registers
-FEW = 4  # vectors per token that a whole block holds at a width of 256
+FEW = 3  # vectors per token that a whole block holds at a width of 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,9 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold both sums and the scores, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
-    heavy = scores.changed or scores.mask_operations > MANY or scores.vectors > 2 or scores.drawn
+    heavy = (
+        scores.changed or scores.dropout is not None or scores.mask_operations > MANY or scores.vectors > 2
+    )
     relay = max(H, M) > 128 or (max(H, M) > 64 and heavy)
     tiles = tiles or FUSED[padded_width(max(H, M))]  # any call fits: `scores.vectors` is bounded
     return _plan(call, scores, tiles, tiles.block, GROUP if relay else 2 * GROUP, by_key=True)
