@@ -1,7 +1,8 @@
 """Timings beside other systems, interleaved in one process: medians, ratios of pairs, peak memory.
 
 python scripts/benchmark.py attention [--lengths 2048 4096] [--widths 64] [--masks "Causal()"] [--plot FILE]
-                                                          ours beside every peer that is installed
+                                                          ours beside every peer that is installed; on a GPU
+                                                          by its own clock
 python scripts/benchmark.py memory --length 32768         forward + backward of `chunked`
 python scripts/benchmark.py window --length 16384         a window of --window 512 against causal
 python scripts/benchmark.py crossover                     dense against chunked, by length
@@ -16,7 +17,6 @@ Machines are shared and swing: every figure is a ratio of neighbours in time, th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention_jax import masks
 from scripts.benchmarks import linear, softmax, training
 from scripts.benchmarks.attention import attention
-from scripts.benchmarks.timing import machine
+from scripts.benchmarks.contestants import contestants
+from scripts.benchmarks.timing import save
 
 _BENCHMARKS = {
     "attention": attention,
@@ -57,7 +58,17 @@ def _mask(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status. A mistake in it exits with 2."""
+    """Run a command line; the exit status: 1 where one of ours failed. A mistake in it exits with 2."""
+    args = _arguments(argv)
+    rows = []
+    for row in _BENCHMARKS[args.what](args):
+        rows.append(row)
+        if args.json:  # after every row: a card's time may end at any of them
+            save(args.json, rows)
+    return int(any("error" in row and row["name"].startswith("ours") for row in rows))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=list(_BENCHMARKS))
     parser.add_argument("--lengths", type=_count, nargs="+", help="tokens")
@@ -66,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--masks", type=_mask, nargs="+", default=["Causal()"], help="expressions, as in YAML"
     )
     parser.add_argument("--batch", type=_count, default=1)
+    parser.add_argument("--tokens", type=_count, help="attention: rows x length, in place of --batch")
     parser.add_argument("--heads", type=_count, default=8)
+    parser.add_argument("--kv-heads", type=_count, help="attention: default --heads")
+    parser.add_argument(
+        "--contestants", nargs="+", metavar="NAME", choices=list(contestants()),
+        help="attention: " + ", ".join(contestants()),
+    )  # fmt: skip
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -77,15 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--config", type=Path, default=Path("configs/shakespeare_char.yaml"))
     parser.add_argument("--rounds", type=_count, default=11)
+    parser.add_argument("--seconds", type=_count, help="attention: begin nothing after so many")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--plot", type=Path, help="attention: a picture of TFLOP/s over the length")
     args = parser.parse_args(argv)
     if args.what == "attention" and args.lengths is None:
         args.lengths = [2048, 4096]
-    rows = _BENCHMARKS[args.what](args)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    return 0
+    if args.heads % (args.kv_heads or 1):
+        parser.error(f"--kv-heads {args.kv_heads} does not divide --heads {args.heads}")
+    return args
 
 
 if __name__ == "__main__":

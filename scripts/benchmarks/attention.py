@@ -1,275 +1,187 @@
 """Softmax attention beside every peer that is installed, over lengths, widths and masks.
 
-A contestant is a name and a maker: maker(case, backward) gives a call, or a reason (str) why it cannot take
-part. Work is counted over the pairs that the mask keeps: 4 B N pairs H floating-point operations forward,
-3.5 times that with the backward.
+Work is counted over the pairs that the mask keeps: 4 B N pairs H floating-point operations forward, 2.5 times
+that backward. The backward alone is the difference of two medians.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.calls import jitted, ours, qkv
-from scripts.benchmarks.timing import interleave, matmul_peak
-
-_DENSE_LIMIT = 2**26  # scores of all heads; more is the dense forms' memory, not their speed
+from scripts.benchmarks.case import Case
+from scripts.benchmarks.contestants import ON_GPU, SLOW, contestants
+from scripts.benchmarks.timing import (
+    SETTLE,
+    at_once,
+    device_clock,
+    interleave,
+    matmul_peak,
+    on_gpu,
+    wall_clock,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """What is computed: B rows, N heads of width H over T tokens under a mask."""
+class Method:
+    """How calls are timed, until when, beside which rate, and which reasons were told already."""
 
-    B: int
-    T: int
-    N: int
-    H: int
-    mask: Any
-    dtype: str
-
-    @functools.cached_property
-    def inputs(self) -> list[Any]:
-        return qkv(self.T, self.N, self.H, self.B, self.dtype)
-
-    @functools.cached_property
-    def density(self) -> float:
-        """The share of pairs that the mask keeps."""
-        return float(self.mask.density(self.T))
-
-    @functools.cached_property
-    def live_blocks(self) -> float:
-        """The share of 128 x 128 blocks with a kept pair."""
-        from attention_jax.ops.softmax.blocks import static_map
-
-        return float(static_map(self.mask, self.T, self.T, 128, 128).some.mean())
-
-    def teraflops(self, ms: float, backward: bool) -> float:
-        flop = 4 * self.B * self.N * self.T**2 * self.density * self.H * (3.5 if backward else 1)
-        return flop / ms / 1e9
-
-    @property
-    def causal(self) -> bool:
-        from attention_jax import Causal
-
-        return self.mask == Causal()
-
-    @property
-    def full(self) -> bool:
-        from attention_jax import Full
-
-        return self.mask == Full()
-
-    def dense(self) -> np.ndarray:
-        positions = np.arange(self.T)
-        return np.broadcast_to(self.mask.keep(positions[:, None], positions[None]), (self.T, self.T))
-
-    @property
-    def dense_too_large(self) -> str | None:
-        scores = self.B * self.N * self.T**2
-        return f"{scores:,} scores > {_DENSE_LIMIT:,}" if scores > _DENSE_LIMIT else None
+    rounds: int
+    clock: Callable[[Any], float]
+    settle: float
+    peak: float
+    end: float  # of time.monotonic(): nothing is begun after it
+    told: set[tuple[str, str]] = dataclasses.field(default_factory=set)
 
 
-def attention(args) -> list[dict[str, Any]]:
+def attention(args) -> Iterator[dict[str, Any]]:
     """Every contestant on every case, forward and forward + backward: a table, rows, and a plot."""
     import jax
 
-    from attention_jax.masks import parse
-
-    device = jax.devices()[0]
-    dtype = args.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
-    peak = matmul_peak(dtype)
-    print(f"{device.device_kind}, {dtype}; products of matrices reach {peak:.3g} TFLOP/s")
-    rows, told = [], set()
-    for text in args.masks:
-        for H in args.widths:
-            for T in args.lengths:
-                case = Case(args.batch, T, args.heads, H, parse(text), dtype)
-                for backward in (False, True):
-                    rows += _compare(case, backward, peak, args, told)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    clock, settle = (device_clock, SETTLE) if on_gpu() else (wall_clock, 0.0)
+    end = time.monotonic() + (args.seconds or math.inf)
+    method = Method(args.rounds, clock, settle, matmul_peak(dtype), end)
+    print(f"{jax.devices()[0].device_kind}, {dtype}; products of matrices reach {method.peak:.3g} TFLOP/s")
+    names = args.contestants or (ON_GPU if on_gpu() else [x for x in contestants() if x not in SLOW])
+    rows: list[dict[str, Any]] = []
+    for case, takers, beside in _plan(args, names, dtype):
+        if time.monotonic() > method.end:
+            print(f"stopped: the {args.seconds} seconds are over", flush=True)
+            break
+        for row in compare(case, takers, beside, method):
+            rows.append(row)
+            relate_to_full(rows)
+            print(_line(row), flush=True)
+            yield row
     if args.plot:
         plot(rows, args.plot)
-    return rows
 
 
-def _compare(case: Case, backward: bool, peak: float, args, told: set) -> list[dict[str, Any]]:
-    what = "forward+backward" if backward else "forward"
-    print(f"\n{case.mask} T={case.T} B={case.B} N={case.N} H={case.H} {what}: density {case.density:.3f}, "
-          f"live blocks {case.live_blocks:.3f}")  # fmt: skip
-    made = {name: make(case, backward) for name, make in _contestants().items()}
-    calls = {name: call for name, call in made.items() if callable(call)}
+def _plan(args, names: Sequence[str], dtype: str) -> Iterator[tuple[Case, list[str], list[str]]]:
+    """(case, contestants, those timed beside them), the most wanted first, for time may run out.
+
+    The first width of all masks comes before the second, and slow contestants come after all cases of the
+    others, beside the first two of them, of which one at least can take part.
+    """
+    from attention_jax.masks import parse
+
+    quick = [name for name in names if name not in SLOW]
+    slow = [name for name in names if name in SLOW]
+    for takers, beside in ((quick, []), (slow, quick[:2])):
+        for H in args.widths if takers else ():
+            for text in args.masks:
+                for T in args.lengths:
+                    B = args.batch if args.tokens is None else max(1, args.tokens // T)
+                    K = args.kv_heads or args.heads
+                    yield Case(B, T, args.heads, K, H, parse(text), dtype), takers, beside
+
+
+def compare(case: Case, takers: list[str], beside: list[str], method: Method) -> Iterator[dict[str, Any]]:
+    """Rows of the takers, timed in turn with `beside`, whose rows are elsewhere."""
+    forward: dict[str, float] = {}
+    for what in ("forward", "forward+backward"):
+        if time.monotonic() > method.end:
+            return
+        errors: dict[str, str] = {}
+        calls = _calls(case, takers, what, errors, method.told)
+        if not calls and not errors:
+            continue
+        print(f"\n{case.mask} T={case.T} B={case.B} N={case.N} K={case.K} H={case.H} {what}: density "
+              f"{case.density:.3f}, live blocks {case.live_blocks:.3f}", flush=True)  # fmt: skip
+        calls = _calls(case, beside, what, {}, method.told) | calls
+        times = interleave(calls, method.rounds, clock=method.clock, settle=method.settle, errors=errors)
+        for name in takers:
+            row = _described(case, what, name)
+            if name in errors:
+                yield row | {"error": errors[name]}
+            elif name in times:
+                row |= _figures(case, what, times, name, method.peak)
+                row["temporary_bytes"] = getattr(calls[name], "temporaries", None)
+                if note := getattr(calls[name], "note", None):
+                    row["note"] = note
+                if what == "forward":
+                    forward[name] = row["median_ms"]
+                elif name in forward:
+                    row["backward_ms"] = ms = row["median_ms"] - forward[name]
+                    row["backward_tflops"] = case.teraflops(ms, "backward") if ms > 0 else None
+                yield row
+
+
+def _calls(
+    case: Case, names: list[str], what: str, errors: dict[str, str], told: set[tuple[str, str]]
+) -> dict[str, Callable[[], Any]]:
+    """The calls of those who can take part. A reason why not is told once, and an error noted."""
+    known = contestants()
+    case.inputs  # noqa: B018 (drawn before threads ask for them)
+    makers = {name: functools.partial(known[name], case, what != "forward") for name in names}
+    made = at_once(makers, errors)
     for name, reason in made.items():
-        if not callable(reason) and (name, reason) not in told:
+        if isinstance(reason, str) and (name, reason) not in told:
             told.add((name, reason))
-            print(f"  {name:18} not here: {reason}")
-    times = interleave(calls, args.rounds)
-    base = next(iter(times))
-    rows = []
-    for name, ms in times.items():
-        median = float(np.median(ms))
-        low, high = (float(x) for x in np.percentile(ms, (25, 75)))
-        tflops = case.teraflops(median, backward)
-        temporaries = getattr(calls[name], "temporaries", None)
-        ratio = float(np.median(ms / times[base]))
-        rows.append({
-            "mask": str(case.mask), "T": case.T, "B": case.B, "N": case.N, "H": case.H, "dtype": case.dtype,
-            "what": what, "name": name, "median_ms": median, "quartiles_ms": [low, high],
-            f"ratio_to_{base}": ratio, "tflops": tflops, "share_of_peak": tflops / peak,
-            "temporary_bytes": temporaries, "density": case.density, "live_blocks": case.live_blocks,
-        })  # fmt: skip
-        memory = "" if temporaries is None else f"{temporaries / 1e6:9.1f} MB"
-        print(f"  {name:18} {median:9.2f} ms [{low:.2f}, {high:.2f}]  {tflops:8.3f} TFLOP/s "
-              f"{tflops / peak:6.1%} of peak  x{ratio:.3f} {base} {memory}")  # fmt: skip
-    return rows
+            print(f"  {name:22} not here: {reason}", flush=True)
+    return {name: call for name, call in made.items() if not isinstance(call, str)}
 
 
-def _contestants() -> dict[str, Callable[[Case, bool], Any]]:
-    from attention_jax.ops.softmax.api import implementations
-
-    names = {f"ours {name}": functools.partial(_ours, name) for name in implementations()}
-    return {"torch": _torch, "flex": _flex, **names, "jax.nn": functools.partial(_jax_nn, "xla"),
-            "jax.nn cudnn": functools.partial(_jax_nn, "cudnn"), "tokamax": _tokamax,
-            "splash": _splash}  # fmt: skip
-
-
-def _ours(impl: str, case: Case, backward: bool) -> Any:
-    from attention_jax import explain
-
-    try:
-        explain(*case.inputs, mask=case.mask, impl=impl)
-    except NotImplementedError as error:
-        return str(error).split(": ", 1)[-1]
-    if impl == "reference" and case.dense_too_large:
-        return case.dense_too_large
-    return ours(impl, case.mask, *case.inputs, backward)
+def _described(case: Case, what: str, name: str) -> dict[str, Any]:
+    return {
+        "mask": str(case.mask), "T": case.T, "B": case.B, "N": case.N, "K": case.K, "H": case.H,
+        "dtype": case.dtype, "what": what, "name": name, "density": case.density,
+        "live_blocks": case.live_blocks,
+    }  # fmt: skip
 
 
-def _jax_nn(implementation: str, case: Case, backward: bool) -> Any:
-    import jax
-
-    if implementation == "cudnn" and jax.default_backend() != "gpu":
-        return "needs an NVIDIA GPU"
-    if implementation == "cudnn" and not (case.causal or case.full):
-        return "takes no such mask without a dense array"
-    if implementation == "xla" and case.dense_too_large:
-        return case.dense_too_large
-    kept = None if case.causal or case.full else case.dense()[None, None]
-
-    def forward(q, k, v):
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=kept, is_causal=case.causal, implementation=implementation
-        )
-
-    return jitted(forward, *case.inputs, backward=backward)
+def _figures(case: Case, what: str, times: dict[str, np.ndarray], name: str, peak: float) -> dict[str, Any]:
+    """A contestant's times beside those of the first."""
+    ms, base = times[name], next(iter(times))
+    median = float(np.median(ms))
+    tflops = case.teraflops(median, what)
+    return {
+        "median_ms": median,
+        "quartiles_ms": [float(x) for x in np.percentile(ms, (25, 75))],
+        f"ratio_to_{base}": float(np.median(ms / times[base])),
+        "tflops": tflops,
+        "share_of_peak": tflops / peak,
+    }
 
 
-def _torch_inputs(case: Case, backward: bool) -> tuple[Any, list[Any]]:
-    """torch and q, k, v [B, N, T, H] on its device; a result is awaited with `synchronize`."""
-    import torch
+def relate_to_full(rows: list[dict[str, Any]]) -> None:
+    """Notes the time per live block over that of the same contestant without a mask, where both are there.
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arrays = [
-        torch.from_numpy(np.array(x, np.float32).transpose(0, 2, 1, 3).copy()).to(
-            device, getattr(torch, case.dtype)
-        )
-        for x in case.inputs
-    ]
-    return torch, [x.requires_grad_(backward) for x in arrays]
+    1 is a mask that costs nothing beside the pairs it keeps, by whole blocks.
+    """
 
+    def key(row: dict[str, Any]) -> tuple:
+        return tuple(row[x] for x in ("name", "T", "B", "N", "K", "H", "dtype", "what"))
 
-def _torch_call(torch, forward: Callable, arrays: list[Any], backward: bool) -> Callable[[], Any]:
-    d = torch.randn_like(arrays[0])
-
-    def call():
-        out = forward(*arrays)
-        result = torch.autograd.grad(out, arrays, d) if backward else out
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return result
-
-    return call
+    timed = [row for row in rows if "median_ms" in row]
+    full = {key(row): row["median_ms"] for row in timed if row["mask"] == "Full()"}
+    for row in timed:
+        if key(row) in full and row["mask"] != "Full()":
+            row["block_time_to_full"] = row["median_ms"] / row["live_blocks"] / full[key(row)]
 
 
-def _torch(case: Case, backward: bool) -> Any:
-    """scaled_dot_product_attention: its fused form on a CPU, cuDNN's on a GPU."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed (extra `parity`)"
-    plain = case.causal or case.full
-    if not plain and case.dense_too_large:
-        return f"only as a dense mask: {case.dense_too_large}"
-    torch, arrays = _torch_inputs(case, backward)
-    kept = None if plain else torch.from_numpy(case.dense().copy()).to(arrays[0].device)
-    sdpa = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention, attn_mask=kept, is_causal=case.causal
-    )
-
-    def forward(q, k, v):
-        if not torch.cuda.is_available():
-            return sdpa(q, k, v)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            return sdpa(q, k, v)
-
-    return _torch_call(torch, forward, arrays, backward)
-
-
-def _flex(case: Case, backward: bool) -> Any:
-    """FlexAttention, compiled; the block mask is made beforehand."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed (extra `parity`)"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "runs compiled on NVIDIA GPUs"
-    from torch.nn.attention import flex_attention as flex
-
-    _, arrays = _torch_inputs(case, backward)
-    kept = torch.from_numpy(case.dense().copy()).cuda()
-    blocks = None
-    if not case.full:
-        rule = (lambda b, h, q, k: q >= k) if case.causal else (lambda b, h, q, k: kept[q, k])
-        blocks = flex.create_block_mask(rule, None, None, case.T, case.T)
-    compiled = torch.compile(flex.flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
-    return _torch_call(torch, lambda q, k, v: compiled(q, k, v, block_mask=blocks), arrays, backward)
-
-
-def _tokamax(case: Case, backward: bool) -> Any:
-    import jax
-
-    if importlib.util.find_spec("tokamax") is None:
-        return "tokamax is not installed"
-    if jax.default_backend() != "gpu":
-        return "its Mosaic kernel needs an NVIDIA GPU"
-    if not (case.causal or case.full):
-        return "takes no such mask without a dense array"
-    import tokamax
-
-    def forward(q, k, v):
-        return tokamax.dot_product_attention(q, k, v, is_causal=case.causal, implementation="mosaic")
-
-    return jitted(forward, *case.inputs, backward=backward)
-
-
-def _splash(case: Case, backward: bool) -> Any:
-    import jax
-
-    if jax.default_backend() != "tpu":
-        return "needs a TPU"
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    mask = masks.MultiHeadMask([masks.NumpyMask(np.array(case.dense())) for _ in range(case.N)])
-    run = jax.vmap(kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1))
-
-    def forward(q, k, v):
-        q, k, v = (x.swapaxes(1, 2) for x in (q * case.H**-0.5, k, v))
-        return run(q, k, v).swapaxes(1, 2)
-
-    return jitted(forward, *case.inputs, backward=backward)
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"  {row['name']:22} {row['error']}"
+    low, high = row["quartiles_ms"]
+    ratio = next(key for key in row if key.startswith("ratio_to_"))
+    line = (f"  {row['name']:22} {row['median_ms']:9.3f} ms [{low:.3f}, {high:.3f}]  {row['tflops']:8.3f} "
+            f"TFLOP/s {row['share_of_peak']:6.1%} of peak  x{row[ratio]:.3f} {ratio[9:]}")  # fmt: skip
+    if row.get("backward_tflops"):
+        line += f"; backward {row['backward_ms']:.3f} ms {row['backward_tflops']:.3f} TFLOP/s"
+    if "block_time_to_full" in row:
+        line += f"; a live block x{row['block_time_to_full']:.3f} full"
+    if row["temporary_bytes"] is not None:
+        line += f"  {row['temporary_bytes'] / 1e6:.1f} MB"
+    return line + (f"  ({row['note']})" if "note" in row else "")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -279,12 +191,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys((row["mask"], row["H"], row["what"]) for row in rows))
+    if not (timed := [row for row in rows if "tflops" in row]):
+        return
+    panels = list(dict.fromkeys((row["mask"], row["H"], row["what"]) for row in timed))
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 3.6 * lines), squeeze=False)
     for panel, ax in zip(panels, axes.flat, strict=False):
-        here = [row for row in rows if (row["mask"], row["H"], row["what"]) == panel]
+        here = [row for row in timed if (row["mask"], row["H"], row["what"]) == panel]
         for name in dict.fromkeys(row["name"] for row in here):
             points = [(row["T"], row["tflops"]) for row in here if row["name"] == name]
             ax.plot(*zip(*points, strict=True), marker="o", label=name)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+from scripts.benchmarks.timing import device_time
 
-def qkv(T: int, N: int = 8, H: int = 64, B: int = 1, dtype: str = "float32") -> list[Any]:
-    """Random normal q, k, v [B, T, N, H]: zeros would run faster."""
+
+def qkv(
+    T: int, N: int = 8, H: int = 64, B: int = 1, dtype: str = "float32", K: int | None = None
+) -> list[Any]:
+    """Random normal q [B, T, N, H] and k, v [B, T, K, H], K = N by default: zeros would run faster."""
     import jax
 
-    return [jax.random.normal(key, (B, T, N, H), dtype) for key in jax.random.split(jax.random.key(0), 3)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(x, (B, T, n, H), dtype) for x, n in zip(keys, (N, K or N, K or N), strict=True)]
 
 
 def ours(impl: str | None, mask: Any, q, k, v, backward: bool) -> Callable[[], Any]:
@@ -24,7 +30,10 @@ def ours(impl: str | None, mask: Any, q, k, v, backward: bool) -> Callable[[], A
 
 
 def jitted(forward: Callable, *arrays: Any, backward: bool) -> Callable[[], Any]:
-    """forward(*arrays), with `backward` its gradients too. `.temporaries`: bytes that the compiler plans."""
+    """forward(*arrays), with `backward` its gradients too.
+
+    `.temporaries`: bytes that the compiler plans. `.device_time()`: milliseconds of a call on a GPU.
+    """
     import jax
 
     def both(*arrays_and_d):
@@ -41,4 +50,5 @@ def jitted(forward: Callable, *arrays: Any, backward: bool) -> Callable[[], Any]
         return jax.block_until_ready(compiled(*arrays))
 
     call.temporaries = compiled.memory_analysis().temp_size_in_bytes
+    call.device_time = functools.partial(device_time, compiled, *arrays)
     return call

@@ -1,0 +1,281 @@
+"""Benchmarks: whose times are taken how, what a row says, and that no command line of a card is mistaken."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.mosaic.gpu import profiler
+
+from attention_jax.masks import parse
+from attention_jax.ops.softmax import mosaic_gpu
+from scripts import benchmark, tune
+from scripts.benchmarks import attention, contestants, timing, torch_peers
+from scripts.benchmarks.calls import jitted
+from scripts.benchmarks.case import Case
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU's clock: every program takes 2 ms forward and 7 with a backward, which has a fourth argument."""
+
+    def measure(run):
+        return lambda *arguments: (jax.block_until_ready(run(*arguments)), 2.0 + 5.0 * (len(arguments) == 4))
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    for module in (attention, timing):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+        monkeypatch.setattr(module, "SETTLE", 0.0)
+    monkeypatch.setattr(attention, "matmul_peak", lambda dtype: 1.0)
+    caches = timing.jax_clock.cache_clear, timing.machine.cache_clear
+    for clear in caches:
+        clear()
+    yield
+    for clear in caches:
+        clear()
+
+
+def test_contestants_take_turns_and_one_that_raises_leaves_the_others_their_times():
+    said = []
+
+    def call(name):
+        said.append(name)
+        if name == "c" or (name == "b" and said.count("b") > 3):
+            raise RuntimeError(f"{name} has\na long story")
+
+    calls = {name: functools.partial(call, name) for name in "abc"}
+    errors = {}
+    times = timing.interleave(calls, 3, errors=errors)
+    assert "".join(said) == "aabbc" + "ab" + "ab" + "a"
+    assert set(times) == {"a"} and times["a"].shape == (3,)
+    assert errors == {"b": "RuntimeError: b has", "c": "RuntimeError: c has"}
+    with pytest.raises(RuntimeError, match="c has"):
+        timing.interleave({"c": calls["c"]}, 1)
+
+
+def test_makers_work_side_by_side_and_one_that_raises_gives_its_error():
+    errors = {}
+    made = timing.at_once({"a": lambda: 1, "b": lambda: 1 // 0, "c": lambda: "no"}, errors)
+    assert made == {"a": 1, "c": "no"}
+    assert errors == {"b": "ZeroDivisionError: integer division or modulo by zero"}
+
+
+def test_the_device_clock_gives_a_program_its_arguments(card):
+    assert timing.jax_clock() == "CUPTI"
+    given = []
+    assert timing.device_time(lambda *x: given.append(x), 1, 2, 3, 4) == 7.0 and given == [(1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_compiled_call_is_timed_with_its_arguments(card, backward):
+    call = jitted(lambda q, k, v: q * k + v, *[jnp.ones(3)] * 3, backward=backward)
+    assert call.device_time() == 2.0 + 5.0 * backward and len(jax.tree.leaves(call())) == 1 + 3 * backward
+
+
+def test_without_cupti_a_queue_of_calls_is_timed(card, monkeypatch):
+    def refuse(run):
+        raise RuntimeError("no CUPTI here")
+
+    monkeypatch.setattr(profiler, "measure", refuse)
+    calls = []
+    assert timing.device_time(calls.append, 1) >= 0 and len(calls) == 21
+    assert timing.machine()["jax clock"] == "wall, 20 calls queued"
+
+
+def test_events_stand_around_what_was_queued_while_the_gpu_slept():
+    said = []
+    event = types.SimpleNamespace(record=lambda: said.append("record"), elapsed_time=lambda stop: 3)
+    cuda = types.SimpleNamespace(
+        Event=lambda enable_timing: event,
+        _sleep=lambda cycles: said.append("sleep"),
+        synchronize=lambda: said.append("synchronize"),
+    )
+    assert timing.event_time(types.SimpleNamespace(cuda=cuda), lambda: said.append("run")) == 3.0
+    assert said == ["run", "sleep", "record", "run", "record", "synchronize"]
+
+
+def test_rows_of_a_card(card, monkeypatch, tmp_path, capsys):
+    def broken(case, backward):
+        raise ValueError("takes no such shape\nat all")
+
+    def timed(case, backward):
+        return types.SimpleNamespace(device_time=lambda: 7.0 if backward else 2.0)
+
+    known = {"peer": lambda case, backward: "not today", "ours reference": timed}
+    known |= {"ours chunked": broken, "jax.nn": timed}
+    monkeypatch.setattr(attention, "contestants", lambda: known)
+    monkeypatch.setattr(attention, "ON_GPU", tuple(known))
+    arguments = "--lengths 8 --tokens 16 --heads 2 --kv-heads 1 --widths 4 --dtype float32 --rounds 2"
+    path = tmp_path / "deep" / "rows.json"
+    masks = ["--masks", "Full()", "SlidingWindow(3)"]
+    assert benchmark.main(["attention", *arguments.split(), *masks, "--json", str(path)]) == 1
+    assert capsys.readouterr().out.count("peer") == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["ours reference", "ours chunked", "jax.nn"] * 4
+    assert all(
+        row["error"] == "ValueError: takes no such shape" for row in rows if row["name"] == "ours chunked"
+    )
+    forward, both, window = rows[2], rows[5], rows[8]
+    assert (both["B"], both["N"], both["K"]) == (2, 2, 1)
+    assert (forward["median_ms"], both["median_ms"], both["backward_ms"]) == (2.0, 7.0, 5.0)
+    work = 4 * 2 * 2 * 8 * 8 * 4
+    assert forward["tflops"] == pytest.approx(work / 2e9) and both["tflops"] == pytest.approx(
+        3.5 * work / 7e9
+    )
+    assert both["backward_tflops"] == pytest.approx(2.5 * work / 5e9)
+    assert forward["ratio_to_ours reference"] == 1.0 and window["block_time_to_full"] == 1.0
+    assert window["tflops"] == pytest.approx(forward["tflops"] * (1 + 2 + 3 * 6) / 64)
+
+
+def test_slow_contestants_come_after_all_cases_and_time_may_run_out(card, monkeypatch, capsys):
+    args = benchmark._arguments(["attention", "--lengths", "8", "16", "--widths", "4", "2"])
+    plan = list(attention._plan(args, ["flex", "torch", "jax.nn", "tokamax"], "float32"))
+    assert [(case.H, case.T) for case, *_ in plan] == [(4, 8), (4, 16), (2, 8), (2, 16)] * 2
+    assert [takers for _, takers, _ in plan] == [["torch", "jax.nn", "tokamax"]] * 4 + [["flex"]] * 4
+    assert [beside for *_, beside in plan] == [[]] * 4 + [["torch", "jax.nn"]] * 4
+    args.seconds, times = 5, iter(range(0, 99, 6))
+    monkeypatch.setattr(attention, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
+    assert (
+        list(attention.attention(args)) == [] and "stopped: the 5 seconds are over" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("text", ["Full()", "Causal()", "SlidingWindow(1)", "SlidingWindow(5)"])
+def test_peers_are_told_the_same_mask(text):
+    case = Case(1, 12, 2, 1, 4, parse(text), "float32")
+    found = jax.nn.dot_product_attention(*case.inputs, implementation="xla", **contestants.masking(case))
+    expected = jax.nn.dot_product_attention(*case.inputs, mask=jnp.asarray(case.dense())[None, None])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["SlidingWindow(5, 1)", "Chunked(4)", "SlidingWindow(4) & Sinks(2)"])
+def test_peers_are_told_no_other_mask(text):
+    assert contestants.masking(Case(1, 12, 2, 2, 4, parse(text), "float32")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("Causal()", None),
+        ("SlidingWindow(20)", None),
+        ("Chunked(24)", None),
+        ("(SlidingWindow(20) | Sinks(3)) & Causal()", None),
+        ("Longformer(16, (0, 7, 8))", None),
+        ("~Dilated(3, 4) & Causal()", None),
+        ("BigBird(16, 3, 1, 2) & Causal()", "RandomBlocks as a table of 5 x 5"),
+        (f"Global({tuple(range(0, 300, 2))})", "Global as a table of 70 x 70"),
+    ],
+)
+def test_flex_attention_is_given_our_mask(text, note):
+    pytest.importorskip("torch", reason="torch is not installed (extra `parity`)")
+    from torch.nn.attention import flex_attention as flex
+
+    case = Case(1, 70, 1, 1, 4, parse(text), "float32")
+    found, said = torch_peers.rule(case.mask, case.T, "cpu")
+    assert said == note
+    np.testing.assert_array_equal(
+        flex.create_mask(found, None, None, case.T, case.T, device="cpu")[0, 0].numpy(), case.dense()
+    )
+
+
+@pytest.mark.parametrize("kernel", tune._KERNELS)
+def test_the_kernels_that_the_tuner_times_can_be_traced(kernel):
+    if jax.version.__version_info__ < mosaic_gpu._OLDEST:
+        pytest.skip(f"the kernels need a newer jax than {jax.__version__}")
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    saved = jax.ShapeDtypeStruct((1, 2, 256), jnp.float32)
+    run = functools.partial(tune.kernel_program, "Causal()", kernel, 64, 2)
+    with mosaic_gpu.any_platform():
+        found = jax.tree.leaves(jax.eval_shape(run, q, q, q, q, saved))
+    assert found[0].shape == q.shape
+
+
+def test_the_tuner_tells_the_fastest_first(card, monkeypatch, tmp_path):
+    def kernel_call(H, mask, kernel, block, stages):
+        if stages == 3:
+            raise ValueError("does not fit")
+        return types.SimpleNamespace(device_time=lambda: 100 / block)
+
+    monkeypatch.setattr(tune, "kernel_call", kernel_call)
+    monkeypatch.setattr(tune, "SETTLE", 0.0)
+    same = {"width": 64, "mask": "Full()", "kernel": "q", "spills": 0}
+    rows = [same | {"block": block, "stages": stages} for block, stages in ((32, 3), (32, 2), (64, 2))]
+    rows.append(same | {"block": 128, "stages": 2, "spills": 8})
+    (tmp_path / "compiled.json").write_text(json.dumps({"rows": rows}))
+    command = ["tiles", "--compiled", str(tmp_path / "compiled.json"), "--json", str(tmp_path / "tiles.json")]
+    assert tune.main(command) == 1
+    found = json.loads((tmp_path / "tiles.json").read_text())["rows"]
+    assert [(row["block"], row.get("ms"), row.get("error")) for row in found] == [
+        (64, 100 / 64, None), (32, 100 / 32, None), (32, None, "ValueError: does not fit")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_command_lines_of_the_card(tmp_path, rehearse):
+    """Stand-ins for Python and `timeout` note what they are given: every program understands it."""
+    for name, does in {
+        "python": f'for x in "$@"; do printf "%s\\0" "$x"; done >>{tmp_path}/said; echo >>{tmp_path}/said',
+        "timeout": f'echo "$3" >>{tmp_path}/limits; shift 3; exec "$@"',
+        "nvidia-smi": ":",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": str(tmp_path / "python"),
+        "COMPILED": str(tmp_path / "compiled.json"),
+        "REHEARSE": "1" if rehearse else "",
+    }
+    done = subprocess.run(
+        ["sh", "scripts/on_card.sh", str(tmp_path / "out")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line.rstrip("\0").split("\0") for line in (tmp_path / "said").read_text().splitlines()]
+    benchmarks = [words[1:] for words in said if words[0] == "scripts/benchmark.py"]
+    peers, sparse = (benchmark._arguments(words) for words in benchmarks)
+    assert peers.json.parent == sparse.json.parent == tmp_path / "out"
+    assert peers.widths == [128, 64, 256] and sparse.masks[0] == "Full()" and len(sparse.masks) == 7
+    if rehearse:
+        assert (peers.lengths, sparse.lengths) == ([64], [64])
+    else:
+        assert (peers.lengths, sparse.lengths, peers.tokens) == ([4096, 16384], [16384], 16384)
+        assert sum(map(int, (tmp_path / "limits").read_text().split())) <= 20 * 60
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (
+            benchmark,
+            ["attention", "--heads", "4", "--kv-heads", "3"],
+            "--kv-heads 3 does not divide --heads 4",
+        ),
+        (benchmark, ["attention", "--contestants", "nobody"], "--contestants: invalid choice: 'nobody'"),
+        (benchmark, ["attention", "--seconds", "0"], "--seconds: must be an integer >= 1, got 0"),
+        (tune, ["peers"], "invalid choice: 'peers'"),
+        (tune, ["tiles", "--compiled", "nowhere"], "--compiled nowhere: no such file"),
+    ],
+)
+def test_mistakes_in_a_command_line(capsys, program, arguments, message):
+    with pytest.raises(SystemExit) as left:
+        program.main(arguments)
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_machine_is_told():
+    found = timing.machine()
+    assert found["device"] == jax.devices()[0].device_kind and found["jax"] == jax.__version__
+    assert found["python"] == sys.version.split()[0] and len(found["date"]) == 10
