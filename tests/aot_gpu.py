@@ -38,7 +38,7 @@ class Config:
     heads: tuple[int, int] = (16, 4)
     lengths: tuple[int, int] = (4096, 4096)
     mask: str = "Causal()"
-    extras: tuple[str, ...] = ()  # softcap, alibi, positions, segments, sinks, dropout, array
+    extras: tuple[str, ...] = ()  # softcap, alibi, forget, gate, positions, segments, sinks, dropout, array
     dtype: str = "bfloat16"
     tiles: dict[str, tuple[int, int]] | None = None  # kernel: (block, stages) in place of the table's
 
@@ -47,6 +47,7 @@ WIDE = {
     "64": (64, 64), "96": (96, 96), "192-128": (192, 128), "192": (192, 192), "256-192": (256, 192),
     "256": (256, 256),
 }  # fmt: skip
+_TWO = ("forward", "q", "kv")  # the fused backward learns no bias
 MARK = -12345  # a number that "128 where" compares differences of positions with, which are signed
 _BIGBIRD = "BigBird(64, 3, 1, 2) & Causal()"
 _EVERYTHING = ("positions", "segments", "sinks", "alibi", "softcap", "dropout")
@@ -84,6 +85,19 @@ CONFIGS = {
     "128 segments": Config(extras=("segments",)),
     "128 positions segments": Config(extras=("positions", "segments")),
     "128 dropout": Config(extras=("dropout",)),
+    **{
+        f"{name} forget": Config(_TWO, WIDE.get(name, (128, 128)), extras=("forget",))
+        for name in ("64", "128", "256")
+    },
+    "128 gate": Config(_TWO, extras=("gate",)),
+    **{
+        f"{name} forget everything": Config(
+            _TWO, WIDE.get(name, (128, 128)), extras=("forget", *(x for x in _EVERYTHING if x != "alibi"))
+        )
+        for name in ("64", "128", "192", "256")
+    },
+    "128 forget bigbird": Config(_TWO, mask=_BIGBIRD, extras=("forget",)),
+    "128 forget array": Config(_TWO, extras=("forget", "array")),
     "128 everything": Config(extras=_EVERYTHING),
     **{f"{name} everything": Config(widths=WIDE[name], extras=_EVERYTHING) for name in ("64", "192", "256")},
 }
@@ -108,7 +122,9 @@ def _call(config: Config, dtype: Any):
 
     from attention_jax.biases import ALiBi
     from attention_jax.masks import Dense, Predicate, parse
+    from attention_jax.mixers.forgetting import ForgetBias
     from attention_jax.ops.softmax.common import Call
+    from tests.cases import Gate
 
     (T, S), (H, M), (N, K) = config.lengths, config.widths, config.heads
     shapes = {"q_BTNH": (2, T, N, H), "k_BSKH": (2, S, K, H), "v_BSKM": (2, S, K, M)}
@@ -125,6 +141,12 @@ def _call(config: Config, dtype: Any):
         shapes["dropout_words"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
     if "array" in config.extras:
         shapes["mask_BNTS"] = jax.ShapeDtypeStruct((2, N, T, S), jnp.bool_)
+    per_token = [jax.ShapeDtypeStruct((2, n, *more), jnp.float32) for n in (T, S) for more in ((), (N,))]
+    if "forget" in config.extras:
+        shapes["bias"] = ForgetBias(per_token[1], per_token[3])
+    if "gate" in config.extras:
+        weight, row = (jax.ShapeDtypeStruct((n,), x) for n, x in ((N, jnp.float32), (2, jnp.int32)))
+        shapes["bias"] = Gate(weight, per_token[0], per_token[2], row)
     masks = {
         "dense": lambda: Dense(np.random.default_rng(0).random((T, S)) < 0.5),
         "where": lambda: Predicate(lambda q, k: jnp.where(k < 4, 0, k - q) > MARK),
@@ -132,12 +154,13 @@ def _call(config: Config, dtype: Any):
     names = {f.name for f in dataclasses.fields(Call)}
     fixed = dict.fromkeys(names - shapes.keys()) | {
         "mask": masks.get(config.mask, lambda: parse(config.mask))(),
-        "bias": ALiBi(N) if "alibi" in config.extras else None,
         "scale": H**-0.5,
         "softcap": 30.0 if "softcap" in config.extras else None,
         "dropout_rate": 0.1 if "dropout" in config.extras else 0.0,
     }
-    return lambda arrays: Call(**arrays, **fixed), shapes
+    if "alibi" in config.extras:
+        fixed["bias"] = ALiBi(N)
+    return lambda arrays: Call(**fixed | arrays), shapes
 
 
 def _program(config: Config, kernel: str):

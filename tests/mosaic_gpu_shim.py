@@ -143,6 +143,16 @@ def install() -> None:
         finally:
             _adding.on = False
 
+    def unless_in_registers(check):
+        # A thread's own, but for their number, which the next thread block is given again.
+        def checked(self, thread, clock, buffer_key, *args, **kwargs):
+            if buffer_key.memory_space_id != memory.get_memory_space_idx(gpu_core.MemorySpace.REGS):
+                check(self, thread, clock, buffer_key, *args, **kwargs)
+
+        return checked
+
+    races = gpu_callbacks.GPURaceDetectionState
+    races.check_read, races.check_write = map(unless_in_registers, (races.check_read, races.check_write))
     gpu_callbacks.copy_smem_to_gmem = patched_copy
     gpu_callbacks.AsyncCopySmemToGmemTask = _AddingCopy
     Interpreter.interpret = patched_interpret

@@ -13,6 +13,7 @@ import operator
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,24 @@ import pytest
 from jax import lax
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.biases import ALiBi, ArrayBias
+from attention_jax.biases import ALiBi, ArrayBias, Axes, Bias, T5Bias
 from attention_jax.masks import BigBird, Causal, Dense, Full, Predicate, SlidingWindow
+from attention_jax.mixers.forgetting import ForgetBias
 from attention_jax.ops.softmax import mosaic_gpu
 from attention_jax.ops.softmax.blocks import static_map
 from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.mosaic_gpu.bias import trace_bias
 from attention_jax.ops.softmax.mosaic_gpu.bits import mask_bits
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import block_map, schedule
 from tests import aot_gpu
-from tests.cases import MASKS, OpCase
+from tests.cases import MASKS, Gate, OpCase
 from tests.covering import pairwise
+
+
+def _floats(shape):
+    return np.random.default_rng(len(shape) + shape[-1]).normal(size=shape).astype(np.float32)
+
 
 _NEW = jax.version.__version_info__ >= (0, 11, 2)
 needs_kernels = pytest.mark.skipif(
@@ -78,8 +86,9 @@ def test_a_mask_traced_on_scalars_keeps_what_it_keeps(name):
             for side, x in ((Q, q), (K, k))
         ]
         assert look_up or not any(looked)
-        assert_array_equal(traced.tile(scalars, q, k, (40, 30), 0, looked), wanted)
-        assert_array_equal(traced.tile(scalars, q, k, (30, 40), 1, looked), wanted.T)
+        at = lambda: q, lambda: k
+        assert_array_equal(traced.tile(scalars, *at, (40, 30), 0, looked), wanted)
+        assert_array_equal(traced.tile(scalars, *at, (30, 40), 1, looked), wanted.T)
         if not any(looked):
             break  # the other way is the same
 
@@ -147,16 +156,21 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
     ids = jnp.zeros((1, 128), jnp.int32)
     slots = dict.fromkeys(("q_positions_BT", "k_positions_BS", "q_segments_BT", "k_segments_BS"), ids)
     array = {"mask_BNTS": jnp.ones((1, 1, 128, 128), bool)}
+    forget = ForgetBias(*[jnp.zeros((1, 128, 1))] * 2)
+    low_rank = LowRank(*[jnp.zeros((5, 128))] * 2)
     dout, zero = jnp.zeros((1, 128, 1, widths[1]), jnp.bfloat16), jnp.zeros((1, 1, 128))
     for mask, given in (
         (Full(), {}), (BigBird(64, 3, 1, 2), {}), (BigBird(64, 3, 1, 4), slots),
         (BigBird(64, 3, 1, 4), slots | array), (BigBird(64, 3, 1, 2), slots | array), (Causal(), array),
+        (Causal(), {"bias": forget}), (BigBird(64, 3, 1, 2), slots | {"bias": forget}),
+        (Causal(), slots | array | {"bias": low_rank}),
     ):  # fmt: skip
         call = call_of(128, 128, 1, 1, *widths, mask, **given)
         for name, (make, run) in kernels.items():
             with pytest.raises(_Launched) as launched:
                 run(make(call), dout, zero, zero)
-            reduction = 2048 if name == "forward" else 0
+            sums = name == "forward" or (name in ("q", "kv") and "bias" in given)
+            reduction = plan.REDUCTION if sums else 0
             assert shared_bytes(launched.value.args[0]) + reduction <= plan.SHARED, (name, mask, list(given))
 
 
@@ -220,14 +234,14 @@ def test_a_bias_and_dropout_traced_on_scalars():
     bias = ALiBi(4)
     traced = trace(lambda b, n, q, k: bias.score(n[None], q[None, None], k[None, None]).reshape(()), "bias")
     slopes = traced.scalars(2, 4)
-    found = traced.tile([x[1, 2] for x in slopes], q, k, (9, 9), 0)
+    found = traced.tile([x[1, 2] for x in slopes], lambda: q, lambda: k, (9, 9), 0)
     assert_array_equal(found, bias.score(jnp.array([2]), q[None], k[None])[0, 0])
 
     def keep(b, n, q, k):
         return dropout_keep(words, 0.4, b[None], n[None], q[None, None], k[None, None]).reshape(())
 
     traced = trace(keep, "dropout")
-    found = traced.tile([x[1, 2] for x in traced.scalars(2, 4)], q, k, (9, 9), 0)
+    found = traced.tile([x[1, 2] for x in traced.scalars(2, 4)], lambda: q, lambda: k, (9, 9), 0)
     assert_array_equal(
         found, dropout_keep(words, 0.4, jnp.array([1]), jnp.array([2]), q[None], k[None])[0, 0]
     )
@@ -266,13 +280,100 @@ def keep_rows(tile: np.ndarray) -> np.ndarray:
     return tile.any(-1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank(Bias):
+    """sum_r a_rt b_rs, in the dtype of a."""
+
+    a_RT: Any
+    b_RS: Any
+
+    def axes(self):
+        return Axes(query=1), Axes(key=1)
+
+    def score(self, heads_N, q_pos_BT, k_pos_BS):
+        terms = (a[:, None] * b.astype(a.dtype)[None] for a, b in zip(self.a_RT, self.b_RS, strict=True))
+        return functools.reduce(jnp.add, terms)[None, None].astype(jnp.float32)
+
+
+_B, _T, _S, _N = 2, 5, 7, 4
+_BIASES = {
+    "alibi": ALiBi(_N),
+    "gate": Gate(*(_floats(n) for n in ((_N,), (_B, _T), (_B, _S))), np.arange(_B, dtype=np.int32)),
+    "forget": ForgetBias(_floats((_B, _T, _N)), _floats((_B, _S, _N))),
+    "low rank": LowRank(_floats((2, _T)), _floats((2, _S))),
+    **{str(n): ArrayBias(_floats(n)) for n in ((_B, 1, 1, _S), (1, _N, 1, 1), (1, _N, _T, 1), (1, 1, 1, 1))},
+}
+
+
+@pytest.mark.parametrize("name", _BIASES)
+def test_a_bias_with_leaves_is_read_and_differentiated_like_its_score(name):
+    bias = _BIASES[name]
+    traced = trace_bias(bias)
+    shapes = {"q_BTNH": (_B, _T, _N, 8), "k_BSKH": (_B, _S, 2, 8), "v_BSKM": (_B, _S, 2, 8)}
+    call = call_of(bias=bias, **{name: jnp.zeros(shape) for name, shape in shapes.items()})
+    q, k = jnp.arange(_T), jnp.arange(_S)
+
+    def dense(bias):
+        return jnp.broadcast_to(bias.score(jnp.arange(_N), q[None], k[None]), (_B, _N, _T, _S))
+
+    d_score = _floats((_B, _N, _T, _S))
+    scalars, of_q, of_k = traced.read(call)
+    found = np.zeros((_B, _N, _T, _S), np.float32)
+    by_query = [np.zeros((_B, _N, _T + 3), np.float32) for _ in traced.by_query]
+    by_key = [np.zeros((_B, _N, _S + 1), np.float32) for _ in traced.by_key]
+    for b, n in np.ndindex(_B, _N):
+        at = (lambda: q, lambda: k, (_T, _S), 0)
+        here = [[x[b if x.shape[0] > 1 else 0, n] for x in xs] for xs in (of_q, of_k)]
+        of_tokens = [[functools.partial(lambda x: x, x) for x in xs] for xs in here]
+        found[b, n] = traced.score.tile([x[b, n] for x in scalars], *at, of_tokens)
+        given = [functools.partial(lambda x: x, x[b, n]) for x in scalars]
+        sides = dict(zip((Q, K), map(iter, of_tokens), strict=True))
+        given += [next(sides[kind]) for kind in traced.score.looked.values()]
+        given.append(functools.partial(lambda x: x, d_score[b, n]))
+        for total, pull in zip(by_query, traced.by_query, strict=True):
+            total[b, n, :_T] = pull.tile((), *at, given=given).sum(1)
+        for total, pull in zip(by_key, traced.by_key, strict=True):
+            total[b, n, :_S] = pull.tile((), *at, given=given).sum(0)
+    assert_allclose(found, dense(bias), rtol=1e-6, atol=1e-6)
+    wanted = jax.vjp(dense, bias)[1](d_score)[0]
+    gradient = traced.gradient(call, by_query, by_key)
+    assert (jax.tree.structure(gradient) == jax.tree.structure(bias)) == (name != "gate")
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=False):
+        assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_bias_holds_for_an_invalid_token_is_not_read():
+    positions = jnp.where(jnp.arange(_S) < 4, jnp.arange(_S), -1)[None]
+    keys = _floats((1, 1, 1, _S))
+    keys[..., 4:] = np.nan
+    call = call_of(_T, _S, bias=ArrayBias(keys), k_positions_BS=positions)
+    traced = trace_bias(call.bias)
+    _, _, (of_k,) = traced.read(call)
+    assert_array_equal(of_k[0, 2], np.where(np.arange(_S) < 4, np.nan_to_num(keys[0, 0, 0]), 0))
+    (gradient,) = jax.tree.leaves(traced.gradient(call, [], [jnp.ones((1, 4, _S))]))
+    assert_array_equal(gradient[0, 0, 0], np.where(np.arange(_S) < 4, 4, 0))
+
+
 @pytest.mark.parametrize(
     "reason, changes",
     [
         ("float32", {"dtype": jnp.float32}),
         ("up to 256", {"H": 260}),
         ("up to 256", {"M": 300}),
-        ("ArrayBias holds arrays", {"bias": ArrayBias(jnp.zeros((1, 1, 1, 1)))}),
+        (
+            "ArrayBias holds an array (1, 1, 130, 200) over queries and keys",
+            {"bias": ArrayBias(jnp.zeros((1, 1, 130, 200)))},
+        ),
+        ("T5Bias uses 'gather'", {"bias": T5Bias(jnp.zeros((8, 4)), True)}),
+        (
+            "LowRank: 9 numbers to be read per token > 7",
+            {"bias": LowRank(jnp.zeros((9, 130)), jnp.zeros((9, 200)))},
+        ),
+        (
+            "LowRank reads other numbers than float32",
+            {"bias": LowRank(jnp.zeros((1, 130), jnp.bfloat16), jnp.zeros((1, 200)))},
+        ),
     ],
 )
 @needs_kernels
@@ -280,6 +381,15 @@ def test_what_it_refuses_by_name(reason, changes):
     with mosaic_gpu.any_platform():
         assert reason in mosaic_gpu.unsupported(call_of(**changes))
         assert mosaic_gpu.unsupported(call_of(mask=SlidingWindow(9), bias=ALiBi(4))) is None
+
+
+@needs_kernels
+def test_the_fused_backward_refuses_to_learn_a_bias():
+    call = call_of(bias=ArrayBias(jnp.zeros((1, 1, 1, 200))))
+    with mosaic_gpu.any_platform():
+        assert mosaic_gpu.unsupported(call) is None
+        assert "the gradient of bias ArrayBias" in mosaic_gpu.unsupported(call, deterministic=False)
+        assert mosaic_gpu.unsupported(call_of(bias=ALiBi(4)), deterministic=False) is None
 
 
 @needs_kernels
@@ -326,6 +436,12 @@ def test_interpreted_fused_with_128_keys():
         _ALL, mask="global many", bias=None, softcap=None, segments=None, dtype="float16"
     )
     assert interpret(case, "fused").split() == ["fused"]
+
+
+@pytest.mark.kernels
+@needs_kernels
+def test_interpreted_with_a_learned_bias():
+    assert not interpret(dataclasses.replace(_ALL, bias="gate", heads=(4, 2), widths=(64, 40))).split()
 
 
 FACTORS = {
@@ -391,6 +507,31 @@ def test_interpreted_fused_over_all_pairs(case):
     assert interpret(case, "fused").split() == ["fused"]
 
 
+# Biases that hold arrays: numbers per head, per query, per key, with their gradients.
+BIAS_FACTORS = {
+    "bias": ["gate", "array B11S", "array 1NT1", "array N11"],
+    **{name: FACTORS[name] for name in ("lengths", "widths", "heads", "dtype")},
+    "mask": [None, "causal", "bigbird", "array BNTS"],
+    "slots": FUSED_FACTORS["slots"],
+    "softcap": [None, 2.0],
+    "sinks": [False, True],
+    "dropout": [0.0, 0.3],
+    "batch": [1, 2],
+}
+
+
+def _biased() -> list[OpCase]:
+    rows = pairwise(BIAS_FACTORS, tries=10)
+    return [OpCase(seed=i, **row.pop("slots"), **row) for i, row in enumerate(rows)]
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _biased(), ids=str)
+def test_interpreted_learned_biases_over_all_pairs(case):
+    assert not interpret(case).split()
+
+
 def compiled(*names: str, kernels: tuple[str, ...] = aot_gpu.KERNELS) -> list[dict]:
     lines = run("tests.aot_gpu", *names, "--json", "--kernels", *kernels, limit=1800).splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
@@ -449,11 +590,12 @@ def _real(T=4096, S=4096, N=16, K=4, H=128, mask=None, **given) -> Call:
 
 
 def _both_ways(attend, call: Call, do: jax.Array):
-    def run(q, k, v):
-        return attend(dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v))
+    def run(q, k, v, bias):
+        return attend(dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v, bias=bias))
 
-    (out, lse), vjp = jax.vjp(run, call.q_BTNH, call.k_BSKH, call.v_BSKM)
-    return out, lse, *vjp((do.astype(out.dtype), jnp.zeros_like(lse)))
+    (out, lse), vjp = jax.vjp(run, call.q_BTNH, call.k_BSKH, call.v_BSKM, call.bias)
+    *found, dbias = vjp((do.astype(out.dtype), jnp.zeros_like(lse)))
+    return out, lse, *found, *jax.tree.leaves(dbias)
 
 
 _DENSE = Dense(np.random.default_rng(0).random((4096, 4096)) < 0.5)
@@ -494,7 +636,8 @@ def assert_as_in_float32(call: Call, deterministic: bool = True) -> None:
     found = jax.jit(functools.partial(_both_ways, attend))(call, do)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == call.q_BTNH.dtype else x, call)
     wanted = jax.jit(functools.partial(_both_ways, chunked.attend))(wide, do.astype(jnp.float32))
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), found, wanted, strict=True):
+    names = ("out", "lse", "dq", "dk", "dv", *[f"dbias {i}" for i in range(len(wanted) - 5)])
+    for name, x, y in zip(names, found, wanted, strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert_array_equal(np.isfinite(x), np.isfinite(y), err_msg=name)
         assert_near(x[np.isfinite(y)], y[np.isfinite(y)], name)
@@ -522,6 +665,18 @@ def test_on_a_card_with_everything_at_once(H, deterministic):
     words = jnp.array([3, 4], jnp.uint32)
     call = dataclasses.replace(call, softcap=20.0, dropout_rate=0.1, dropout_words=words)
     assert_as_in_float32(call, deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_on_a_card_with_a_bias_that_is_learned(H):
+    decay = jnp.cumsum(-jax.nn.softplus(_normal((2, 1000, 16), 5, jnp.float32)), axis=1)
+    segments = jnp.stack([jnp.arange(1000) // 300, jnp.where(jnp.arange(1000) < 900, 0, -1)]).astype(
+        jnp.int32
+    )
+    both = {"q_segments_BT": segments, "k_segments_BS": segments}
+    assert_as_in_float32(_real(1000, 1000, H=H, bias=ForgetBias(decay, decay)))
+    assert_as_in_float32(_real(1000, 1000, H=H, bias=ForgetBias(decay, decay), softcap=20.0, **both))
 
 
 @pytest.mark.gpu

@@ -50,7 +50,9 @@ _IMPLEMENTATIONS = {
     "cudnn": Implementation(library.attend, library.unsupported, _one_query),
     "mosaic_gpu": Implementation(mosaic_gpu.attend, mosaic_gpu.unsupported, _never_run),
     "mosaic_gpu_fused": Implementation(
-        functools.partial(mosaic_gpu.attend, deterministic=False), mosaic_gpu.unsupported, _never_run
+        functools.partial(mosaic_gpu.attend, deterministic=False),
+        functools.partial(mosaic_gpu.unsupported, deterministic=False),
+        _never_run,
     ),
     "mosaic_tpu": Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, _one_query),
     "reference": Implementation(reference.attend, reference.unsupported, _dense_too_large),

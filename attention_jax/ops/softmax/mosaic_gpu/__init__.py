@@ -42,9 +42,9 @@ def any_platform() -> Iterator[None]:
         _forced = before
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: Call, deterministic: bool = True) -> str | None:
     """Why this implementation cannot run the call, or None."""
-    return _platform(call) or kernel_refusal(call) or _inputs(call)
+    return _platform(call) or kernel_refusal(call) or _inputs(call, deterministic)
 
 
 def _platform(call: Call) -> str | None:
@@ -62,7 +62,7 @@ def _platform(call: Call) -> str | None:
     return None
 
 
-def _inputs(call: Call) -> str | None:
+def _inputs(call: Call, deterministic: bool) -> str | None:
     from attention_jax.ops.softmax.mosaic_gpu.scores import scores_of
 
     *_, H, M = call.sizes
@@ -70,10 +70,13 @@ def _inputs(call: Call) -> str | None:
         return f"takes bfloat16 and float16, the inputs are {call.q_BTNH.dtype}"
     if max(H, M) > planning.WIDTHS[-1]:
         return f"heads up to {planning.WIDTHS[-1]} wide, these are {H} (keys) and {M} (values)"
-    if jax.tree.leaves(call.bias):
-        return f"bias {type(call.bias).__name__} holds arrays; only biases computed from positions run here"
     found = scores_of(call)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    if found.learned and not deterministic:
+        name = type(call.bias).__name__
+        return f"the gradient of bias {name} is not summed in the fused backward; impl='mosaic_gpu' does it"
+    return None
 
 
 def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
@@ -122,9 +125,13 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
     width = planning.padded_width(M) - M
     dout_BTNM = jnp.pad(dout_BTNM, ((0, 0), (0, 0), (0, 0), (0, width)))
     saved = (dout_BTNM, lse_BNT, delta_BNT)
+    dbias = call.bias
     if deterministic:
-        dq_BTNH = gradient_q(planning.backward_q_plan(cut), *saved)
-        dk_BSKH, dv_BSKM = gradient_kv(planning.backward_k_plan(cut), *saved)
+        q_plan = planning.backward_q_plan(cut)
+        dq_BTNH, by_query = gradient_q(q_plan, *saved)
+        dk_BSKH, dv_BSKM, by_key = gradient_kv(planning.backward_k_plan(cut), *saved)
+        if call.bias is not None:
+            dbias = q_plan.scores.bias.gradient(call, by_query, by_key)
     else:
         dq_BTNH, dk_BSKH, dv_BSKM = gradients_fused(planning.fused_plan(cut), *saved)
         dq_BTNH = dq_BTNH.astype(call.q_BTNH.dtype)
@@ -139,6 +146,7 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
             q_BTNH=dq_BTNH[..., :H],
             k_BSKH=dk_BSKH[..., :H],
             v_BSKM=dv_BSKM[..., :M],
+            bias=dbias,
             sink_logits_N=dsinks_N,
             q_positions_BT=None,
             k_positions_BS=None,

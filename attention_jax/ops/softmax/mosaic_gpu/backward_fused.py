@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, over_keys
+from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, accumulating, over_keys
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     WGMMA,
     gradient_of_handed,
@@ -23,6 +23,7 @@ from attention_jax.ops.softmax.mosaic_gpu.gradients import (
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     TILE_ROWS,
+    Row,
     fresh,
     release,
     remainder,
@@ -41,7 +42,7 @@ def gradients_fused(
     dq = jax.new_ref(jnp.zeros((B, round_up(T, TILE_ROWS), N, H), jnp.float32))
     kernel = _PairKernel if plan.key_rows == 2 * GROUP else _RelayKernel
     # Each warpgroup reads half the columns of K: the tiles in shared memory split there.
-    dk, dv = over_keys(kernel, plan, H // 2, dout=dout, lse=lse, delta=delta, dq=dq)
+    dk, dv, _ = over_keys(kernel, plan, H // 2, dout=dout, lse=lse, delta=delta, dq=dq)
     return jax.freeze(dq)[:, :T] * plan.scores.scale, dk, dv
 
 
@@ -64,11 +65,11 @@ class _FusedKernel(KeyKernel):
     def before_output(self) -> None:
         self.meet()
 
-    def add(self, i: jax.Array, start: jax.Array, group: jax.Array, terms: list) -> None:
+    def add(self, i: jax.Array, row: Row, group: jax.Array, terms: list) -> None:
         """Adds this warpgroup's half of the columns of dZ K to dQ; terms: pairs (dZ^T, part of the keys)."""
         block, half, width = self.plan.tiles.block, self.widths[0] // 2, self.piece(self.plan)
         own = self.smem["dq"].at[group]
-        q_block, head = self.visit(start, i)
+        q_block, head = self.visit(row, i)
         for column in range(0, half, width):
             columns = pl.ds(group * half + column, width)
 
@@ -107,10 +108,10 @@ class _PairKernel(_FusedKernel):
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.smem["met"])
 
-    def add_queries(self, i, start, group):
+    def add_queries(self, i, row, group):
         smem = self.smem
         plgpu.barrier_wait(smem["met"])
-        self.add(i, start, group, [(smem["dz"].at[remainder(i, 2), part], part) for part in range(2)])
+        self.add(i, row, group, [(smem["dz"].at[remainder(i, 2), part], part) for part in range(2)])
 
 
 class _RelayKernel(_FusedKernel):
@@ -154,22 +155,22 @@ class _RelayKernel(_FusedKernel):
     def load(self) -> None:
         """Q and dO apart: they are not free at the same time, nor need they have as many buffers."""
         plgpu.set_max_registers(24, action="decrease")
-        k_block, start, _, end = self.row()
+        row = k_block, start, _, end = self.row()
         self.load_keys(k_block)
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         copy = plgpu.copy_gmem_to_smem
 
         def queries(i, slot):
-            (q_block, head), ready = self.visit(start, i), smem["ready"].at[slot]
+            (q_block, head), ready = self.visit(row, i), smem["ready"].at[slot]
             tokens = pl.ds(q_block * block, block)
             copy(refs["q_tokens"].at[self.batch, tokens, head], smem["q"].at[slot], ready)
             copy(refs["lse"].at[self.batch, head, tokens], smem["lse"].at[slot], ready)
             for ref, buffer in zip(refs["q"], smem["q_vectors"], strict=True):
-                copy(self.per_token(ref, tokens), buffer.at[slot], ready)
+                copy(self.per_token(ref, tokens, head), buffer.at[slot], ready)
             self.copy_bits(head, q_block, k_block, slot, ready)
 
         def cotangents(i, slot):
-            (q_block, head), ready = self.visit(start, i), smem["dout_ready"].at[slot]
+            (q_block, head), ready = self.visit(row, i), smem["dout_ready"].at[slot]
             tokens = pl.ds(q_block * block, block)
             copy(refs["dout"].at[self.batch, tokens, head], smem["dout"].at[slot], ready)
             copy(refs["delta"].at[self.batch, head, tokens], smem["delta"].at[slot], ready)
@@ -194,11 +195,11 @@ class _RelayKernel(_FusedKernel):
 
             lax.fori_loop(steps, steps + stages, drain, None)
 
-    def step(self, i, sums, masked, start, group, part, k_start, k_vectors):
+    def step(self, i, sums, masked, row, group, part, k_start, k_vectors):
         smem, part, slot = self.smem, fresh(part), remainder(i, self.plan.tiles.stages)
         first, dout_slot = "dv" in sums, remainder(i, self.dout_stages(self.plan))
         if first:
-            tile = self.tile(i, slot, masked, start, part, k_start, k_vectors)
+            tile = self.tile(i, slot, masked, row, part, k_start, k_vectors)
 
         def products(accumulators):
             if first:
@@ -206,12 +207,12 @@ class _RelayKernel(_FusedKernel):
             else:
                 self.give_back(accumulators["dk"], slot, dout_slot, part, masked)
 
-        found = pl.run_state(products)({name: plgpu.ACC.init(x) for name, x in sums.items()})
+        found = pl.run_state(products)(accumulating(sums))
         release(smem["free"].at[slot], read=first)
         if first:
             plgpu.barrier_arrive(smem["dout_free"].at[dout_slot])
             plgpu.barrier_wait(smem["dz_ready"])
-        self.add(i, start, group, [(smem["dz"], part)])
+        self.add(i, row, group, [(smem["dz"], part)])
         return found
 
     def hand_over(self, dv_acc, tile, slot, dout_slot, part, masked) -> None:

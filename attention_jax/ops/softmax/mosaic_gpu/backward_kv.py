@@ -6,22 +6,28 @@ query heads of its kv head, so that no gradient per query head is ever stored.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     REGISTERS,
+    add_rows,
     both_products,
     gradient,
     weights_alone,
+    zero_rows,
     zeros,
 )
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
+    Row,
     ThreadBlock,
     bits_scratch,
     fresh,
@@ -33,23 +39,26 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     tiled,
     times,
     vector,
+    vectors_scratch,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
 
-def gradient_kv(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(dK [B, S, K, H], dV [B, S, K, M]) of a clean call; arguments as in `gradient_q`."""
+def gradient_kv(
+    plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """(dK [B, S, K, H], dV [B, S, K, M], sums for the bias [B, N, S padded]), as in `gradient_q`."""
     kernel = KeyKernel if plan.key_rows == 2 * GROUP else _SplitKernel
     return over_keys(kernel, plan, plan.tiles.block, dout=dout, lse=lse, delta=delta)
 
 
 def over_keys(
     kind: type[KeyKernel], plan: Plan, swizzle_block: int, **more: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(dK, dV) by a kernel over keys; swizzle_block: the columns of what it reads in pieces."""
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """As `gradient_kv`, by a kernel over keys; swizzle_block: the columns of what it reads in pieces."""
     call = plan.call
-    B, _, S, _, K, H, M = call.sizes
+    B, _, S, N, K, H, M = call.sizes
     dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
     parts = plan.key_rows // GROUP
     operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, **more)
@@ -60,16 +69,19 @@ def over_keys(
         "dout": tiled((stages, block, M), dtype, swizzle_block),
         "lse": plgpu.SMEM((stages, block), jnp.float32),
         "delta": plgpu.SMEM((stages, block), jnp.float32),
-        "q_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in plan.q.vectors],
+        "q_vectors": vectors_scratch(plan, plan.q),
         "bits": bits_scratch(plan, plan.key_rows),
+        "dbias": [plgpu.SMEM((parts, GROUP), jnp.float32) for _ in _pulls(plan)],
         "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=parts),
         "ready": plgpu.Barrier(num_arrivals=4 + plan.copies(plan.q), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         **kind.more_scratch(plan, swizzle_block),
     }
+    rows = -(-S // plan.key_rows)
     outs = {
         "dk": jax.ShapeDtypeStruct((B, S, K, H), dtype),
         "dv": jax.ShapeDtypeStruct((B, S, K, M), dtype),
+        "dbias": [jax.ShapeDtypeStruct((B, N, rows * plan.key_rows), jnp.float32) for _ in _pulls(plan)],
     }
 
     def body(refs, smem):
@@ -80,15 +92,26 @@ def over_keys(
 
     found = launch(
         body, operands, outs, scratch, name=f"flash_backward_{kind.name}", groups=3,
-        grid={"kv_head": K, "row": -(-S // plan.key_rows), "batch": B},
+        grid={"kv_head": K, "row": rows, "batch": B},
     )  # fmt: skip
-    return found["dk"], found["dv"]
+    return found["dk"], found["dv"], found["dbias"]
+
+
+def _pulls(plan: Plan) -> list[Traced]:
+    """The gradients of a bias that are summed over queries."""
+    return plan.scores.bias.by_key if plan.scores.bias else []
+
+
+def accumulating(sums: dict[str, Any]) -> dict[str, Any]:
+    """The sums of a step as accumulators of products, those for the bias apart."""
+    return {name: x if name == "bias" else plgpu.ACC.init(x) for name, x in sums.items()}
 
 
 class KeyKernel(ThreadBlock):
     """Two warpgroups that each own 64 keys of a kv head, and one that loads.
 
     A step is a block of queries of one head: the listed blocks in turn, for each the heads of the group.
+    Where the bias reads a number per key and query head it is the heads in turn, for each the blocks.
     """
 
     name = "kv"
@@ -105,10 +128,15 @@ class KeyKernel(ThreadBlock):
     def kv_head(self) -> jax.Array:
         return lax.axis_index("kv_head")
 
-    def visit(self, start: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def visit(self, row: Row, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(query block, query head) of step i."""
+        _, start, _, end = row
         groups = jnp.int32(self.plan.groups)
-        return self.item(start + lax.div(i, groups)), self.kv_head * groups + lax.rem(i, groups)
+        if self.plan.head_by_head:
+            at, head = lax.rem(i, end - start), lax.div(i, end - start)
+        else:
+            at, head = lax.div(i, groups), lax.rem(i, groups)
+        return self.item(start + at), self.kv_head * groups + head
 
     def keys(self, k_block: jax.Array, part: jax.Array | int) -> jax.Array:
         """The first of a part's 64 keys."""
@@ -116,21 +144,20 @@ class KeyKernel(ThreadBlock):
 
     def load(self) -> None:
         plgpu.set_max_registers(24, action="decrease")
-        k_block, start, _, end = self.row()
+        row = k_block, start, _, end = self.row()
         self.load_keys(k_block)
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
 
         def copy(i, slot):
-            q_block, head = self.visit(start, i)
+            q_block, head = self.visit(row, i)
             tokens, ready = pl.ds(q_block * block, block), smem["ready"].at[slot]
             at = (self.batch, tokens, head)
             plgpu.copy_gmem_to_smem(refs["q_tokens"].at[at], smem["q"].at[slot], ready)
             plgpu.copy_gmem_to_smem(refs["dout"].at[at], smem["dout"].at[slot], ready)
             for name in ("lse", "delta"):
-                row = refs[name].at[self.batch, head, tokens]
-                plgpu.copy_gmem_to_smem(row, smem[name].at[slot], ready)
+                plgpu.copy_gmem_to_smem(refs[name].at[self.batch, head, tokens], smem[name].at[slot], ready)
             for ref, buffer in zip(refs["q"], smem["q_vectors"], strict=True):
-                plgpu.copy_gmem_to_smem(self.per_token(ref, tokens), buffer.at[slot], ready)
+                plgpu.copy_gmem_to_smem(self.per_token(ref, tokens, head), buffer.at[slot], ready)
             self.copy_bits(head, q_block, k_block, slot, ready)
 
         self.produce((end - start) * self.plan.groups, {"free": copy})
@@ -146,22 +173,39 @@ class KeyKernel(ThreadBlock):
     def compute(self, group: jax.Array, part: jax.Array, wanted: tuple[str, ...]) -> None:
         plgpu.set_max_registers(REGISTERS, action="increase")
         refs, smem, plan = self.refs, self.smem, self.plan
-        k_block, start, full_end, end = self.row()
+        row = k_block, start, full_end, end = self.row()
         k_start = self.keys(k_block, part)
         rows = pl.ds(k_start, GROUP)
-        k_vectors = loaded([loader(self.per_token(ref, rows), ROWS) for ref in refs["k"]])
         plgpu.barrier_wait(smem["own_ready"].at[part])
 
-        def body(masked):
-            return lambda i, sums: self.step(i, sums, masked, start, group, part, k_start, k_vectors)
+        def sweep(sums, first, heads, head):
+            """The steps of some heads, of which the first is number `first`."""
+            k_vectors = loaded([loader(self.per_token(ref, rows, head), ROWS) for ref in refs["k"]])
+
+            def body(masked):
+                return lambda i, sums: self.step(i, sums, masked, row, group, part, k_start, k_vectors)
+
+            full, steps = first + (full_end - start) * heads, first + (end - start) * heads
+            if plan.schedule.some_full:
+                sums = lax.fori_loop(first, full, body(False), sums)
+            if plan.schedule.some_partial:
+                sums = lax.fori_loop(full, steps, body(True), sums)
+            return sums
+
+        def one_head(i, sums):
+            head = self.kv_head * plan.groups + i
+            biases = [zero_rows() for _ in smem["dbias"]] if "dk" in sums else []
+            found = sweep(sums | {"bias": biases}, i * (end - start), 1, head)
+            self.put_bias(group, found.pop("bias"), rows, head)
+            return found
 
         widths = dict(zip(("dk", "dv"), self.widths, strict=True))
         sums = {name: zeros(widths[name]) for name in wanted}
-        full, steps = (full_end - start) * plan.groups, (end - start) * plan.groups
-        if plan.schedule.some_full:
-            sums = lax.fori_loop(jnp.int32(0), full, body(False), sums)
-        if plan.schedule.some_partial:
-            sums = lax.fori_loop(full, steps, body(True), sums)
+        if plan.head_by_head:
+            sums = lax.fori_loop(jnp.int32(0), jnp.int32(plan.groups), one_head, sums)
+        else:
+            sums = sweep(sums | {"bias": []}, jnp.int32(0), plan.groups, None)
+            sums.pop("bias")
         self.before_output()
         for name, x in sums.items():
             buffer = smem[name[1:]].at[part]
@@ -173,11 +217,23 @@ class KeyKernel(ThreadBlock):
             plgpu.copy_smem_to_gmem(smem[name[1:]].at[part], out)
         plgpu.wait_smem_to_gmem(0)
 
-    def step(self, i, sums, masked, start, group, part, k_start, k_vectors):
+    def put_bias(self, group: jax.Array, sums: list[jax.Array], rows: Any, head: jax.Array) -> None:
+        """Stores the sums for the bias of one head."""
+        buffers = [x.at[group] for x in self.smem["dbias"][: len(sums)]]
+        if not buffers:
+            return
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for buffer, x in zip(buffers, sums, strict=True):
+            buffer[...] = x
+        plgpu.commit_smem()
+        for buffer, out in zip(buffers, self.refs["dbias"], strict=True):
+            plgpu.copy_smem_to_gmem(buffer, out.at[self.batch, head, rows])
+
+    def step(self, i, sums, masked, row, group, part, k_start, k_vectors):
         plan, smem = self.plan, self.smem
         dtype, (stages, block) = plan.call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
         slot, shape, part = remainder(i, stages), (GROUP, block), fresh(part)
-        tile = self.tile(i, slot, masked, start, part, k_start, k_vectors)
+        tile = self.tile(i, slot, masked, row, part, k_start, k_vectors)
         q_smem, dout_smem = smem["q"].at[slot], smem["dout"].at[slot]
         lse, delta = (lambda x=smem[x].at[slot]: vector(x, COLUMNS) for x in ("lse", "delta"))
 
@@ -187,27 +243,28 @@ class KeyKernel(ThreadBlock):
                 p = weights_alone(shape, qk_pair, tile, lse, masked)
                 plgpu.wgmma(accumulators["dv"], p.astype(dtype), dout_smem)
                 return
-            p, dz = both_products(
+            p, ds, dz = both_products(
                 shape, qk_pair, dp_pair, lambda qk, dp: gradient(tile, qk, dp, lse, delta, masked)
             )
+            add_rows(accumulators["bias"], tile.bias_gradients(_pulls(plan), ds))
             if "dv" in sums:
                 plgpu.wgmma(accumulators["dv"], p.astype(dtype), dout_smem)
             dz = dz.astype(dtype)
             plgpu.wgmma(accumulators["dk"], dz, q_smem)
             self.share(i, part, dz)
 
-        found = pl.run_state(products)({name: plgpu.ACC.init(x) for name, x in sums.items()})
+        found = pl.run_state(products)(accumulating(sums))
         release(smem["free"].at[slot], read=True)
         if "dk" in sums:
-            self.add_queries(i, start, group)
+            self.add_queries(i, row, group)
         return found
 
-    def tile(self, i, slot, masked, start, part, k_start, k_vectors) -> Tile:
+    def tile(self, i, slot, masked, row, part, k_start, k_vectors) -> Tile:
         """The scores of a step, transposed, once its queries are there."""
         plan, smem, block = self.plan, self.smem, self.plan.tiles.block
         q_block = head = jnp.int32(0)
         if plan.scores.placed(masked):
-            q_block, head = self.visit(start, i)
+            q_block, head = self.visit(row, i)
         plgpu.barrier_wait(smem["ready"].at[slot])
         q_vectors = []
         if plan.scores.placed(masked):
@@ -229,7 +286,7 @@ class KeyKernel(ThreadBlock):
     def share(self, i: jax.Array, part: jax.Array, dz: jax.Array) -> None:
         """What else is to happen with dZ^T [keys, queries] while it is in registers."""
 
-    def add_queries(self, i: jax.Array, start: jax.Array, group: jax.Array) -> None:
+    def add_queries(self, i: jax.Array, row: Row, group: jax.Array) -> None:
         """What else a step gives."""
 
 

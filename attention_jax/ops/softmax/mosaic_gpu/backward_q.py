@@ -11,10 +11,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     REGISTERS,
+    add_rows,
     both_products,
     gradient,
+    zero_rows,
     zeros,
 )
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
@@ -30,13 +33,19 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     remainder,
     tiled,
     vector,
+    vectors_scratch,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
 
-def gradient_q(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """dQ [B, T, N, H] of a clean call; dout [B, T, N, M], lse / ln 2 and delta float32 [B, N, T padded]."""
+def gradient_q(
+    plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """(dQ [B, T, N, H], sums for the bias [B, N, T padded]) of a clean call.
+
+    dout [B, T, N, M], lse / ln 2 and delta float32 [B, N, T padded].
+    """
     call = plan.call
     B, T, _, N, _, H, M = call.sizes
     dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
@@ -48,8 +57,9 @@ def gradient_q(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) ->
         "dout": tiled((2, GROUP, M), dtype, block),
         "k": tiled((stages, block, H), dtype, block),
         "v": tiled((stages, block, M), dtype, block),
-        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in plan.k.vectors],
+        "k_vectors": vectors_scratch(plan, plan.k),
         "bits": bits_scratch(plan, 2 * GROUP),
+        "dbias": [plgpu.SMEM((2, GROUP), jnp.float32) for _ in _pulls(plan)],
         "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
         "ready": plgpu.Barrier(num_arrivals=2 + plan.copies(plan.k), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -61,11 +71,21 @@ def gradient_q(plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array) ->
         pl.when(group < 2)(lambda: kernel.compute(group))
         pl.when(group == 2)(kernel.load)
 
-    return launch(
-        body, operands, {"dq": jax.ShapeDtypeStruct((B, T, N, H), dtype)}, scratch,
-        name="flash_backward_q", groups=3,
-        grid={"head": N, "row": round_up(T, 2 * GROUP) // (2 * GROUP), "batch": B},
-    )["dq"]  # fmt: skip
+    T_pad = round_up(T, 2 * GROUP)
+    outs = {
+        "dq": jax.ShapeDtypeStruct((B, T, N, H), dtype),
+        "dbias": [jax.ShapeDtypeStruct((B, N, T_pad), jnp.float32) for _ in _pulls(plan)],
+    }
+    found = launch(
+        body, operands, outs, scratch, name="flash_backward_q", groups=3,
+        grid={"head": N, "row": T_pad // (2 * GROUP), "batch": B},
+    )  # fmt: skip
+    return found["dq"], found["dbias"]
+
+
+def _pulls(plan: Plan) -> list[Traced]:
+    """The gradients of a bias that are summed over keys."""
+    return plan.scores.bias.by_query if plan.scores.bias else []
 
 
 class _QueryKernel(ThreadBlock):
@@ -87,7 +107,7 @@ class _QueryKernel(ThreadBlock):
             plgpu.copy_gmem_to_smem(refs["k_tokens"].at[at], smem["k"].at[slot], ready)
             plgpu.copy_gmem_to_smem(refs["v_tokens"].at[at], smem["v"].at[slot], ready)
             for ref, buffer in zip(refs["k"], smem["k_vectors"], strict=True):
-                plgpu.copy_gmem_to_smem(self.per_token(ref, tokens), buffer.at[slot], ready)
+                plgpu.copy_gmem_to_smem(self.per_token(ref, tokens, self.head), buffer.at[slot], ready)
             self.copy_bits(self.head, self.item(start + i), q_block, slot, ready)
 
         self.produce(end - start, {"free": copy})
@@ -104,24 +124,28 @@ class _QueryKernel(ThreadBlock):
         plgpu.copy_gmem_to_smem(refs["q_tokens"].at[at], q_smem, own_ready)
         plgpu.copy_gmem_to_smem(refs["dout"].at[at], dout_smem, own_ready)
         lse, delta = (vector(refs[x].at[self.batch, self.head, rows], ROWS) for x in ("lse", "delta"))
-        q_vectors = loaded([loader(self.per_token(ref, rows), ROWS) for ref in refs["q"]])
+        q_vectors = loaded([loader(self.per_token(ref, rows, self.head), ROWS) for ref in refs["q"]])
         plgpu.barrier_wait(own_ready)
 
         def body(masked):
             own = (q_start, q_vectors, lse, delta)
-            return lambda i, dq: self.step(i, dq, masked, start, group, own)
+            return lambda i, sums: self.step(i, sums, masked, start, group, own)
 
-        dq = zeros(H)
+        sums = {"dq": zeros(H), "bias": [zero_rows() for _ in smem["dbias"]]}
         if plan.schedule.some_full:
-            dq = lax.fori_loop(jnp.int32(0), full_end - start, body(False), dq)
+            sums = lax.fori_loop(jnp.int32(0), full_end - start, body(False), sums)
         if plan.schedule.some_partial:
-            dq = lax.fori_loop(full_end - start, end - start, body(True), dq)
-        q_smem[...] = (dq * plan.scores.scale).astype(plan.call.q_BTNH.dtype)
+            sums = lax.fori_loop(full_end - start, end - start, body(True), sums)
+        q_smem[...] = (sums["dq"] * plan.scores.scale).astype(plan.call.q_BTNH.dtype)
+        for buffer, x in zip(smem["dbias"], sums["bias"], strict=True):
+            buffer.at[group][...] = x
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem, refs["dq"].at[at])
+        for out, buffer in zip(refs["dbias"], smem["dbias"], strict=True):
+            plgpu.copy_smem_to_gmem(buffer.at[group], out.at[self.batch, self.head, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    def step(self, i, dq, masked, start, group, own):
+    def step(self, i, sums, masked, start, group, own):
         plan, smem = self.plan, self.smem
         q_start, q_vectors, lse, delta = own
         group = fresh(group)
@@ -140,13 +164,14 @@ class _QueryKernel(ThreadBlock):
             shape, 0, (ROWS, COLUMNS), bits,
         )  # fmt: skip
 
-        def products(dq_acc):
+        def products(state):
             pair = (q_smem, k_smem), (smem["dout"].at[fresh(group)], smem["v"].at[slot])
-            _, dz = both_products(
+            _, ds, dz = both_products(
                 shape, *pair, lambda qk, dp: gradient(tile, qk, dp, lambda: lse, lambda: delta, masked)
             )
-            plgpu.wgmma(dq_acc, dz.astype(plan.call.q_BTNH.dtype), smem["k"].at[fresh(slot)])
+            add_rows(state["bias"], tile.bias_gradients(_pulls(plan), ds))
+            plgpu.wgmma(state["dq"], dz.astype(plan.call.q_BTNH.dtype), smem["k"].at[fresh(slot)])
 
-        dq = pl.run_state(products)(plgpu.ACC.init(dq))
+        sums = pl.run_state(products)(sums | {"dq": plgpu.ACC.init(sums["dq"])})
         release(smem["free"].at[slot], read=bool(k_vectors or bits))
-        return dq
+        return sums

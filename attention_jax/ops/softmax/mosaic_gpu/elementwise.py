@@ -7,7 +7,8 @@ column of the tile; the rest runs on the tile.
 
 What depends on one position is *looked up*, computed outside the kernel as one int32 per token, where it
 cannot run there (it indexes an array) or takes `LONG` equations: a vector is read in less time. Of what
-indexes an array with both positions, `trace` says that it cannot run.
+indexes an array with both positions, `trace` says that it cannot run. Of a bias with leaves what depends on a
+leaf of one token is looked up too, per head and in float32 (`bias.py`).
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from jax import lax
 from jax.extend import core
 
 _LOWERED = frozenset(
-    "add sub mul div rem max min neg abs sign and or xor not eq ne lt le gt ge select_n convert_element_type "
-    "shift_left shift_right_logical shift_right_arithmetic integer_pow square exp exp2 log tanh sqrt rsqrt "
-    "clamp copy".split()
+    "add add_any sub mul div rem max min neg abs sign and or xor not eq ne lt le gt ge select_n "
+    "convert_element_type shift_left shift_right_logical shift_right_arithmetic integer_pow square exp exp2 "
+    "log tanh sqrt rsqrt clamp copy".split()
 )
 # Of arrays with one element these change the shape alone; on a scalar they are the identity.
-_SHAPES = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy".split())
+_SHAPES = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy reduce_sum reshard".split())
 
 LONG = 6
 _READ = (bool, jnp.int32)  # types of what is looked up
+_READ_BY_HEAD = (*_READ, jnp.float32)
 
 Q, K = frozenset("q"), frozenset("k")
 NEITHER: frozenset[str] = frozenset()
@@ -39,7 +41,7 @@ NEITHER: frozenset[str] = frozenset()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """The jaxpr of a scalar function of (batch row, head, q position, k position)."""
+    """The jaxpr of a scalar function of (batch row, head, q position, k position, leaves, given numbers)."""
 
     outer: list  # equations that depend on neither position
     inner: list
@@ -47,11 +49,17 @@ class Traced:
     known: dict  # variables that depend on nothing, as NumPy scalars
     jaxpr: core.ClosedJaxpr
     looked: dict  # what `inner` reads that is looked up: variables, and the side Q or K of their position
+    learned: frozenset  # of `frontier` and `looked` what is made from leaves of floats
+    given: dict  # numbers that the kernel has: variables, and what they depend on
+
+    def reads(self, side: frozenset) -> int:
+        """Numbers looked up per token of one side."""
+        return sum(kind == side for kind in self.looked.values())
 
     @property
     def vectors(self) -> int:
         """Numbers looked up per token, of the side of which there are more."""
-        return max(sum(kind == side for kind in self.looked.values()) for side in (Q, K))
+        return max(self.reads(side) for side in (Q, K))
 
     @property
     def constant(self) -> Any:
@@ -63,13 +71,13 @@ class Traced:
 
     def scalars(self, B: int, N: int) -> list[jax.Array]:
         """What the kernel reads per (batch row, head): arrays [B, N], one for each frontier variable."""
-        batch, head, _, _ = self.jaxpr.jaxpr.invars
+        batch, head, *_ = self.jaxpr.jaxpr.invars
 
         def one(b, n):
             env = dict(zip(self.jaxpr.jaxpr.constvars, self.jaxpr.consts, strict=True)) | self.known
             env |= {batch: b, head: n}
             for eqn in self.outer:
-                _bind(eqn, env)
+                bind(eqn, env)
             found = [env[v].reshape(()) for v in self.frontier]
             return [x.astype(jnp.int32) if x.dtype == bool else x for x in found]
 
@@ -97,11 +105,12 @@ class Traced:
         shape: tuple[int, int],
         q_axis: int,
         looked: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
+        given: Sequence[Any] = (),
     ) -> Any:
         """The function on a tile [queries, keys] (q_axis 0) or [keys, queries] (q_axis 1), in a kernel.
 
-        q_pos, k_pos: vectors along their axes of the tile. looked: functions that give the tile's part of
-        `look_up`, of queries and of keys, called where they are needed.
+        q_pos, k_pos: functions that give vectors along their axes of the tile, called where they are needed.
+        looked: the same of the tile's part of `look_up`, for queries and for keys; given: of `self.given`.
         """
         env: dict[Any, tuple[frozenset, Any]] = {
             v: (NEITHER, x.reshape(())[()]) for v, x in self.known.items()
@@ -110,8 +119,10 @@ class Traced:
             env[var] = (NEITHER, x != 0 if var.aval.dtype == bool else x)
         found = {Q: iter(looked[0]), K: iter(looked[1])}
         late = {var: next(found[kind]) for var, kind in self.looked.items()}
-        _, _, q, k = self.jaxpr.jaxpr.invars
-        env[q], env[k] = (Q, q_pos), (K, k_pos)
+        late |= dict(zip(self.given, given, strict=True))
+        _, _, q, k, *_ = self.jaxpr.jaxpr.invars
+        late |= {q: q_pos, k: k_pos}
+        kinds = self.looked | self.given | {q: Q, k: K}
         axes = {Q: q_axis, K: 1 - q_axis}
 
         def read(v):
@@ -119,13 +130,13 @@ class Traced:
                 return NEITHER, np.asarray(v.val, v.aval.dtype)[()]
             if v in late and v not in env:
                 x = late[v]()
-                env[v] = (self.looked[v], x != 0 if v.aval.dtype == bool else x)
+                env[v] = (kinds[v], x != 0 if v.aval.dtype == bool else x)
             return env[v]
 
         for eqn in self.inner:
             args = [read(v) for v in eqn.invars]
             kind = frozenset().union(*(a for a, _ in args))
-            size = shape if kind == Q | K else (shape[axes[kind]],)
+            size = shape if kind == Q | K else () if kind == NEITHER else (shape[axes[kind]],)
             if eqn.primitive.name in _SHAPES:
                 env[eqn.outvars[0]] = args[0]
                 continue
@@ -135,21 +146,30 @@ class Traced:
         return _spread(x, kind, Q | K, shape, axes)
 
 
-def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
-    """`fn(batch, head, q_pos, k_pos)` of scalars, or why it cannot run in a kernel.
+def trace(
+    fn: Callable, what: str, look_up: bool = False, leaves: Sequence = (), given: Sequence = ()
+) -> Traced | str:
+    """`fn(batch, head, q_pos, k_pos, *leaves, *given)` of scalars, or why it cannot run in a kernel.
 
-    look_up: the kernel reads `Traced.look_up`; of a function that differs by head nothing is looked up.
+    look_up: the kernel reads `Traced.look_up`; without leaves nothing is looked up that differs by head.
+    leaves: pairs (type, what it depends on) of arrays of which `fn` takes the slice for one pair of tokens.
+    given: such pairs of numbers that the kernel hands to `Traced.tile`.
     """
     i32 = jax.ShapeDtypeStruct((), jnp.int32)
+    more = [*leaves, *given]
     try:
         with jax.disable_jit():  # so that no equation is a call
-            closed = jax.make_jaxpr(fn)(i32, i32, i32, i32)
+            closed = jax.make_jaxpr(fn)(i32, i32, i32, i32, *(x for x, _ in more))
     except Exception as error:  # whatever a user's function does with traced scalars
         return f"{what} cannot be traced on scalars ({type(error).__name__})"
     jaxpr = closed.jaxpr
-    kinds = {v: NEITHER for v in (*jaxpr.constvars, *jaxpr.invars[:2])}
-    kinds |= {jaxpr.invars[2]: Q, jaxpr.invars[3]: K}
-    by_head, outside = set(jaxpr.invars[:2]), set()
+    batch, head, q, k, *rest = jaxpr.invars
+    kinds = {v: NEITHER for v in (*jaxpr.constvars, batch, head)} | {q: Q, k: K}
+    kinds |= {v: kind for v, (_, kind) in zip(rest, more, strict=True)}
+    of_leaves, in_kernel = set(rest[: len(leaves)]), set(rest[len(leaves) :])
+    learned = {v for v in of_leaves if jnp.issubdtype(v.aval.dtype, jnp.floating)}
+    handed = {v: kinds[v] for v in rest[len(leaves) :]}
+    by_head, outside = {batch, head}, set()
     chains: dict[Any, frozenset] = {}  # the equations of the same one position behind a variable
     outer, inner, known = [], [], {}
     for i, eqn in enumerate(jaxpr.eqns):
@@ -166,20 +186,23 @@ def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
             continue
         kind = frozenset().union(*(kinds[v] for v in used))
         kinds |= {v: kind for v in eqn.outvars}
-        if by_head.intersection(used):
-            by_head.update(eqn.outvars)
-        name = eqn.primitive.name
-        if kind == NEITHER:
+        for made in (by_head, of_leaves, in_kernel, learned):
+            if made.intersection(used):
+                made.update(eqn.outvars)
+        single, name = len(kind) == 1, eqn.primitive.name
+        if kind == NEITHER and not in_kernel.intersection(used):
             outer.append(eqn)
+        elif look_up and single and of_leaves.intersection(used):
+            outside.update(eqn.outvars)
         elif _runs(eqn) and all(v.aval.size == 1 for v in (*used, *eqn.outvars)):
             inner.append(eqn)
-            if len(kind) == 1:
+            if single:
                 chains[eqn.outvars[0]] = frozenset([i]).union(*(chains.get(v, ()) for v in used))
-        elif look_up and len(kind) == 1 and not by_head.intersection(used):
+        elif look_up and single and (leaves or not by_head.intersection(used)):
             outside.update(eqn.outvars)
         else:
             return f"{what} uses {name!r}, which this kernel cannot evaluate entry by entry"
-    if look_up:
+    if look_up and not leaves:
         long = {v for v, chain in chains.items() if len(chain) >= LONG and v.aval.dtype in _READ}
         outside |= long - by_head
     # From the result backwards, so that what only a look-up needs does not run in the kernel.
@@ -190,10 +213,12 @@ def trace(fn: Callable, what: str, look_up: bool = False) -> Traced | str:
             needed.append(eqn)
             read |= {v: None for v in eqn.invars if not isinstance(v, core.Literal)}
     looked = {v: kinds[v] for v in read if v in outside}
-    if any(v.aval.dtype not in _READ for v in looked):
-        return f"{what} looks up other numbers than int32"
-    frontier = [v for v in read if kinds[v] == NEITHER and v not in known]
-    return Traced(outer, needed[::-1], frontier, known, closed, looked)
+    frontier = [v for v in read if kinds[v] == NEITHER and v not in known and v not in in_kernel]
+    found = frozenset(learned.intersection((*frontier, *looked)))
+    readable = _READ_BY_HEAD if leaves else _READ
+    if any(v.aval.dtype not in readable for v in (*looked, *found)):
+        return f"{what} reads other numbers than {readable[-1].__name__}"
+    return Traced(outer, needed[::-1], frontier, known, closed, looked, found, handed)
 
 
 def _runs(eqn: Any) -> bool:
@@ -211,7 +236,8 @@ def _runs(eqn: Any) -> bool:
     return name != "select_n" or kind == "b"
 
 
-def _bind(eqn: Any, env: dict) -> None:
+def bind(eqn: Any, env: dict) -> None:
+    """Evaluates an equation in an environment."""
     args = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
     out = eqn.primitive.bind(*args, **eqn.params)
     env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
@@ -253,6 +279,8 @@ def _spread(x: Any, have: frozenset, want: frozenset, size: tuple[int, ...], axe
 
 def _apply(eqn: Any, values: list) -> Any:
     name = eqn.primitive.name
+    if name == "add_any":
+        return lax.add(*values)
     if name == "not" and values[0].dtype == bool:
         return values[0] == False  # noqa: E712 (Mosaic lowers no negation of booleans)
     if name == "convert_element_type":

@@ -28,6 +28,7 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     remainder,
     tiled,
     times,
+    vectors_scratch,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
@@ -50,7 +51,7 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
         "v": tiled((stages, block, M), dtype, block),
         "out": None if H == M else tiled((2, GROUP, M), dtype, block),
         "lse": plgpu.SMEM((2, GROUP), jnp.float32),
-        "k_vectors": [plgpu.SMEM((stages, block), jnp.int32) for _ in plan.k.vectors],
+        "k_vectors": vectors_scratch(plan, plan.k),
         "bits": bits_scratch(plan, 2 * GROUP),
         "q_ready": plgpu.Barrier(num_barriers=2),
         "k_ready": plgpu.Barrier(num_arrivals=1 + plan.copies(plan.k), num_barriers=stages),
@@ -99,7 +100,7 @@ class _Kernel(ThreadBlock):
             at, ready = tokens(i), smem["k_ready"].at[slot]
             plgpu.copy_gmem_to_smem(refs["k_tokens"].at[self.batch, at, kv_head], smem["k"].at[slot], ready)
             for ref, buffer in zip(refs["k"], smem["k_vectors"], strict=True):
-                plgpu.copy_gmem_to_smem(self.per_token(ref, at), buffer.at[slot], ready)
+                plgpu.copy_gmem_to_smem(self.per_token(ref, at, self.head), buffer.at[slot], ready)
             self.copy_bits(self.head, self.item(start + i), q_block, slot, ready)
 
         def values(i, slot):
@@ -120,7 +121,7 @@ class _Kernel(ThreadBlock):
         plgpu.copy_gmem_to_smem(
             refs["q_tokens"].at[self.batch, rows, self.head], q_smem, smem["q_ready"].at[group]
         )
-        q_vectors = loaded([loader(self.per_token(ref, rows), ROWS) for ref in refs["q"]])
+        q_vectors = loaded([loader(self.per_token(ref, rows, self.head), ROWS) for ref in refs["q"]])
         plgpu.barrier_wait(smem["q_ready"].at[group])
         steps = end - start
         pl.when(steps > 0)(lambda: plgpu.barrier_wait(smem["k_ready"].at[0]))

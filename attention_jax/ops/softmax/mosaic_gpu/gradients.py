@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention_jax.ops.softmax.mosaic_gpu.launch import times
+from attention_jax.ops.softmax.mosaic_gpu.launch import ROWS, times
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
@@ -24,22 +24,36 @@ def zeros(width: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((GROUP, width), jnp.float32), WGMMA)
 
 
-def gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, jax.Array]:
-    """(P with dropout, d(q . k) / scale) of a tile, from its two products and its queries' lse and delta.
+def zero_rows() -> jax.Array:
+    """A zero for each row of a tile."""
+    return plgpu.layout_cast(jnp.zeros((GROUP,), jnp.float32), ROWS)
 
+
+def add_rows(totals: list, tiles: list[jax.Array]) -> None:
+    """Adds the sums of each tile's rows to its total."""
+    for total, x in zip(totals, tiles, strict=True):
+        total[...] += x.sum(axis=1)
+
+
+def gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(P with dropout, d score, d(q . k) / scale) of a tile, by its products and its queries' lse and delta.
+
+    A softcap lies between the last two. d score is for a learned bias; without one it may be NaN if hidden.
     dp, lse, delta: functions, called as late as possible, since registers are short.
     """
     p, share, slope = weights(tile, qk, lse, masked)
     dp = dp()
     if share is not None:
         dp = dp * share
-    dz = p * (dp - tile.along_queries(delta()))
+    ds = dz = p * (dp - tile.along_queries(delta()))
+    # What is hidden (p = 0) may have overflowed, and 0 * Inf is NaN: select.
+    if masked and tile.scores.learned:
+        ds = dz = jnp.where(p > 0.0, ds, 0.0)
     if slope is not None:
         dz = dz * slope
-    if masked:
-        # What is hidden (p = 0) may have overflowed, and 0 * Inf is NaN: select.
+    if masked and (slope is not None or not tile.scores.learned):
         dz = jnp.where(p > 0.0, dz, 0.0)
-    return p if share is None else p * share, dz
+    return p if share is None else p * share, ds, dz
 
 
 def weights(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:

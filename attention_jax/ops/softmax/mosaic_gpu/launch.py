@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
+from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 from attention_jax.ops.softmax.mosaic_gpu.scores import Vector
 
 # Layouts of a vector along the rows and along the columns of an accumulator.
@@ -58,6 +59,11 @@ def release(barrier: Any, read: bool) -> None:
     plgpu.barrier_arrive(barrier)
 
 
+def vectors_scratch(plan: Plan, side: Side) -> list[Any]:
+    """Shared memory for what a step reads per token of the side it sweeps."""
+    return [plgpu.SMEM((plan.tiles.stages, plan.tiles.block), x.dtype) for x in side.vectors]
+
+
 def bits_scratch(plan: Plan, own: int) -> Any:
     """Shared memory for the bits of `own` tokens, a row a word; None where the kernel computes the mask."""
     return plgpu.SMEM((plan.tiles.stages * plan.words, own), jnp.int32) if plan.words else None
@@ -77,6 +83,9 @@ def loaded(loaders: list[Vector]) -> list[Vector]:
     """The same vectors, loaded now."""
     found = [load() for load in loaders]
     return [lambda x=x: x for x in found]
+
+
+Row = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of `Schedule.rows`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +110,7 @@ class ThreadBlock:
         # Not a constant 0: a region inside a loop cannot close over one.
         return self.batch if ref.shape[0] > 1 else self.batch * 0
 
-    def row(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def row(self) -> Row:
         """(row's block, start, end of the full blocks, end) of the list this thread block works off."""
         rows = self.refs["rows"]
         return tuple(rows[self._shared(rows), lax.axis_index("row"), i] for i in range(4))
@@ -149,9 +158,10 @@ class ThreadBlock:
         rows, words = pl.ds(part * GROUP, GROUP), self.plan.words
         return [loader(self.smem["bits"].at[slot * words + i, rows], ROWS) for i in range(words)]
 
-    def per_token(self, ref: Any, tokens: Any) -> Any:
-        """Positions or segments of some tokens, in global memory."""
-        return ref.at[self._shared(ref), tokens]
+    def per_token(self, ref: Any, tokens: Any, head: Any) -> Any:
+        """One of `Side.vectors` of some tokens, in global memory."""
+        at = (head, tokens) if len(ref.shape) == 3 else (tokens,)
+        return ref.at[self._shared(ref), *at]
 
 
 def launch(

@@ -33,6 +33,7 @@ class Tiles:
 
 
 SHARED = 232_448  # bytes of shared memory of a thread block on sm_90
+REDUCTION = 2048  # of them what jax takes where a kernel sums rows
 
 # By the larger of the padded widths of keys and values. `scripts/tune.py` times the alternatives.
 FORWARD = {
@@ -88,6 +89,7 @@ class Plan:
     q: Side
     k: Side
     key_rows: int  # keys of a thread block of the backward over keys
+    bias: list[jax.Array]  # what the bias reads per (batch row, head), [B, N]
     bits: jax.Array | np.ndarray | None  # int32 [b, n, words, own tokens], see `bits.py`
     swept: int  # tokens per step, of which a word holds 32
 
@@ -101,6 +103,11 @@ class Plan:
         return len(side.vectors) + (self.words > 0)
 
     @property
+    def head_by_head(self) -> bool:
+        """Keys differ by query head: a thread block that owns keys works off one head after another."""
+        return bool(self.k.by_head)
+
+    @property
     def groups(self) -> int:
         """Query heads per kv head."""
         return self.call.sizes[3] // self.call.sizes[4]
@@ -109,7 +116,8 @@ class Plan:
         """What every kernel reads, as a pytree."""
         B, _, _, N, *_ = self.call.sizes
         lists = {"rows": self.schedule.rows, "items": self.schedule.items}
-        found = self.scores.operands(B, N, self.q, self.k) | lists | {"bits": self.bits} | more
+        found = self.scores.operands(B, N, self.q, self.k) | {"bias": self.bias} | lists
+        found |= {"bits": self.bits} | more
         return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, found)
 
 
@@ -127,7 +135,7 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 2 x 64 queries over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = max(H, M) > 128 and scores.heavy and (scores.bits or scores.crowded)
+    heavy = max(H, M) > 128 and scores.heavy and (scores.bits or scores.crowded or scores.learned)
     heavy |= scores.mask_operations > MANY
     heavy |= max(H, M) <= 64 and (scores.heavy or scores.crowded)  # 128 keys a step there
     tiles = tiles or _fitting(BACKWARD_Q, call, scores, heavy, _backward_q_bytes)
@@ -177,18 +185,24 @@ def _fitting(
 
 def _forward_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
     own = 2 * GROUP * (H + (M if H != M else 0)) * 2
-    reduction, lse = 2048, 1024
-    return own + lse + reduction + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
+    return own + _buffer(2 * GROUP * 4) + REDUCTION + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
 
 
 def _backward_q_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
-    return 2 * GROUP * (H + M) * 2 + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
+    bias = _bias_bytes(scores.bias.by_query if scores.bias else [])
+    return 2 * GROUP * (H + M) * 2 + bias + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
 
 
 def _backward_k_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
     rows = 2 * GROUP if max(H, M) <= 128 else GROUP
     lse_and_delta = 2 * _buffer(tiles.stages * tiles.block * 4)
-    return rows * (H + M) * 2 + lse_and_delta + _swept_bytes(H + M, tiles, scores, rows)
+    bias = _bias_bytes(scores.bias.by_key if scores.bias else [])
+    return rows * (H + M) * 2 + lse_and_delta + bias + _swept_bytes(H + M, tiles, scores, rows)
+
+
+def _bias_bytes(pulls: list) -> int:
+    """What sums for a bias take."""
+    return len(pulls) * _buffer(2 * GROUP * 4) + (REDUCTION if pulls else 0)
 
 
 def _swept_bytes(widths: int, tiles: Tiles, scores: Scores, rows: int) -> int:
@@ -216,11 +230,21 @@ def _plan(call: Call, scores: Scores, tiles: Tiles, q_block: int, k_block: int, 
     if scores.keep.looked:
         q = _looked_up(scores, q, Q, call.q_positions_BT, T_pad)
         k = _looked_up(scores, k, K, call.k_positions_BS, S_pad)
+    bias = []
+    if scores.bias is not None:
+        bias, of_q, of_k = scores.bias.read(call)
+        q, k = _by_head(q, of_q, T_pad), _by_head(k, of_k, S_pad)
     bits, swept = None, q_block if by_key else k_block
     if scores.bits:
         bits = mask_bits(call, scores.table, by_key, *((S_pad, T_pad) if by_key else (T_pad, S_pad)))
     lists = schedule(blocks.transpose if by_key else blocks)
-    return Plan(call, scores, tiles, lists, q, k, k_block, bits, swept)
+    return Plan(call, scores, tiles, lists, q, k, k_block, bias, bits, swept)
+
+
+def _by_head(side: Side, found: list[jax.Array], length: int) -> Side:
+    """The side with what the bias reads of its tokens."""
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]))) for x in found]
+    return dataclasses.replace(side, by_head=tuple(padded))
 
 
 def _looked_up(scores: Scores, side: Side, name: frozenset, positions: jax.Array | None, length: int) -> Side:

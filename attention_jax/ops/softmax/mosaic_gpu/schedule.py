@@ -66,15 +66,17 @@ class Side:
     """What a kernel reads per token of one side, int32 [1 or B, padded length]; None where implicit.
 
     An invalid slot has position -1 and a segment that equals none of the other side's.
+    by_head: what the bias reads, int32 or float32 [1 or B, N, padded length].
     """
 
     positions: jax.Array | None
     segments: jax.Array | None
     looked: tuple[jax.Array, ...] = ()  # what the mask looks up with a position, computed outside the kernel
+    by_head: tuple[jax.Array, ...] = ()
 
     @property
     def vectors(self) -> list[jax.Array]:
-        return [*(x for x in (self.positions, self.segments) if x is not None), *self.looked]
+        return [*(x for x in (self.positions, self.segments) if x is not None), *self.looked, *self.by_head]
 
 
 def sides(call: Call, T_pad: int, S_pad: int) -> tuple[Side, Side]:

@@ -17,8 +17,9 @@ from jax import lax
 
 from attention_jax.masks import Full
 from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.mosaic_gpu.bias import TracedBias, trace_bias
 from attention_jax.ops.softmax.mosaic_gpu.bits import WORD
-from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced, trace
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
 GROUP = 64  # rows of a warpgroup's matrix instruction
@@ -41,7 +42,7 @@ class Scores:
     """
 
     keep: Traced
-    bias: Traced | None
+    bias: TracedBias | None
     dropout: Traced | None
     scale: float
     softcap: float | None
@@ -53,8 +54,8 @@ class Scores:
     bits: bool
 
     def operands(self, B: int, N: int, q: Side, k: Side) -> dict[str, list[jax.Array]]:
-        """The arrays `Tile` reads from global memory, beside bits."""
-        traced = {"keep": self.keep, "bias": self.bias, "dropout": self.dropout}
+        """The arrays `Tile` reads from global memory, beside bits and the bias's scalars."""
+        traced = {"keep": self.keep, "dropout": self.dropout}
         found = {name: [] if t is None else t.scalars(B, N) for name, t in traced.items()}
         return found | {"q": q.vectors, "k": k.vectors}
 
@@ -66,7 +67,12 @@ class Scores:
     @property
     def vectors(self) -> int:
         """What a tile reads per token, of the side of which it reads more."""
-        return self.positions + self.segments + self.keep.vectors
+        return self.positions + self.segments + self.keep.vectors + _vectors(self.bias)
+
+    @property
+    def learned(self) -> bool:
+        """The bias has a gradient."""
+        return self.bias is not None and bool(self.bias.pulls)
 
     @property
     def mask_operations(self) -> int:
@@ -104,9 +110,6 @@ def scores_of(call: Call) -> Scores | str:
     def keep(b, n, q, k):
         return jnp.reshape(call.mask.keep(q, k), ())
 
-    def bias(b, n, q, k):
-        return jnp.reshape(call.bias.score(n[None], q[None, None], k[None, None]), ()).astype(jnp.float32)
-
     def drop(b, n, q, k):
         words, rate = call.dropout_words, call.dropout_rate
         return jnp.reshape(dropout_keep(words, rate, b[None], n[None], q[None, None], k[None, None]), ())
@@ -114,11 +117,17 @@ def scores_of(call: Call) -> Scores | str:
     _, _, S, *_ = call.sizes
     positions = call.q_positions_BT is not None or call.k_positions_BS is not None
     segments, array = call.q_segments_BT is not None, call.mask_BNTS is not None
+    bias = None if call.bias is None else trace_bias(call.bias)
+    if isinstance(bias, str):
+        return bias
     kept = trace(keep, "the mask", look_up=True)
-    table = isinstance(kept, str) or positions + segments + array + kept.vectors > MOST_VECTORS
+    read = positions + segments + _vectors(bias)
+    table = isinstance(kept, str) or read + array + kept.vectors > MOST_VECTORS
+    if read + (table or array) > MOST_VECTORS:
+        return f"bias {type(call.bias).__name__}: {read} numbers to be read per token > {MOST_VECTORS - 1}"
     parts = [
         trace(lambda b, n, q, k: Full().keep(q, k), "no mask") if table else kept,
-        None if call.bias is None else trace(bias, f"bias {type(call.bias).__name__}"),
+        bias,
         None if call.dropout_rate == 0 else trace(drop, "dropout"),
     ]
     for part in parts:
@@ -130,12 +139,17 @@ def scores_of(call: Call) -> Scores | str:
     )  # fmt: skip
 
 
+def _vectors(bias: TracedBias | None) -> int:
+    return 0 if bias is None else bias.score.vectors
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """A tile of scores in registers: q . k, [queries, keys], or transposed (q_axis 1).
 
-    q_vectors, k_vectors: the tile's positions and segments where they are given, then what the mask looks up;
-    q_start, k_start: its first token indices; bits: vectors of words along axis 0, each for 32 of axis 1.
+    q_vectors, k_vectors: the tile's positions and segments where they are given, then what the mask looks up,
+    then what the bias reads of tokens; q_start, k_start: its first token indices; bits: vectors of words
+    along axis 0, each for 32 of axis 1.
     Vectors are functions, called as late as possible, since registers are short.
     """
 
@@ -166,12 +180,35 @@ class Tile:
     def k_positions(self) -> jax.Array:
         return self.k_vectors[0]() if self.scores.positions else self._index(self.k_start, 1 - self.q_axis)
 
-    def _run(self, name: str) -> jax.Array:
+    def _run(self, name: str, traced: Traced) -> jax.Array:
         scalars = [ref[self.batch, self.head] for ref in self.refs[name]]
-        traced = getattr(self.scores, name)
-        given = self.scores.positions + self.scores.segments
-        looked = (self.q_vectors[given:], self.k_vectors[given:]) if traced.looked else ((), ())
-        return traced.tile(scalars, self.q_positions, self.k_positions, self.shape, self.q_axis, looked)
+        looked = self._looked(name, traced)
+        return traced.tile(scalars, *self._at, looked)
+
+    @property
+    def _at(self) -> tuple:
+        """Where the tile lies, for `Traced.tile`."""
+        return lambda: self.q_positions, lambda: self.k_positions, self.shape, self.q_axis
+
+    def _looked(self, name: str, traced: Traced) -> tuple[list[Vector], list[Vector]]:
+        """What a function looks up, of queries and of keys."""
+        first = self.scores.positions + self.scores.segments
+        found = []
+        for side, vectors in ((Q, self.q_vectors), (K, self.k_vectors)):
+            start = first + (self.scores.keep.reads(side) if name == "bias" else 0)
+            found.append(vectors[start : start + traced.reads(side)])
+        return tuple(found)
+
+    def bias_gradients(self, pulls: list[Traced], d_score: jax.Array) -> list[jax.Array]:
+        """For each of some learned arguments of the bias its gradient, as a tile that is yet to be summed."""
+        if not pulls:
+            return []
+        score = self.scores.bias.score
+        looked = dict(zip((Q, K), map(iter, self._looked("bias", score)), strict=True))
+        given = [lambda ref=ref: ref[self.batch, self.head] for ref in self.refs["bias"]]
+        given += [next(looked[kind]) for kind in score.looked.values()]
+        given.append(lambda: d_score)
+        return [pull.tile((), *self._at, given=given) for pull in pulls]
 
     def _set(self) -> jax.Array:
         """True where the entry's bit is set."""
@@ -196,7 +233,7 @@ class Tile:
         found = []
         always = self.scores.keep.constant
         if always is None or not always:
-            found.append(self._run("keep"))
+            found.append(self._run("keep", self.scores.keep))
         if self.scores.bits:
             found.append(self._set())
         if self.scores.positions:
@@ -219,7 +256,7 @@ class Tile:
 
     def surviving(self) -> jax.Array:
         """True where dropout keeps an entry."""
-        return self._run("dropout")
+        return self._run("dropout", self.scores.dropout)
 
     def exponents(self, qk: jax.Array, masked: bool) -> tuple[jax.Array, float, jax.Array | None]:
         """(z, factor, slope): base-2 exponents are z * factor; the softcap's derivative, None without one."""
@@ -235,7 +272,7 @@ class Tile:
                 slope = 1.0 - tanh * tanh
                 z = tanh * scores.softcap
             if scores.bias is not None:
-                z = z + self._run("bias")
+                z = z + self._run("bias", scores.bias.score)
             factor = LOG2E
         kept = self.kept() if masked else None
         if kept is not None:
