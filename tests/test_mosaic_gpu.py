@@ -404,6 +404,29 @@ def test_no_mask_is_refused():
         assert mosaic_gpu.unsupported(call_of(mask_BNTS=jnp.ones((1, 1, 1, 1), bool))) is None
 
 
+@pytest.mark.parametrize("version, runs", [(None, True), (12060, True), (12090, False), (13000, True)])
+def test_a_cuda_that_miscompiles_is_refused(version, runs):
+    found = mosaic_gpu._toolchain(version)
+    assert found is None if runs else "this is 12.9.0" in found
+
+
+@needs_kernels
+def test_a_grid_has_so_many_rows():
+    shape = jax.ShapeDtypeStruct((1, 65_535 * 64 + 1, 4, 64), jnp.bfloat16)
+    assert "up to 4,194,240 tokens" in mosaic_gpu._inputs(call_of(q_BTNH=shape), True)
+
+
+def test_tanh_runs_without_the_instruction_of_that_name():
+    traced = trace(lambda b, n, q, k: jnp.tanh((q - k) * 0.1), "the bias")
+    q, k = jnp.arange(40), jnp.arange(30)
+
+    def tile():
+        return traced.tile([], lambda: q, lambda: k, (40, 30), 0)
+
+    assert_allclose(tile(), np.tanh((q[:, None] - k[None]) * 0.1), atol=5e-7)
+    assert "tanh" not in str(jax.make_jaxpr(tile)())
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_without_a_hopper_it_says_so():
     assert ("sm_90" if _NEW else "needs jax >= 0.11.2") in mosaic_gpu.unsupported(call_of())
@@ -554,6 +577,8 @@ def test_compiled_for_an_h100_nothing_spills():
         *compiled("128 causal", kernels=("forward", "fused")),
         *compiled("128 odd lengths", kernels=("forward",)),
         *compiled("128 alibi", kernels=("fused",)),
+        # Its layouts have once been searched for without end, of which the interpreter knows nothing.
+        *compiled("128 gate", kernels=("q", "kv")),
     ):
         assert_well_compiled(found)
 
@@ -602,7 +627,7 @@ _DENSE = Dense(np.random.default_rng(0).random((4096, 4096)) < 0.5)
 _CARD = pairwise(
     {
         "H": [64, 96, 128, 192, 256],
-        "lengths": [(4096, 4096), (4001, 3999), (1, 777)],
+        "lengths": [(4096, 4096), (4001, 3999), (1, 777), (5, 3)],
         "mask": [Causal(), Full(), SlidingWindow(1000), BigBird(64, 3, 1, 2), _DENSE],
         "deterministic": [True, False],
         "dtype": [jnp.bfloat16, jnp.float16],

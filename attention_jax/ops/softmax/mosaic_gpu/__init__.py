@@ -3,6 +3,7 @@
     plan         how a call is cut: widths, tiles, operands
     elementwise  functions of positions, on tiles
     bits         masks that are read, not computed
+    bias         biases that hold arrays, and their gradients
     schedule     block maps as lists that a kernel reads
     scores       q . k to exponents, on a tile
     launch       layouts, scratch, a thread block
@@ -28,6 +29,7 @@ from attention_jax.ops.softmax.mosaic_gpu import plan as planning
 
 _OLDEST = (0, 11, 2)
 _LN2 = math.log(2)
+_LONGEST = 65_535 * planning.GROUP
 _forced = False
 
 
@@ -59,13 +61,30 @@ def _platform(call: Call) -> str | None:
     capability = getattr(jax.devices()[0], "compute_capability", "unknown")
     if capability != "9.0":
         return f"needs an NVIDIA Hopper GPU (sm_90), this one's compute capability is {capability}"
+    return _toolchain(_cuda_version())
+
+
+def _cuda_version() -> int | None:
+    """The CUDA runtime's number, 13000 for 13.0; None where there is none."""
+    from jax._src.lib import cuda_versions  # as jax's own kernel asks for it; nothing public tells
+
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+
+
+def _toolchain(version: int | None) -> str | None:
+    """Why no kernel is compiled with this CUDA, None where one is."""
+    if version is not None and 12080 <= version < 12091:
+        found = f"{version // 1000}.{version % 1000 // 10}.{version % 10}"
+        return f"CUDA 12.8.0 to 12.9.0 miscompile masked scores, this is {found}: use 12.9.1 or 13"
     return None
 
 
 def _inputs(call: Call, deterministic: bool) -> str | None:
     from attention_jax.ops.softmax.mosaic_gpu.scores import scores_of
 
-    *_, H, M = call.sizes
+    _, T, S, _, _, H, M = call.sizes
+    if T > _LONGEST or S > _LONGEST:
+        return f"up to {_LONGEST:,} tokens, as many blocks as a grid has rows; these are {T:,} and {S:,}"
     if call.q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, the inputs are {call.q_BTNH.dtype}"
     if max(H, M) > planning.WIDTHS[-1]:

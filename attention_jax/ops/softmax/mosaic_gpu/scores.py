@@ -19,13 +19,12 @@ from attention_jax.masks import Full
 from attention_jax.ops.softmax.common import Call, dropout_keep
 from attention_jax.ops.softmax.mosaic_gpu.bias import TracedBias, trace_bias
 from attention_jax.ops.softmax.mosaic_gpu.bits import WORD
-from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
+from attention_jax.ops.softmax.mosaic_gpu.elementwise import LOG2E, K, Q, Traced, tanh, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
 GROUP = 64  # rows of a warpgroup's matrix instruction
 SEVERAL = 12  # operations of a mask that take registers of their own
 MOST_VECTORS = 8  # that shared memory holds beside the tiles of every kernel, bits counted as one
-LOG2E = math.log2(math.e)
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - LOWEST) is 0 for z = -inf.
 LOWEST = -3.4028234663852886e38
@@ -267,10 +266,9 @@ class Tile:
             if scores.softcap is None:
                 z = qk * scores.scale
             else:
-                # 1 - 2 / (e^2x + 1) is exact to 1e-7, where the approximate tanh instruction errs by 5e-4.
-                tanh = 1.0 - 2.0 / (jnp.exp2(qk * (2 * LOG2E * scores.scale / scores.softcap)) + 1.0)
-                slope = 1.0 - tanh * tanh
-                z = tanh * scores.softcap
+                capped = tanh(qk, scores.scale / scores.softcap)
+                slope = 1.0 - capped * capped
+                z = capped * scores.softcap
             if scores.bias is not None:
                 z = z + self._run("bias", scores.bias.score)
             factor = LOG2E
