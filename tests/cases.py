@@ -170,7 +170,7 @@ class OpCase:
     widths: tuple[int, int] = (24, 24)  # H, M
     heads: tuple[int, int] = (2, 2)  # N, K
     mask: str | None = "causal"  # a row of MASKS, "array <shape>", None
-    bias: str | None = None  # "alibi", "gate", "array <shape>", None
+    bias: str | None = None  # "alibi", "gate", "forget", "array <shape>", None
     softcap: float | None = None
     sinks: bool = False
     segments: str | None = None  # "packed", "ragged" (some slots invalid), None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.biases import ALiBi
+from attention_jax.mixers.forgetting import ForgetBias
 from attention_jax.ops.softmax import dot_product_attention
 from tests import cases
 from tests.reference import masks as truth_masks
@@ -182,6 +183,8 @@ def _bias(case, rng, q_pos, k_pos):
         return ALiBi(N), -slopes * np.abs(q_pos[:, None, :, None] - k_pos[:, None, None, :]), None
     if case.bias == "gate":
         return _gate(rng, B, N, T, S)
+    if case.bias == "forget":
+        return _forget(rng, B, N, T, S)
     shape = cases.ARRAY_SHAPES[case.bias.split()[1]](B, N, T, S)
     array = rng.normal(size=shape).astype(np.float32)
 
@@ -190,6 +193,16 @@ def _bias(case, rng, q_pos, k_pos):
         return [ds.sum(axes, keepdims=True).reshape(shape)]
 
     return array, np.broadcast_to(array.astype(np.float64), (B, N, T, S)), gradient
+
+
+def _forget(rng, B, N, T, S):
+    past, present = (rng.normal(size=(B, n, N)).astype(np.float32) for n in (T, S))
+    q, k = (x.astype(np.float64).swapaxes(1, 2) for x in (past, present))
+
+    def gradient(ds, magnitude=False):
+        return [ds.sum(3).swapaxes(1, 2), (1 if magnitude else -1) * ds.sum(2).swapaxes(1, 2)]
+
+    return ForgetBias(past, present), q[..., None] - k[:, :, None], gradient
 
 
 def _gate(rng, B, N, T, S):

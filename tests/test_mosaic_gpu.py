@@ -464,7 +464,7 @@ def test_interpreted_fused_with_128_keys():
 @pytest.mark.kernels
 @needs_kernels
 def test_interpreted_with_a_learned_bias():
-    assert not interpret(dataclasses.replace(_ALL, bias="gate", heads=(4, 2), widths=(64, 40))).split()
+    assert not interpret(dataclasses.replace(_ALL, bias="forget", heads=(4, 2), widths=(64, 40))).split()
 
 
 FACTORS = {
@@ -532,7 +532,7 @@ def test_interpreted_fused_over_all_pairs(case):
 
 # Biases that hold arrays: numbers per head, per query, per key, with their gradients.
 BIAS_FACTORS = {
-    "bias": ["gate", "array B11S", "array 1NT1", "array N11"],
+    "bias": ["gate", "forget", "array B11S", "array 1NT1", "array N11"],
     **{name: FACTORS[name] for name in ("lengths", "widths", "heads", "dtype")},
     "mask": [None, "causal", "bigbird", "array BNTS"],
     "slots": FUSED_FACTORS["slots"],
