@@ -243,20 +243,26 @@ class KeyKernel(ThreadBlock):
                 p = weights_alone(shape, qk_pair, tile, lse, masked)
                 plgpu.wgmma(accumulators["dv"], p.astype(dtype), dout_smem)
                 return
-            p, ds, dz = both_products(
-                shape, qk_pair, dp_pair, lambda qk, dp: gradient(tile, qk, dp, lse, delta, masked)
-            )
-            add_rows(accumulators["bias"], tile.bias_gradients(_pulls(plan), ds))
-            if "dv" in sums:
+
+            def values(p):
                 plgpu.wgmma(accumulators["dv"], p.astype(dtype), dout_smem)
+
+            def then(qk, dp):
+                return gradient(tile, qk, dp, lse, delta, masked)
+
+            # Under dP and what it is used for, where registers have room for the P that this product reads.
+            early = "dv" in sums and not plan.scores.heavy
+            p, ds, dz = both_products(shape, qk_pair, dp_pair, then, values if early else None)
+            if "dv" in sums and not early:
+                values(p)
+            add_rows(accumulators["bias"], tile.bias_gradients(_pulls(plan), ds))
             dz = dz.astype(dtype)
             plgpu.wgmma(accumulators["dk"], dz, q_smem)
             self.share(i, part, dz)
+            self.add_queries(i, row, group)
 
         found = pl.run_state(products)(accumulating(sums))
-        release(smem["free"].at[slot], read=True)
-        if "dk" in sums:
-            self.add_queries(i, row, group)
+        release(smem["free"].at[slot], read="dk" not in sums)  # `share` has set a fence
         return found
 
     def tile(self, i, slot, masked, row, part, k_start, k_vectors) -> Tile:
@@ -284,7 +290,11 @@ class KeyKernel(ThreadBlock):
         plgpu.barrier_wait(self.smem["done"])
 
     def share(self, i: jax.Array, part: jax.Array, dz: jax.Array) -> None:
-        """What else is to happen with dZ^T [keys, queries] while it is in registers."""
+        """What else is to happen with dZ^T [keys, queries] while it is in registers, under the last products.
+
+        After it a slot may be released: what threads have read of it is fenced off here.
+        """
+        plgpu.commit_smem()
 
     def add_queries(self, i: jax.Array, row: Row, group: jax.Array) -> None:
         """What else a step gives."""

@@ -39,10 +39,11 @@ def gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, j
     """(P with dropout, d score, d(q . k) / scale) of a tile, by its products and its queries' lse and delta.
 
     A softcap lies between the last two. d score is for a learned bias; without one it may be NaN if hidden.
-    dp, lse, delta: functions, called as late as possible, since registers are short.
+    dp, lse, delta: functions, called as late as possible, since registers are short; dp of P with dropout.
     """
     p, share, slope = weights(tile, qk, lse, masked)
-    dp = dp()
+    kept = p if share is None else p * share
+    dp = dp(kept)
     if share is not None:
         dp = dp * share
     ds = dz = p * (dp - tile.along_queries(delta()))
@@ -53,7 +54,7 @@ def gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, j
         dz = dz * slope
     if masked and (slope is not None or not tile.scores.learned):
         dz = jnp.where(p > 0.0, dz, 0.0)
-    return p if share is None else p * share, ds, dz
+    return kept, ds, dz
 
 
 def weights(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
@@ -109,14 +110,23 @@ def product(shape: tuple[int, int], a, b) -> jax.Array:
     return pl.run_scoped(inner, plgpu.ACC(shape, jnp.float32))
 
 
-def both_products(shape, qk_pair, dp_pair, then):
-    """then(q . k, function of dP), products a b^T of shared memory: dP is computed under what uses q . k."""
+def both_products(shape, qk_pair, dp_pair, then, third=None):
+    """then(q . k, dP as a function of P), products a b^T of shared memory: dP is computed under P.
+
+    third: issues one more product, of P, which is computed under what then does with dP.
+    """
 
     def inner(qk_acc, dp_acc):
         for acc, (a, b) in ((qk_acc, qk_pair), (dp_acc, dp_pair)):
             plgpu.wgmma(acc, a, b.transpose((1, 0)))
         qk = plgpu.wgmma_accumulator_load(qk_acc, wait_n=1)
-        return then(qk, lambda: plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
+
+        def dp(p):
+            if third is not None:
+                third(p)
+            return plgpu.wgmma_accumulator_load(dp_acc, wait_n=int(third is not None))
+
+        return then(qk, dp)
 
     acc = plgpu.ACC(shape, jnp.float32)
     return pl.run_scoped(inner, acc, acc)
