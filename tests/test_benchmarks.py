@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 from attention_jax.masks import parse
 from attention_jax.ops.softmax import mosaic_gpu
-from scripts import benchmark, tune
+from scripts import benchmark, sass_report, tune
 from scripts.benchmarks import attention, contestants, timing, torch_peers
 from scripts.benchmarks.calls import jitted
 from scripts.benchmarks.case import Case
@@ -279,3 +279,33 @@ def test_the_machine_is_told():
     found = timing.machine()
     assert found["device"] == jax.devices()[0].device_kind and found["jax"] == jax.__version__
     assert found["python"] == sys.version.split()[0] and len(found["date"]) == 10
+
+
+_SASS = """
+.L_x_0:
+   -:-:-:Y:02        /*0000*/                   MOV R0, R1
+.L_x_1:
+   -:-:-:Y:01        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT, gsb0
+   -:-:-:Y:01        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0
+   -:-:0:Y:01        /*0030*/                   MUFU.EX2 R24, R24
+   0:-:-:Y:04        /*0040*/                   FADD R25, R24, R25
+   -:-:-:Y:05        /*0050*/               @P1 BRA `(.L_x_2)
+   -:-:-:Y:01        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0
+   -:-:-:Y:01        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0
+.L_x_2:
+   -:-:-:Y:05        /*0080*/               @!P0 BRA `(.L_x_1)
+   -:-:-:Y:05        /*0090*/                   EXIT
+"""
+
+
+def test_a_step_is_the_path_of_most_products_through_the_innermost_loop(tmp_path):
+    path = tmp_path / "code.sass"
+    path.write_text(_SASS)
+    (step,) = sass_report.loops(path)
+    assert [x.opcode.split(".")[0] for x in step] == [
+        "HGMMA", "WARPGROUP", "MUFU", "FADD", "BRA", "HGMMA", "WARPGROUP", "BRA",
+    ]  # fmt: skip
+    row = sass_report.measured(step, 64)
+    assert row["counts"]["HGMMA"] == 4 and row["counts"]["MUFU"] == 2
+    assert row["tensor"] == 2 * 128 and row["mufu"] == 16 and row["issue"] == 16
+    assert 0 < row["bare"] < row["tensor"] < row["alone"]
