@@ -251,7 +251,7 @@ class KeyKernel(ThreadBlock):
                 return gradient(tile, qk, dp, lse, delta, masked)
 
             # Under dP and what it is used for, where registers have room for the P that this product reads.
-            early = "dv" in sums and not plan.scores.heavy
+            early = "dv" in sums and plan.scores.roomy(masked)
             p, ds, dz = both_products(shape, qk_pair, dp_pair, then, values if early else None)
             if "dv" in sums and not early:
                 values(p)

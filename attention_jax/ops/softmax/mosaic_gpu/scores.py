@@ -98,6 +98,10 @@ class Scores:
         """Entries are dropped beside a mask that is read as bits."""
         return self.bits and self.dropout is not None
 
+    def roomy(self, masked: bool) -> bool:
+        """Registers have room for one more tile beside what is done to a score."""
+        return not self.heavy and not (masked and self.mask_operations > SEVERAL)
+
     def placed(self, masked: bool) -> bool:
         """Whether a step must know where its tile lies."""
         return masked or self.bias is not None or self.dropout is not None
