@@ -100,7 +100,8 @@ class Scores:
 
     def roomy(self, masked: bool) -> bool:
         """Registers have room for one more tile beside what is done to a score."""
-        return not self.heavy and not (masked and self.mask_operations > SEVERAL)
+        short = self.softcap is not None or self.dropout is not None
+        return not short and not (masked and self.mask_operations > SEVERAL)
 
     def placed(self, masked: bool) -> bool:
         """Whether a step must know where its tile lies."""
