@@ -16,10 +16,11 @@ from jax.experimental.mosaic.gpu import profiler
 
 from attention_jax.masks import parse
 from attention_jax.ops.softmax import mosaic_gpu
-from scripts import benchmark, sass_report, tune
+from scripts import benchmark, tune
 from scripts.benchmarks import attention, contestants, timing, torch_peers
 from scripts.benchmarks.calls import jitted
 from scripts.benchmarks.case import Case
+from tests import sass_report
 
 ROOT = Path(__file__).parent.parent
 

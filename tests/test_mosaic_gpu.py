@@ -167,6 +167,8 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
     ):  # fmt: skip
         call = call_of(128, 128, 1, 1, *widths, mask, **given)
         for name, (make, run) in kernels.items():
+            if name == "fused" and "bias" in given:
+                continue  # refused: its gradient
             with pytest.raises(_Launched) as launched:
                 run(make(call), dout, zero, zero)
             sums = name == "forward" or (name in ("q", "kv") and "bias" in given)

@@ -1,6 +1,6 @@
 """What the machine code of the Mosaic GPU kernels does in a step, beside JAX's own attention for Hopper.
 
-python scripts/sass_report.py [NAME ...] [--kernels forward q kv fused] [--jax] [--json FILE]
+python -m tests.sass_report [NAME ...] [--kernels forward q kv fused] [--jax] [--json FILE]
 
 NAME is a configuration of tests/aot_gpu.py; no GPU is needed, only what that needs. The loop that a computing
 warpgroup stays in is found in the SASS, and in it the path of most wgmma instructions, which is what all
@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests import aot_gpu
 
 # Columns by what an opcode starts with; the first that matches counts.
 COLUMNS = {
@@ -167,8 +167,6 @@ def measured(path: Sequence[Instruction], block: int) -> dict[str, Any]:
 
 
 def _ours(name: str, kernel: str) -> int:
-    from tests import aot_gpu
-
     program, shapes, chosen = aot_gpu._program(aot_gpu.CONFIGS[name], kernel)
     aot_gpu.compile_for_h100(program, shapes)
     return chosen[0]
@@ -181,8 +179,6 @@ def _jax(name: str, direction: str) -> int:
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-    from tests import aot_gpu
 
     config = aot_gpu.CONFIGS[name]
     width, (length, _), (N, K) = config.widths[0], config.lengths, config.heads
