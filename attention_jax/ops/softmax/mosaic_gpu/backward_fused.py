@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, accumulating, over_keys
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
-    WGMMA,
     gradient_of_handed,
     handed,
     product,
@@ -23,6 +22,7 @@ from attention_jax.ops.softmax.mosaic_gpu.gradients import (
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     TILE_ROWS,
+    WGMMA,
     Row,
     fresh,
     release,

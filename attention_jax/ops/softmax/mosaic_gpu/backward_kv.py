@@ -21,8 +21,6 @@ from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     both_products,
     gradient,
     weights_alone,
-    zero_rows,
-    zeros,
 )
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
@@ -40,6 +38,8 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     times,
     vector,
     vectors_scratch,
+    zero_rows,
+    zeros,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile

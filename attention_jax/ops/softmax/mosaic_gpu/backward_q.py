@@ -17,8 +17,6 @@ from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     add_rows,
     both_products,
     gradient,
-    zero_rows,
-    zeros,
 )
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
@@ -34,6 +32,8 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     tiled,
     vector,
     vectors_scratch,
+    zero_rows,
+    zeros,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile

@@ -5,7 +5,8 @@ For each block of 128 queries of a head and each listed block of keys
     m' = max(m, max_s z_s),  l' = l 2^(m-m') + sum_s 2^(z_s-m'),  a' = a 2^(m-m') + sum_s 2^(z_s-m') v_s
 
 as in FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608): the scores of one warpgroup are exponentiated
-under the matrix products of the other, and P enters the second product from registers.
+under the matrix products of the other, and P enters the second product from registers. A turn on the tensor
+cores is P V of one step and Q K^T of the next, issued together: they do not idle between the two.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     tiled,
     times,
     vectors_scratch,
+    zeros,
 )
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
-
-WGMMA = plgpu.Layout.WGMMA
 
 
 def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +58,7 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
         "v_ready": plgpu.Barrier(num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "turn": plgpu.Barrier(num_arrivals=2),
+        "turn": plgpu.Barrier(num_barriers=2),
     }
     T_pad = round_up(T, 2 * GROUP)
     outs = {
@@ -125,10 +125,15 @@ class _Kernel(ThreadBlock):
         plgpu.barrier_wait(smem["q_ready"].at[group])
         steps = end - start
         pl.when(steps > 0)(lambda: plgpu.barrier_wait(smem["k_ready"].at[0]))
-        pl.when(group == 1)(self.pass_turn)
+        pl.when(group == 1)(lambda: plgpu.barrier_wait(smem["turn"].at[group]))
 
-        m, norm = self.first_maximum()
-        carry = (plgpu.layout_cast(jnp.zeros((GROUP, M), jnp.float32), WGMMA), m, norm)
+        def first(qk_ref):
+            self.start_scores(qk_ref, q_smem, 0, group)
+            return qk_ref[...]
+
+        # In an empty row these are scores of whatever memory holds, and go unused.
+        qk = pl.run_scoped(first, plgpu.ACC((GROUP, plan.tiles.block), jnp.float32))
+        carry = (qk, zeros(M), *self.first_maximum())
 
         def body(masked):
             return lambda i, carry: self.step(
@@ -139,13 +144,12 @@ class _Kernel(ThreadBlock):
             carry = lax.fori_loop(jnp.int32(0), full_end - start, body(False), carry)
         if plan.schedule.some_partial:
             carry = lax.fori_loop(full_end - start, steps, body(True), carry)
-        pl.when(group == 0)(self.pass_turn)
-        self.finish(group, q_start, *carry)
+        self.finish(group, q_start, *carry[1:])
 
-    def pass_turn(self) -> None:
-        """Each of the two warpgroups runs between two turns while the other waits in front of its own."""
-        plgpu.barrier_arrive(self.smem["turn"])
-        plgpu.barrier_wait(self.smem["turn"])
+    def start_scores(self, qk_ref, q_smem, slot, group) -> None:
+        """Issues Q K^T, the last product of a turn, and passes the turn to the other warpgroup."""
+        plgpu.wgmma(qk_ref, q_smem, self.smem["k"].at[slot].transpose((1, 0)))
+        plgpu.barrier_arrive(self.smem["turn"].at[1 - group])
 
     def first_maximum(self) -> tuple[jax.Array, jax.Array]:
         """(maximum, sum of exponentials) before the first key; a sink is one without a value."""
@@ -157,18 +161,11 @@ class _Kernel(ThreadBlock):
 
     def step(self, i, carry, masked, start, steps, group, q_start, q_smem, q_vectors):
         plan, smem = self.plan, self.smem
-        (stages, block), M = (plan.tiles.stages, plan.tiles.block), plan.call.sizes[6]
-        acc, m, norm = carry
-        slot = remainder(i, stages)
+        stages, block = plan.tiles.stages, plan.tiles.block
+        qk, acc, m, norm = carry
+        slot, ahead = remainder(i, stages), remainder(i + 1, stages)
         shape = (GROUP, block)
         k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
-
-        def scores(acc_ref):
-            plgpu.wgmma(acc_ref, q_smem, smem["k"].at[slot].transpose((1, 0)))
-            self.pass_turn()
-            return acc_ref[...]
-
-        qk = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
         k_vectors = []
         if plan.scores.placed(masked):
             k_vectors = loaded([loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]])
@@ -184,31 +181,43 @@ class _Kernel(ThreadBlock):
         decay = jnp.exp2(m - new_m)
         p = jnp.exp2(times(z, factor) - lax.broadcast_in_dim(new_m, shape, (0,)))
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
-        norm = norm * decay
+        norm = norm * decay + p.sum(axis=1)
         kept = p if plan.scores.dropout is None else jnp.where(tile.surviving(), p, 0.0)
         p16 = kept.astype(plan.call.q_BTNH.dtype)
 
-        def end_softmax():
-            plgpu.barrier_arrive(smem["turn"])
+        def values(then):
+            """acc + P V, with `then` issued behind it."""
+
+            def inner(acc_ref):
+                plgpu.wgmma(acc_ref, p16, smem["v"].at[slot])
+                then()
+
+            return pl.run_state(inner)(plgpu.ACC.init(acc))
+
+        # Called in each branch: ptxas moves arithmetic behind a wait, but not into both branches.
+        def await_turn():
             plgpu.barrier_wait(smem["v_ready"].at[slot])
-            plgpu.barrier_wait(smem["turn"])
+            plgpu.barrier_wait(smem["turn"].at[group])
 
-        if M <= 128:
-            norm = norm + p.sum(axis=1)
-            acc, norm, new_m, p16 = lax.optimization_barrier((acc, norm, new_m, p16))
-            end_softmax()
-        else:  # registers are short: the sum does not wait for its own turn
-            end_softmax()
-            norm = norm + p.sum(axis=1)
+        def more():
+            plgpu.barrier_wait(smem["k_ready"].at[ahead])
+            await_turn()
 
-        def values(acc_ref):
-            plgpu.wgmma(acc_ref, p16, smem["v"].at[slot])
-            ahead = remainder(i + 1, stages)
-            pl.when(i + 1 < steps)(lambda: plgpu.barrier_wait(smem["k_ready"].at[ahead]))
+            def both(qk_ref):
+                found = values(lambda: self.start_scores(qk_ref, q_smem, ahead, group))
+                return qk_ref[...], found
 
-        acc = pl.run_state(values)(plgpu.ACC.init(acc))
+            return pl.run_scoped(both, plgpu.ACC(shape, jnp.float32))
+
+        def last():
+            await_turn()
+            # The second warpgroup still has its last product to make. No scores follow: p stands for them.
+            pass_on = pl.when(group == 0)
+            return p, values(lambda: pass_on(lambda: plgpu.barrier_arrive(smem["turn"].at[1])))
+
+        qk, acc = lax.cond(i + 1 < steps, more, last)
         plgpu.barrier_arrive(smem["v_free"].at[slot])
-        return acc, new_m, norm
+        return qk, acc, new_m, norm
 
     def finish(self, group, q_start, acc, m, norm) -> None:
         smem, refs = self.smem, self.refs

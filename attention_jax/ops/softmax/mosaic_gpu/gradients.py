@@ -12,21 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention_jax.ops.softmax.mosaic_gpu.launch import ROWS, times
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP
+from attention_jax.ops.softmax.mosaic_gpu.launch import times
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
-WGMMA = plgpu.Layout.WGMMA
 REGISTERS = 240  # of a thread that computes; 24 of one that loads
-
-
-def zeros(width: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((GROUP, width), jnp.float32), WGMMA)
-
-
-def zero_rows() -> jax.Array:
-    """A zero for each row of a tile."""
-    return plgpu.layout_cast(jnp.zeros((GROUP,), jnp.float32), ROWS)
 
 
 def add_rows(totals: list, tiles: list[jax.Array]) -> None:

@@ -16,9 +16,9 @@ from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 from attention_jax.ops.softmax.mosaic_gpu.scores import Vector
 
-# Layouts of a vector along the rows and along the columns of an accumulator.
-ROWS = plgpu.Layout.WGMMA.reduce(1)
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+# Layouts of an accumulator, and of a vector along its rows and along its columns.
+WGMMA = plgpu.Layout.WGMMA
+ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
 # Rows of a tile of swizzled shared memory. The copy engine cuts what lies past an array's end, but the array
 # must be one of whole tiles.
 TILE_ROWS = 8
@@ -33,6 +33,16 @@ def tiled(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
     swizzle = min(plgpu.find_swizzle(shape[-1] * bits), plgpu.find_swizzle(block * bits))
     transforms = (plgpu.TilingTransform((TILE_ROWS, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def zeros(width: int) -> jax.Array:
+    """An accumulator of a warpgroup's rows before the first product."""
+    return plgpu.layout_cast(jnp.zeros((GROUP, width), jnp.float32), WGMMA)
+
+
+def zero_rows() -> jax.Array:
+    """A zero for each row of a tile."""
+    return plgpu.layout_cast(jnp.zeros((GROUP,), jnp.float32), ROWS)
 
 
 def remainder(i: jax.Array, n: int) -> jax.Array:
