@@ -12,6 +12,7 @@ the forward and in dQ and queries in dK and dV. From them, in cycles per tile of
   alone                            one warpgroup by itself: in-order issue, stalls and scoreboards as ptxas
                                    scheduled them, typical latencies, every barrier open.
   bare                             of these the cycles in which none of its own products is in flight.
+  pair                             two warpgroups together, each a tile; in the forward they take turns.
 
 Two warpgroups hide each other's bare cycles while bare <= tensor. It is a model: no card has confirmed it.
 """
@@ -23,6 +24,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -119,47 +121,84 @@ def counts(path: Sequence[Instruction]) -> collections.Counter:
     return collections.Counter(kinds)
 
 
-def alone(path: Sequence[Instruction], rounds: int = 4) -> tuple[int, int]:
-    """(cycles of a step, those without a product in flight) of one warp of a warpgroup by itself."""
-    now = tensor = mufu = bare = 0
-    boards: dict[str, int] = {}
-    open_group, groups, marks = False, collections.deque(), []
-    for _ in range(rounds):
-        marks.append((now, bare))
-        for x in path:
-            was = now
-            now = max([now, *(boards.get(b, 0) for b in re.findall(r"\d", x.waits))])
-            kind = x.opcode.split(".")[0]
-            if wait := re.search(r"DEPBAR\.LE gsb0, 0x(\d+)", x.text):
-                while len(groups) > int(wait[1]):
-                    now = max(now, groups.popleft())
-            bare += max(0, now + x.stall - max(was, tensor))
-            if x.columns:
-                tensor = max(tensor, now) + x.columns // 2
-                open_group = True
-                if "gsb0" in x.text and open_group:
-                    groups.append(tensor + WGMMA_LATENCY)
-                    open_group = False
-            ready = now + LATENCY.get(kind, 10)
-            if kind == "MUFU":  # a quarter of the lanes of an eighth: 8 cycles for a warp
-                mufu = max(mufu, now) + 8
-                ready = mufu + LATENCY[kind] - 8
-            for board in re.findall(r"\d", x.sets):
-                boards[board] = max(boards.get(board, 0), ready)
-            now += x.stall
-    (t0, b0), (t1, b1) = marks[-2:]
-    return t1 - t0, b1 - b0
+class _Warp:
+    """One warp of a warpgroup that repeats a path: in order, stalls and scoreboards as ptxas set them."""
+
+    def __init__(self, path: Sequence[Instruction], units: dict[str, float], turns: bool):
+        self.path, self.units = path, units
+        self.now = self.bare = self.at = 0
+        self.boards: dict[str, int] = {}
+        self.groups: list[float] = []  # when each product issued so far is done
+        self.marks: list[tuple[int, int]] = []  # (now, bare) at the start of each round
+        self.takes, self.passes = _turn(path) if turns else (None, None)
+
+    def ready(self) -> float:
+        """When the next instruction can issue."""
+        x = self.path[self.at]
+        times = [self.now, self.units["port"], *(self.boards.get(b, 0) for b in re.findall(r"\d", x.waits))]
+        if self.at == self.takes:
+            times.append(self.units["turn"] if self.units["holder"] is None else math.inf)
+        if wait := re.search(r"DEPBAR\.LE gsb0, 0x(\d+)", x.text):
+            times += self.groups[: max(0, len(self.groups) - int(wait[1]))]
+        return max(times)
+
+    def issue(self) -> None:
+        """The next instruction."""
+        if self.at == 0:
+            self.marks.append((self.now, self.bare))
+        x, units, was, now = self.path[self.at], self.units, self.now, self.ready()
+        if self.at == self.takes:
+            units["holder"] = self
+        units["port"] = now + 1
+        self.bare += max(0, now + x.stall - max(was, units["tensor"]))
+        if x.columns:
+            units["tensor"] = max(units["tensor"], now) + x.columns // 2
+            if "gsb0" in x.text:
+                self.groups.append(units["tensor"] + WGMMA_LATENCY)
+        kind = x.opcode.split(".")[0]
+        ready = now + LATENCY.get(kind, 10)
+        if kind == "MUFU":  # a quarter of the lanes of an eighth: 8 cycles for a warp
+            units["mufu"] = max(units["mufu"], now) + 8
+            ready = units["mufu"] + LATENCY[kind] - 8
+        for board in re.findall(r"\d", x.sets):
+            self.boards[board] = max(self.boards.get(board, 0), ready)
+        if self.at == self.passes:
+            units["turn"], units["holder"] = now + LATENCY["SYNCS"], None
+        self.now, self.at = now + x.stall, (self.at + 1) % len(self.path)
 
 
-def measured(path: Sequence[Instruction], block: int) -> dict[str, Any]:
+def _turn(path: Sequence[Instruction]) -> tuple[int, int]:
+    """(first, last) product of a turn on the tensor cores, which ends where the exponentials begin."""
+    marks = [i for i, x in enumerate(path) if x.columns or x.opcode.startswith("MUFU.EX2")]
+    edges = [(i, j) for i, j in zip(marks, marks[1:] + marks[:1], strict=True)]
+    first = [j for i, j in edges if path[j].columns and not path[i].columns]
+    last = [i for i, j in edges if path[i].columns and not path[j].columns]
+    return first[0], last[0]
+
+
+def cycles(path: Sequence[Instruction], warps: int, turns: bool = False) -> tuple[int, int]:
+    """(cycles of a step of each of `warps` that share a scheduler, those without a product in flight).
+
+    turns: the products from one warp's exponentials to its next are not interleaved with another's.
+    """
+    units: dict[str, Any] = dict.fromkeys(("port", "tensor", "mufu", "turn"), 0) | {"holder": None}
+    pair, rounds = [_Warp(path, units, turns) for _ in range(warps)], 12 if warps > 1 else 4
+    while any(len(w.marks) <= rounds for w in pair):
+        min(pair, key=_Warp.ready).issue()
+    (t0, b0), (t1, b1) = pair[0].marks[rounds // 2], pair[0].marks[rounds]
+    return (t1 - t0) * 2 // rounds, (b1 - b0) * 2 // rounds
+
+
+def measured(path: Sequence[Instruction], block: int, turns: bool) -> dict[str, Any]:
     """The row of a loop whose step is 64 x block scores."""
     share = 128 / block
     found = {name: n * share for name, n in counts(path).items()}
     get = lambda *names: sum(found.get(n, 0) for n in names)  # noqa: E731
-    cycles, bare = alone(path)
+    (alone, bare), (pair, _) = cycles(path, 1), cycles(path, 2, turns)
     model = {
         "tensor": sum(x.columns // 2 for x in path) * share, "mufu": 8 * get("MUFU"), "fp32": get(*FP32),
-        "alu": 2 * get(*ALU), "issue": len(path) * share, "alone": cycles * share, "bare": bare * share,
+        "alu": 2 * get(*ALU), "issue": len(path) * share, "alone": alone * share, "bare": bare * share,
+        "pair": pair * share,
     }  # fmt: skip
     return {"counts": {n: round(found.get(n, 0)) for n in (*COLUMNS, "other")}} | {
         n: round(x) for n, x in model.items()
@@ -210,7 +249,9 @@ def _rows(system: str, name: str, kernel: str) -> list[dict[str, Any]]:
         registers = max(int(n) for n in re.findall(r"\bR(\d+)\b", code.read_text())) + 1
         spills = sum(map(int, re.findall(r"(\d+) bytes spill", logs)[-2:]))
         start = {"system": system, "name": name, "kernel": kernel, "block": block, "registers": registers}
-        return [start | {"spills": spills} | measured(path, block) for path in loops(code)]
+        return [
+            start | {"spills": spills} | measured(path, block, kernel == "forward") for path in loops(code)
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("jax", n, k) for _, n, k in jobs if given.jax and (k == "forward" or (k in JAX and "full" in n))
     ]
     jobs.sort(key=lambda job: (given.names.index(job[1]), given.kernels.index(job[2])))
-    model, rows = ("tensor", "mufu", "fp32", "alu", "issue", "alone", "bare"), []
+    model, rows = ("tensor", "mufu", "fp32", "alu", "issue", "alone", "bare", "pair"), []
     head = ("kernel", "block", "registers", *model, *COLUMNS, "other")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     context = multiprocessing.get_context("spawn")
