@@ -31,6 +31,7 @@ from scripts.benchmarks.timing import SETTLE, at_once, device_clock, interleave,
 _ROUNDS = 15
 _SHAPE = (4, 4096, 16)  # rows, tokens, heads of a timed call
 _KERNELS = ("forward", "q", "kv", "fused")
+_SIZE = ("block", "stages", "warpgroups")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,13 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any("error" in row for row in rows))
 
 
-def candidates(kernel: str) -> list[tuple[int, int]]:
-    """(block, stages) worth compiling; what does not fit shared memory the compiler refuses."""
+def candidates(kernel: str) -> list[tuple[int, int, int]]:
+    """(block, stages, warpgroups) worth compiling; what does not fit shared memory the compiler refuses."""
     blocks = {"forward": (64, 128, 192, 256), "fused": (64,)}.get(kernel, (32, 64, 128))
-    return [(block, stages) for block in blocks for stages in (2, 3, 4)]
+    found = [(block, stages, 2) for block in blocks for stages in (2, 3, 4)]
+    if kernel == "forward":
+        found += [(block, stages, 3) for block in (64, 96, 128) for stages in (2, 3, 4)]
+    return found
 
 
-def _compiled(name: str, kernel: str, H: int, block: int, stages: int) -> dict[str, Any] | None:
+def _compiled(name: str, kernel: str, H: int, size: tuple[int, int, int]) -> dict[str, Any] | None:
     """What the compiler says of a candidate, None where it refuses it; in a process of its own."""
     code = (
         "import json, os, tempfile; os.environ['JAX_PLATFORMS'] = 'cpu';"
@@ -68,7 +72,7 @@ def _compiled(name: str, kernel: str, H: int, block: int, stages: int) -> dict[s
         "os.environ['MOSAIC_GPU_DUMP_TO'] = tempfile.mkdtemp();"
         "from tests.aot_gpu import Config, measure;"
         f"print(json.dumps(measure(Config(({kernel!r},), ({H}, {H}), mask={name!r},"
-        f" tiles={{{kernel!r}: ({block}, {stages})}}), {kernel!r})))"
+        f" tiles={{{kernel!r}: {size}}}), {kernel!r})))"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
@@ -82,10 +86,11 @@ def compiled_tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for H in args.widths:
         for mask in ("Full()", "Causal()"):
             for kernel in args.kernels:
-                for block, stages in candidates(kernel):
-                    found = _compiled(mask, kernel, H, block, stages)
+                for size in candidates(kernel):
+                    found = _compiled(mask, kernel, H, size)
                     if found is not None:
-                        row = {"width": H, "mask": mask, "kernel": kernel, "block": block, "stages": stages}
+                        row = {"width": H, "mask": mask, "kernel": kernel}
+                        row |= dict(zip(_SIZE, size, strict=True))
                         row |= {name: found[name] for name in ("spills", "shared", "most_registers")}
                         print(row, flush=True)
                         yield row
@@ -103,30 +108,31 @@ def tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             groups.setdefault((row["width"], row["mask"], row["kernel"]), []).append(row)
     for group, found in groups.items():
         errors: dict[Any, str] = {}
-        sizes = [(row["block"], row["stages"]) for row in found]
-        calls = at_once({size: functools.partial(kernel_call, *group, *size) for size in sizes}, errors)
+        sizes = [tuple(row[name] for name in _SIZE) for row in found]
+        calls = at_once({size: functools.partial(kernel_call, *group, size) for size in sizes}, errors)
         times = interleave(calls, args.rounds, clock=device_clock, settle=SETTLE, errors=errors)
         timed = []
         for row, size in zip(found, sizes, strict=True):
             ms = {"error": errors[size]} if size in errors else {"ms": float(np.median(times[size]))}
             timed.append(row | ms)
         for row in sorted(timed, key=lambda row: row.get("ms", math.inf)):
-            print(*group, f"{row['block']} x {row['stages']}: {row.get('ms', row.get('error'))}", flush=True)
+            size = " x ".join(f"{row[name]}" for name in _SIZE)
+            print(*group, f"{size}: {row.get('ms', row.get('error'))}", flush=True)
             yield row
 
 
-def kernel_call(H: int, mask: str, kernel: str, block: int, stages: int) -> Callable[[], Any]:
+def kernel_call(H: int, mask: str, kernel: str, size: tuple[int, int, int]) -> Callable[[], Any]:
     """One kernel alone with given tiles, compiled."""
     import jax
     import jax.numpy as jnp
 
     (B, T, N), keys = _SHAPE, jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, (B, T, N, H), jnp.bfloat16) for key in keys]
-    run = functools.partial(kernel_program, mask, kernel, block, stages)
+    run = functools.partial(kernel_program, mask, kernel, size)
     return jitted(run, *arrays, jnp.zeros((B, N, T), jnp.float32), backward=False)
 
 
-def kernel_program(mask: str, kernel: str, block: int, stages: int, q, k, v, do, saved) -> Any:
+def kernel_program(mask: str, kernel: str, size: tuple[int, int, int], q, k, v, do, saved) -> Any:
     """What one kernel computes of q, k, v, dO and what the forward saves of each row."""
     from attention_jax.masks import parse
     from attention_jax.ops.softmax.common import Call
@@ -135,14 +141,14 @@ def kernel_program(mask: str, kernel: str, block: int, stages: int, q, k, v, do,
     given = {"q_BTNH": q, "k_BSKH": k, "v_BSKM": v, "mask": parse(mask)}
     given |= {"scale": q.shape[-1] ** -0.5, "dropout_rate": 0.0}
     call = Call(**dict.fromkeys(f.name for f in dataclasses.fields(Call)) | given)
-    size, rest = plan.Tiles(block, stages), (do, saved, saved)
+    tiles, rest = plan.Tiles(*size), (do, saved, saved)
     if kernel == "forward":
-        return forward.forward(plan.forward_plan(call, size))
+        return forward.forward(plan.forward_plan(call, tiles))
     if kernel == "q":
-        return backward_q.gradient_q(plan.backward_q_plan(call, size), *rest)
+        return backward_q.gradient_q(plan.backward_q_plan(call, tiles), *rest)
     if kernel == "kv":
-        return backward_kv.gradient_kv(plan.backward_k_plan(call, size), *rest)
-    return backward_fused.gradients_fused(plan.fused_plan(call, size), *rest)
+        return backward_kv.gradient_kv(plan.backward_k_plan(call, tiles), *rest)
+    return backward_fused.gradients_fused(plan.fused_plan(call, tiles), *rest)
 
 
 if __name__ == "__main__":

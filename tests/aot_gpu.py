@@ -40,7 +40,7 @@ class Config:
     mask: str = "Causal()"
     extras: tuple[str, ...] = ()  # softcap, alibi, forget, gate, positions, segments, sinks, dropout, array
     dtype: str = "bfloat16"
-    tiles: dict[str, tuple[int, int]] | None = None  # kernel: (block, stages) in place of the table's
+    tiles: dict[str, tuple[int, ...]] | None = None  # kernel: arguments of Tiles in place of the table's
 
 
 WIDE = {
@@ -186,7 +186,7 @@ def _program(config: Config, kernel: str):
         B, T, _, N, _, _, M = call.sizes
         saved = jnp.zeros((B, N, plan.round_up(T, 128)), jnp.float32)
         cut = plans.get(kernel, plan.backward_k_plan)(call, tiles)
-        chosen[:] = [cut.tiles.block, cut.tiles.stages]
+        chosen[:] = [cut.tiles.block, cut.tiles.stages, cut.tiles.warpgroups]
         return run(cut, jnp.zeros((B, T, N, M), dtype), saved, saved)
 
     return program, shapes, chosen
@@ -234,6 +234,7 @@ def measure(config: Config, kernel: str) -> dict[str, Any]:
     return {
         "block": chosen[0],
         "stages": chosen[1],
+        "warpgroups": chosen[2],
         "stack": int(spills[1]),
         "spills": int(spills[2]) + int(spills[3]),
         "registers": int(re.search(r"Used (\d+) registers", text)[1]),
@@ -284,7 +285,7 @@ def _measured(config: Config, kernels: Sequence[str]) -> list[tuple[str, dict[st
 
 
 def _row(found: dict[str, Any]) -> str:
-    size = f"{found['block']} x {found['stages']}"
+    size = f"{found['block']} x {found['stages']}" + (", 3 groups" if found["warpgroups"] == 3 else "")
     return f"{size} | {found['most_registers']} | {found['shared']:,} | {found['spills']} | {found['HGMMA']}"
 
 

@@ -7,12 +7,12 @@ warpgroup stays in is found in the SASS, and in it the path of most wgmma instru
 steps but a row's last run. Counts are of that path, per thread and tile of 64 x 128 scores, 128 being keys in
 the forward and in dQ and queries in dK and dV. From them, in cycles per tile of one warpgroup:
 
-  tensor, mufu, fp32, alu, issue   busy cycles of that unit. Two warpgroups share the units and each has a
-                                   tile: at best a tile takes the largest of these.
+  tensor, mufu, fp32, alu, issue   busy cycles of that unit. Warpgroups share the units and each has a tile:
+                                   at best a tile takes the largest of these.
   alone                            one warpgroup by itself: in-order issue, stalls and scoreboards as ptxas
                                    scheduled them, typical latencies, every barrier open.
   bare                             of these the cycles in which none of its own products is in flight.
-  pair                             two warpgroups together, each a tile; in the forward they take turns.
+  together                         all warpgroups of a thread block at once; in the forward they take turns.
 
 Two warpgroups hide each other's bare cycles while bare <= tensor. It is a model: no card has confirmed it.
 """
@@ -23,6 +23,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -189,26 +190,27 @@ def cycles(path: Sequence[Instruction], warps: int, turns: bool = False) -> tupl
     return (t1 - t0) * 2 // rounds, (b1 - b0) * 2 // rounds
 
 
-def measured(path: Sequence[Instruction], block: int, turns: bool) -> dict[str, Any]:
+def measured(path: Sequence[Instruction], block: int, warpgroups: int, turns: bool) -> dict[str, Any]:
     """The row of a loop whose step is 64 x block scores."""
     share = 128 / block
     found = {name: n * share for name, n in counts(path).items()}
     get = lambda *names: sum(found.get(n, 0) for n in names)  # noqa: E731
-    (alone, bare), (pair, _) = cycles(path, 1), cycles(path, 2, turns)
+    (alone, bare), (together, _) = cycles(path, 1), cycles(path, warpgroups, turns)
     model = {
         "tensor": sum(x.columns // 2 for x in path) * share, "mufu": 8 * get("MUFU"), "fp32": get(*FP32),
         "alu": 2 * get(*ALU), "issue": len(path) * share, "alone": alone * share, "bare": bare * share,
-        "pair": pair * share,
+        "together": together * share / warpgroups,
     }  # fmt: skip
     return {"counts": {n: round(found.get(n, 0)) for n in (*COLUMNS, "other")}} | {
         n: round(x) for n, x in model.items()
     }
 
 
-def _ours(name: str, kernel: str) -> int:
+def _ours(name: str, kernel: str) -> tuple[int, int]:
+    """(block, warpgroups)."""
     program, shapes, chosen = aot_gpu._program(aot_gpu.CONFIGS[name], kernel)
     aot_gpu.compile_for_h100(program, shapes)
-    return chosen[0]
+    return chosen[0], chosen[2]
 
 
 def _jax(name: str, direction: str) -> int:
@@ -243,15 +245,14 @@ def _rows(system: str, name: str, kernel: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         direction, number = JAX.get(kernel, ("", 0)) if system == "jax" else ("", 0)
-        block = _jax(name, direction) if system == "jax" else _ours(name, kernel)
+        block, warpgroups = (_jax(name, direction), 2) if system == "jax" else _ours(name, kernel)
         code = sorted(Path(folder).glob("*.sass*"))[number]
         logs = sorted(Path(folder).glob("*.ptxas"))[number].read_text()
         registers = max(int(n) for n in re.findall(r"\bR(\d+)\b", code.read_text())) + 1
         spills = sum(map(int, re.findall(r"(\d+) bytes spill", logs)[-2:]))
         start = {"system": system, "name": name, "kernel": kernel, "block": block, "registers": registers}
-        return [
-            start | {"spills": spills} | measured(path, block, kernel == "forward") for path in loops(code)
-        ]
+        model = functools.partial(measured, block=block, warpgroups=warpgroups, turns=kernel == "forward")
+        return [start | {"spills": spills} | model(path) for path in loops(code)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("jax", n, k) for _, n, k in jobs if given.jax and (k == "forward" or (k in JAX and "full" in n))
     ]
     jobs.sort(key=lambda job: (given.names.index(job[1]), given.kernels.index(job[2])))
-    model, rows = ("tensor", "mufu", "fp32", "alu", "issue", "alone", "bare", "pair"), []
+    model, rows = ("tensor", "mufu", "fp32", "alu", "issue", "alone", "bare", "together"), []
     head = ("kernel", "block", "registers", *model, *COLUMNS, "other")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     context = multiprocessing.get_context("spawn")

@@ -194,21 +194,22 @@ def test_the_kernels_that_the_tuner_times_can_be_traced(kernel):
         pytest.skip(f"the kernels need a newer jax than {jax.__version__}")
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     saved = jax.ShapeDtypeStruct((1, 2, 256), jnp.float32)
-    run = functools.partial(tune.kernel_program, "Causal()", kernel, 64, 2)
+    run = functools.partial(tune.kernel_program, "Causal()", kernel, (64, 2, 2))
     with mosaic_gpu.any_platform():
         found = jax.tree.leaves(jax.eval_shape(run, q, q, q, q, saved))
     assert found[0].shape == q.shape
 
 
 def test_the_tuner_tells_the_fastest_first(card, monkeypatch, tmp_path):
-    def kernel_call(H, mask, kernel, block, stages):
+    def kernel_call(H, mask, kernel, size):
+        block, stages, _ = size
         if stages == 3:
             raise ValueError("does not fit")
         return types.SimpleNamespace(device_time=lambda: 100 / block)
 
     monkeypatch.setattr(tune, "kernel_call", kernel_call)
     monkeypatch.setattr(tune, "SETTLE", 0.0)
-    same = {"width": 64, "mask": "Full()", "kernel": "q", "spills": 0}
+    same = {"width": 64, "mask": "Full()", "kernel": "q", "spills": 0, "warpgroups": 2}
     rows = [same | {"block": block, "stages": stages} for block, stages in ((32, 3), (32, 2), (64, 2))]
     rows.append(same | {"block": 128, "stages": 2, "spills": 8})
     (tmp_path / "compiled.json").write_text(json.dumps({"rows": rows}))
@@ -306,7 +307,8 @@ def test_a_step_is_the_path_of_most_products_through_the_innermost_loop(tmp_path
     assert [x.opcode.split(".")[0] for x in step] == [
         "HGMMA", "WARPGROUP", "MUFU", "FADD", "BRA", "HGMMA", "WARPGROUP", "BRA",
     ]  # fmt: skip
-    row = sass_report.measured(step, 64)
+    row = sass_report.measured(step, 64, 2, turns=True)
     assert row["counts"]["HGMMA"] == 4 and row["counts"]["MUFU"] == 2
     assert row["tensor"] == 2 * 128 and row["mufu"] == 16 and row["issue"] == 16
     assert 0 < row["bare"] < row["tensor"] < row["alone"]
+    assert row["tensor"] <= row["together"] < row["alone"]

@@ -115,10 +115,10 @@ def _attend(deterministic: bool, call: Call) -> tuple[jax.Array, jax.Array]:
 def _attend_fwd(deterministic: bool, call: Call):
     from attention_jax.ops.softmax.mosaic_gpu.forward import forward
 
-    _, T, *_, M = call.sizes
+    *_, M = call.sizes
     out_BTNM, lse_BNT = forward(planning.forward_plan(planning.clean(call)))
     out_BTNM = out_BTNM[..., :M]
-    lse_BTN = (lse_BNT[..., :T] * _LN2).swapaxes(1, 2)
+    lse_BTN = (lse_BNT * _LN2).swapaxes(1, 2)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BNT)
 
 
@@ -133,11 +133,12 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
     # An invalid query's output is constant; its lse is its sink where there is one.
     dout_BTNM, dlse_BTN = select_valid(cotangents[0], q_valid), cotangents[1]
     # A row without a key (lse = -inf) passes no gradient, and neither does padding: 2^(z - inf) is 0.
-    T_pad = lse_BNT.shape[-1]
-    dead_BNT = (lse_BNT == -jnp.inf) | (jnp.arange(T_pad) >= T)
+    padding = ((0, 0), (0, 0), (0, -T % (2 * planning.GROUP)))
+    lse_BNT = jnp.pad(lse_BNT, padding, constant_values=-jnp.inf)
+    dead_BNT = lse_BNT == -jnp.inf
     lse_BNT = jnp.where(dead_BNT, jnp.inf, lse_BNT)
     delta_BTN = (out_BTNM.astype(jnp.float32) * dout_BTNM.astype(jnp.float32)).sum(-1) - dlse_BTN
-    delta_BNT = jnp.pad(delta_BTN.swapaxes(1, 2), ((0, 0), (0, 0), (0, T_pad - T)))
+    delta_BNT = jnp.pad(delta_BTN.swapaxes(1, 2), padding)
     delta_BNT = jnp.where(dead_BNT, 0.0, delta_BNT)
 
     cut = planning.clean(call)

@@ -1,11 +1,11 @@
-"""The forward kernel: two warpgroups of queries take turns on the tensor cores, a third one loads.
+"""The forward kernel: warpgroups of queries take turns on the tensor cores, another one loads.
 
-For each block of 128 queries of a head and each listed block of keys
+For each block of 128 or 192 queries of a head and each listed block of keys
 
     m' = max(m, max_s z_s),  l' = l 2^(m-m') + sum_s 2^(z_s-m'),  a' = a 2^(m-m') + sum_s 2^(z_s-m') v_s
 
 as in FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608): the scores of one warpgroup are exponentiated
-under the matrix products of the other, and P enters the second product from registers. A turn on the tensor
+under the matrix products of another, and P enters the second product from registers. A turn on the tensor
 cores is P V of one step and Q K^T of the next, issued together: they do not idle between the two.
 """
 
@@ -35,32 +35,40 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
 
+# Registers of a thread, of 65,536 in all, by the number of warpgroups that compute.
+COMPUTES, LOADS = {2: 232, 3: 160}, {2: 40, 3: 32}
+
 
 def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """(out [B, T, N, M], lse / ln 2 as float32 [B, N, T padded]) of a clean call."""
+    """(out [B, T, N, M], lse / ln 2 as float32 [B, N, T]) of a clean call."""
     call = plan.call
     B, T, _, N, _, H, M = call.sizes
-    dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
+    dtype, stages, block, groups = (
+        call.q_BTNH.dtype,
+        plan.tiles.stages,
+        plan.tiles.block,
+        plan.tiles.warpgroups,
+    )
     sinks = None
     if call.sink_logits_N is not None:
         sinks = call.sink_logits_N.astype(jnp.float32) * LOG2E
     operands = plan.operands(q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, sinks=sinks)
     scratch = {
-        "q": tiled((2, GROUP, H), dtype, block),
+        "q": tiled((groups, GROUP, H), dtype, block),
         "k": tiled((stages, block, H), dtype, block),
         "v": tiled((stages, block, M), dtype, block),
-        "out": None if H == M else tiled((2, GROUP, M), dtype, block),
-        "lse": plgpu.SMEM((2, GROUP), jnp.float32),
+        "out": None if H == M else tiled((groups, GROUP, M), dtype, block),
+        "lse": plgpu.SMEM((groups, GROUP), jnp.float32),
         "k_vectors": vectors_scratch(plan, plan.k),
-        "bits": bits_scratch(plan, 2 * GROUP),
-        "q_ready": plgpu.Barrier(num_barriers=2),
+        "bits": bits_scratch(plan, plan.tiles.rows),
+        "q_ready": plgpu.Barrier(num_barriers=groups),
         "k_ready": plgpu.Barrier(num_arrivals=1 + plan.copies(plan.k), num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
-        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "turn": plgpu.Barrier(num_barriers=2),
+        "k_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        "turn": plgpu.Barrier(num_barriers=groups),
     }
-    T_pad = round_up(T, 2 * GROUP)
+    T_pad = round_up(T, plan.tiles.rows)
     outs = {
         "out": jax.ShapeDtypeStruct((B, T, N, M), dtype),
         "lse": jax.ShapeDtypeStruct((B, N, T_pad), jnp.float32),
@@ -69,26 +77,26 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
     def body(refs, smem):
         kernel = _Kernel(plan, refs, smem)
         group = lax.axis_index("group")
-        pl.when(group < 2)(lambda: kernel.compute(group))
-        pl.when(group == 2)(kernel.load)
+        pl.when(group < groups)(lambda: kernel.compute(group))
+        pl.when(group == groups)(kernel.load)
 
     found = launch(
-        body, operands, outs, scratch, name="flash_forward", groups=3,
-        grid={"head": N, "row": T_pad // (2 * GROUP), "batch": B},
+        body, operands, outs, scratch, name="flash_forward", groups=groups + 1,
+        grid={"head": N, "row": T_pad // plan.tiles.rows, "batch": B},
     )  # fmt: skip
-    return found["out"], found["lse"]
+    return found["out"], found["lse"][..., :T]
 
 
 class _Kernel(ThreadBlock):
-    """Two warpgroups that each own 64 queries of a head, and one that loads."""
+    """Warpgroups that each own 64 queries of a head, and one that loads."""
 
     @property
     def head(self) -> jax.Array:
         return lax.axis_index("head")
 
     def load(self) -> None:
-        """The third warpgroup: keys and values of the listed blocks, `stages` steps ahead."""
-        plgpu.set_max_registers(40, action="decrease")
+        """The last warpgroup: keys and values of the listed blocks, `stages` steps ahead."""
+        plgpu.set_max_registers(LOADS[self.plan.tiles.warpgroups], action="decrease")
         q_block, start, _, end = self.row()
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
@@ -110,12 +118,12 @@ class _Kernel(ThreadBlock):
         self.produce(end - start, {"k_free": keys, "v_free": values})
 
     def compute(self, group: jax.Array) -> None:
-        """One of the two warpgroups that each own 64 queries."""
-        plgpu.set_max_registers(232, action="increase")
+        """One of the warpgroups that each own 64 queries."""
         refs, smem, plan = self.refs, self.smem, self.plan
+        plgpu.set_max_registers(COMPUTES[plan.tiles.warpgroups], action="increase")
         M = plan.call.sizes[6]
         q_block, start, full_end, end = self.row()
-        q_start = q_block * (2 * GROUP) + group * GROUP
+        q_start = q_block * plan.tiles.rows + group * GROUP
         rows = pl.ds(q_start, GROUP)
         q_smem = smem["q"].at[group]
         plgpu.copy_gmem_to_smem(
@@ -125,7 +133,7 @@ class _Kernel(ThreadBlock):
         plgpu.barrier_wait(smem["q_ready"].at[group])
         steps = end - start
         pl.when(steps > 0)(lambda: plgpu.barrier_wait(smem["k_ready"].at[0]))
-        pl.when(group == 1)(lambda: plgpu.barrier_wait(smem["turn"].at[group]))
+        pl.when(group > 0)(lambda: plgpu.barrier_wait(smem["turn"].at[group]))
 
         def first(qk_ref):
             self.start_scores(qk_ref, q_smem, 0, group)
@@ -147,9 +155,13 @@ class _Kernel(ThreadBlock):
         self.finish(group, q_start, *carry[1:])
 
     def start_scores(self, qk_ref, q_smem, slot, group) -> None:
-        """Issues Q K^T, the last product of a turn, and passes the turn to the other warpgroup."""
+        """Issues Q K^T, the last product of a turn, and passes the turn on."""
         plgpu.wgmma(qk_ref, q_smem, self.smem["k"].at[slot].transpose((1, 0)))
-        plgpu.barrier_arrive(self.smem["turn"].at[1 - group])
+        plgpu.barrier_arrive(self.next_turn(group))
+
+    def next_turn(self, group: jax.Array):
+        """The barrier in front of the next warpgroup's turn; the first one follows the last."""
+        return self.smem["turn"].at[remainder(group + 1, self.plan.tiles.warpgroups)]
 
     def first_maximum(self) -> tuple[jax.Array, jax.Array]:
         """(maximum, sum of exponentials) before the first key; a sink is one without a value."""
@@ -211,9 +223,9 @@ class _Kernel(ThreadBlock):
 
         def last():
             await_turn()
-            # The second warpgroup still has its last product to make. No scores follow: p stands for them.
-            pass_on = pl.when(group == 0)
-            return p, values(lambda: pass_on(lambda: plgpu.barrier_arrive(smem["turn"].at[1])))
+            # The next warpgroups have their last products to make. No scores follow: p stands for them.
+            pass_on = pl.when(group < plan.tiles.warpgroups - 1)
+            return p, values(lambda: pass_on(lambda: plgpu.barrier_arrive(self.next_turn(group))))
 
         qk, acc = lax.cond(i + 1 < steps, more, last)
         plgpu.barrier_arrive(smem["v_free"].at[slot])

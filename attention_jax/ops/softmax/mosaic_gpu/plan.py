@@ -14,7 +14,7 @@ from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
 from attention_jax.ops.softmax.mosaic_gpu.bits import WORD, mask_bits
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Schedule, Side, block_map, schedule, sides
-from attention_jax.ops.softmax.mosaic_gpu.scores import GROUP, Scores, scores_of
+from attention_jax.ops.softmax.mosaic_gpu.scores import GROUP, SEVERAL, Scores, scores_of
 
 WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are padded with zeros
 
@@ -26,10 +26,23 @@ FEW = 3  # vectors per token that a whole block holds at a width of 256
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of one kernel: keys (of the backward over keys: queries) per step, steps in flight."""
+    """Tile sizes of one kernel: keys (of the backward over keys: queries) per step, steps in flight.
+
+    warpgroups: those that compute, each with rows of its own. Only the forward takes more than two.
+    """
 
     block: int
     stages: int
+    warpgroups: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Of a thread block whose warpgroups own 64 each."""
+        return self.warpgroups * GROUP
+
+    def smaller(self) -> Tiles:
+        """With blocks of half the size, as many tokens in flight."""
+        return dataclasses.replace(self, block=self.block // 2, stages=self.stages * 2)
 
 
 SHARED = 232_448  # bytes of shared memory of a thread block on sm_90
@@ -37,8 +50,8 @@ REDUCTION = 2048  # of them what jax takes where a kernel sums rows
 
 # By the larger of the padded widths of keys and values. `scripts/tune.py` times the alternatives.
 FORWARD = {
-    64: Tiles(128, 4),
-    96: Tiles(128, 2),
+    64: Tiles(128, 4, warpgroups=3),
+    96: Tiles(64, 4, warpgroups=3),
     128: Tiles(128, 2),
     192: Tiles(64, 3),
     256: Tiles(64, 2),
@@ -122,13 +135,26 @@ class Plan:
 
 
 def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
-    """Rows of 2 x 64 queries over blocks of keys."""
+    """Rows of 64 queries a warpgroup over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    heavy = scores.heavy or scores.drawn or scores.vectors > FEW
-    heavy = scores.mask_operations > MANY or scores.crowded or (max(H, M) > 192 and heavy)
-    tiles = tiles or _fitting(FORWARD, call, scores, heavy, _forward_bytes)
-    return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
+    crowded = scores.mask_operations > MANY or scores.crowded
+    if max(H, M) > 192:
+        crowded |= scores.heavy or scores.drawn or scores.vectors > FEW
+    elif max(H, M) <= 96:
+        crowded |= scores.mask_operations > MANY_BY_KEY and scores.vectors > 2
+    tiles = tiles or _fitting(_forward_table(scores, crowded), call, scores, crowded, _forward_bytes)
+    return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
+
+
+def _forward_table(scores: Scores, crowded: bool) -> dict[int, Tiles]:
+    """`FORWARD`, with smaller blocks or two warpgroups where three lack registers for the scores."""
+    if crowded:
+        return FORWARD | {64: Tiles(128, 4), 96: Tiles(128, 2)}
+    much = scores.mask_operations > SEVERAL or scores.bits or scores.dropout is not None
+    much |= scores.changed and scores.vectors > 1
+    much |= scores.softcap is not None and (scores.bias is not None or scores.vectors > 0)
+    return FORWARD | {64: FORWARD[64].smaller()} if much else FORWARD
 
 
 def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
@@ -174,18 +200,18 @@ def _fitting(
     *_, H, M = call.sizes
     tiles = table[padded_width(max(H, M))]
     if heavy and tiles.block > 32:
-        tiles = Tiles(tiles.block // 2, tiles.stages * 2)
+        tiles = tiles.smaller()
     while shared(H, M, tiles, scores) > SHARED:
         if tiles.block > 32:
-            tiles = Tiles(tiles.block // 2, tiles.stages * 2)
-        tiles = Tiles(tiles.block, tiles.stages - 1)
+            tiles = tiles.smaller()
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
         assert tiles.stages > 0, (H, M, scores.vectors)
     return tiles
 
 
 def _forward_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
-    own = 2 * GROUP * (H + (M if H != M else 0)) * 2
-    return own + _buffer(2 * GROUP * 4) + REDUCTION + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
+    own = tiles.rows * (H + (M if H != M else 0)) * 2
+    return own + _buffer(tiles.rows * 4) + REDUCTION + _swept_bytes(H + M, tiles, scores, tiles.rows)
 
 
 def _backward_q_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:

@@ -250,8 +250,8 @@ class Tile:
         # The blocks of the lists may be those of two warpgroups.
         block = math.lcm(2 * GROUP, self.shape[1 - self.q_axis])
         if self.scores.length is not None and self.scores.length % block:
-            k = lax.broadcast_in_dim(self.k_positions, self.shape, (1 - self.q_axis,))
-            found.append(k < self.scores.length)
+            within = self._index(jnp.int32(0), 1 - self.q_axis) < self.scores.length - self.k_start
+            found.append(lax.broadcast_in_dim(within, self.shape, (1 - self.q_axis,)))
         return functools.reduce(jnp.logical_and, found) if found else None
 
     def along_queries(self, x: jax.Array) -> jax.Array:
