@@ -138,7 +138,7 @@ def shared_bytes(scratch: dict) -> int:
 
 @needs_kernels
 @pytest.mark.kernels
-@pytest.mark.parametrize("widths", [(256, 256), (192, 256), (192, 192)], ids=str)
+@pytest.mark.parametrize("widths", [(256, 256), (192, 256), (192, 192), (96, 96), (64, 64)], ids=str)
 def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
     from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
 
@@ -174,6 +174,25 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
             sums = name == "forward" or (name in ("q", "kv") and "bias" in given)
             reduction = plan.REDUCTION if sums else 0
             assert shared_bytes(launched.value.args[0]) + reduction <= plan.SHARED, (name, mask, list(given))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "width, given, warpgroups",
+    [
+        (64, {}, 3), (96, {"dropout_rate": 0.5}, 3), (128, {}, 2), (256, {}, 2),
+        (64, {"mask": BigBird(64, 3, 1, 2)}, 3), (64, {"mask": BigBird(64, 3, 1, 2), "softcap": 3.0}, 2),
+    ],
+)  # fmt: skip
+def test_warpgroups_of_the_forward_and_their_registers(width, given, warpgroups):
+    from attention_jax.ops.softmax.mosaic_gpu import forward, plan
+
+    words = jnp.zeros(2, jnp.uint32) if "dropout_rate" in given else None
+    call = call_of(200, 200, 1, 1, width, width, **{"mask": Causal(), "dropout_words": words} | given)
+    made = plan.forward_plan(call)
+    assert made.tiles.warpgroups == warpgroups
+    assert made.schedule.rows.shape[1] == -(-200 // (64 * warpgroups))
+    assert 128 * (warpgroups * forward.COMPUTES[warpgroups] + forward.LOADS[warpgroups]) <= 65_536
 
 
 def test_a_mask_without_a_condition_runs_no_code():
