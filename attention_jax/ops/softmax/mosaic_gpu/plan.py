@@ -20,6 +20,7 @@ WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are pad
 
 # Operations of a mask beyond which a whole block spills, as ahead-of-time compilation for sm_90 shows.
 MANY = 30
+MANY_OF_THREE = 20  # where three warpgroups share the registers, and more is done to a score
 MANY_BY_KEY = 24  # where both sums, dK and dV, stay in registers
 FEW = 3  # vectors per token that a whole block holds at a width of 256
 
@@ -138,11 +139,13 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 64 queries a warpgroup over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    crowded = scores.mask_operations > MANY or scores.crowded
-    if max(H, M) > 192:
-        crowded |= scores.heavy or scores.drawn or scores.vectors > FEW
-    elif max(H, M) <= 96:
+    crowded = scores.crowded
+    if max(H, M) <= 96:
+        crowded &= scores.mask_operations > MANY_OF_THREE
         crowded |= scores.mask_operations > MANY_BY_KEY and scores.vectors > 2
+    elif max(H, M) > 192:
+        crowded |= scores.heavy or scores.drawn or scores.vectors > FEW
+    crowded |= scores.mask_operations > MANY
     tiles = tiles or _fitting(_forward_table(scores, crowded), call, scores, crowded, _forward_bytes)
     return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
 
