@@ -82,6 +82,15 @@ class Instruction:
         found = re.match(r"HGMMA\.64x(\d+)x16", self.opcode)
         return int(found[1]) if found else 0
 
+    @property
+    def busy(self) -> int:
+        """Cycles a wgmma keeps the tensor cores: its arithmetic, or its operands at 128 bytes a cycle.
+
+        The right one comes from shared memory, the left one, 64 x 16, from there or from registers.
+        """
+        left = 64 if re.search(r"HGMMA\S+ R\d+, gdesc", self.text) else 0
+        return max(self.columns // 2, (left + self.columns) * 16 * 2 // 128)
+
 
 def loops(path: Path) -> list[list[Instruction]]:
     """The loops with products, outermost ones without an inner one, in program order: their longest paths."""
@@ -153,7 +162,7 @@ class _Warp:
         units["port"] = now + 1
         self.bare += max(0, now + x.stall - max(was, units["tensor"]))
         if x.columns:
-            units["tensor"] = max(units["tensor"], now) + x.columns // 2
+            units["tensor"] = max(units["tensor"], now) + x.busy
             if "gsb0" in x.text:
                 self.groups.append(units["tensor"] + WGMMA_LATENCY)
         kind = x.opcode.split(".")[0]
@@ -197,7 +206,7 @@ def measured(path: Sequence[Instruction], block: int, warpgroups: int, turns: bo
     get = lambda *names: sum(found.get(n, 0) for n in names)  # noqa: E731
     (alone, bare), (together, _) = cycles(path, 1), cycles(path, warpgroups, turns)
     model = {
-        "tensor": sum(x.columns // 2 for x in path) * share, "mufu": 8 * get("MUFU"), "fp32": get(*FP32),
+        "tensor": sum(x.busy for x in path if x.columns) * share, "mufu": 8 * get("MUFU"), "fp32": get(*FP32),
         "alu": 2 * get(*ALU), "issue": len(path) * share, "alone": alone * share, "bare": bare * share,
         "together": together * share / warpgroups,
     }  # fmt: skip

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, accumulating, over_keys
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
+    LOADS,
     gradient_of_handed,
     handed,
     product,
@@ -154,7 +155,7 @@ class _RelayKernel(_FusedKernel):
 
     def load(self) -> None:
         """Q and dO apart: they are not free at the same time, nor need they have as many buffers."""
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(LOADS[2], action="decrease")
         row = k_block, start, _, end = self.row()
         self.load_keys(k_block)
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block

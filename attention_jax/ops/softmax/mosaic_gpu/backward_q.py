@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
-    REGISTERS,
+    COMPUTES,
+    LOADS,
     add_rows,
     both_products,
     gradient,
@@ -44,41 +45,44 @@ def gradient_q(
 ) -> tuple[jax.Array, list[jax.Array]]:
     """(dQ [B, T, N, H], sums for the bias [B, N, T padded]) of a clean call.
 
-    dout [B, T, N, M], lse / ln 2 and delta float32 [B, N, T padded].
+    dout [B, T, N, M], lse / ln 2 and delta float32 [B, N, T or more].
     """
     call = plan.call
     B, T, _, N, _, H, M = call.sizes
-    dtype, (stages, block) = call.q_BTNH.dtype, (plan.tiles.stages, plan.tiles.block)
+    dtype, tiles = call.q_BTNH.dtype, plan.tiles
+    stages, block, groups = tiles.stages, tiles.block, tiles.warpgroups
+    T_pad = round_up(T, tiles.rows)
+    missing = ((0, 0), (0, 0), (0, max(0, T_pad - lse.shape[2])))
+    lse, delta = (jnp.pad(x, missing, constant_values=c) for x, c in ((lse, jnp.inf), (delta, 0.0)))
     operands = plan.operands(
         q_tokens=call.q_BTNH, k_tokens=call.k_BSKH, v_tokens=call.v_BSKM, dout=dout, lse=lse, delta=delta
     )
     scratch = {
-        "q": tiled((2, GROUP, H), dtype, block),
-        "dout": tiled((2, GROUP, M), dtype, block),
+        "q": tiled((groups, GROUP, H), dtype, block),
+        "dout": tiled((groups, GROUP, M), dtype, block),
         "k": tiled((stages, block, H), dtype, block),
         "v": tiled((stages, block, M), dtype, block),
         "k_vectors": vectors_scratch(plan, plan.k),
-        "bits": bits_scratch(plan, 2 * GROUP),
-        "dbias": [plgpu.SMEM((2, GROUP), jnp.float32) for _ in _pulls(plan)],
-        "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        "bits": bits_scratch(plan, tiles.rows),
+        "dbias": [plgpu.SMEM((groups, GROUP), jnp.float32) for _ in _pulls(plan)],
+        "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
         "ready": plgpu.Barrier(num_arrivals=2 + plan.copies(plan.k), num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     }
 
     def body(refs, smem):
         kernel = _QueryKernel(plan, refs, smem)
         group = lax.axis_index("group")
-        pl.when(group < 2)(lambda: kernel.compute(group))
-        pl.when(group == 2)(kernel.load)
+        pl.when(group < groups)(lambda: kernel.compute(group))
+        pl.when(group == groups)(kernel.load)
 
-    T_pad = round_up(T, 2 * GROUP)
     outs = {
         "dq": jax.ShapeDtypeStruct((B, T, N, H), dtype),
         "dbias": [jax.ShapeDtypeStruct((B, N, T_pad), jnp.float32) for _ in _pulls(plan)],
     }
     found = launch(
-        body, operands, outs, scratch, name="flash_backward_q", groups=3,
-        grid={"head": N, "row": T_pad // (2 * GROUP), "batch": B},
+        body, operands, outs, scratch, name="flash_backward_q", groups=groups + 1,
+        grid={"head": N, "row": T_pad // tiles.rows, "batch": B},
     )  # fmt: skip
     return found["dq"], found["dbias"]
 
@@ -89,14 +93,14 @@ def _pulls(plan: Plan) -> list[Traced]:
 
 
 class _QueryKernel(ThreadBlock):
-    """Two warpgroups that each own 64 queries of a head, and one that loads keys and values."""
+    """Warpgroups that each own 64 queries of a head, and one that loads keys and values."""
 
     @property
     def head(self) -> jax.Array:
         return lax.axis_index("head")
 
     def load(self) -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(LOADS[self.plan.tiles.warpgroups], action="decrease")
         q_block, start, _, end = self.row()
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
@@ -113,11 +117,11 @@ class _QueryKernel(ThreadBlock):
         self.produce(end - start, {"free": copy})
 
     def compute(self, group: jax.Array) -> None:
-        plgpu.set_max_registers(REGISTERS, action="increase")
         refs, smem, plan = self.refs, self.smem, self.plan
+        plgpu.set_max_registers(COMPUTES[plan.tiles.warpgroups], action="increase")
         H = plan.call.sizes[5]
         q_block, start, full_end, end = self.row()
-        q_start = q_block * (2 * GROUP) + group * GROUP
+        q_start = q_block * plan.tiles.rows + group * GROUP
         rows = pl.ds(q_start, GROUP)
         q_smem, dout_smem, own_ready = (smem[x].at[group] for x in ("q", "dout", "own_ready"))
         at = (self.batch, rows, self.head)

@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attention_jax.ops.softmax.mosaic_gpu.launch import times
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
-REGISTERS = 240  # of a thread that computes; 24 of one that loads
+# Registers of a thread, of 65,536 in all, by the number of warpgroups that compute.
+COMPUTES, LOADS = {2: 240, 3: 160}, {2: 24, 3: 32}
 
 
 def add_rows(totals: list, tiles: list[jax.Array]) -> None:

@@ -29,7 +29,7 @@ FEW = 3  # vectors per token that a whole block holds at a width of 256
 class Tiles:
     """Tile sizes of one kernel: keys (of the backward over keys: queries) per step, steps in flight.
 
-    warpgroups: those that compute, each with rows of its own. Only the forward takes more than two.
+    warpgroups: those that compute, each with rows of its own. The backward over keys takes two.
     """
 
     block: int
@@ -61,8 +61,8 @@ FORWARD = {
 
 # The backward over queries (dQ): keys per step. The backward over keys (dK, dV): queries per step.
 BACKWARD_Q = {
-    64: Tiles(128, 2),
-    96: Tiles(64, 3),
+    64: Tiles(64, 4, warpgroups=3),
+    96: Tiles(64, 3, warpgroups=3),
     128: Tiles(64, 3),
     192: Tiles(64, 2),
     256: Tiles(32, 3),
@@ -161,14 +161,16 @@ def _forward_table(scores: Scores, crowded: bool) -> dict[int, Tiles]:
 
 
 def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
-    """Rows of 2 x 64 queries over blocks of keys."""
+    """Rows of 64 queries a warpgroup over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
     heavy = max(H, M) > 128 and scores.heavy and (scores.bits or scores.crowded or scores.learned)
-    heavy |= scores.mask_operations > MANY
-    heavy |= max(H, M) <= 64 and (scores.heavy or scores.crowded)  # 128 keys a step there
-    tiles = tiles or _fitting(BACKWARD_Q, call, scores, heavy, _backward_q_bytes)
-    return _plan(call, scores, tiles, 2 * GROUP, tiles.block, by_key=False)
+    heavy |= max(H, M) > 64 and scores.mask_operations > MANY
+    two = scores.mask_operations > (MANY_OF_THREE if scores.crowded else MANY)
+    two |= scores.softcap is not None and scores.dropout is not None
+    table = BACKWARD_Q | {64: Tiles(64, 4), 96: Tiles(64, 3)} if two else BACKWARD_Q
+    tiles = tiles or _fitting(table, call, scores, heavy, _backward_q_bytes)
+    return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
 
 
 def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
@@ -218,20 +220,20 @@ def _forward_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
 
 
 def _backward_q_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
-    bias = _bias_bytes(scores.bias.by_query if scores.bias else [])
-    return 2 * GROUP * (H + M) * 2 + bias + _swept_bytes(H + M, tiles, scores, 2 * GROUP)
+    bias = _bias_bytes(scores.bias.by_query if scores.bias else [], tiles.rows)
+    return tiles.rows * (H + M) * 2 + bias + _swept_bytes(H + M, tiles, scores, tiles.rows)
 
 
 def _backward_k_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
     rows = 2 * GROUP if max(H, M) <= 128 else GROUP
     lse_and_delta = 2 * _buffer(tiles.stages * tiles.block * 4)
-    bias = _bias_bytes(scores.bias.by_key if scores.bias else [])
+    bias = _bias_bytes(scores.bias.by_key if scores.bias else [], rows)
     return rows * (H + M) * 2 + lse_and_delta + bias + _swept_bytes(H + M, tiles, scores, rows)
 
 
-def _bias_bytes(pulls: list) -> int:
+def _bias_bytes(pulls: list, rows: int) -> int:
     """What sums for a bias take."""
-    return len(pulls) * _buffer(2 * GROUP * 4) + (REDUCTION if pulls else 0)
+    return len(pulls) * _buffer(rows * 4) + (REDUCTION if pulls else 0)
 
 
 def _swept_bytes(widths: int, tiles: Tiles, scores: Scores, rows: int) -> int:
