@@ -59,9 +59,8 @@ def candidates(kernel: str) -> list[tuple[int, int, int]]:
     """(block, stages, warpgroups) worth compiling; what does not fit shared memory the compiler refuses."""
     blocks = {"forward": (64, 128, 192, 256), "fused": (64,)}.get(kernel, (32, 64, 128))
     found = [(block, stages, 2) for block in blocks for stages in (2, 3, 4)]
-    if kernel == "forward":
-        found += [(block, stages, 3) for block in (64, 96, 128) for stages in (2, 3, 4)]
-    return found
+    three = {"forward": (64, 96, 128), "q": (32, 64)}.get(kernel, ())
+    return found + [(block, stages, 3) for block in three for stages in (2, 3, 4)]
 
 
 def _compiled(name: str, kernel: str, H: int, size: tuple[int, int, int]) -> dict[str, Any] | None:

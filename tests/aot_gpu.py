@@ -67,6 +67,11 @@ CONFIGS = {
     "128 named tokens": Config(mask=f"Longformer(512, {tuple(range(0, 4096, 50))})"),
     "64 bigbird": Config(widths=(64, 64), mask=_BIGBIRD),
     "64 array": Config(widths=(64, 64), extras=("array",)),
+    "64 odd lengths": Config(widths=(64, 64), lengths=(4001, 3999), mask="Full()"),
+    "64 dropout": Config(widths=(64, 64), extras=("dropout",)),
+    "64 alibi positions segments": Config(widths=(64, 64), extras=("alibi", "positions", "segments")),
+    "64 bigbird softcap": Config(widths=(64, 64), mask=_BIGBIRD, extras=("softcap",)),
+    "96 odd lengths": Config(widths=(96, 96), lengths=(4001, 3999), mask="Full()"),
     "256 array": Config(widths=(256, 256), extras=("array",)),
     "256 bigbird": Config(widths=(256, 256), mask=_BIGBIRD),
     "256 array positions segments": Config(widths=(256, 256), extras=("array", "positions", "segments")),
@@ -99,7 +104,10 @@ CONFIGS = {
     "128 forget bigbird": Config(_TWO, mask=_BIGBIRD, extras=("forget",)),
     "128 forget array": Config(_TWO, extras=("forget", "array")),
     "128 everything": Config(extras=_EVERYTHING),
-    **{f"{name} everything": Config(widths=WIDE[name], extras=_EVERYTHING) for name in ("64", "192", "256")},
+    **{
+        f"{name} everything": Config(widths=WIDE[name], extras=_EVERYTHING)
+        for name in ("64", "96", "192", "256")
+    },
 }
 
 
