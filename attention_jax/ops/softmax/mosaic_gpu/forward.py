@@ -43,12 +43,8 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, M], lse / ln 2 as float32 [B, N, T]) of a clean call."""
     call = plan.call
     B, T, _, N, _, H, M = call.sizes
-    dtype, stages, block, groups = (
-        call.q_BTNH.dtype,
-        plan.tiles.stages,
-        plan.tiles.block,
-        plan.tiles.warpgroups,
-    )
+    dtype, tiles = call.q_BTNH.dtype, plan.tiles
+    stages, block, groups = tiles.stages, tiles.block, tiles.warpgroups
     sinks = None
     if call.sink_logits_N is not None:
         sinks = call.sink_logits_N.astype(jnp.float32) * LOG2E
@@ -60,7 +56,7 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
         "out": None if H == M else tiled((groups, GROUP, M), dtype, block),
         "lse": plgpu.SMEM((groups, GROUP), jnp.float32),
         "k_vectors": vectors_scratch(plan, plan.k),
-        "bits": bits_scratch(plan, plan.tiles.rows),
+        "bits": bits_scratch(plan, tiles.rows),
         "q_ready": plgpu.Barrier(num_barriers=groups),
         "k_ready": plgpu.Barrier(num_arrivals=1 + plan.copies(plan.k), num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
@@ -68,7 +64,7 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
         "v_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         "turn": plgpu.Barrier(num_barriers=groups),
     }
-    T_pad = round_up(T, plan.tiles.rows)
+    T_pad = round_up(T, tiles.rows)
     outs = {
         "out": jax.ShapeDtypeStruct((B, T, N, M), dtype),
         "lse": jax.ShapeDtypeStruct((B, N, T_pad), jnp.float32),
@@ -82,7 +78,7 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
 
     found = launch(
         body, operands, outs, scratch, name="flash_forward", groups=groups + 1,
-        grid={"head": N, "row": T_pad // plan.tiles.rows, "batch": B},
+        grid={"head": N, "row": T_pad // tiles.rows, "batch": B},
     )  # fmt: skip
     return found["out"], found["lse"][..., :T]
 
