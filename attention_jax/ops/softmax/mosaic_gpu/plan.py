@@ -168,6 +168,7 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     heavy |= max(H, M) > 64 and scores.mask_operations > MANY
     two = scores.mask_operations > (MANY_OF_THREE if scores.crowded else MANY)
     two |= scores.softcap is not None and scores.dropout is not None
+    two |= max(H, M) > 64 and (scores.mask_operations > SEVERAL or scores.vectors > 2)
     table = BACKWARD_Q | {64: Tiles(64, 4), 96: Tiles(64, 3)} if two else BACKWARD_Q
     tiles = tiles or _fitting(table, call, scores, heavy, _backward_q_bytes)
     return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
