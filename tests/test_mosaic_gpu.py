@@ -585,6 +585,7 @@ def assert_well_compiled(found: dict) -> None:
     what = f"{found['name']}, {found['kernel']}"
     assert found["spills"] == 0 and found["stack"] == 0, f"{what}: {found['spills']} bytes spilled"
     assert not found["serialized"], f"{what}: wgmma is serialized"
+    assert found["registers"] * 128 * (found["warpgroups"] + 1) <= 65_536, f"{what}: cannot be launched"
     if found["code"]:
         assert found["HGMMA"] and found["UTMALDG"], what
         assert found["LDL"] == found["STL"] == 0, f"{what}: local memory"
