@@ -89,8 +89,8 @@ def compiled_tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     found = _compiled(mask, kernel, H, size)
                     if found is not None:
                         row = {"width": H, "mask": mask, "kernel": kernel}
-                        row |= dict(zip(_SIZE, size, strict=True))
-                        row |= {name: found[name] for name in ("spills", "shared", "most_registers")}
+                        said = (*_SIZE, "spills", "shared", "most_registers")
+                        row |= {name: found[name] for name in said}
                         print(row, flush=True)
                         yield row
 

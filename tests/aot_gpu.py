@@ -194,7 +194,7 @@ def _program(config: Config, kernel: str):
         B, T, _, N, _, _, M = call.sizes
         saved = jnp.zeros((B, N, plan.round_up(T, 128)), jnp.float32)
         cut = plans.get(kernel, plan.backward_k_plan)(call, tiles)
-        chosen[:] = [cut.tiles.block, cut.tiles.stages, cut.tiles.warpgroups]
+        chosen[:] = [cut.tiles]
         return run(cut, jnp.zeros((B, T, N, M), dtype), saved, saved)
 
     return program, shapes, chosen
@@ -240,9 +240,9 @@ def measure(config: Config, kernel: str) -> dict[str, Any]:
     code = code[0] if code else ""
     count = lambda name: len(re.findall(rf"\b{name}", code))  # noqa: E731
     return {
-        "block": chosen[0],
-        "stages": chosen[1],
-        "warpgroups": chosen[2],
+        **dataclasses.asdict(chosen[0]),
+        # Registers that a thread asks for when it starts to load, and to compute.
+        "asked": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
         "stack": int(spills[1]),
         "spills": int(spills[2]) + int(spills[3]),
         "registers": int(re.search(r"Used (\d+) registers", text)[1]),

@@ -192,10 +192,10 @@ def cycles(path: Sequence[Instruction], warps: int, turns: bool = False) -> tupl
     turns: the products from one warp's exponentials to its next are not interleaved with another's.
     """
     units: dict[str, Any] = dict.fromkeys(("port", "tensor", "mufu", "turn"), 0) | {"holder": None}
-    pair, rounds = [_Warp(path, units, turns) for _ in range(warps)], 12 if warps > 1 else 4
-    while any(len(w.marks) <= rounds for w in pair):
-        min(pair, key=_Warp.ready).issue()
-    (t0, b0), (t1, b1) = pair[0].marks[rounds // 2], pair[0].marks[rounds]
+    running, rounds = [_Warp(path, units, turns) for _ in range(warps)], 12 if warps > 1 else 4
+    while any(len(w.marks) <= rounds for w in running):
+        min(running, key=_Warp.ready).issue()
+    (t0, b0), (t1, b1) = running[0].marks[rounds // 2], running[0].marks[rounds]
     return (t1 - t0) * 2 // rounds, (b1 - b0) * 2 // rounds
 
 
@@ -216,10 +216,10 @@ def measured(path: Sequence[Instruction], block: int, warpgroups: int, turns: bo
 
 
 def _ours(name: str, kernel: str) -> tuple[int, int]:
-    """(block, warpgroups)."""
+    """(block, warpgroups that compute)."""
     program, shapes, chosen = aot_gpu._program(aot_gpu.CONFIGS[name], kernel)
     aot_gpu.compile_for_h100(program, shapes)
-    return chosen[0], chosen[2]
+    return chosen[0].block, chosen[0].warpgroups
 
 
 def _jax(name: str, direction: str) -> int:

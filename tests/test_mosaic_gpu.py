@@ -185,14 +185,16 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
     ],
 )  # fmt: skip
 def test_warpgroups_of_the_forward_and_their_registers(width, given, warpgroups):
-    from attention_jax.ops.softmax.mosaic_gpu import forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu import backward_q, forward, plan
 
     words = jnp.zeros(2, jnp.uint32) if "dropout_rate" in given else None
     call = call_of(200, 200, 1, 1, width, width, **{"mask": Causal(), "dropout_words": words} | given)
     made = plan.forward_plan(call)
     assert made.tiles.warpgroups == warpgroups
     assert made.schedule.rows.shape[1] == -(-200 // (64 * warpgroups))
-    assert 128 * (warpgroups * forward.COMPUTES[warpgroups] + forward.LOADS[warpgroups]) <= 65_536
+    for kernel in (forward._Kernel, backward_q._QueryKernel):
+        computes, loads = kernel.registers[warpgroups]
+        assert 128 * (warpgroups * computes + loads) <= 65_536
 
 
 def test_a_mask_without_a_condition_runs_no_code():
@@ -484,8 +486,10 @@ def test_interpreted_fused_with_128_keys():
 
 @pytest.mark.kernels
 @needs_kernels
-def test_interpreted_with_a_learned_bias():
-    assert not interpret(dataclasses.replace(_ALL, bias="forget", heads=(4, 2), widths=(64, 40))).split()
+@pytest.mark.parametrize("softcap", [2.0, None])  # dQ with two warpgroups, with three
+def test_interpreted_with_a_learned_bias(softcap):
+    case = dataclasses.replace(_ALL, bias="forget", heads=(4, 2), widths=(64, 40), softcap=softcap)
+    assert not interpret(case).split()
 
 
 FACTORS = {
@@ -586,6 +590,8 @@ def assert_well_compiled(found: dict) -> None:
     assert found["spills"] == 0 and found["stack"] == 0, f"{what}: {found['spills']} bytes spilled"
     assert not found["serialized"], f"{what}: wgmma is serialized"
     assert found["registers"] * 128 * (found["warpgroups"] + 1) <= 65_536, f"{what}: cannot be launched"
+    loads, computes = found["asked"]
+    assert 128 * (found["warpgroups"] * computes + loads) <= 65_536, f"{what}: waits for registers for ever"
     if found["code"]:
         assert found["HGMMA"] and found["UTMALDG"], what
         assert found["LDL"] == found["STL"] == 0, f"{what}: local memory"

@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, accumulating, over_keys
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
-    LOADS,
     gradient_of_handed,
     handed,
     product,
@@ -155,7 +154,7 @@ class _RelayKernel(_FusedKernel):
 
     def load(self) -> None:
         """Q and dO apart: they are not free at the same time, nor need they have as many buffers."""
-        plgpu.set_max_registers(LOADS[2], action="decrease")
+        self.leave_registers()
         row = k_block, start, _, end = self.row()
         self.load_keys(k_block)
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block

@@ -16,8 +16,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
-    COMPUTES,
-    LOADS,
     add_rows,
     both_products,
     gradient,
@@ -144,7 +142,7 @@ class KeyKernel(ThreadBlock):
         return k_block * self.plan.key_rows + part * GROUP
 
     def load(self) -> None:
-        plgpu.set_max_registers(LOADS[2], action="decrease")
+        self.leave_registers()
         row = k_block, start, _, end = self.row()
         self.load_keys(k_block)
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
@@ -172,7 +170,7 @@ class KeyKernel(ThreadBlock):
                 plgpu.copy_gmem_to_smem(refs[tokens].at[at], smem[name].at[part], smem["own_ready"].at[part])
 
     def compute(self, group: jax.Array, part: jax.Array, wanted: tuple[str, ...]) -> None:
-        plgpu.set_max_registers(COMPUTES[2], action="increase")
+        self.take_registers()
         refs, smem, plan = self.refs, self.smem, self.plan
         row = k_block, start, full_end, end = self.row()
         k_start = self.keys(k_block, part)

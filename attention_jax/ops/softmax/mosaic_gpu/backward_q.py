@@ -13,8 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
-    COMPUTES,
-    LOADS,
     add_rows,
     both_products,
     gradient,
@@ -100,7 +98,7 @@ class _QueryKernel(ThreadBlock):
         return lax.axis_index("head")
 
     def load(self) -> None:
-        plgpu.set_max_registers(LOADS[self.plan.tiles.warpgroups], action="decrease")
+        self.leave_registers()
         q_block, start, _, end = self.row()
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
@@ -117,8 +115,8 @@ class _QueryKernel(ThreadBlock):
         self.produce(end - start, {"free": copy})
 
     def compute(self, group: jax.Array) -> None:
+        self.take_registers()
         refs, smem, plan = self.refs, self.smem, self.plan
-        plgpu.set_max_registers(COMPUTES[plan.tiles.warpgroups], action="increase")
         H = plan.call.sizes[5]
         q_block, start, full_end, end = self.row()
         q_start = q_block * plan.tiles.rows + group * GROUP

@@ -35,9 +35,6 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
 from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
 
-# Registers of a thread, of 65,536 in all, by the number of warpgroups that compute.
-COMPUTES, LOADS = {2: 232, 3: 160}, {2: 40, 3: 32}
-
 
 def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, M], lse / ln 2 as float32 [B, N, T]) of a clean call."""
@@ -86,13 +83,15 @@ def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
 class _Kernel(ThreadBlock):
     """Warpgroups that each own 64 queries of a head, and one that loads."""
 
+    registers = ThreadBlock.registers | {2: (232, 40)}
+
     @property
     def head(self) -> jax.Array:
         return lax.axis_index("head")
 
     def load(self) -> None:
         """The last warpgroup: keys and values of the listed blocks, `stages` steps ahead."""
-        plgpu.set_max_registers(LOADS[self.plan.tiles.warpgroups], action="decrease")
+        self.leave_registers()
         q_block, start, _, end = self.row()
         refs, smem, block = self.refs, self.smem, self.plan.tiles.block
         kv_head = lax.div(self.head, jnp.int32(self.plan.groups))
@@ -115,8 +114,8 @@ class _Kernel(ThreadBlock):
 
     def compute(self, group: jax.Array) -> None:
         """One of the warpgroups that each own 64 queries."""
+        self.take_registers()
         refs, smem, plan = self.refs, self.smem, self.plan
-        plgpu.set_max_registers(COMPUTES[plan.tiles.warpgroups], action="increase")
         M = plan.call.sizes[6]
         q_block, start, full_end, end = self.row()
         q_start = q_block * plan.tiles.rows + group * GROUP

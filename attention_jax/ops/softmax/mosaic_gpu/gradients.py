@@ -15,9 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attention_jax.ops.softmax.mosaic_gpu.launch import times
 from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
 
-# Registers of a thread, of 65,536 in all, by the number of warpgroups that compute.
-COMPUTES, LOADS = {2: 240, 3: 160}, {2: 24, 3: 32}
-
 
 def add_rows(totals: list, tiles: list[jax.Array]) -> None:
     """Adds the sums of each tile's rows to its total."""

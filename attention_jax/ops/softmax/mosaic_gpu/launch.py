@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,17 @@ class ThreadBlock:
     plan: Plan
     refs: dict[str, Any]
     smem: dict[str, Any]
+
+    # Of a thread that computes and of one that loads, by how many warpgroups compute; 65,536 are shared out.
+    registers: ClassVar[dict[int, tuple[int, int]]] = {2: (240, 24), 3: (160, 32)}
+
+    def take_registers(self) -> None:
+        """Before a warpgroup computes."""
+        plgpu.set_max_registers(self.registers[self.plan.tiles.warpgroups][0], action="increase")
+
+    def leave_registers(self) -> None:
+        """Before a warpgroup loads, which needs few."""
+        plgpu.set_max_registers(self.registers[self.plan.tiles.warpgroups][1], action="decrease")
 
     @property
     def batch(self) -> jax.Array:

@@ -42,8 +42,14 @@ class Tiles:
         return self.warpgroups * GROUP
 
     def smaller(self) -> Tiles:
-        """With blocks of half the size, as many tokens in flight."""
+        """With blocks of half the size, as many tokens in flight; a block of 32 stays."""
+        if self.block <= WORD:
+            return self
         return dataclasses.replace(self, block=self.block // 2, stages=self.stages * 2)
+
+    def of_two(self) -> Tiles:
+        """For two warpgroups."""
+        return dataclasses.replace(self, warpgroups=2)
 
 
 SHARED = 232_448  # bytes of shared memory of a thread block on sm_90
@@ -139,25 +145,28 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     """Rows of 64 queries a warpgroup over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
-    crowded = scores.crowded
-    if max(H, M) <= 96:
-        crowded &= scores.mask_operations > MANY_OF_THREE
-        crowded |= scores.mask_operations > MANY_BY_KEY and scores.vectors > 2
-    elif max(H, M) > 192:
-        crowded |= scores.heavy or scores.drawn or scores.vectors > FEW
-    crowded |= scores.mask_operations > MANY
-    tiles = tiles or _fitting(_forward_table(scores, crowded), call, scores, crowded, _forward_bytes)
+    if tiles is None:
+        tiles = _forward_tiles(scores, max(H, M))
+        tiles = _fitting(tiles, call, scores, _forward_bytes)
     return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
 
 
-def _forward_table(scores: Scores, crowded: bool) -> dict[int, Tiles]:
-    """`FORWARD`, with smaller blocks or two warpgroups where three lack registers for the scores."""
-    if crowded:
-        return FORWARD | {64: Tiles(128, 4), 96: Tiles(128, 2)}
+def _forward_tiles(scores: Scores, width: int) -> Tiles:
+    """`FORWARD`, with smaller blocks or fewer warpgroups where registers must hold what the scores need."""
+    tiles = FORWARD[padded_width(width)]
+    long, crowded = scores.mask_operations > MANY, scores.crowded
+    if width > 192:
+        crowded |= scores.heavy or scores.drawn or scores.vectors > FEW
+    if width > 96:
+        return tiles.smaller() if long or crowded else tiles
+    crowded &= scores.mask_operations > MANY_OF_THREE
+    crowded |= scores.mask_operations > MANY_BY_KEY and scores.vectors > 2
+    if long or crowded:
+        tiles = tiles.of_two()
     much = scores.mask_operations > SEVERAL or scores.bits or scores.dropout is not None
     much |= scores.changed and scores.vectors > 1
     much |= scores.softcap is not None and (scores.bias is not None or scores.vectors > 0)
-    return FORWARD | {64: FORWARD[64].smaller()} if much else FORWARD
+    return tiles.smaller() if much and tiles.block > 64 else tiles
 
 
 def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
@@ -169,8 +178,10 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     two = scores.mask_operations > (MANY_OF_THREE if scores.crowded else MANY)
     two |= scores.softcap is not None and scores.dropout is not None
     two |= max(H, M) > 64 and (scores.mask_operations > SEVERAL or scores.vectors + scores.bits > 2)
-    table = BACKWARD_Q | {64: Tiles(64, 4), 96: Tiles(64, 3)} if two else BACKWARD_Q
-    tiles = tiles or _fitting(table, call, scores, heavy, _backward_q_bytes)
+    if tiles is None:
+        tiles = BACKWARD_Q[padded_width(max(H, M))]
+        tiles = tiles.of_two() if two else tiles
+        tiles = _fitting(tiles.smaller() if heavy else tiles, call, scores, _backward_q_bytes)
     return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
 
 
@@ -180,7 +191,9 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     scores = _scores(call)
     heavy = scores.mask_operations > MANY_BY_KEY or (max(H, M) > 64 and (scores.heavy or scores.crowded))
     heavy |= max(H, M) > 192 and scores.vectors > (0 if scores.bits else FEW)
-    tiles = tiles or _fitting(BACKWARD_K, call, scores, heavy, _backward_k_bytes)
+    if tiles is None:
+        tiles = BACKWARD_K[padded_width(max(H, M))]
+        tiles = _fitting(tiles.smaller() if heavy else tiles, call, scores, _backward_k_bytes)
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
 
@@ -196,20 +209,11 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     return _plan(call, scores, tiles, tiles.block, GROUP if relay else 2 * GROUP, by_key=True)
 
 
-def _fitting(
-    table: dict[int, Tiles], call: Call, scores: Scores, heavy: bool, shared: Callable[..., int]
-) -> Tiles:
-    """The table's tiles, of half the block where registers must also hold what the scores need.
-
-    Where shared memory has no room for them there is one block less in flight, a halved one if possible.
-    """
+def _fitting(tiles: Tiles, call: Call, scores: Scores, shared: Callable[..., int]) -> Tiles:
+    """Tiles that fit shared memory: one block less in flight, a halved one if possible, until they do."""
     *_, H, M = call.sizes
-    tiles = table[padded_width(max(H, M))]
-    if heavy and tiles.block > 32:
-        tiles = tiles.smaller()
     while shared(H, M, tiles, scores) > SHARED:
-        if tiles.block > 32:
-            tiles = tiles.smaller()
+        tiles = tiles.smaller()
         tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
         assert tiles.stages > 0, (H, M, scores.vectors)
     return tiles
