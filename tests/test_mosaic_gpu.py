@@ -492,6 +492,14 @@ def test_interpreted_with_a_learned_bias(softcap):
     assert not interpret(case).split()
 
 
+@pytest.mark.kernels
+@needs_kernels
+def test_interpreted_with_keys_that_end_within_a_block():
+    """Nothing else hides a key here. All three kernels run with what a width of 64 gives them."""
+    case = OpCase((150, 200), (64, 64), (2, 1), mask=None, dtype="bfloat16", batch=1)
+    assert not interpret(case).split()
+
+
 FACTORS = {
     "lengths": [(64, 128), (150, 200), (129, 300), (290, 70)],
     "widths": [(64, 64), (96, 80), (128, 128), (192, 128), (256, 256)],
