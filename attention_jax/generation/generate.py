@@ -28,7 +28,7 @@ def generate(
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     key: jax.Array | None = None,
     eos_id: int | None = None,
     request_ids: Sequence[int] | None = None,
@@ -65,7 +65,7 @@ def stream(
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     key: jax.Array | None = None,
     eos_id: int | None = None,
     request_ids: Sequence[int] | None = None,
