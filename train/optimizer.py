@@ -66,9 +66,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     step: int32 [], the number of updates done before; finite: bool [], whether the update is to be done. The
     updates are what `optax.apply_updates` adds. The caller clips first.
 
-    The chain is that of `optax.adamw`: Adam, decoupled decay, learning rate. It differs in two places. The rate
-    is a function of `step`, which the training loop counts already, so that no second counter is saved that
-    could disagree with it. And Adam selects its moments itself (see `_scale_by_adam`).
+    The chain is that of `optax.adamw`: Adam, decoupled decay, learning rate. It differs in two places. The
+    rate is a function of `step`, which the training loop counts already, so that no second counter is saved
+    that could disagree with it. And Adam selects its moments itself (see `_scale_by_adam`).
     """
     return optax.chain(
         _scale_by_adam(config.beta1, config.beta2, config.epsilon),
