@@ -551,7 +551,7 @@ def test_a_snapshot_is_whole_or_absent(folder, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snapshot.os, "rename", killed)
+    monkeypatch.setattr("os.rename", killed)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(small(folder), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()

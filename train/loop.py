@@ -25,7 +25,7 @@ from train.objective import check_ids
 from train.run.checkpoint import Checkpoints
 from train.run.console import Console, printable
 from train.run.files import write_atomically
-from train.run.folder import RunFolder, config_hash, package_versions
+from train.run.folder import RunFolder, identity, package_versions
 from train.run.metrics import BITS, FINAL, MetricsWriter, draw_losses
 from train.run.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
 from train.step import Batch, make_eval_step, make_fill_in, make_train_step
@@ -118,8 +118,7 @@ class Run:
             like = abstract_state(self.config, self.model)
             state, info = self.checkpoints.restore(self.done, like)
             self.tokens, self.best = info["tokens"], info["best"]
-            if info["config_sha256"] != config_hash(self.config):
-                raise ValueError(f"checkpoint {self.checkpoints.path(self.done)} was made by another config")
+            self.folder.check_checkpoint(info, self.checkpoints.path(self.done))
         else:
             state = fresh_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
@@ -239,7 +238,7 @@ class Run:
         info = {
             "tokens": self.tokens,
             "best": self.best,
-            "config_sha256": config_hash(self.config),
+            "config": identity(self.config),
             "corpus_sha256": self.data.corpus_sha256,
             "versions": package_versions(),
         }

@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import numpy as np
 from train.data import tokenizers
 from train.data.corpus import Document
 from train.data.packing import Split
-from train.run.files import sync_folder
+from train.run.files import digests, sha256, whole_folder, write_json
 
 FORMAT = 1
 _SPLITS = ("train", "validation")
@@ -87,26 +85,16 @@ def encode_sources(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> Spl
 
 def write(folder: Path, snapshot: Snapshot) -> None:
     """Make the folder, whole or not at all; `meta` gets the hashes."""
-    temporary = folder.with_name(f"tmp.{folder.name}")
-    if temporary.exists():  # left by a process that was killed
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    for name in (*_SPLITS, *_SOURCES):
-        split = getattr(snapshot, name)
-        if split is None:
-            continue
-        _write(temporary / f"{name}.npy", lambda file, a=split.tokens: np.save(file, a))
-        spans = np.stack([split.starts, split.counts])
-        _write(temporary / f"{name}_spans.npy", lambda file, a=spans: np.save(file, a))
-    tokenizer = tokenizers.dumps(snapshot.tokenizer).encode()
-    _write(temporary / "tokenizer.json", lambda file: file.write(tokenizer))
-    hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    meta = {"format": FORMAT, **snapshot.meta, "sha256": hashes}
-    meta["sha256_of_this"] = _sha256_of_meta(meta)
-    _write(temporary / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode() + b"\n"))
-    sync_folder(temporary)
-    os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    with whole_folder(folder) as temporary:
+        for name in (*_SPLITS, *_SOURCES):
+            split = getattr(snapshot, name)
+            if split is not None:
+                np.save(temporary / f"{name}.npy", split.tokens)
+                np.save(temporary / f"{name}_spans.npy", np.stack([split.starts, split.counts]))
+        (temporary / "tokenizer.json").write_text(tokenizers.dumps(snapshot.tokenizer))
+        meta = {"format": FORMAT, **snapshot.meta, "sha256": digests(temporary, sync=True)}
+        meta["sha256_of_this"] = _sha256_of_meta(meta)
+        write_json(temporary / "meta.json", meta)
 
 
 def read(folder: Path) -> Snapshot:
@@ -116,7 +104,7 @@ def read(folder: Path) -> Snapshot:
     for name in [*(f"{name}{part}.npy" for name in names for part in ("", "_spans")), "tokenizer.json"]:
         path = folder / name
         try:
-            intact = _sha256(path) == meta["sha256"][name]
+            intact = sha256(path) == meta["sha256"][name]
         except OSError as error:
             raise _damaged(path, f"cannot be read: {error.strerror}") from None
         if not intact:
@@ -151,17 +139,5 @@ def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(f"{path} {what}; restore the folder {path.parent} from a copy or start a new run_dir")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sha256_of_meta(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, save: Any) -> None:
-    with open(path, "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())

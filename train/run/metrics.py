@@ -9,20 +9,20 @@ not.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX import SummaryWriter
 
 from train.run.files import write_atomically
 
 TIMING = ("tokens_per_second", "time")
 BITS = "val/bits_per_byte"
+_FLUSH_SECONDS = 5  # a thread of SummaryWriter writes the events; closing waits for it
 FINAL = "val/full_loss"  # a row that has it was written after the last checkpoint
 
 
@@ -37,22 +37,20 @@ class MetricsWriter:
         self._file = open(self._path, "a", encoding="utf-8")
         events = folder / "tensorboard"
         events.mkdir(exist_ok=True)
-        # The events hold nothing the rows do not, so they are written anew instead of being cut.
+        # The events repeat the rows, so they are written anew instead of being cut.
         for stale in events.glob("events.out.tfevents.*"):
             stale.unlink()
-        self._events = EventsWriter(str(events / "events"))
+        self._events = SummaryWriter(str(events), flush_secs=_FLUSH_SECONDS)
         for row in self.rows:
             self._add_events(row)
-        self._events.flush()
 
     def write(self, step: int, values: dict[str, float | int]) -> dict[str, Any]:
-        """Append a row; it has left the process when this returns. ValueError if a value is not finite."""
+        """Append a row to metrics.jsonl, flushed when this returns. ValueError if a value is not finite."""
         row = {"step": step, **values, "time": round(time.time(), 3)}
         self._file.write(_line(row))
         self._file.flush()
         self.rows.append(row)
         self._add_events(row)
-        self._events.flush()
         return row
 
     def sync(self) -> None:
@@ -67,9 +65,7 @@ class MetricsWriter:
     def _add_events(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
             if name not in ("step", "time"):
-                event = Event(step=row["step"], wall_time=row["time"])
-                event.summary.CopyFrom(summary.scalar(name, value))
-                self._events.write_event(event)
+                self._events.add_scalar(name, value, row["step"], walltime=row["time"])
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -109,6 +105,6 @@ def draw_losses(rows: list[dict[str, Any]], path: Path, unit: str = "token") -> 
     axes.set(xlabel="step", ylabel=f"nats per {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())

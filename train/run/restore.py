@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from attention_jax.model import ModelConfig, init_params
-from train import config as config_lib
 from train.config.schema import RunConfig
 from train.data import tokenizers
 from train.data.masking import vocabulary_size
 from train.optimizer import make_optimizer
 from train.run.checkpoint import Checkpoints
+from train.run.folder import saved_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
-    config = config_lib.load(folder / "config.yaml", [])
+    config = saved_config(folder)
     task = config.data.task
     tokenizer = None if task else tokenizers.load(folder / "data" / "tokenizer.json")
     model = with_vocabulary(config.model, vocabulary_size(config.objective, task or tokenizer))
