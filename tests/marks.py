@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+
+
+class Row(NamedTuple):
+    """A row of a table that holds one value."""
+
+    value: Any
+    slow: bool = False
 
 
 def params(table: Mapping[str, Any] | Iterable[Any], slow: Callable[[Any], bool] | None = None) -> list:
