@@ -399,7 +399,7 @@ def test_masks_are_frozen_hashable_values(row):
     copy = dataclasses.replace(row.mask)
     assert copy == row.mask and hash(copy) == hash(row.mask) and {row.mask: 1}[copy] == 1
     for field in dataclasses.fields(row.mask):
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=field.name):
             setattr(row.mask, field.name, 1)
 
 

@@ -4,6 +4,7 @@
 their pictures.
 """
 
+from attention_jax.masks import picture  # noqa: F401 (it defines `Mask.plot`)
 from attention_jax.masks.algebra import And, CacheSpan, Density, Mask, Not, Or, Recipe, parse
 from attention_jax.masks.irregular import (
     BigBird,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Mask:
     """Base of all masks. Subclasses are frozen dataclasses of plain Python values."""
 
     about: ClassVar[About | None] = None  # its line in the catalogue
+    plot: ClassVar[Callable[..., Any]]  # mask.plot(T, S=None, ...) -> figure; masks/picture.py defines it
 
     def keep(self, q_pos: Array, k_pos: Array) -> Array:
         """Boolean, elementwise over the broadcast shapes: may `q_pos` attend to `k_pos`?"""
@@ -133,15 +135,6 @@ class Mask:
             found += int(np.broadcast_to(self.keep(q_pos, k_pos), (q_pos.size, k_pos.size)).sum())
         share = undecided.size / chosen.size if chosen.size else 0
         return Density((kept + found * share) / (T * S), exact=chosen is undecided)
-
-    def plot(self, T: int, S: int | None = None, *, block: int | None = None, axes: Any = None) -> Any:
-        """A matplotlib picture of the pattern over positions 0..T-1 x 0..S-1; see `masks.picture`.
-
-        Needs matplotlib (the extra `train`). Returns the figure.
-        """
-        from attention_jax.masks.picture import plot
-
-        return plot(self, T, S, block=block, axes=axes)
 
 
 def like(*arrays: Array) -> Array:
