@@ -12,7 +12,7 @@ STOREYS = [
     ["attention_jax.about", "attention_jax.choices", "attention_jax.masks", "attention_jax.biases",
      "attention_jax.positions", "attention_jax.caches", "attention_jax.layers", "attention_jax.feature_maps"],
     ["attention_jax.ops"],
-    ["attention_jax.mixers"],
+    ["attention_jax.mixers", "attention_jax.drop_in"],
     ["attention_jax.model_config", "attention_jax.stack", "attention_jax.model"],
     ["attention_jax.generate", "attention_jax.catalogue"],
     ["attention_jax"],
