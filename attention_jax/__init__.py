@@ -6,7 +6,7 @@ L layers, R latent width, P rotary width, U inputs kept for a convolution; any o
 is used. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
 """
 
-from attention_jax import biases, caches, feature_maps, masks, positions
+from attention_jax import biases, caches, drop_in, feature_maps, masks, positions
 from attention_jax.biases import T5, ALiBi, Bias
 from attention_jax.catalogue import catalogue
 from attention_jax.generation import Sampling, generate, stream
@@ -64,6 +64,7 @@ __all__ = [
     "caches",
     "catalogue",
     "dot_product_attention",
+    "drop_in",
     "encode",
     "explain",
     "feature_maps",
