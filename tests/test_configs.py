@@ -73,7 +73,7 @@ def test_twenty_steps_lower_the_loss(path, batches):
     )  # fmt: skip
     step = make_train_step(model, optimizer, STEPS)
     params = jax.tree.map(jax.numpy.asarray, random_params(model))
-    opt_state, losses = make_optimizer(optimizer).init(params), []
+    opt_state, losses = make_optimizer(optimizer, STEPS).init(params), []
     for i in range(STEPS):
         batch = batches[i % len(batches)]
         params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))
