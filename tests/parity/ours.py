@@ -1,0 +1,79 @@
+"""Every call of attention_jax that the comparisons make: a mixer built, run, differentiated and decoded.
+
+Parameters are a flat dict of NumPy arrays by path, such as "q/kernel".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attention_jax.mixers import Context
+
+# A prefill, single tokens, then two more pieces: what a stream of 24 tokens is decoded in.
+PIECES = (9, 1, 1, 1, 1, 1, 5, 5)
+
+
+def _whole(mixer, x_BTD):
+    """The output of the parallel form."""
+    return mixer(x_BTD, ctx=Context())[0]
+
+
+def _appended(mixer, x_BTD, state, positions_BT):
+    """The output of new tokens and the state with them appended."""
+    return mixer(x_BTD, state, ctx=Context(positions_BT=positions_BT))
+
+
+class Mixer:
+    """A mixer of the library as pure functions of its parameters."""
+
+    def __init__(self, config: Any, d_model: int, *, causal: bool):
+        module = config.build(d_model, nnx.Rngs(0), causal=causal)
+        self._graphdef, self._state = nnx.split(module)
+        self.start = {path: np.asarray(x) for path, x in _flatten(nnx.to_pure_dict(self._state)).items()}
+        self._differentiated = jax.jit(self._forward_and_gradients)
+        self._step = jax.jit(lambda params, *new: _appended(self._module(params), *new))
+
+    def _module(self, params: dict[str, jax.Array]):
+        tree = jax.tree_util.tree_map_with_path(lambda path, _: params[_name(path)], _pure(self._state))
+        state = jax.tree.map(lambda x: x, self._state)
+        nnx.replace_by_pure_dict(state, tree)
+        return nnx.merge(self._graphdef, state)
+
+    def _forward_and_gradients(self, params, x_BTD, cotangent_BTD):
+        y_BTD, pull = jax.vjp(lambda params, x: _whole(self._module(params), x), params, x_BTD)
+        return y_BTD, *pull(cotangent_BTD)
+
+    def forward_and_gradients(self, params: dict[str, np.ndarray], x_BTD, cotangent_BTD):
+        """(y, the gradients of sum(y * cotangent) by parameter, that of x)."""
+        y_BTD, grads, dx_BTD = self._differentiated(params, x_BTD, cotangent_BTD)
+        return np.asarray(y_BTD), {path: np.asarray(g) for path, g in grads.items()}, np.asarray(dx_BTD)
+
+    def decoded(self, params: dict[str, np.ndarray], x_BTD: np.ndarray) -> np.ndarray:
+        """The outputs of the same tokens, given piece by piece to a state."""
+        B, T, _ = x_BTD.shape
+        assert sum(PIECES) == T
+        state = self._module(params).init_state(B, T)
+        outputs, start = [], 0
+        for length in PIECES:
+            positions_BT = jnp.broadcast_to(jnp.arange(start, start + length), (B, length))
+            y_BTD, state = self._step(params, x_BTD[:, start : start + length], state, positions_BT)
+            outputs.append(np.asarray(y_BTD))
+            start += length
+        return np.concatenate(outputs, axis=1)
+
+
+def _pure(state: nnx.State) -> dict:
+    return nnx.to_pure_dict(state)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(key.key) for key in path)
+
+
+def _flatten(tree: dict) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
