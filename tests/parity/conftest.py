@@ -1,4 +1,4 @@
-"""Comparisons with code nobody here wrote. They need torch, transformers and fla: `make parity` installs them.
+"""Comparisons with code nobody here wrote; `make parity` installs what they need: torch, transformers, fla.
 
 Where these are missing, nothing of this folder is collected. With PARITY_JSON=path in the environment the
 measured errors are written there.

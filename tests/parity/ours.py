@@ -12,7 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attention_jax.masks import Causal
 from attention_jax.mixers import Context
+from attention_jax.ops.decay_scan import decay_scan
+from attention_jax.ops.delta_rule import delta_rule
+from attention_jax.ops.selected import choose_blocks, selected_attention
+from attention_jax.ops.softmax import dot_product_attention
+
+_OPS = {
+    "decay_scan": decay_scan,
+    "delta_rule": delta_rule,
+    "selected_attention": selected_attention,
+    "dot_product_attention": dot_product_attention,
+}
 
 # A prefill, single tokens, then two more pieces: what a stream of 24 tokens is decoded in.
 PIECES = (9, 1, 1, 1, 1, 1, 5, 5)
@@ -77,3 +89,33 @@ def _name(path: tuple) -> str:
 
 def _flatten(tree: dict) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def op(name: str, arguments: dict[str, Any], cotangents: list[np.ndarray], **options):
+    """(the outputs of an op, the gradients of sum(outputs * cotangents) by argument)."""
+
+    @jax.jit
+    def run(arguments, cotangents):
+        def call(arguments):
+            out = _OPS[name](**arguments, **options)
+            return out if isinstance(out, tuple) else (out,)
+
+        outputs, pull = jax.vjp(call, arguments)
+        return outputs, pull(tuple(cotangents))[0]
+
+    outputs, grads = run(arguments, list(cotangents))
+    return [np.asarray(y) for y in outputs], {key: np.asarray(g) for key, g in grads.items()}
+
+
+def chosen_blocks(q_BTNH, k_BCKH, *, block: int, count: int) -> np.ndarray:
+    """NSA's blocks of each query [B, T, K, count] where compressed and selected blocks are the same."""
+    (B, T, _, H), C = q_BTNH.shape, k_BCKH.shape[1]
+    ends_BC = np.broadcast_to(np.arange(block - 1, C * block, block), (B, C))
+    positions_BT = np.broadcast_to(np.arange(T), (B, T))
+    _, lse_BTN = dot_product_attention(
+        q_BTNH, k_BCKH, k_BCKH, mask=Causal(), k_positions=ends_BC, return_lse=True
+    )
+    return np.asarray(choose_blocks(
+        q_BTNH, k_BCKH, lse_BTN, scale=H**-0.5, compress_block=block, compress_stride=block,
+        select_block=block, select_count=count, num_blocks=C, q_positions=positions_BT, k_positions=ends_BC,
+    ))  # fmt: skip

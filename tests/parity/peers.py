@@ -1,4 +1,4 @@
-"""What the comparisons share on the peers' side: parameters drawn away from their start, gradients, errors."""
+"""The peers' side of the comparisons: parameters drawn away from their start, gradients, errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Peer:
     weights: Callable[[dict[str, np.ndarray], float], dict[str, np.ndarray]]
     fixed: tuple[str, ...] = ()
     bound: float = 1e-6
-    gradient_bound: float = 2e-6
+    gradient_bound: float = 3e-6
     causal: bool = True
     source: str = "transformers"
 
@@ -114,7 +114,7 @@ def weight_error(ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]) -> fl
 
 
 def causal_mask(length: int, keep: Callable | None = None) -> torch.Tensor:
-    """transformers' additive mask [1, 1, T, T]: hidden pairs get the lowest float32. keep(q, k) narrows it."""
+    """transformers' additive mask [1, 1, T, T], the lowest float32 where a pair is hidden; keep narrows it."""
     q, k = torch.arange(length)[:, None], torch.arange(length)[None]
     kept = k <= q if keep is None else (k <= q) & keep(q, k)
     return torch.where(kept, 0.0, torch.finfo(torch.float32).min)[None, None]

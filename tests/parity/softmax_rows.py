@@ -1,4 +1,4 @@
-"""Softmax attention of published models: transformers' attention modules and our configs of the same function."""
+"""Softmax attention of published models: transformers' modules and our configs of the same functions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rope_parameters(theta: float, **scaling) -> dict:
 
 
 def linears(p: dict[str, np.ndarray], **names: str) -> dict[str, np.ndarray]:
-    """Our linear layers from the peer's torch.nn.Linear, by name: kernels transposed, biases where they are."""
+    """Our linear layers from the peer's torch.nn.Linear, by name: kernels transposed, biases if any."""
     out = {}
     for ours, theirs in names.items():
         out[f"{ours}/kernel"] = p[f"{theirs}.weight"].T
@@ -395,7 +395,8 @@ def _mla(
     sizes = {
         "hidden_size": D, "num_attention_heads": N, "num_key_value_heads": N, "head_dim": P,
         "kv_lora_rank": R, "q_lora_rank": query_latent, "qk_nope_head_dim": C, "qk_rope_head_dim": P,
-        "v_head_dim": M, "attention_bias": False, "rope_parameters": rope_parameters(rope.theta, **scaling or {}),
+        "v_head_dim": M, "attention_bias": False,
+        "rope_parameters": rope_parameters(rope.theta, **scaling or {}),
     }  # fmt: skip
 
     def weights(p, one):
@@ -515,10 +516,10 @@ def _longformer() -> Peer:
         return _WithOutput(module)
 
     def call(module, x):
-        is_global = torch.zeros(B, T, dtype=torch.bool)
+        masked, is_global = (torch.zeros(B, T, dtype=torch.bool) for _ in range(2))
         is_global[:, list(positions)] = True
         y = module.attention(
-            x, attention_mask=is_global.to(x.dtype) * 10000, is_index_masked=torch.zeros(B, T, dtype=torch.bool),
+            x, attention_mask=is_global.to(x.dtype) * 10000, is_index_masked=masked,
             is_index_global_attn=is_global, is_global_attn=True,
         )[0]  # fmt: skip
         return module.out(y)

@@ -8,9 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
-from tests.parity import ours, peers, softmax_rows
+from tests.parity import ours, peers, recurrent_rows, softmax_rows
 
-PEERS = softmax_rows.PEERS
+PEERS = softmax_rows.PEERS | recurrent_rows.PEERS
 
 
 @pytest.mark.parametrize("name", PEERS)
