@@ -9,7 +9,7 @@ is used. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
 from attention_jax import biases, caches, feature_maps, masks, positions
 from attention_jax.biases import T5, ALiBi, Bias
 from attention_jax.catalogue import catalogue
-from attention_jax.generate import Sampling
+from attention_jax.generation import Sampling
 from attention_jax.masks import (
     BigBird,
     BlockLocal,

@@ -30,14 +30,14 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention_jax.generate import Sampling, generate
+from attention_jax.generation import Sampling, generate
 from attention_jax.model import LanguageModel, ModelConfig, count_params
 from scripts import trials
 from scripts.benchmarks.timing import interleave
 from train import config as config_lib
-from train import data as data_lib
-from train.metrics import BITS
-from train.restore import TrainedRun, fresh_state, load_run
+from train.data import batches as data_lib
+from train.run.metrics import BITS
+from train.run.restore import TrainedRun, fresh_state, load_run
 from train.step import make_train_step
 
 # What a table compares may differ in these keys, and in what changes no figure.

@@ -19,11 +19,11 @@ from attention_jax.masks import SlidingWindow
 from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig
 from attention_jax.model import EncoderConfig, ModelConfig
 from attention_jax.positions import Llama3, LongRoPE, RoPE, Temperature, XPos, YaRN
-from train import cli, config, plain_yaml
-from train import help as help_lib
-from train import keys as keys_lib
-from train.config import ConfigError
-from train.schema import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
+from train import cli, config
+from train.config import ConfigError, plain_yaml
+from train.config import help as help_lib
+from train.config import keys as keys_lib
+from train.config.schema import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,7 +22,7 @@ from attention_jax import LanguageModel, catalogue
 from attention_jax.masks import parse
 from attention_jax.mixers import Context
 from train import config as configuration
-from train import plain_yaml
+from train.config import plain_yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from attention_jax.generate import Sampling, generate, sample, stream
+from attention_jax.generation import Sampling, generate, sample, stream
 from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
 from attention_jax.positions import RoPE
@@ -193,7 +193,7 @@ def test_capacity_is_checked_before_compiling(small, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr("attention_jax.generate._prefill", never)
+    monkeypatch.setattr("attention_jax.generation.decode._prefill", never)
     with pytest.raises(ValueError, match="a prompt of 3 tokens and 8 new ones exceed the capacity 10"):
         generate(*small, [[1, 2, 3]], max_new_tokens=8, sampling=GREEDY, capacity=10)
     config, params = model(AttentionConfig(num_heads=4), max_positions=10)
@@ -241,7 +241,7 @@ def test_logits_that_are_not_finite_are_an_error_not_token_0(small):
 
 
 def test_decoding_compiles_once_per_shape(small):
-    from attention_jax.generate import _decode
+    from attention_jax.generation.decode import _decode
 
     generate(*small, [[1, 2]], max_new_tokens=5, sampling=Sampling(0, top_k=7))
     before = _decode._cache_size()

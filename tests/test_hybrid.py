@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from attention_jax.generate import Sampling, generate
+from attention_jax.generation import Sampling, generate
 from attention_jax.mixers import AttentionConfig, GLAConfig, Mamba2Config, RetentionConfig
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
 from tests.params import random_params
+from train.config.schema import OptimizerConfig
 from train.optimizer import make_optimizer
-from train.schema import OptimizerConfig
 from train.step import make_train_step
 
 MIXERS = (

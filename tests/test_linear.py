@@ -26,8 +26,8 @@ from tests.mixers import MIXERS, TWO_SIDED
 from tests.params import random_params
 from tests.reference import linear as reference
 from tests.test_mixers import D_MODEL, Harness
+from train.config.schema import OptimizerConfig
 from train.optimizer import decay_mask, make_optimizer
-from train.schema import OptimizerConfig
 from train.step import make_train_step
 
 B, T = 2, 19

@@ -15,10 +15,11 @@ import pytest
 
 from attention_jax.model import init_params
 from train import config as config_lib
-from train import loop, restore
-from train.checkpoint import Checkpoints
-from train.metrics import TIMING, MetricsWriter, draw_losses, read_rows
-from train.run_folder import RunFolder
+from train import loop
+from train.run import restore
+from train.run.checkpoint import Checkpoints
+from train.run.folder import RunFolder
+from train.run.metrics import TIMING, MetricsWriter, draw_losses, read_rows
 from train.step import make_eval_step, make_train_step
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from train.config.schema import OptimizerConfig
 from train.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
-from train.schema import OptimizerConfig
 
 
 def expected_rate(config, steps, n):

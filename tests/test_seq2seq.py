@@ -21,11 +21,14 @@ from attention_jax.positions import RoPE
 from scripts import generate as generate_script
 from tests.test_loop import interrupt, rows, saved
 from train import config as config_lib
-from train import corpus, data, loop, restore
+from train import loop
+from train.config.schema import OptimizerConfig
+from train.data import batches as data
+from train.data import corpus
+from train.data.tokenizers import ByteTokenizer
 from train.optimizer import make_optimizer
-from train.schema import OptimizerConfig
+from train.run import restore
 from train.step import make_eval_step, make_train_step
-from train.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
 MARK = ByteTokenizer.end_of_document

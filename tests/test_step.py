@@ -11,9 +11,9 @@ import pytest
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply, init_params
 from attention_jax.positions import RoPE
+from train.config.schema import OptimizerConfig
 from train.objective import mean_nll
 from train.optimizer import make_optimizer
-from train.schema import OptimizerConfig
 from train.step import make_eval_step, make_train_step
 
 MODEL = ModelConfig(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.schema import OptimizerConfig
+from train.config.schema import OptimizerConfig
 
 _DECAYED = ("kernel", "embedding")
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import grain
 
-from train.packing import Batch
-from train.tasks import TaskConfig
+from train.data.packing import Batch
+from train.data.tasks import TaskConfig
 
 if TYPE_CHECKING:
-    from train.schema import DataConfig
+    from train.config.schema import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)

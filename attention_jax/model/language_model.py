@@ -18,9 +18,17 @@ from flax import nnx
 
 from attention_jax.layers import linear, matmul
 from attention_jax.mixers import Context
-from attention_jax.model_config import EncoderConfig, ModelConfig
+from attention_jax.model.config import EncoderConfig, ModelConfig
+from attention_jax.model.stack import (
+    dropout,
+    init,
+    layer_of,
+    make_norm,
+    make_stacks,
+    run_stacks,
+    stack_states,
+)
 from attention_jax.positions import sinusoidal
-from attention_jax.stack import dropout, init, layer_of, make_norm, make_stacks, run_stacks, stack_states
 
 __all__ = [
     "EncoderConfig",

@@ -19,10 +19,10 @@ from typing import Any
 import pydantic
 
 from attention_jax.masks import Mask, parse
-from train import plain_yaml
-from train.keys import default_of, expected, hints, item_type, kind_of, members, sections
-from train.plain_yaml import ConfigError
-from train.schema import RunConfig
+from train.config import plain_yaml
+from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
+from train.config.plain_yaml import ConfigError
+from train.config.schema import RunConfig
 
 __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 

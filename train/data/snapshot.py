@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from train import tokenizers
-from train.corpus import Document
-from train.files import sync_folder
-from train.packing import Split
+from train.data import tokenizers
+from train.data.corpus import Document
+from train.data.packing import Split
+from train.run.files import sync_folder
 
 FORMAT = 1
 _SPLITS = ("train", "validation")

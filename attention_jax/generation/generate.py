@@ -7,7 +7,6 @@ any slot.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,35 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.mixers import Context
-from attention_jax.model import ModelConfig, bind
+from attention_jax.generation import decode
+from attention_jax.generation.sampling import Sampling
+from attention_jax.model import ModelConfig
 
 _BUCKET = 64  # prompt lengths, capacities and outputs are rounded up to it, so that few shapes compile
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn: temperature, then top-k, top-p and min-p, each on what the former left.
-
-    temperature: divides the logits; 0 takes the largest (greedy).
-    top_k: keep the k largest. top_p: keep the fewest whose probability reaches p (Holtzman et al. 2020,
-    arXiv 1904.09751). min_p: keep those of at least min_p times the largest probability (2407.01082).
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be >= 1, got {self.top_k}")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
 def generate(
@@ -53,7 +28,7 @@ def generate(
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     key: jax.Array | None = None,
     eos_id: int | None = None,
     request_ids: Sequence[int] | None = None,
@@ -90,7 +65,7 @@ def stream(
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     key: jax.Array | None = None,
     eos_id: int | None = None,
     request_ids: Sequence[int] | None = None,
@@ -126,13 +101,13 @@ def stream(
     tokens_BT, positions_BT = _left_padded(prompts, capacity)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(ids)
     width = -(-max_new_tokens // _BUCKET) * _BUCKET
-    carry = _prefill(config, capacity, width, params, tokens_BT, positions_BT, source)
+    carry = decode._prefill(config, capacity, width, params, tokens_BT, positions_BT, source)
     eos = jnp.int32(-1 if eos_id is None else eos_id)
 
     def produce(carry):
         for start in range(0, max_new_tokens, chunk):
             limit = min(start + chunk, max_new_tokens)
-            carry = _decode(config, sampling, params, keys_B, carry, eos, jnp.int32(limit))
+            carry = decode._decode(config, sampling, params, keys_B, carry, eos, jnp.int32(limit))
             new_BN = np.asarray(carry["out"][:, start:limit])
             if (bad := np.flatnonzero(carry["bad"])).size:
                 raise ValueError(f"the model's logits are NaN or all -inf for request {ids[bad[0]]}")
@@ -198,79 +173,3 @@ def _left_padded(prompts: list[np.ndarray], capacity: int) -> tuple[np.ndarray, 
         tokens_BT[row, T - len(prompt) :] = prompt
         positions_BT[row, T - len(prompt) :] = np.arange(len(prompt))
     return tokens_BT, positions_BT
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, positions_BT, source) -> dict:
-    model, B = bind(config, params), tokens_BT.shape[0]
-    memory = None
-    if source is not None:
-        memory = (model.encode(source[0], ctx=Context(positions_BT=source[1])), source[1])
-    state = model.init_state(B, capacity, memory=memory)
-    x_BTD, state = model.hidden(tokens_BT, state, ctx=Context(positions_BT=positions_BT))
-    return {
-        "state": state,
-        "logits": model.logits(x_BTD[:, -1]),
-        "position": positions_BT[:, -1] + 1,
-        "step": jnp.int32(0),
-        "out": jnp.full((B, width), -1, jnp.int32),
-        "done": jnp.zeros((B,), bool),
-        "bad": jnp.zeros((B,), bool),
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(config: ModelConfig, sampling: Sampling, params, keys_B, carry: dict, eos, limit) -> dict:
-    """Tokens until `limit` have been drawn or every row has met `eos`."""
-    model = bind(config, params)
-
-    def undone(c):
-        return (c["step"] < limit) & jnp.any(c["done"] == False)  # noqa: E712
-
-    def draw(c):
-        keys = jax.vmap(jax.random.fold_in)(keys_B, c["position"])
-        token_B = sample(c["logits"], sampling, keys)
-        # A row of NaN or -inf has no largest logit; categorical and argmax would answer 0.
-        bad_B = c["bad"] | ((jnp.isfinite(c["logits"].max(-1)) == False) & (c["done"] == False))  # noqa: E712
-        done_B = c["done"] | (token_B == eos) | bad_B
-        position_B = jnp.where(done_B, -1, c["position"])  # a finished row leaves its state unchanged
-        x_BTD, state = model.hidden(
-            jnp.where(done_B, 0, token_B)[:, None], c["state"], ctx=Context(positions_BT=position_B[:, None])
-        )
-        return {
-            "state": state,
-            "logits": model.logits(x_BTD[:, 0]),
-            "position": c["position"] + 1,
-            "step": c["step"] + 1,
-            "out": jax.lax.dynamic_update_index_in_dim(
-                c["out"], jnp.where(done_B, -1, token_B), c["step"], axis=1
-            ),
-            "done": done_B,
-            "bad": bad_B,
-        }
-
-    return jax.lax.while_loop(undone, draw, carry)
-
-
-def sample(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
-    """A token for each row, int32 [B], drawn with that row's key."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    draw = jax.vmap(jax.random.categorical)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
-        return draw(keys_B, logits_BV).astype(jnp.int32)
-    # In sorted order each filter keeps a prefix, so ties cannot let more tokens in than asked for.
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        sorted_BV = sorted_BV.at[:, sampling.top_k :].set(-jnp.inf)
-    if sampling.top_p is not None:
-        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # the first token has 0 before it and always stays
-        sorted_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
-    if sampling.min_p is not None:
-        floor_B1 = sorted_BV[:, :1] + jnp.log(sampling.min_p)
-        sorted_BV = jnp.where(sorted_BV >= floor_B1, sorted_BV, -jnp.inf)
-    index_B1 = draw(keys_B, sorted_BV)[:, None]
-    return jnp.take_along_axis(order_BV, index_B1, axis=-1)[:, 0].astype(jnp.int32)

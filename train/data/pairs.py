@@ -14,8 +14,8 @@ import dataclasses
 import warnings
 from typing import NamedTuple
 
-from train import corpus
-from train.corpus import Corpus, Document
+from train.data import corpus
+from train.data.corpus import Corpus, Document
 
 
 class Pair(NamedTuple):

@@ -19,7 +19,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from train.files import write_atomically
+from train.run.files import write_atomically
 
 TIMING = ("tokens_per_second", "time")
 BITS = "val/bits_per_byte"

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from attention_jax.masks import Mask
-from train import plain_yaml
-from train.config import to_dict
-from train.keys import default_of, hints, item_type, kind_of, meanings, members, sections
-from train.schema import RunConfig
+from train.config import plain_yaml, to_dict
+from train.config.keys import default_of, hints, item_type, kind_of, meanings, members, sections
+from train.config.schema import RunConfig
 
 WIDTH = 100
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from attention_jax.layers import gelu, linear
 from attention_jax.mixers import Context, MixerConfig
-from attention_jax.model_config import ModelConfig
+from attention_jax.model.config import ModelConfig
 
 
 class MLP(nnx.Module):

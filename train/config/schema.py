@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from attention_jax.mixers import CrossAttentionConfig, LinformerConfig, NystromformerConfig
 from attention_jax.model import ModelConfig
-from train.tasks import TaskConfig
+from train.data.tasks import TaskConfig
 
 # Keys of `data` that objective masked_lm alone reads.
 MASKING_KEYS = ("mask_fraction", "mask_replaced", "mask_random")

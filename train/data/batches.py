@@ -9,11 +9,11 @@ packing: documents  every pair (token, next token) of every document once an epo
                     have room left. Every epoch has another order of documents, other cuts, other rows.
 packing: stream     windows of T tokens of the concatenated text at uniformly random starts, drawn anew for
                     every row of every step; they run across documents.
-objective: masked_lm  the same rows of text, in which `train.masking` hides tokens; each row's own tokens, not
-                    the next ones, are what is to be told.
+objective: masked_lm  the same rows of text, in which `train.data.masking` hides tokens; the targets are
+                    each row's own tokens, not the next ones.
 objective: seq2seq  a pair a row, every pair once an epoch, in another order in each. The row holds the mark
                     and the target, to predict the target and the mark; the source stands beside it.
-task                no text: rows made by `train.tasks`, never the same one twice.
+task                no text: rows made by `train.data.tasks`, never the same one twice.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from train import corpus, masking, snapshot, tokenizers
-from train import pairs as pairs_lib
-from train.corpus import Document
-from train.packing import (
+from train.config.schema import MASKING_KEYS, DataConfig
+from train.data import corpus, masking, snapshot, tokenizers
+from train.data import pairs as pairs_lib
+from train.data.corpus import Document
+from train.data.packing import (
     Batch,
     Piece,
     Sequential,
@@ -41,9 +42,8 @@ from train.packing import (
     scoring_rows,
     shuffled,
 )
-from train.pairs import Pair
-from train.schema import MASKING_KEYS, DataConfig
-from train.tasks.source import TaskData
+from train.data.pairs import Pair
+from train.data.tasks.source import TaskData
 
 _TRAINING, _HELD_OUT = 0, 1  # what masks are drawn for: streams that share nothing
 
@@ -285,8 +285,8 @@ def prepare(
 ) -> TextData | PairData | TaskData:
     """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call; or its task.
 
-    ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.corpus` and
-    `train.pairs`), a snapshot that is damaged or was made by another data section.
+    ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.data.corpus` and
+    `train.data.pairs`), a snapshot that is damaged or was made by another data section.
     """
     if config.task is not None:
         return TaskData(config)
@@ -320,7 +320,7 @@ def _make(config: DataConfig) -> snapshot.Snapshot:
 def _make_pairs(config: DataConfig) -> snapshot.Snapshot:
     found = pairs_lib.read(config.files, config.validation_split, config.validation_fraction)
     tokenizer = tokenizers.make(config.tokenizer, ())
-    assert tokenizer.end_of_document is not None, "train.schema refuses a tokenizer without it"
+    assert tokenizer.end_of_document is not None, "train.config.schema refuses a tokenizer without it"
     meta = _meta(config, found.text, tokenizer) | {"unparsed_files": found.unparsed}
     splits, known = {}, set(found.train)
     for name, every in (("train", found.train), ("validation", found.validation)):

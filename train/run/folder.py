@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from train import config as config_lib
-from train import plain_yaml
-from train.files import write_atomically, write_json
-from train.schema import MASKING_KEYS, RunConfig
+from train.config import plain_yaml
+from train.config.schema import MASKING_KEYS, RunConfig
+from train.run.files import write_atomically, write_json
 
 # Keys that may change between two starts: they alter no bit of parameters, optimiser, losses or data order.
 FREE = ("run_dir", "log_every", "evaluation.sample_prompt", "evaluation.sample_tokens")

@@ -6,7 +6,7 @@ turns it into what the trainer reads. Row n is a function of (seed, held out or 
 size.
 """
 
-from train.tasks.mqar import MQARConfig
+from train.data.tasks.mqar import MQARConfig
 
 TaskConfig = MQARConfig
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.packing import Batch
-from train.schema import DataConfig
-from train.tasks import TaskConfig
-from train.tokenizers import Tokenizer
+from train.config.schema import DataConfig
+from train.data.packing import Batch
+from train.data.tasks import TaskConfig
+from train.data.tokenizers import Tokenizer
 
 
 def mask_id(tokenizer: Tokenizer) -> int:
@@ -26,7 +26,7 @@ def vocabulary_size(objective: str, source: Tokenizer | TaskConfig) -> int:
 
 
 def hide(batch: Batch, config: DataConfig, tokenizer: Tokenizer, key: tuple[int, ...]) -> Batch:
-    """A batch of `train.packing.assemble` with its targets replaced by the chosen tokens.
+    """A batch of `train.data.packing.assemble` with its targets replaced by the chosen tokens.
 
     tokens: what the model reads; targets: the tokens that stood at the chosen places, -1 elsewhere. What
     is chosen in row b depends on (key, b) and the row's tokens alone.

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from train.files import sync_folder, write_json
+from train.run.files import sync_folder, write_json
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})\Z")

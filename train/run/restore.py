@@ -13,11 +13,11 @@ import numpy as np
 
 from attention_jax.model import ModelConfig, init_params
 from train import config as config_lib
-from train import tokenizers
-from train.checkpoint import Checkpoints
-from train.masking import vocabulary_size
+from train.config.schema import RunConfig
+from train.data import tokenizers
+from train.data.masking import vocabulary_size
 from train.optimizer import make_optimizer
-from train.schema import RunConfig
+from train.run.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

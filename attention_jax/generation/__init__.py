@@ -1,0 +1,6 @@
+"""Text from a language model: prefill, then decoding with the state of every layer."""
+
+from attention_jax.generation.generate import generate, stream
+from attention_jax.generation.sampling import Sampling, sample
+
+__all__ = ["Sampling", "generate", "sample", "stream"]
