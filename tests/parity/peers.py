@@ -114,7 +114,7 @@ def weight_error(ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]) -> fl
 
 
 def causal_mask(length: int, keep: Callable | None = None) -> torch.Tensor:
-    """transformers' additive mask [1, 1, T, T], the lowest float32 where a pair is hidden; keep narrows it."""
+    """transformers' additive mask [1, 1, T, T]: the lowest float32 where hidden; `keep(q, k)` narrows it."""
     q, k = torch.arange(length)[:, None], torch.arange(length)[None]
     kept = k <= q if keep is None else (k <= q) & keep(q, k)
     return torch.where(kept, 0.0, torch.finfo(torch.float32).min)[None, None]

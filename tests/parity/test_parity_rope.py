@@ -19,20 +19,27 @@ def _yarn(original: int, factor: float, **options):
     return "yarn", theirs, YaRN(factor=factor, original_length=original, **options), None
 
 
+def _dynamic(factor: float, length: int):
+    return (
+        "dynamic",
+        {"factor": factor},
+        DynamicNTK(factor=factor, original_length=512, length=length),
+        length,
+    )
+
+
 def _longrope(length: int, **options):
     theirs = {"short_factor": list(_SHORT), "long_factor": list(_LONG)} | options
-    ours = LongRoPE(
-        short_factor=_SHORT, long_factor=_LONG, original_length=512, length=length, **options
-    )
+    ours = LongRoPE(short_factor=_SHORT, long_factor=_LONG, original_length=512, length=length, **options)
     return "longrope", theirs | {"original_max_position_embeddings": 512}, ours, length
 
 
 # kind, transformers' parameters, our scaling, the length that transformers is told.
 CASES = {
     "linear": ("linear", {"factor": 4.0}, LinearScaling(factor=4.0), None),
-    "dynamic-short": ("dynamic", {"factor": 2.0}, DynamicNTK(factor=2.0, original_length=512, length=300), 300),
-    "dynamic-long": ("dynamic", {"factor": 2.0}, DynamicNTK(factor=2.0, original_length=512, length=5000), 5000),
-    "dynamic-4": ("dynamic", {"factor": 4.0}, DynamicNTK(factor=4.0, original_length=512, length=999), 999),
+    "dynamic-short": _dynamic(2.0, 300),
+    "dynamic-long": _dynamic(2.0, 5000),
+    "dynamic-4": _dynamic(4.0, 999),
     "yarn": _yarn(512, 8.0),
     "yarn-4096": _yarn(4096, 32.0),
     "yarn-beta": _yarn(512, 8.0, beta_fast=16.0, beta_slow=2.0),
