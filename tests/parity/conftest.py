@@ -38,7 +38,7 @@ def pytest_sessionfinish(session):
     path = os.environ.get("PARITY_JSON")
     if not path or hasattr(session.config, "workerinput"):
         return
-    packages = ("torch", "transformers", "flash-linear-attention", "jax")
+    packages = ("torch", "transformers", "fla-core", "jax")
     content = {
         "command": "make parity PARITY_JSON=docs/results/parity.json",
         "versions": {name: importlib.metadata.version(name) for name in packages},

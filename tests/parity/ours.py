@@ -19,6 +19,9 @@ from attention_jax.ops.delta_rule import delta_rule
 from attention_jax.ops.selected import choose_blocks, selected_attention
 from attention_jax.ops.softmax import dot_product_attention
 
+# The option of a config that adds sink logits, and where they stand among the parameters.
+SINK_LOGITS, SINK_LOGITS_PATH = {"sinks": True}, "sinks"
+
 _OPS = {
     "decay_scan": decay_scan,
     "delta_rule": delta_rule,

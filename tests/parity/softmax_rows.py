@@ -21,6 +21,7 @@ from attention_jax.mixers import (
 )
 from attention_jax.mixers.differential import lambda_of_depth
 from attention_jax.positions import LinearScaling, Llama3, RoPE, Temperature, YaRN
+from tests.parity.ours import SINK_LOGITS, SINK_LOGITS_PATH
 from tests.parity.peers import B, D, Peer, T, causal_mask
 
 N, K, H = 4, 2, 12
@@ -83,7 +84,7 @@ def llama_weights(p, one, *, norms: bool = False, sinks: bool = False, shifted: 
         for ours, theirs in (("q_norm/scale", "q_norm.weight"), ("k_norm/scale", "k_norm.weight")):
             out[ours] = one + p[theirs] if shifted else p[theirs]
     if sinks:
-        out["sinks"] = p["sinks"]
+        out[SINK_LOGITS_PATH] = p["sinks"]
     return out
 
 
@@ -225,7 +226,7 @@ def _gpt_oss(mask, keep, layer_idx: int) -> Peer:
                "original_max_position_embeddings": 64}  # fmt: skip
     rope = RoPE(theta=150.0, scaling=YaRN(factor=8.0, original_length=64, truncate=False))
     return layer(
-        "gpt_oss", GPT_OSS, _plain(rope=rope, use_bias=True, sinks=True, mask=mask), keep=keep,
+        "gpt_oss", GPT_OSS, _plain(rope=rope, use_bias=True, mask=mask, **SINK_LOGITS), keep=keep,
         layer_idx=layer_idx, weights=functools.partial(llama_weights, sinks=True),
         options={"sliding_window": 6, "attention_bias": True,
                  "rope_parameters": rope_parameters(150.0, **scaling)},
