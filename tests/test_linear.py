@@ -22,10 +22,10 @@ from attention_jax.mixers import (
 from attention_jax.mixers.performer import redraw
 from attention_jax.model import ModelConfig, init_params
 from attention_jax.positions import RoPE
-from tests.mixers import MIXERS, TWO_SIDED
+from tests.harness import Harness
+from tests.mixers import D_MODEL, MIXERS, TWO_SIDED
 from tests.params import random_params
 from tests.reference import linear as reference
-from tests.test_mixers import D_MODEL, Harness
 from train.config.schema import OptimizerConfig
 from train.optimizer import decay_mask, make_optimizer
 from train.step import make_train_step
@@ -255,7 +255,7 @@ def test_bfloat16_models_sum_in_float32(config, x):
     exact = Harness(config)
     mixer = nnx.eval_shape(lambda: config.build(D_MODEL, nnx.Rngs(0), causal=True, dtype=jnp.bfloat16))
     graphdef, _ = nnx.split(mixer)
-    call = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, None, ctx=Context())[0])
+    call = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))
     y = call(exact.params, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     expected = exact.parallel(x)

@@ -21,7 +21,7 @@ from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
 from scripts import generate as generate_script
 from tests.params import random_params
-from tests.test_loop import interrupt, rows, saved
+from tests.runs import interrupt, rows, saved
 from train import cli, loop
 from train import config as config_lib
 from train.config.schema import DataConfig, OptimizerConfig
