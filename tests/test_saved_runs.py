@@ -203,7 +203,7 @@ def test_a_run_folders_config_starts_another_run(runs, monkeypatch):
 )  # fmt: skip
 def test_keys_that_format_2_renamed(old, new):
     raw = {"model": old}
-    migration._rename_config_of_format_1(raw)
+    migration.STEPS[1].config(raw)
     assert raw == {"model": new}
     current = {"format": 2, "model": old}
     assert migration.migrate_config(current) == {"model": old} and "format" in current
@@ -216,5 +216,5 @@ def test_arrays_that_format_2_renamed():
         ("params/stacks/0/mixer/q/kernel", "params/stacks/0/mixer/q/kernel"),
         ("opt_state/0/count", "opt_state/0/count"),
     ]:
-        assert migration._rename_path_of_format_1(old) == new
+        assert migration.migrate_path(old, 1) == new
         assert migration.migrate_path(old, 2) == old

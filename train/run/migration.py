@@ -106,4 +106,4 @@ def _rename_path_of_format_1(path: str) -> str:
     return path.removesuffix("sinks") + "sink_logits" if path.endswith("/mixer/sinks") else path
 
 
-STEPS = {1: Step(config=lambda raw: None, path=lambda path: path)}
+STEPS = {1: Step(config=_rename_config_of_format_1, path=_rename_path_of_format_1)}
