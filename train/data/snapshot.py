@@ -1,4 +1,4 @@
-"""The tokenised corpus of a run folder, so that a resume reads what the first start read.
+"""The tokenised corpus in a run folder, so that a resumed run reads the same text as the first start.
 
     data/
       train.npy, validation.npy              token ids, in the smallest type that holds the vocabulary
@@ -8,7 +8,7 @@
       tokenizer.json
       meta.json                              where it came from, sizes, and the SHA-256 of every other file
 
-The folder is written under another name and renamed when complete: it is whole or absent.
+The folder is written under another name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SOURCES = ("train_sources", "validation_sources")
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What the folder holds; the token arrays are mapped, not read."""
+    """The content of the folder; the token arrays are memory-mapped."""
 
     tokenizer: tokenizers.Tokenizer
     train: Split
@@ -53,38 +53,43 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 def encode(documents: Sequence[Document], tokenizer: tokenizers.Tokenizer) -> Split:
-    """The documents end to end, a mark in front of each and one at the end where the tokenizer has one.
+    """The documents concatenated, with an end-of-document token before each and after the last.
 
-    With a mark a document of n tokens has n + 1 pairs: the mark in front predicts its first token, its
-    last token predicts the next mark. Without, it has n - 1, and its first token is never predicted.
+    A document of n tokens has n + 1 pairs: the token before it predicts its first token, its last token
+    predicts the next end of document. A tokenizer without that token gives n - 1 pairs, and the first token
+    is never predicted.
     """
-    mark = tokenizer.end_of_document
+    boundary = tokenizer.end_of_document
     parts = [tokenizer.encode(document.text) for document in documents]
     lengths = np.array([part.size for part in parts], np.int64)
-    marked = int(mark is not None)
-    starts = np.cumsum(lengths + marked) - lengths - marked
-    tokens = np.empty(int(lengths.sum()) + (len(parts) + 1) * marked, token_type(tokenizer.vocab_size))
+    extra = int(boundary is not None)
+    starts = np.cumsum(lengths + extra) - lengths - extra
+    tokens = np.empty(int(lengths.sum()) + (len(parts) + 1) * extra, token_type(tokenizer.vocab_size))
     for part, start in zip(parts, starts.tolist(), strict=True):
-        if marked:
-            tokens[start] = mark
-        assert part.min(initial=0) >= 0 and part.max(initial=0) < tokenizer.vocab_size
-        tokens[start + marked : start + marked + part.size] = part
-    if marked:
-        tokens[-1] = mark
-    return Split(tokens, starts, lengths + 2 * marked - 1)
+        if extra:
+            tokens[start] = boundary
+        assert _known(part, tokenizer), "ids outside the vocabulary"
+        tokens[start + extra : start + extra + part.size] = part
+    if extra:
+        tokens[-1] = boundary
+    return Split(tokens, starts, lengths + 2 * extra - 1)
 
 
 def encode_sources(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> Split:
-    """The texts end to end, without marks; `counts` are the numbers of their tokens."""
+    """The texts concatenated, without end-of-document tokens; `counts` are their numbers of tokens."""
     parts = [tokenizer.encode(text) for text in texts]
     counts = np.array([part.size for part in parts], np.int64)
     tokens = np.concatenate(parts or [np.empty(0, np.int32)])
-    assert tokens.min(initial=0) >= 0 and tokens.max(initial=0) < tokenizer.vocab_size
+    assert _known(tokens, tokenizer), "ids outside the vocabulary"
     return Split(tokens.astype(token_type(tokenizer.vocab_size)), np.cumsum(counts) - counts, counts)
 
 
+def _known(ids: np.ndarray, tokenizer: tokenizers.Tokenizer) -> bool:
+    return ids.min(initial=0) >= 0 and ids.max(initial=0) < tokenizer.vocab_size
+
+
 def write(folder: Path, snapshot: Snapshot) -> None:
-    """Make the folder, whole or not at all; `meta` gets the hashes."""
+    """Write the folder, completely or not at all; `meta` gets the hashes."""
     with whole_folder(folder) as temporary:
         for name in (*_SPLITS, *_SOURCES):
             split = getattr(snapshot, name)
@@ -130,13 +135,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise _damaged(path, "is damaged")
     if meta["format"] != FORMAT:
         raise ValueError(
-            f"{path} has format {meta['format']}, this program reads {FORMAT}: start a new run_dir"
+            f"{path} has format {meta['format']}, this version reads {FORMAT}: choose another run_dir"
         )
     return meta
 
 
 def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} {what}; restore the folder {path.parent} from a copy or start a new run_dir")
+    return ValueError(
+        f"{path} {what}; restore the folder {path.parent} from a copy, or choose another run_dir"
+    )
 
 
 def _sha256_of_meta(meta: dict[str, Any]) -> str:

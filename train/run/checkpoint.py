@@ -1,14 +1,13 @@
-"""Checkpoints: arrays through orbax, everything around them so that SIGKILL at any moment loses nothing.
+"""Checkpoints: arrays written by orbax, with checksums, in folders that are complete or ignored.
 
 A checkpoint is a folder step_00000500 of
 
     state/         parameters and optimiser state, as orbax writes them
-    info.json      what identifies the run, and its host state
+    info.json      the run's configuration, its host state, and the path, dtype and shape of every array
     manifest.json  format number and the SHA-256 of every other file (orbax itself has no checksum)
 
-It is made under a name that starts with `tmp.`, the manifest last, and renamed when complete; it is deleted
-by renaming it back first. So a name without `tmp.` is always complete, and what a killed process left over
-is recognised by its name.
+A process that is killed at any moment loses no earlier checkpoint: a folder is filled under a name that
+starts with `tmp.`, the manifest last, and renamed when complete; before it is deleted, it is renamed back.
 
 A checkpoint of an earlier format is verified as it is and then read with the paths that its arrays have now
 (`train.run.migration`). Arrays are restored by path: the containers around them may change.
@@ -35,14 +34,14 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints in `folder`: the newest `keep` of them, and one more that is called the best."""
+    """The checkpoints in `folder`: the newest `keep`, and the one that `save` is given as the best."""
 
     def __init__(self, folder: Path, *, keep: int):
         self.folder = folder.absolute()
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending. A folder without a manifest is none."""
+        """Steps of the complete checkpoints, ascending; a folder without a manifest does not count."""
         if not self.folder.is_dir():
             return []
         matches = [_NAME.match(entry.name) for entry in self.folder.iterdir()]
@@ -75,7 +74,7 @@ class Checkpoints:
         self.collect(best)
 
     def collect(self, best: int | None) -> None:
-        """Delete what killed processes left over, and all but the newest `keep` steps and step `best`."""
+        """Delete incomplete folders of killed processes, and all steps but the newest `keep` and `best`."""
         if not self.folder.is_dir():
             return
         for entry in self.folder.iterdir():
@@ -140,9 +139,9 @@ class Checkpoints:
         except OSError as error:
             raise self._damaged(step, f"{path}: {error.strerror}") from None
         except ValueError:
-            raise self._damaged(step, f"{path} is no JSON") from None
+            raise self._damaged(step, f"{path} is not valid JSON") from None
         if not isinstance(value, dict):
-            raise self._damaged(step, f"{path} is no JSON object")
+            raise self._damaged(step, f"{path} is not a JSON object")
         return value
 
     def _damaged(self, step: int, what: str) -> CheckpointError:

@@ -1,6 +1,7 @@
-"""A run's folder: whose it is, what made it, and that one process at a time writes to it.
+"""A run's folder: the configuration it belongs to, its versions, and a lock for one process at a time.
 
-The set-up writes config.yaml last, so a folder without it is not begun; result.json ends a run.
+The set-up writes config.yaml last: a folder without it was not set up. A folder with result.json is
+finished.
 
     config.yaml    the resolved configuration of the first start
     versions.json  package versions;  run.json: corpus hash, parameters
@@ -23,9 +24,10 @@ from train import config as config_lib
 from train.config import plain_yaml
 from train.config.schema import RunConfig
 from train.run.files import write_atomically, write_json
-from train.run.migration import FORMAT, config_hash_of_format_1, migrate_config
+from train.run.migration import FORMAT, config_hash_of_format_1, flatten, migrate_config
 
-# Keys that may change between two starts: they alter no bit of parameters, optimiser, losses or data order.
+# Keys that may change between two starts: parameters, optimiser state, losses and data order do not depend
+# on them.
 FREE = ("run_dir", "log_every", "evaluation.sample_prompt", "evaluation.sample_tokens")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _LOCK = "run.lock"
@@ -34,9 +36,9 @@ _LOCK = "run.lock"
 class RunFolder:
     """`with RunFolder(path, config) as folder:` holds the folder's lock.
 
-    Entering raises ValueError, and changes nothing, if the folder belongs to another configuration (the
-    differing keys are named), to something else, or to a running process. Leaving before `begin` removes
-    what the set-up made.
+    Entering raises ValueError, and changes nothing, if the folder was made by another configuration (the
+    message names the keys that differ), is not a run folder, or is in use by a running process. Leaving
+    before `begin` removes what the set-up wrote.
     """
 
     def __init__(self, path: Path, config: RunConfig):
@@ -87,14 +89,15 @@ class RunFolder:
                     raise ValueError(f"{self.path}: {name} was {old}, is {new}: choose another run_dir")
             for name, old in self._read("versions.json").items():
                 if versions.get(name) != old:
-                    notes.append(f"{name} was {old} and is {versions.get(name)}: the last bits may differ")
+                    notes.append(
+                        f"{name} was {old} and is {versions.get(name)}: results may differ in the last bits"
+                    )
         else:
             write_json(self.path / "run.json", facts)
         if notes or not self.begun:
             write_json(self.path / "versions.json", versions)
         if not self.begun:
-            text = f"format: {FORMAT}\n{config_lib.dump_yaml(self._config)}"
-            write_atomically(self.path / "config.yaml", text)
+            write_atomically(self.path / "config.yaml", plain_yaml.dumps(saved_keys(self._config)))
         return notes
 
     def result(self) -> dict[str, Any] | None:
@@ -107,15 +110,15 @@ class RunFolder:
 
     def _check(self) -> None:
         if self.begun:
-            differing = differences(_saved_keys(self.path), self._config, self.path / "config.yaml")
+            differing = differences(_read_keys(self.path), self._config, self.path / "config.yaml")
             if differing:
                 more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
                 raise ValueError(
                     f"run_dir {self.path} was made by another config: {', '.join(differing[:8])}{more};"
-                    " choose another run_dir, or delete that one"
+                    " choose another run_dir, or delete this one"
                 )
         elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):
-            raise ValueError(f"run_dir {self.path} is no run's folder and not empty: choose another run_dir")
+            raise ValueError(f"run_dir {self.path} is neither empty nor a run folder: choose another run_dir")
 
     def _is_empty(self) -> bool:
         return (self.path / _LOCK).exists() or not any(self.path.iterdir())
@@ -125,7 +128,7 @@ class RunFolder:
         if "config" in info:
             differing = differences(info["config"], self._config, path)
         else:
-            made = config_hash_of_format_1(_saved_keys(self.path))
+            made = config_hash_of_format_1(_read_keys(self.path))
             differing = [] if info["config_sha256"] == made else ["its hash differs"]
         if differing:
             raise ValueError(
@@ -134,7 +137,7 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        """Remove what an unfinished set-up left: it may be another configuration's."""
+        """Remove what an unfinished set-up wrote: it may be of another configuration."""
         for name in ("data", "tmp.data", "run.json", "versions.json"):
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -147,34 +150,29 @@ class RunFolder:
         except json.JSONDecodeError:
             value = None
         if not isinstance(value, dict):
-            raise ValueError(f"{self.path / name} is no JSON object: choose another run_dir")
+            raise ValueError(
+                f"{self.path / name} is not a JSON object: restore it from a copy, or choose another run_dir"
+            )
         return value
 
 
 def saved_config(folder: Path) -> RunConfig:
     """The configuration in a run folder's config.yaml, of any known format; ValueError if unreadable."""
-    return _migrated(_saved_keys(folder), folder / "config.yaml")
+    return _migrated(_read_keys(folder), folder / "config.yaml")
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """The configuration without the keys that may change, for a checkpoint's info.json; see `differences`."""
-    keys = config_lib.to_dict(config)
-    for name in FREE:
-        *sections, last = name.split(".")
-        section = keys
-        for part in sections:
-            section = section[part]
-        del section[last]
-    return {"format": FORMAT, **keys}
+def saved_keys(config: RunConfig) -> dict[str, Any]:
+    """The configuration as config.yaml and a checkpoint's info.json hold it; see `differences`."""
+    return {"format": FORMAT, **config_lib.to_dict(config)}
 
 
 def differences(saved: dict[str, Any], config: RunConfig, place: Path) -> list[str]:
-    """ "key old -> new" for each key in which the saved keys, of whatever format, are another run's.
+    """The keys in which a saved configuration, of any known format, differs, as "key old -> new".
 
-    Where a saved configuration lacks a key it has the key's default. ValueError names `place` if the saved
-    keys are no configuration.
+    A key that the saved configuration lacks has its default. ValueError names `place` if the saved keys are
+    not a valid configuration.
     """
-    old, new = (_flat(config_lib.to_dict(c)) for c in (_migrated(saved, place), config))
+    old, new = (flatten(config_lib.to_dict(c)) for c in (_migrated(saved, place), config))
     return [
         f"{key} {_show(old, key)} -> {_show(new, key)}"
         for key in sorted(old.keys() | new.keys())
@@ -183,7 +181,7 @@ def differences(saved: dict[str, Any], config: RunConfig, place: Path) -> list[s
 
 
 def package_versions() -> dict[str, str]:
-    """Python and the packages that decide a run's bits."""
+    """Versions of Python and of the packages that determine a run's numbers."""
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES}
 
 
@@ -221,7 +219,7 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _saved_keys(folder: Path) -> dict[str, Any]:
+def _read_keys(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     keys = plain_yaml.parse(_text(path), str(path))
     if not isinstance(keys, dict):
@@ -236,17 +234,6 @@ def _migrated(keys: dict[str, Any], place: Path) -> RunConfig:
         return config_lib.from_dict(migrate_config(keys))
     except ValueError as error:
         raise ValueError(f"the configuration in {place} cannot be read: {error}") from None
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as dotted keys."""
-    if not isinstance(value, dict | list):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    flat: dict[str, Any] = {}
-    for key, below in items:
-        flat |= _flat(below, f"{path}.{key}" if path else str(key))
-    return flat
 
 
 def _show(flat: dict[str, Any], key: str) -> str:

@@ -60,8 +60,8 @@ def check_format(number: Any) -> None:
 
 
 def config_hash_of_format_1(raw: dict[str, Any]) -> str:
-    """What a checkpoint of format 1 has as `config_sha256`, from its run's config.yaml of that format."""
-    flat = dict(_flat(raw, ""))
+    """`config_sha256` of the checkpoints of format 1, from their run's config.yaml of that format."""
+    flat = flatten(raw)
     left_out = {"run_dir", "log_every", "evaluation.sample_prompt", "evaluation.sample_tokens"}
     if flat.get("data.task") is None:
         left_out.add("data.task")
@@ -71,13 +71,14 @@ def config_hash_of_format_1(raw: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The dotted keys and scalars of nested dicts and lists."""
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """The scalars of nested dicts and lists by their dotted keys."""
     if not isinstance(value, dict | list):
-        yield path, value
-        return
+        return {path: value}
+    flat: dict[str, Any] = {}
     for key, below in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from _flat(below, f"{path}.{key}" if path else str(key))
+        flat |= flatten(below, f"{path}.{key}" if path else str(key))
+    return flat
 
 
 def _rename_config_of_format_1(raw: dict[str, Any]) -> None:
