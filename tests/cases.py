@@ -1,6 +1,6 @@
 """Tables the tests run over: masks with their truth formulas, cases of the attention op, tolerances.
 
-A new mask is one row of MASKS: its truth table, bounds, retention, str / parse, density, and the attention
+A new mask is one row of MASKS: its truth table, bounds, cache span, str / parse, density, and the attention
 op in every implementation follow.
 """
 
@@ -42,7 +42,7 @@ IMPLEMENTATIONS = ("reference", "chunked")
 
 @dataclasses.dataclass(frozen=True)
 class Odd(Mask):
-    """A user's predicate that brings neither bounds nor retention: k and q differ by an odd number."""
+    """A user's predicate that brings neither bounds nor a cache span: k and q differ by an odd number."""
 
     def keep(self, q_pos, k_pos):
         return (q_pos - k_pos) % 2 == 1

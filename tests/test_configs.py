@@ -76,7 +76,7 @@ def test_twenty_steps_lower_the_loss(path, batches):
     step = make_train_step(model, optimizer, STEPS)
     start = random_params(model)
     params = jax.tree.map(jax.numpy.asarray, start)
-    opt_state, losses = make_optimizer(optimizer).init(params), []
+    opt_state, losses = make_optimizer(optimizer, STEPS).init(params), []
     for i in range(STEPS):
         batch = batches[i % len(batches)]
         params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))

@@ -21,7 +21,7 @@ LAYERS = [
     ["attention_jax.caches"],
     ["attention_jax.ops"],
     ["attention_jax.layers"],
-    ["attention_jax.mixers"],
+    ["attention_jax.mixers", "attention_jax.drop_in"],
     ["attention_jax.model"],
     ["attention_jax.generation", "attention_jax.catalogue"],
     ["attention_jax"],
