@@ -180,7 +180,7 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(harness, x):
 
 
 def test_rows_shorter_than_a_block(x):
-    """Nothing is compressed yet: the branch is silent, in both forms, and its gradient is 0, not NaN."""
+    """Nothing is compressed yet: the branch gives 0, in both forms, and its gradient is 0, not NaN."""
     config = dataclasses.replace(CASES["nsa-rope"].config, compress_block=32, select_block=32)
     harness = Harness(config)
     y = harness.parallel(x)
