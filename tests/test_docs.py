@@ -1,4 +1,4 @@
-"""The documentation agrees with the code: Python runs, YAML loads, links lead to files, tables equal their JSON.
+"""The documentation agrees with the code: Python runs, YAML loads, links exist, tables equal their JSON.
 
 A line `print(...)  # -> text` of a page states what it prints; where a block states anything, it must state
 all that it prints.
