@@ -80,7 +80,7 @@ PYTHON = [name for name, path in PAGES.items() if blocks(path, "python")]
 _LONG = {f"docs/mixers/{name}.md" for name in (
     "deltanet", "gated_deltanet", "gla", "hedgehog", "kda", "linformer", "mamba2", "mla", "nsa",
     "nystromformer", "performer",
-)} | {"docs/drop_in.md", "docs/extend.md", "docs/linen.md"}  # fmt: skip
+)} | {f"docs/{name}.md" for name in ("drop_in", "extend", "generation", "linen")}  # fmt: skip
 
 
 @pytest.mark.parametrize(
