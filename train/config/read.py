@@ -23,6 +23,7 @@ from train.config import plain_yaml
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
 from train.config.plain_yaml import ConfigError
 from train.config.schema import RunConfig
+from train.run.migration import FORMAT, migrate_config
 
 __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 
@@ -30,9 +31,14 @@ __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """The run a YAML file describes, with `key.path=value` overrides applied in order.
 
-    `run_dir: null` becomes runs/NAME_OF_THE_FILE. ConfigError tells what is wrong.
+    `run_dir: null` becomes runs/NAME_OF_THE_FILE. A run folder's config.yaml, with the `format` that it
+    states, is such a file too. ConfigError tells what is wrong.
     """
     raw = _read(Path(path))
+    try:
+        raw = migrate_config(raw, absent=FORMAT)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
         _override(raw, override)
     config = from_dict(raw)
