@@ -20,7 +20,7 @@ from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerCon
 from attention_jax.model import EncoderConfig, ModelConfig
 from attention_jax.positions import Llama3, LongRoPE, RoPE, Temperature, XPos, YaRN
 from train import cli, config
-from train.config import ConfigError, plain_yaml
+from train.config import ConfigError, yaml_text
 from train.config import help as help_lib
 from train.config import keys as keys_lib
 from train.config.schema import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
@@ -102,6 +102,9 @@ def test_a_seq2seq_run_reads_back(load):
     assert load(_seq2seq(), "model.encoder.num_layers=3").model.encoder.num_layers == 3
 
 
+# Nine lists of ten aliases of the one before: 600 bytes that would be ten billion values.
+_BOMB = "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 11))
+
 REFUSED = [
     # (YAML, words the one-line message must hold)
     ("optimzer: {}", ["unknown key optimzer", "optimizer?"]),
@@ -123,8 +126,8 @@ REFUSED = [
     (_mixer("bias: {kind: t5, buckets: 15}"), ["bias: T5 buckets must be even and >= 4, got 15"]),
     (_mixer("temperature: {floor: 0}"), ["temperature: Temperature floor must be >= 1, got 0"]),
     ("model: {sinusoidal: true, max_positions: 256}", ["model.sinusoidal and max_positions 256 both add"]),
-    ("steps: 1\nseed: 1\nsteps: 2", ["tiny.yaml:3: duplicate key 'steps'"]),
-    ("model:\n  d_model: 4\n  d_model: 4", ["tiny.yaml:3: duplicate key 'd_model'"]),
+    ("steps: 1\nseed: 1\nsteps: 2", ["tiny.yaml:3:1: duplicate key 'steps'"]),
+    ("model:\n  d_model: 4\n  d_model: 4", ["tiny.yaml:3:3: duplicate key 'd_model'"]),
     ("steps: true", ["steps: expected an integer, got true"]),
     ("steps: 1.0", ["steps: expected an integer, got 1.0"]),
     ("steps: 1e3", ["steps: expected an integer, got 1000.0"]),
@@ -139,7 +142,7 @@ REFUSED = [
     ("checkpoint: {keep_best: 1}", ["expected true or false, got 1"]),
     ("optimizer: {learning_rate: true}", ["optimizer.learning_rate: expected a number, got true"]),
     ("optimizer: {learning_rate: .nan}", ["expected a number, got '.nan'"]),
-    ("optimizer: {learning_rate: 1e999}", ["1e999", "no finite decimal number"]),
+    ("optimizer: {learning_rate: 1e999}", ["'1e999' is not a finite decimal number"]),
     ("optimizer: {clip_norm: big}", ["optimizer.clip_norm: expected a number or null, got 'big'"]),
     ("data: 3", ["data: expected a mapping of keys, got 3"]),
     ("data: {tokenizer: words}", ['data.tokenizer: expected "bytes" or "chars"', "'words'"]),
@@ -207,19 +210,29 @@ REFUSED = [
     ("evaluation: {batches: 0}", ["evaluation.batches must be >= 1, got 0"]),
     ("checkpoint: {keep: 0}", ["checkpoint.keep must be >= 1, got 0"]),
     ("[1]", ["expected a mapping of keys, got [1]"]),
-    ("steps: 1\na: b: c", ["tiny.yaml:2: mapping values are not allowed here"]),
+    ("steps: 1\na: b: c", ["tiny.yaml:2:5: mapping values are not allowed here"]),
     ("1: 2", ["a key must be text, got 1"]),
-    ("a: !!set {a}", ["type 'set' is not understood"]),
-    ("a: !!python/object:os.system {}", ["is not understood"]),
-    ("a: !!bool no", ["'no' is neither true nor false"]),
-    ("a: !!int '010'", ["'010' is no finite decimal number"]),
-    ("&a [*a]", ["recursive"]),
-    ("a: \x00", ["special characters"]),
+    ("steps: 1\n? [a]\n: 2", ["tiny.yaml:2:3: a key must be text, got a list"]),
+    ("a: &a b\n*a : 2", ["tiny.yaml:2:1: a key must be text, got an alias"]),
+    ("a: !!set {a}", ["type 'set' is not supported"]),
+    ("a: !!python/object:os.system {}", ["is not supported"]),
+    ("a: !!bool no", ["type 'bool' is not supported"]),
+    ("a: !!int '010'", ["type 'int' is not supported"]),
+    ("&a [*a]", ["alias *a is recursive"]),
+    ("a: &a {b: {c: *a}}", ["alias *a is recursive"]),
+    ("a: *b", ["undefined alias 'b'"]),
+    ("steps: 1\na: \x00", ["tiny.yaml:2:4: the character U+0000 is not allowed"]),
+    ("[" * 3000, ["nested more than 50 levels"]),
+    ("- " * 3000, ["nested more than 50 levels"]),
+    ("{a: " * 3000, ["nested more than 50 levels"]),
+    (_BOMB, ["tiny.yaml:5:55: more than 10000 values"]),
+    ("9" * 5000, ["is not a finite decimal number"]),
+    ("%YAML 1.1\n---\ncheckpoint: {keep_best: no}", ["expected true or false, got 'no'"]),
     ("steps: 1\n---\nsteps: 2", ["document"]),
 ]
 
 
-@pytest.mark.parametrize("text, words", REFUSED, ids=[text for text, _ in REFUSED])
+@pytest.mark.parametrize("text, words", REFUSED, ids=[text[:60] for text, _ in REFUSED])
 def test_a_mistake_is_told_in_one_line(load, text, words):
     with pytest.raises(ConfigError) as error:
         load(text)
@@ -227,6 +240,12 @@ def test_a_mistake_is_told_in_one_line(load, text, words):
     assert len(message.splitlines()) == 1
     for word in words:
         assert word in message
+
+
+def test_an_override_of_one_alias_leaves_the_others(load):
+    text = "model: {num_layers: 2, mixers: [&m {kind: softmax, num_heads: 4}, *m]}"
+    run = load(text, "model.mixers.1.num_heads=2")
+    assert [mixer.num_heads for mixer in run.model.mixers] == [4, 2]
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
@@ -345,10 +364,10 @@ def test_what_is_dumped_reads_back_equal(tmp_path_factory, run):
     | st.sampled_from(["no", "010", "1e-4", "1e4", "~", "null", "true", ".5", "<<", "=", "2020-01-01"]),
     lambda below: st.lists(below, max_size=3) | st.dictionaries(text, below, max_size=3), max_leaves=6,
 ))  # fmt: skip
-def test_plain_yaml_reads_what_it_writes(value):
-    again = plain_yaml.parse(plain_yaml.dumps(value), "here")
+def test_yaml_text_reads_what_it_writes(value):
+    again = yaml_text.parse(yaml_text.dumps(value), "here")
     assert again == value and repr(again) == repr(value)
-    assert "\n" not in plain_yaml.scalar(value)
+    assert "\n" not in yaml_text.scalar(value)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

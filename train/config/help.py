@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from attention_jax.masks import Mask
-from train.config import plain_yaml, to_dict
+from train.config import to_dict, yaml_text
 from train.config.keys import default_of, hints, item_type, kind_of, meanings, members, sections
 from train.config.schema import RunConfig
 
@@ -136,7 +136,7 @@ def _default(value: Any) -> str:
     """A default as YAML; empty for sections, whose keys have their own, and for required keys."""
     if value is dataclasses.MISSING or (dataclasses.is_dataclass(value) and not isinstance(value, Mask)):
         return ""
-    return plain_yaml.scalar([_brief(item) for item in value] if isinstance(value, tuple) else to_dict(value))
+    return yaml_text.scalar([_brief(item) for item in value] if isinstance(value, tuple) else to_dict(value))
 
 
 def _brief(value: Any) -> Any:

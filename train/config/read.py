@@ -19,10 +19,10 @@ from typing import Any
 import pydantic
 
 from attention_jax.masks import Mask, parse
-from train.config import plain_yaml
+from train.config import yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
-from train.config.plain_yaml import ConfigError
 from train.config.schema import RunConfig
+from train.config.yaml_text import ConfigError
 
 __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 
@@ -79,7 +79,7 @@ def _expression(mask: Mask, path: str) -> str:
 
 def dump_yaml(config: RunConfig) -> str:
     """The whole config as YAML, every key written out; `load` reads back an equal one."""
-    return plain_yaml.dumps(to_dict(config))
+    return yaml_text.dumps(to_dict(config))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration {path} is not UTF-8 at byte {error.start}") from None
-    raw = plain_yaml.parse(text, str(path))
+    raw = yaml_text.parse(text, str(path))
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {_show(raw)}")
     return raw or {}
@@ -100,7 +100,7 @@ def _join(path: str, key: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else plain_yaml.scalar(value)
+    text = repr(value) if isinstance(value, str) else yaml_text.scalar(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -251,4 +251,4 @@ def _override_value(text: str, annotation: Any, path: str) -> Any:
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
     if str in members(annotation) and text != "null" and not quoted:
         return text
-    return plain_yaml.parse(text, f"override {path}")
+    return yaml_text.parse(text, f"override {path}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from train import config as config_lib
-from train.config import plain_yaml
+from train.config import yaml_text
 from train.config.schema import MASKING_KEYS, RunConfig
 from train.run.files import write_atomically, write_json
 
@@ -106,7 +106,7 @@ class RunFolder:
 
     def _check(self) -> None:
         if self.begun:
-            self._compare(plain_yaml.parse(_text(self.path / "config.yaml"), str(self.path / "config.yaml")))
+            self._compare(yaml_text.parse(_text(self.path / "config.yaml"), str(self.path / "config.yaml")))
         elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):
             raise ValueError(f"run_dir {self.path} is no run's folder and not empty: choose another run_dir")
 
@@ -213,4 +213,4 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _show(flat: dict[str, Any], key: str) -> str:
-    return plain_yaml.scalar(flat[key]) if key in flat else "(absent)"
+    return yaml_text.scalar(flat[key]) if key in flat else "(absent)"
