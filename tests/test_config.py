@@ -19,7 +19,7 @@ from attention_jax.masks import SlidingWindow
 from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig
 from attention_jax.model import EncoderConfig, ModelConfig
 from attention_jax.positions import Llama3, LongRoPE, RoPE, Temperature, XPos, YaRN
-from train import cli, config
+from train import cli, config, process
 from train.config import ConfigError, yaml_text
 from train.config import help as help_lib
 from train.config import keys as keys_lib
@@ -430,7 +430,7 @@ def test_help_is_printed(run_cli):
     "argv, word",
     [
         ([], "no configuration"),
-        (["steps=3"], "the configuration file comes first"),
+        (["steps=3"], "the configuration comes first"),
         (["--print-confg", "tiny.yaml"], "did you mean --print-config?"),
         (["none.yaml"], "cannot read the configuration none.yaml"),
         (["tiny.yaml", "stps=3"], "unknown key stps; did you mean steps?"),
@@ -486,15 +486,16 @@ def test_the_exit_status_survives_a_crash_at_the_end(body, status, told):
 
 
 PREPARE = (
-    "import os, sys; from train import cli; cli._prepare_process();"
-    "print([os.environ.get(name) for name in sorted(cli._ALLOCATOR)], sys.argv[1:], 'jax' in sys.modules)"
+    "import os, sys; from train import cli, process; process.prepare_process();"
+    "print([os.environ.get(name) for name in sorted(process.ALLOCATOR)], sys.argv[1:], 'jax' in sys.modules)"
 )
 
 
-@pytest.mark.skipif(not cli._has_glibc(), reason="the allocator's settings are glibc's")
+@pytest.mark.skipif(not process.has_glibc(), reason="the allocator's settings are glibc's")
 def test_the_process_is_started_anew_with_the_allocators_settings():
     def run(**settings: str) -> str:
-        environment = {k: v for k, v in os.environ.items() if k not in cli._ALLOCATOR and k != cli._PREPARED}
+        set_by_us = {*process.ALLOCATOR, process.PREPARED}
+        environment = {name: value for name, value in os.environ.items() if name not in set_by_us}
         command = [sys.executable, "-W", "error", "-c", PREPARE, "x", "steps=3 4"]
         done = subprocess.run(
             command, env=environment | settings, cwd=ROOT, capture_output=True, text=True, timeout=60

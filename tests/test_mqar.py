@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts import generate, recall
 from tests.test_loop import untrained
 from train import config as config_lib
 from train import loop
+from train.commands import generate, recall
 from train.config import ConfigError
 from train.config.schema import DataConfig
 from train.data import batches as data_lib
@@ -339,8 +339,7 @@ def test_the_script_names_its_runs_and_draws_its_table(capsys):
         "|---|---|---|---|",
         "| attention | 8,192 / 16,384 | 0.950 [0.900, 1.000] (3e-3) | 0.250 [0.200, 0.300] (1e-3) |",
     ]
-    with pytest.raises(SystemExit):
-        recall.main(["--settings", "64-8"])
-    assert "'64-8' is no setting such as 64x8" in capsys.readouterr().err
+    assert recall.main(["--settings", "64-8"]) == 2
+    assert "--settings: must be tokens a row, x, pairs, such as 64x8, got 64-8" in capsys.readouterr().err
     assert recall.main([str(path), "--settings", "64x17"]) == 2
     assert "data.task.pairs 17 do not fit" in capsys.readouterr().err

@@ -19,9 +19,10 @@ USAGE = """\
 usage: python -m train CONFIG [key.path=value ...] [--print-config]
        python -m train --help
 
-Trains the language model that the YAML file CONFIG describes. The same command again resumes the
-run in its folder. Overrides win over the file, later ones over earlier ones; values are YAML, text
-needs no quotes. List items are named by number: model.mixers.0.num_heads=8.
+Trains the language model that CONFIG describes: a YAML file, or the name of one that comes with the
+package, such as tiny. The same command again resumes the run in its folder. Overrides win over the
+file, later ones over earlier ones; values are YAML, text needs no quotes. List items go by their
+number: model.mixers.0.num_heads=8.
 
   --print-config  print the resolved configuration and exit
   --help          print this text and exit

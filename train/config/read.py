@@ -19,7 +19,7 @@ from typing import Any
 import pydantic
 
 from attention_jax.masks import Mask, parse
-from train.config import yaml_text
+from train.config import shipped, yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
 from train.config.schema import RunConfig
 from train.config.yaml_text import ConfigError
@@ -28,16 +28,18 @@ __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """The run a YAML file describes, with `key.path=value` overrides applied in order.
+    """The run that a YAML file describes, with `key.path=value` overrides applied in order.
 
-    `run_dir: null` becomes runs/NAME_OF_THE_FILE. ConfigError tells what is wrong.
+    path: a file, or the name of a configuration that comes with the package, such as `tiny`.
+    `run_dir: null` becomes runs/NAME_OF_THE_FILE. Raises: ConfigError, which names the mistake.
     """
-    raw = _read(Path(path))
+    path = shipped.find(path)
+    raw = read_yaml(path)
     for override in overrides:
         _override(raw, override)
     config = from_dict(raw)
     if config.run_dir is None:
-        config = dataclasses.replace(config, run_dir=str(Path("runs") / Path(path).stem))
+        config = dataclasses.replace(config, run_dir=str(Path("runs") / path.stem))
     return config
 
 
@@ -82,11 +84,13 @@ def dump_yaml(config: RunConfig) -> str:
     return yaml_text.dumps(to_dict(config))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, not checked yet. ConfigError where it is no mapping or cannot be read."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        hint = shipped.hint(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration {path} is not UTF-8 at byte {error.start}") from None
     raw = yaml_text.parse(text, str(path))

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks import torch_peers
-from scripts.benchmarks.calls import jitted, ours
-from scripts.benchmarks.case import Case
+from attention_jax.benchmarks import torch_peers
+from attention_jax.benchmarks.calls import jitted, ours
+from attention_jax.benchmarks.case import Case
 
 Maker = Callable[[Case, bool], Any]
 

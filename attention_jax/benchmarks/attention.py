@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.case import Case
-from scripts.benchmarks.contestants import ON_GPU, SLOW, contestants
-from scripts.benchmarks.timing import (
+from attention_jax.benchmarks.case import Case
+from attention_jax.benchmarks.contestants import ON_GPU, SLOW, contestants
+from attention_jax.benchmarks.timing import (
     SETTLE,
     at_once,
     device_clock,
