@@ -234,7 +234,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("text, words", REFUSED, ids=[text[:60] for text, _ in REFUSED])
 def test_a_mistake_is_told_in_one_line(load, text, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load(text)
     message = str(error.value)
     assert len(message.splitlines()) == 1
@@ -315,7 +315,7 @@ def test_text_in_an_override_is_taken_as_written(load, written, value):
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(load, override, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load("", override)
     assert len(str(error.value).splitlines()) == 1
     for word in words:
@@ -333,7 +333,7 @@ mixers = st.builds(
     rope=st.none() | st.builds(RoPE, theta=positive, layout=st.sampled_from(["half", "interleaved"])),
     bias=st.sampled_from([None, "alibi"]),
     scale=st.none() | finite,
-    sinks=st.booleans(),
+    sink_logits=st.booleans(),
 )
 runs = st.builds(
     RunConfig,

@@ -37,7 +37,7 @@ def test_a_hybrid_stack_trains():
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=2)
     step = make_train_step(CONFIG, optimizer, STEPS)
     params = jax.tree.map(jnp.asarray, random_params(CONFIG))
-    opt_state, losses = make_optimizer(optimizer).init(params), []
+    opt_state, losses = make_optimizer(optimizer, STEPS).init(params), []
     for i in range(STEPS):
         params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))
         assert bool(metrics["finite"])

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attention_jax.mixers import Context, LinformerConfig, NystromformerConfig, make_mixer
 from attention_jax.mixers.nystromformer import DepthwiseConv, pseudo_inverse, segment_means
 from attention_jax.model import ModelConfig, apply
+from tests import marks
 from tests.mixers import BIDIRECTIONAL, D_MODEL
 from tests.params import random_params
 from tests.reference import lowrank
@@ -50,14 +51,7 @@ class Harness:
         return self.call(self.params, x, ctx or Context())
 
 
-# Rows that differ by an option: their reference is checked, the rest of the contract is slow.
-_VARIANTS = ("linformer-none", "linformer-kv", "nystromformer-plain")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=pytest.mark.slow) if n in _VARIANTS else n for n in BIDIRECTIONAL],
-)
+@pytest.fixture(scope="module", params=marks.params(BIDIRECTIONAL))
 def case(request):
     row = BIDIRECTIONAL[request.param]
     return row, Harness(row.config)
@@ -84,7 +78,7 @@ def test_equals_the_reference(case, x):
         assert_allclose(y[b], row.reference(params, x[b]), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", _VARIANTS)
+@pytest.mark.parametrize("name", [name for name, row in BIDIRECTIONAL.items() if row.slow])
 def test_a_variant_equals_its_reference(name, x):
     row = BIDIRECTIONAL[name]
     harness = Harness(row.config)

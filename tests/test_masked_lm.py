@@ -20,7 +20,7 @@ from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
 from tests.params import random_params
-from tests.test_loop import interrupt, rows, saved
+from tests.runs import interrupt, rows, saved
 from train import cli, loop
 from train import config as config_lib
 from train.commands import generate as generate_script
@@ -321,7 +321,7 @@ REFUSED = [
     ),
     (
         MASKED % (", mixers: [{kind: linformer, length: 255}]", "data: {packing: stream}"),
-        ["model.mixers.0.length 255 is less than the 256 tokens of a row"],
+        ["data.sequence_length 256 exceeds model.mixers.0.length 255: lower it, or raise the other"],
     ),
 ]  # fmt: skip
 
@@ -360,7 +360,7 @@ def test_twenty_steps_lower_the_loss(path):
         learning_rate=3e-3, final_learning_rate=3e-3, schedule="constant", warmup_steps=2
     )
     step, params = make_train_step(model, optimizer, 20), jax.tree.map(jnp.asarray, random_params(model))
-    state, losses = make_optimizer(optimizer).init(params), []
+    state, losses = make_optimizer(optimizer, 20).init(params), []
     for i in range(20):
         params, state, metrics = step(params, state, batches[i % 4], np.int32(i), jax.random.key(0))
         losses.append(float(metrics["train/loss"]))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_loop import untrained
+from tests.runs import untrained
 from train import config as config_lib
 from train import loop
 from train.commands import generate, recall

@@ -15,6 +15,7 @@ import typing
 from typing import Any
 
 from attention_jax.masks import Mask
+from attention_jax.mixers import MixerConfig, mixer_kinds
 
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
 
@@ -34,8 +35,9 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def sections(annotation: Any) -> list[type]:
-    """The dataclasses a mapping may stand for here; masks are expressions, no sections."""
-    return [m for m in members(annotation) if dataclasses.is_dataclass(m) and not issubclass(m, Mask)]
+    """The dataclasses that a mapping may stand for here, of every kind; masks are written as expressions."""
+    found = [m for m in members(annotation) if dataclasses.is_dataclass(m) and not issubclass(m, Mask)]
+    return list(mixer_kinds().values()) if found == [MixerConfig] else found
 
 
 def item_type(annotation: Any) -> Any:
