@@ -36,14 +36,13 @@ class Harness:
         self.call = jax.jit(self.run)
 
     def run(self, params, x, state, ctx):
-        return nnx.merge(self.graphdef, params)(x, state, ctx=ctx)
+        return tuple(nnx.merge(self.graphdef, params).mix(x, state, ctx=ctx)[:2])
 
     def parallel(self, x, ctx=None):
         return self.call(self.params, x, None, ctx or Context())[0]
 
-    def state(self, memory=None):
-        mixer = nnx.merge(self.graphdef, self.params)
-        return mixer.init_state(self.batch, self.capacity, memory=memory)
+    def state(self):
+        return nnx.merge(self.graphdef, self.params).init_state(self.batch, self.capacity)
 
     def cached(self, x, cuts, state=None, positions=None):
         """The outputs of x fed in the pieces that `cuts` ends, and the last state."""

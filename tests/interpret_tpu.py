@@ -52,7 +52,7 @@ def check_promises() -> None:
 def model() -> None:
     """A language model of two layers over packed documents: with the kernels it is that with `chunked`."""
     mixers = (
-        AttentionConfig(num_heads=2, num_kv_heads=1, mask=SlidingWindow(70), rope=RoPE(), sinks=True),
+        AttentionConfig(num_heads=2, num_kv_heads=1, mask=SlidingWindow(70), rope=RoPE(), sink_logits=True),
         AttentionConfig(num_heads=2, num_kv_heads=1, bias="alibi", softcap=20.0),
     )
     T = 150
@@ -66,7 +66,7 @@ def model() -> None:
         ctx = Context(positions_BT=positions, segment_ids_BT=segments)
 
         def loss(params, config=config, ctx=ctx):
-            logits_BTV, _ = apply(config, params, tokens, ctx=ctx)
+            logits_BTV = apply(config, params, tokens, ctx=ctx).logits
             return jnp.sum(jnp.where(segments[..., None] < 0, 0, jnp.sin(logits_BTV))), logits_BTV
 
         found[impl] = jax.jit(jax.grad(loss, has_aux=True))(random_params(config))

@@ -96,7 +96,9 @@ MIXERS = {
     ),
     "all-but-window": _softmax(Causal() & ~SlidingWindow(3), slow=True),
     "qk-rms-softcap": _softmax(qk_norm="rms", softcap=2.0, rope=RoPE(), slow=True),
-    "qk-l2-scale-sinks": _softmax(qk_norm="l2", scale=0.7, sinks=True, num_kv_heads=2, fast=("empty slots",)),
+    "qk-l2-scale-sinks": _softmax(
+        qk_norm="l2", scale=0.7, sink_logits=True, num_kv_heads=2, fast=("empty slots",)
+    ),
     "wide-heads": _softmax(num_heads=2, head_dim=24, rope=RoPE(width=16), slow=True),
     "yarn-temperature": _softmax(
         rope=RoPE(50.0, scaling=YaRN(factor=4.0, original_length=64, beta_fast=10.0, truncate=False)),

@@ -33,7 +33,7 @@ MODELS = {
     "window": Row((AttentionConfig(num_heads=4, mask="SlidingWindow(32)", rope=RoPE()),), slow=True),
     "mix": Row((
         AttentionConfig(num_heads=4, mask="SlidingWindow(16)", rope=RoPE(), qk_norm="rms"),
-        AttentionConfig(num_heads=4, num_kv_heads=1, bias="alibi", sinks=True, softcap=20.0),
+        AttentionConfig(num_heads=4, num_kv_heads=1, bias="alibi", sink_logits=True, softcap=20.0),
         AttentionConfig(num_heads=2, mask="SlidingWindow(8) | Sinks(4)", rope=RoPE(layout="interleaved")),
     )),
 }  # fmt: skip
@@ -59,9 +59,9 @@ SEQ2SEQ = {
 }
 
 
-@pytest.mark.parametrize("layers", ["unrolled", pytest.param("scan", marks=pytest.mark.slow)])
-def test_greedy_from_a_source_equals_the_uncached_argmax(layers):
-    config, params = model(*SEQ2SEQ["mixers"], encoder=SEQ2SEQ["encoder"], layers=layers)
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_greedy_from_a_source_equals_the_uncached_argmax(scan_layers):
+    config, params = model(*SEQ2SEQ["mixers"], encoder=SEQ2SEQ["encoder"], scan_layers=scan_layers)
     sources, prompts = [np.arange(9), np.arange(20, 51)], [[1], [4, 5, 6]]
     new = generate(config, params, prompts, sources=sources, max_new_tokens=24, sampling=GREEDY)
 
@@ -250,7 +250,7 @@ def test_decoding_compiles_once_per_shape(small):
 
 def test_scan_layers_decode_too(small):
     config, params = small
-    scanned = dataclasses.replace(config, layers="scan")
+    scanned = dataclasses.replace(config, scan_layers=True)
     arguments = {"max_new_tokens": 12, "sampling": GREEDY}
     expected = generate(config, params, [[9, 8]], **arguments)
     assert_array_equal(generate(scanned, params, [[9, 8]], **arguments), expected)

@@ -23,7 +23,7 @@ MIXERS = (
 )
 # Scanned over two periods, so that states of every kind are stacked.
 CONFIG = ModelConfig(
-    vocab_size=31, d_model=32, num_layers=8, mixers=MIXERS, mlp_width=48, init_std=0.1, layers="scan"
+    vocab_size=31, d_model=32, num_layers=8, mixers=MIXERS, mlp_width=48, init_std=0.1, scan_layers=True
 )
 STEPS = 30
 

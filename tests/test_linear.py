@@ -255,7 +255,7 @@ def test_bfloat16_models_sum_in_float32(config, x):
     exact = Harness(config)
     mixer = nnx.eval_shape(lambda: config.build(D_MODEL, nnx.Rngs(0), causal=True, dtype=jnp.bfloat16))
     graphdef, _ = nnx.split(mixer)
-    call = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, None, ctx=Context())[0])
+    call = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))
     y = call(exact.params, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     expected = exact.parallel(x)

@@ -45,7 +45,7 @@ class Harness:
         self.call = jax.jit(self.run)
 
     def run(self, params, x, ctx):
-        return nnx.merge(self.graphdef, params)(x, ctx=ctx)[0]
+        return nnx.merge(self.graphdef, params)(x, ctx=ctx)
 
     def __call__(self, x, ctx=None):
         return self.call(self.params, x, ctx or Context())
@@ -225,7 +225,7 @@ def test_what_is_refused(kind, x):
     with pytest.raises(ValueError, match=f"{kind} has no state"):
         mixer.init_state(1, 8)
     with pytest.raises(ValueError, match=f"{kind} has no state"):
-        mixer(x, {"k": 0}, ctx=Context(positions_BT=jnp.arange(T)[None]))
+        mixer.mix(x, {"k": 0}, ctx=Context(positions_BT=jnp.arange(T)[None]))
     with pytest.raises(ValueError, match=f"{kind} mixes all tokens of a row .* set data.packing to stream"):
         mixer(x, ctx=Context(segment_ids_BT=jnp.zeros((B, T), int)))
 

@@ -73,7 +73,7 @@ def test_first_step_is_the_formula():
     start, _ = fresh()
 
     def loss(params):
-        logits, _ = apply(MODEL, params, batch["tokens"], ctx=_context(batch))
+        logits = apply(MODEL, params, batch["tokens"], ctx=_context(batch)).logits
         return mean_nll(logits, batch["targets"])[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(start)

@@ -59,7 +59,7 @@ def make_eval_step(model: ModelConfig, *, accuracy: bool = False) -> Callable[..
 
     def eval_step(params, batch):
         batch = _unseen(model, batch)
-        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None))
+        logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None)).logits
         scores = token_nll(logits_BTV, batch["targets"])
         return (*scores, count_correct(logits_BTV, batch["targets"])) if accuracy else scores
 
@@ -70,7 +70,7 @@ def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
     """`fill_in(params, batch) -> int32 [B, T]`, jitted: the tokens, where one is hidden the likeliest."""
 
     def fill_in(params, batch):
-        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None))
+        logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None)).logits
         likeliest_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
         return jnp.where(batch["targets"] >= 0, likeliest_BT, batch["tokens"])
 
@@ -79,7 +79,7 @@ def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
 
 def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: jax.Array) -> jax.Array:
     """The batch's share of the mean over `count` tokens."""
-    logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, key))
+    logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, key)).logits
     return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1)
 
 

@@ -53,8 +53,8 @@ def prefill(
       memory_BSD, memory_positions_BS: what `cross` mixers read, from `encode`; their caches keep it.
       dtype: of cached keys and values; the model's by default.
 
-    A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more tokens
-    than the capacity, and where the model keeps no state.
+    A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
+    tokens than the capacity, and where the model keeps no state.
     """
     B, T = tokens_BT.shape
     if T > capacity:

@@ -62,7 +62,7 @@ class GatedRMSNorm(nnx.Module):
 
 
 class HeadGroupNorm(nnx.Module):
-    """Group norm with one group per head, with scale and bias: (x - mean) / sqrt(var + eps) over its features.
+    """Group norm with one group per head: (x - mean) / sqrt(var + eps) over its features, scale and bias.
 
     A positive factor that all of a head's features share drops out of it, but for eps.
     """

@@ -28,7 +28,9 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; any other annotation is its own only one."""
+    """The alternatives of a union or of `MixerConfig`; any other annotation is its own only one."""
+    if annotation is MixerConfig:
+        return tuple(mixer_kinds().values())
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)
@@ -36,8 +38,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 def sections(annotation: Any) -> list[type]:
     """The dataclasses that a mapping may stand for here, of every kind; masks are written as expressions."""
-    found = [m for m in members(annotation) if dataclasses.is_dataclass(m) and not issubclass(m, Mask)]
-    return list(mixer_kinds().values()) if found == [MixerConfig] else found
+    return [m for m in members(annotation) if dataclasses.is_dataclass(m) and not issubclass(m, Mask)]
 
 
 def item_type(annotation: Any) -> Any:
