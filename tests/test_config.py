@@ -159,7 +159,7 @@ REFUSED = [
     ("model: {mixers: [{kind: softmax, mask: SlidingWindow(0)}]}", ["model.mixers.0.mask", "window"]),
     (
         "model: {mixers: [{kind: softmax, mask: 'Dense([[True]])'}]}",
-        ["model.mixers.0.mask: Dense(1 x 1", "has no YAML"],
+        ["model.mixers.0.mask: Dense(1 x 1", "cannot be written to YAML"],
     ),
     ("model: {mixers: [{kind: softmax, impl: flash}]}", ["model.mixers.0", "unknown impl 'flash'"]),
     ("model: {mixers: [{kind: softmax, softcap: 0}]}", ["model.mixers.0.softcap must be finite and > 0"]),
@@ -168,7 +168,10 @@ REFUSED = [
     ("model: {d_model: 10, mixers: [{kind: softmax, num_heads: 2, rope: {}}]}", ["model.mixers.0", "odd"]),
     ("model: {d_model: 0}", ["model.d_model must be >= 1, got 0"]),
     ("model: {causal: false}", ["model.causal is false"]),
-    ("model: {mixers: [{kind: cross}]}", ["model.mixers.0.kind is cross", "memory", "objective: seq2seq"]),
+    (
+        "model: {mixers: [{kind: cross}]}",
+        ["model.mixers.0.kind is cross", "encoder's output", "objective: seq2seq"],
+    ),
     ("model: {encoder: {}}", ["model.encoder: no mixer reads it", "cross"]),
     ("objective: mlm", ['objective: expected "causal_lm" or "seq2seq" or "masked_lm", got', "'mlm'"]),
     ("objective: seq2seq", ["model.encoder is null: objective seq2seq", "kind cross"]),
@@ -179,8 +182,8 @@ REFUSED = [
     ("model: {encoder: {num_layers: 1, mixers: [{kind: cross}]}}", ["model.encoder", "no memory"]),
     ("data: {source_length: 8}", ["data.source_length 8: objective causal_lm has no source"]),
     ("data: {source_length: 0}", ["data.source_length must be >= 1, got 0"]),
-    (_seq2seq("data: {tokenizer: chars}"), ["data.tokenizer is chars", "end of document", "use bytes"]),
-    (_seq2seq("data: {packing: stream}"), ["data.packing is stream", "a pair a row"]),
+    (_seq2seq("data: {tokenizer: chars}"), ["data.tokenizer is chars", "end-of-document token", "use bytes"]),
+    (_seq2seq("data: {packing: stream}"), ["data.packing is stream", "one pair per row"]),
     (_seq2seq("evaluation: {sample_prompt: a}"), ["evaluation.sample_prompt", "held-out sources"]),
     (_seq2seq("data: {source_length: 400}", "max_positions: 300"), ["data.source_length 400 exceeds"]),
     (_seq2seq("", "causal: false"), ["model.causal is false"]),
@@ -204,7 +207,7 @@ REFUSED = [
     ("optimizer: {final_learning_rate: 2}", ["final_learning_rate 2.0 exceeds learning_rate 0.001"]),
     ("optimizer: {schedule: constant, decay_steps: 3}", ["optimizer.decay_steps 3", "constant"]),
     ("steps: 50", ["optimizer.warmup_steps 100 exceeds steps 50"]),
-    ("steps: 100", ["optimizer.warmup_steps 100 leaves no room for the cosine"]),
+    ("steps: 100", ["optimizer.warmup_steps 100 is not before the end of the cosine"]),
     ("steps: 110\noptimizer: {schedule: wsd}", ["100", "22 steps", "exceed steps 110"]),
     ("evaluation: {sample_prompt: ''}\ndata: {tokenizer: chars}", ["evaluation.sample_prompt is empty"]),
     ("evaluation: {batches: 0}", ["evaluation.batches must be >= 1, got 0"]),
@@ -233,7 +236,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("text, words", REFUSED, ids=[text[:60] for text, _ in REFUSED])
-def test_a_mistake_is_told_in_one_line(load, text, words):
+def test_a_mistake_gives_one_line(load, text, words):
     with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load(text)
     message = str(error.value)
@@ -298,15 +301,15 @@ def test_text_in_an_override_is_taken_as_written(load, written, value):
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("steps", ["'steps' is no key.path=value"]),
-        ("=3", ["is no key.path=value"]),
-        ("model..d_model=3", ["is no key.path=value"]),
+        ("steps", ["'steps' is not of the form key.path=value"]),
+        ("=3", ["is not of the form key.path=value"]),
+        ("model..d_model=3", ["is not of the form key.path=value"]),
         ("optimzer.learning_rate=1", ["unknown key optimzer", "optimizer?"]),
         ("model.mixers.0.masc=Causal()", ["unknown key model.mixers.0.masc", "model.mixers.0.mask?"]),
         ("model.mixers.1.num_heads=2", ["model.mixers has the items 0 to 0"]),
         ("model.mixers.x=2", ["model.mixers has the items 0 to 0"]),
         ("model.mixers.-1.num_heads=2", ["model.mixers has the items 0 to 0"]),
-        ("steps.x=1", ["steps is no section"]),
+        ("steps.x=1", ["steps has no keys below it: it is an integer"]),
         ("steps=[1", ["override steps: "]),
         ("steps=two", ["steps: expected an integer, got 'two'"]),
         ("steps=", ["steps: expected an integer, got null"]),
@@ -314,7 +317,7 @@ def test_text_in_an_override_is_taken_as_written(load, written, value):
         ("data.files=\udcff", ["override data.files: the value is not valid UTF-8"]),
     ],
 )
-def test_a_wrong_override_is_told_in_one_line(load, override, words):
+def test_a_wrong_override_gives_one_line(load, override, words):
     with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load("", override)
     assert len(str(error.value).splitlines()) == 1
@@ -396,8 +399,8 @@ def test_help_shows_every_key_and_kind_within_100_columns():
 
 def test_meanings_stand_above_a_field_or_behind_it():
     meanings = keys_lib.meanings(DataConfig)
-    assert meanings["batch_size"] == "rows of a step (B), all accumulation steps together"
-    assert meanings["packing"].startswith("documents: end to end in rows, with segment ids")
+    assert meanings["batch_size"] == "rows per step (B), all accumulation steps together"
+    assert meanings["packing"].startswith("documents: packed end to end into rows, with segment ids")
     assert "stream: random windows of the concatenated text" in meanings["packing"]
 
 
@@ -467,7 +470,7 @@ ENDING = """
 import atexit, os, runpy, signal, sys
 from train import cli
 def run(argv, own_process):
-    print("told before")
+    print("printed before")
     {body}
 cli._run = run
 atexit.register(os.kill, os.getpid(), signal.SIGKILL)
@@ -476,13 +479,13 @@ runpy.run_module("train", run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    "body, status, told",
+    "body, status, message",
     [("raise KeyboardInterrupt", 130, "interrupted"), ("raise OSError('disk full')", 2, "error: disk full")],
 )
-def test_the_exit_status_survives_a_crash_at_the_end(body, status, told):
+def test_the_exit_status_survives_a_crash_at_the_end(body, status, message):
     command = [sys.executable, "-c", ENDING.format(body=body)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "told before\n", f"{told}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (status, "printed before\n", f"{message}\n")
 
 
 PREPARE = (

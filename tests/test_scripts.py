@@ -118,7 +118,7 @@ def test_what_the_comparison_takes_by_itself_is_on_equal_terms():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("linformer", ["seed=1"], "linformer.yaml trains masked_lm, whose loss is no bits per byte"),
+        ("linformer", ["seed=1"], "linformer.yaml trains masked_lm, which is not scored in bits per byte"),
         ("../mqar/linear", ["seed=1"], "linear.yaml trains data.task mqar"),
         ("../tiny", ["seed=1"], "is not on equal terms with"),
         ("mqa", ["evaluation.final_full=false", "data.tokenizer=chars"], "final_full must be true"),

@@ -93,7 +93,7 @@ def check_equal_terms(configs: Sequence[Path], overrides: Sequence[str]) -> None
         run = config_lib.load(path, overrides)
         if run.objective != "causal_lm" or run.data.task is not None:
             what = run.objective if run.data.task is None else f"data.task {run.data.task.kind}"
-            raise ValueError(f"{path} trains {what}, whose loss is no bits per byte of text: leave it out")
+            raise ValueError(f"{path} trains {what}, which is not scored in bits per byte of text: remove it")
         if run.data.tokenizer != "bytes" and not run.evaluation.final_full:
             raise ValueError(f"{path}: evaluation.final_full must be true for tokens that are not bytes")
         own = dict(_flat(config_lib.to_dict(run)))

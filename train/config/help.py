@@ -24,7 +24,7 @@ package, such as tiny. The same command again resumes the run in its folder. Ove
 file, later ones over earlier ones; values are YAML, text needs no quotes. List items go by their
 number: model.mixers.0.num_heads=8.
 
-  --print-config  print the resolved configuration and exit
+  --print-config  print the whole configuration, defaults included, and exit
   --help          print this text and exit
 
 Exit status: 0 done, 2 a mistake in the command, the configuration or the data, 130 interrupted.
@@ -71,8 +71,8 @@ def _sections_below(annotation: Any, path: str) -> list[tuple[type, str]]:
     return [(cls, path) for cls in sections(annotation)] + [(cls, f"{path}.N") for cls in items]
 
 
-def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
-    """The keys of a section and of those below; `told` gathers where each section was first described."""
+def _lines(cls: type, path: str, described_at: dict[type, str]) -> Iterator[str]:
+    """The keys of a section and of those below; `described_at`: where each was first."""
     for key in _own_keys(cls, path):
         below = _sections_below(hints(cls)[key.path.rpartition(".")[2]], key.path)
         if below:
@@ -81,11 +81,11 @@ def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
         yield from textwrap.wrap(head, WIDTH, subsequent_indent=" " * 36, break_long_words=False)
         yield from _wrapped(key.meaning or "", "      ")
         shown: list[type] = []
-        if below and all(section in told for section, _ in below):
-            yield from _wrapped(f"with the keys of {told[below[0][0]]} above", "      ")
+        if below and all(section in described_at for section, _ in below):
+            yield from _wrapped(f"with the keys of {described_at[below[0][0]]} above", "      ")
             continue
         for section, place in below:
-            told[section] = place
+            described_at[section] = place
             kind = kind_of(section)
             if kind is not None:
                 yield ""
@@ -94,7 +94,7 @@ def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
                 if base is not None:
                     yield f"      the keys of kind: {kind_of(base)}"
                     continue
-            yield from _lines(section, place, told)
+            yield from _lines(section, place, described_at)
             shown.append(section)
 
 

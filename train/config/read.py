@@ -74,7 +74,9 @@ def _expression(mask: Mask, path: str) -> str:
             return str(mask)
     except ValueError:
         pass
-    raise ConfigError(f"{path}: {mask} has no YAML, an array or a function is no text; choose a pattern")
+    raise ConfigError(
+        f"{path}: {mask} cannot be written to YAML: it holds an array or a function; use one of the patterns"
+    )
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -135,8 +137,8 @@ def _unknown(cls: type, key: str, path: str) -> ConfigError:
         if near:
             break
     verb = "did you mean" if cutoff else "the nearest is"
-    mark = "?" if cutoff else ""
-    return ConfigError(f"unknown key {_join(path, key)}; {verb} {names[near[0]]}{mark}")
+    end = "?" if cutoff else ""
+    return ConfigError(f"unknown key {_join(path, key)}; {verb} {names[near[0]]}{end}")
 
 
 def _all_keys(cls: type, path: str) -> Iterator[str]:
@@ -223,7 +225,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override {_show(override)} is no key.path=value")
+        raise ConfigError(f"override {_show(override)} is not of the form key.path=value")
     node: Any = raw
     annotation: Any = RunConfig
     for depth, name in enumerate(keys):
@@ -244,7 +246,9 @@ def _step(annotation: Any, node: Any, name: str, path: str) -> tuple[str | int, 
             raise ConfigError(f"override {_join(path, name)}: {path} has the items 0 to {len(node) - 1}")
         return int(name), item_type(annotation)
     if not sections(annotation):
-        raise ConfigError(f"override {_join(path, name)}: {path} is no section, but {expected(annotation)}")
+        raise ConfigError(
+            f"override {_join(path, name)}: {path} has no keys below it: it is {expected(annotation)}"
+        )
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: expected {expected(annotation)}, got {_show(node)}")
     # Where nothing is chosen yet, an override may choose: any kind's `kind` will do.
