@@ -1,4 +1,4 @@
-"""Compiles the Mosaic GPU kernels for an H100 where there is none, and reads what the compiler made of them.
+"""Cross-compiles the Mosaic GPU kernels for an H100 and reports registers, spills and instructions.
 
     python -m tests.aot_gpu                  the table of docs/kernels.md, all configurations
     python -m tests.aot_gpu NAME ... --json  some of them, as JSON
