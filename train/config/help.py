@@ -13,21 +13,23 @@ from train.config import to_dict, yaml_text
 from train.config.keys import default_of, hints, item_type, kind_of, meanings, members, sections
 from train.config.schema import RunConfig
 
-WIDTH = 100
+WIDTH = 80
 
 USAGE = """\
 usage: python -m train CONFIG [key.path=value ...] [--print-config]
        python -m train --help
 
-Trains the language model that CONFIG describes: a YAML file, or the name of one that comes with the
-package, such as tiny. The same command again resumes the run in its folder. Overrides win over the
-file, later ones over earlier ones; values are YAML, text needs no quotes. List items go by their
-number: model.mixers.0.num_heads=8.
+Trains the language model that CONFIG describes: a YAML file, or the name of a
+configuration that comes with the package, such as tiny. The same command again
+resumes the run in its folder. Overrides take precedence over the file, later
+ones over earlier ones. Their values are YAML; text needs no quotes. An item of
+a list has its number in the path: model.mixers.0.num_heads=8.
 
   --print-config  print the whole configuration, defaults included, and exit
   --help          print this text and exit
 
-Exit status: 0 done, 2 a mistake in the command, the configuration or the data, 130 interrupted.
+Exit status: 0 done; 2 a mistake in the command, the configuration or the data;
+130 interrupted.
 """
 
 
