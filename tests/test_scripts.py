@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -77,6 +78,24 @@ def test_a_script_runs_from_another_folder(tmp_path, name):
         ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: {name}.py")
+
+
+def _documented():
+    """(program, words) of every command line `python scripts/NAME.py ...` in the documentation."""
+    root = shipped.FOLDER.resolve().parent
+    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        for name, rest in re.findall(r"python scripts/(\w+)\.py\b([^`\n]*)", text):
+            if "$(" not in rest:  # a loop of the shell
+                yield name, shlex.split(rest, comments=True)
+
+
+def test_documented_command_lines_are_understood():
+    seen = set()
+    for name, words in _documented():
+        seen.add(name)
+        command_line.parse(COMMANDS[name].Options, words)  # raises for what it does not understand
+    assert seen >= {"benchmark", "compare", "generate", "recall", "visualize"}
 
 
 @pytest.mark.parametrize(
