@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import scripts.visualize as visualize
 from attention_jax import catalogue, make_mixer, masks, mixers
 from attention_jax.masks.picture import gallery, shades
 from attention_jax.mixers import mixer_kinds
 from tests.reference import masks as truth
+from train.commands import visualize
 
 
 def test_every_mixer_and_every_mask_is_listed():
@@ -138,8 +138,8 @@ def test_the_gallery_draws_every_pattern(tmp_path):
     "command, message",
     [
         (["mask", "Causl()"], "no mask 'Causl'"),
-        (["mask", "Causal()", "--length", "0"], "lengths from 1 to 4096, got 0"),
-        (["mask", "Causal()", "--block", "0"], "block must be >= 1, got 0"),
+        (["mask", "Causal()", "--length", "5000"], "lengths from 1 to 4096, got 5000"),
+        (["mask", "Causal()", "--block", "0"], "--block: must be an integer >= 1, got 0"),
     ],
 )
 def test_a_mistake_is_one_line(command, message, capsys, tmp_path):

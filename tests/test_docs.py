@@ -23,7 +23,7 @@ from attention_jax import LanguageModel, catalogue
 from attention_jax.masks import parse
 from attention_jax.mixers import Context, base
 from train import config as configuration
-from train.config import plain_yaml
+from train.config import yaml_text
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -107,7 +107,7 @@ def test_long_pages_exist():
 def test_yaml_loads_and_its_model_runs(name):
     for line, text in blocks(PAGES[name], "yaml"):
         # A fragment is a whole configuration whose other keys have their defaults.
-        run = configuration.from_dict(plain_yaml.parse(text, f"{name}:{line + 1}"))
+        run = configuration.from_dict(yaml_text.parse(text, f"{name}:{line + 1}"))
         assert configuration.from_dict(configuration.to_dict(run)) == run
         # One layer of each mixer tells what four do.
         encoder = run.model.encoder

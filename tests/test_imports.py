@@ -25,6 +25,7 @@ LAYERS = [
     ["attention_jax.model"],
     ["attention_jax.generation", "attention_jax.catalogue"],
     ["attention_jax"],
+    ["attention_jax.benchmarks"],
     ["train"],
     ["scripts"],
     ["tests"],
@@ -233,8 +234,8 @@ def test_the_library_needs_no_training_packages():
     """`import attention_jax` pulls in jax, flax and numpy, but nothing of the `train` extra by itself."""
     used = {name.split(".")[0] for path in (ROOT / "attention_jax").rglob("*.py")
             for name in _imports(path.read_text())}  # fmt: skip
-    # matplotlib: inside the function that draws, so that only drawing needs it.
-    known = {"attention_jax", "jax", "flax", "numpy", "matplotlib"}
+    # Inside functions, so that only drawing and timing beside peers need them: matplotlib, torch, tokamax.
+    known = {"attention_jax", "jax", "flax", "numpy", "matplotlib", "torch", "tokamax"}
     assert used <= known | set(sys.stdlib_module_names)
 
 
