@@ -72,7 +72,7 @@ _TERMS = (
     ("bias", "t5", About("T5 relative position bias", "arXiv 1910.10683", "O(1) per pair")),
     ("bias", "an array", About("Additive bias, differentiated", "", "O(1) per pair", "the array")),
     ("score", "softcap", About("c tanh(x / c)", "arXiv 2408.00118", "O(1) per pair")),
-    ("score", "sinks", About("Learned sink logit per head", "arXiv 2508.10925", "O(1) per row")),
+    ("score", "sink_logits", About("Learned sink logit per head", "arXiv 2508.10925", "O(1) per row")),
     ("score", "qk_norm: rms", About("RMS norm of q and k", "arXiv 2302.05442", "O(1) per token")),
     ("score", "qk_norm: l2", About("L2 norm of q and k", "Llama 4 model card", "O(1) per token")),
     ("score", "temperature", About("Query temperature", "Llama 4 model card", "O(1) per token")),

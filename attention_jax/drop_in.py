@@ -16,6 +16,7 @@ All three differ from the originals in this:
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -118,15 +119,17 @@ def nnx_attention_fn(
     other bits than Flax's, for each entry on its own. `precision` changes nothing: float32 products always
     have the highest.
 
+    `module` (sow_weights=True) sows the weights before dropout, [batch..., N, T, S], made for that alone.
+
     Raises:
-      NotImplementedError: dropout with broadcast_dropout=True; `module` (sow_weights=True).
+      NotImplementedError: dropout with broadcast_dropout=True.
       ValueError: arguments that do not fit together.
     """
     del precision
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    _refuse_sowing(module)
+    sow = None if module is None else functools.partial(module.sow, nnx.Intermediate)
     dropout = _dropout(dropout_rate, dropout_rng, deterministic, broadcast_dropout)
-    return _any_batch(query, key, value, bias, mask, _pattern(is_causal, None), dropout)
+    return _any_batch(query, key, value, bias, mask, _pattern(is_causal, None), dropout, sow)
 
 
 def linen_attention_fn(
@@ -149,12 +152,11 @@ def linen_attention_fn(
 ) -> jax.Array:
     """`flax.linen.dot_product_attention` as `nn.MultiHeadDotProductAttention(attention_fn=...)` calls it.
 
-    Shapes, dropout and `precision` are those of `nnx_attention_fn`. The softmax is float32 whatever
+    Shapes, dropout, `precision` and `module` are as in `nnx_attention_fn`. The softmax is float32 whatever
     `force_fp32_for_softmax` says.
 
     Raises:
-      NotImplementedError: dropout with broadcast_dropout=True; `module` (sow_weights=True); an einsum or a
-        dot_general of the caller's.
+      NotImplementedError: dropout with broadcast_dropout=True; an einsum or a dot_general of the caller's.
       ValueError: arguments that do not fit together.
     """
     del precision, force_fp32_for_softmax
@@ -167,9 +169,9 @@ def linen_attention_fn(
         if given is not None:
             raise NotImplementedError(f"{name} is not supported: the scores are never one product; pass None")
     query, key, value = promote_linen(query, key, value, dtype=dtype)
-    _refuse_sowing(module)
+    sow = None if module is None else functools.partial(module.sow, "intermediates")
     dropout = _dropout(dropout_rate, dropout_rng, deterministic, broadcast_dropout)
-    return _any_batch(query, key, value, bias, mask, Full(), dropout)
+    return _any_batch(query, key, value, bias, mask, Full(), dropout, sow)
 
 
 def _implementation(name: str | None) -> str | None:
@@ -268,11 +270,6 @@ def _positions(lengths_B: jax.Array | None, length: int) -> jax.Array | None:
     return jnp.where(slots < lengths_B[:, None], slots, -1)
 
 
-def _refuse_sowing(module: Any) -> None:
-    if module is not None:
-        raise NotImplementedError("module is not supported: no weights are sown; call with sow_weights=False")
-
-
 def _dropout(rate: float, rng: Any, deterministic: bool, broadcast: bool) -> dict[str, Any]:
     """The op's dropout arguments from Flax's."""
     if deterministic or rate == 0:
@@ -287,8 +284,8 @@ def _dropout(rate: float, rng: Any, deterministic: bool, broadcast: bool) -> dic
     return {"dropout_rate": rate, "dropout_key": rng}
 
 
-def _any_batch(query, key, value, bias, mask, pattern: Mask, dropout: dict[str, Any]) -> jax.Array:
-    """Attention over any number of batch axes."""
+def _any_batch(query, key, value, bias, mask, pattern: Mask, dropout: dict[str, Any], sow) -> jax.Array:
+    """Attention over any number of batch axes; sow(name, weights) where that is not None."""
     batch = query.shape[:-3]
     if key.shape[:-3] != batch or value.shape[:-3] != batch:
         raise ValueError(
@@ -297,7 +294,11 @@ def _any_batch(query, key, value, bias, mask, pattern: Mask, dropout: dict[str, 
     q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
     mask = None if mask is None else jnp.asarray(mask).astype(bool)
     bias, mask = (_one_batch_axis(x, batch) for x in (bias, mask))
-    out = softmax.dot_product_attention(q, k, v, **_seen(q, k, bias, mask, pattern, None, None), **dropout)
+    arguments = _seen(q, k, bias, mask, pattern, None, None)
+    if sow is not None:
+        weights = softmax.attention_weights(q, k, **arguments).astype(query.dtype)
+        sow("attention_weights", weights.reshape(*batch, *weights.shape[1:]))
+    out = softmax.dot_product_attention(q, k, v, **arguments, **dropout)
     return out.reshape(*query.shape[:-1], out.shape[-1])
 
 

@@ -388,6 +388,38 @@ def test_linen_decodes():
         assert_allclose(y, full[:, t : t + 1], atol=2e-6)
 
 
+def test_nnx_sows_weights():
+    x = jax.random.normal(jax.random.key(2), (2, 3, 5, 16))
+    found = []
+    for function in (OURS["nnx"], THEIRS["nnx"]):
+        layer = nnx.MultiHeadAttention(
+            N,
+            16,
+            attention_fn=function,
+            dropout_rate=0.5,
+            broadcast_dropout=False,
+            decode=False,
+            rngs=nnx.Rngs(0),
+        )
+        run = nnx.capture(layer, nnx.Intermediate)
+        _, sown = run(x, mask=nnx.make_causal_mask(x[..., 0]), sow_weights=True, deterministic=False)
+        found.append(jax.tree.leaves(sown)[0])
+    assert found[0].shape == (2, 3, N, 5, 5)
+    assert_allclose(*found, atol=1e-6)
+
+
+def test_linen_sows_weights():
+    x = jax.random.normal(jax.random.key(2), (2, 3, 5, 16))
+    found = []
+    for function in (OURS["linen"], THEIRS["linen"]):
+        apply, params = modules("linen", function)
+        mask = linen.make_causal_mask(x[..., 0])
+        _, sown = apply(params, x, mask=mask, sow_weights=True, mutable=["intermediates"])
+        found.append(sown["intermediates"]["attention_weights"][0])
+    assert found[0].shape == (2, 3, N, 5, 5)
+    assert_allclose(*found, atol=1e-6)
+
+
 @FLAX
 def test_dropout_in_flax_modules(kind):
     x = jnp.tile(jax.random.normal(jax.random.key(2), (1, 12, 16)), (2, 1, 1))

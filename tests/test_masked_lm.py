@@ -19,11 +19,11 @@ from attention_jax.generation import generate
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
-from scripts import generate as generate_script
 from tests.params import random_params
 from tests.runs import interrupt, rows, saved
 from train import cli, loop
 from train import config as config_lib
+from train.commands import generate as generate_script
 from train.config.schema import DataConfig, OptimizerConfig
 from train.data import batches as data
 from train.data import masking
@@ -325,7 +325,7 @@ REFUSED = [
     ),
     (
         MASKED % (", mixers: [{kind: linformer, length: 255}]", "data: {packing: stream}"),
-        ["data.sequence_length 256 exceeds model.mixers.0.length 255"],
+        ["data.sequence_length 256 exceeds model.mixers.0.length 255: lower it, or raise the other"],
     ),
 ]  # fmt: skip
 

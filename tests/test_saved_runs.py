@@ -23,7 +23,7 @@ import pytest
 from attention_jax.generation import Sampling, generate
 from train import config as config_lib
 from train import loop
-from train.config import plain_yaml
+from train.config import yaml_text
 from train.run import migration
 from train.run.checkpoint import CheckpointError, Checkpoints
 from train.run.folder import RunFolder, differences, saved_config, saved_keys
@@ -127,7 +127,7 @@ def test_a_flipped_bit_of_format_1_is_found_before_it_is_migrated(runs):
 def test_a_saved_configuration_is_compared_as_it_would_be_read_today(runs):
     """Keys that it lacks have their defaults; what differs is named."""
     config = saved_config(runs / "scan")
-    keys = plain_yaml.parse((runs / "scan" / "config.yaml").read_text(), "")
+    keys = yaml_text.parse((runs / "scan" / "config.yaml").read_text(), "")
     assert differences(keys, config, runs) == []
     del keys["data"]["task"], keys["optimizer"]["clip_norm"], keys["model"]["mixers"][1]["gate"]
     assert differences(keys, config, runs) == []

@@ -18,10 +18,10 @@ import pytest
 from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, ModelOutput, apply, encode, init_params
 from attention_jax.positions import RoPE
-from scripts import generate as generate_script
 from tests.runs import interrupt, rows, saved
 from train import config as config_lib
 from train import loop
+from train.commands import generate as generate_script
 from train.config.schema import OptimizerConfig
 from train.data import batches as data
 from train.data import corpus

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from attention_jax.caches import KVCache
 from attention_jax.mixers.base import Context, Mixer, MixerConfig
-from attention_jax.ops import softmax
-from attention_jax.ops.softmax import dot_product_attention
+from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
 
 
@@ -89,7 +88,7 @@ class KVView:
             queries=lambda: q_BTNH,
             keys=lambda: k,
             values=lambda: v,
-            attention=lambda: softmax.attention_weights(q_BTNH, k, **call),
+            attention=lambda: attention_weights(q_BTNH, k, **call),
         )
         return y_BTNM, aux
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from train import config as config_lib
-from train.config import plain_yaml
+from train.config import yaml_text
 from train.config.schema import RunConfig
 from train.run.files import write_atomically, write_json
 from train.run.migration import FORMAT, config_hash_of_format_1, flatten, migrate_config
@@ -97,7 +97,7 @@ class RunFolder:
         if notes or not self.begun:
             write_json(self.path / "versions.json", versions)
         if not self.begun:
-            write_atomically(self.path / "config.yaml", plain_yaml.dumps(saved_keys(self._config)))
+            write_atomically(self.path / "config.yaml", yaml_text.dumps(saved_keys(self._config)))
         return notes
 
     def result(self) -> dict[str, Any] | None:
@@ -221,7 +221,7 @@ def _text(path: Path) -> str:
 
 def _read_keys(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
-    keys = plain_yaml.parse(_text(path), str(path))
+    keys = yaml_text.parse(_text(path), str(path))
     if not isinstance(keys, dict):
         raise ValueError(
             f"{path} is not a mapping of keys: restore it from a copy, or choose another run_dir"
@@ -237,4 +237,4 @@ def _migrated(keys: dict[str, Any], place: Path) -> RunConfig:
 
 
 def _show(flat: dict[str, Any], key: str) -> str:
-    return plain_yaml.scalar(flat[key]) if key in flat else "(absent)"
+    return yaml_text.scalar(flat[key]) if key in flat else "(absent)"

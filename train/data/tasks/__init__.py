@@ -6,8 +6,12 @@ turns it into what the trainer reads. Row n is a function of (seed, held out or 
 size.
 """
 
+from typing import Annotated
+
+from attention_jax.choices import ByKind
 from train.data.tasks.mqar import MQARConfig
 
-TaskConfig = MQARConfig
+# Another task joins as a union: MQARConfig | OtherConfig.
+TaskConfig = Annotated[MQARConfig, ByKind()]
 
 __all__ = ["MQARConfig", "TaskConfig"]
