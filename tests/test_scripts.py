@@ -118,7 +118,7 @@ def test_benchmark(capsys, arguments, message):
     [
         (["--seed", str(10**23)], f"--seed must be in [0, 4294967296), got {10**23}"),
         (["--step", "\u00b2"], "--step must be a number, latest or best, got \u00b2"),
-        ([], "is no run folder"),
+        ([], "is not a run folder"),
     ],
 )
 def test_generate(capsys, tmp_path, arguments, message):

@@ -67,7 +67,7 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
         key=jax.random.key(seed),
         eos_id=run.tokenizer.end_of_document,
     )
-    sys.stdout.write(requests.heads[0])
+    sys.stdout.write(requests.echo[0])
     for [ids] in pieces:
         sys.stdout.write("".join(decoder.push(int(token)) for token in ids))
         sys.stdout.flush()

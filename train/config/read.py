@@ -22,6 +22,7 @@ from train.config import shipped, yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
 from train.config.schema import RunConfig
 from train.config.yaml_text import ConfigError
+from train.run.migration import FORMAT, migrate_config
 
 __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 
@@ -30,10 +31,15 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     """The run that a YAML file describes, with `key.path=value` overrides applied in order.
 
     path: a file, or the name of a configuration that comes with the package, such as `tiny`.
-    `run_dir: null` becomes runs/NAME_OF_THE_FILE. Raises: ConfigError, which names the mistake.
+    `run_dir: null` becomes runs/NAME_OF_THE_FILE. A run folder's config.yaml, with the `format` that it
+    states, is such a file too. Raises: ConfigError, which names the mistake.
     """
     path = shipped.find(path)
     raw = read_yaml(path)
+    try:
+        raw = migrate_config(raw, absent=FORMAT)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
         _override(raw, override)
     config = from_dict(raw)

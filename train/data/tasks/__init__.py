@@ -1,4 +1,4 @@
-"""Synthetic tasks: rows that are made as they are asked for, in place of a corpus.
+"""Synthetic tasks: rows that are generated on demand, in place of a corpus.
 
 A task's config (`data.task` in YAML, chosen by its `kind`) has `vocab_size`, `validation_rows`,
 `check(sequence_length)` and `rows(first, count, sequence_length, seed=, held_out=)`; `source.TaskData`
