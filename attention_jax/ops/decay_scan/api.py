@@ -9,19 +9,17 @@ Linear attention (arXiv 2006.16236), RetNet (2307.08621), GLA (2312.06635) and M
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attention_jax.ops.arguments import is_array, per_token
+from attention_jax.ops.arguments import finite_number, is_array, positive_integer
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import document_runs, select_valid
+from attention_jax.ops.recurrences import check_decays, document_runs
+from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
 def _many_tokens(call: Call) -> str | None:
@@ -121,14 +119,11 @@ def _checked_call(
     q, k, v = map(jnp.asarray, (q, k, v))
     segments = per_token("segment_ids", segment_ids, B, T)
     positions = per_token("positions", positions, B, T)
-    scale = _number("scale", scale)
-    if chunk_size is not None and (not isinstance(chunk_size, numbers.Integral) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
+    scale = finite_number("scale", scale)
     if not isinstance(normalize, bool):
         raise ValueError(f"normalize must be True or False, got {normalize!r}")
     dtype = jnp.result_type(q, k, v, jnp.float32)
-    held = [x >= 0 for x in (segments, positions) if x is not None]
-    valid = functools.reduce(jnp.logical_and, held) if held else None
+    valid = valid_tokens(positions, segments)
     log_decay = _log_decay(log_decay, (B, T, N, H), dtype, valid)
     out_dtype = dtype if normalize else v.dtype
     q, k, v = (select_valid(x, valid) for x in (q, k, v))
@@ -140,7 +135,7 @@ def _checked_call(
         _state(state, (B, N, H, M + normalize), dtype, normalize),
         None if segments is None else document_runs(segments, valid),
         scale=1.0 if normalize else scale,
-        chunk_size=None if chunk_size is None else int(chunk_size),
+        chunk_size=None if chunk_size is None else positive_integer("chunk_size", chunk_size),
         out_dtype=out_dtype,
     )  # fmt: skip
     return call, valid
@@ -165,12 +160,6 @@ def _sizes(q, k, v) -> tuple[int, int, int, int, int]:
     return B, T, N, H, v.shape[3]
 
 
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite Python number (multiply q by a traced one), got {value!r}")
-    return float(value)
-
-
 def _log_decay(x: Any, sizes: tuple[int, int, int, int], dtype: Any, valid: jax.Array | None):
     """The checked log decay in `dtype`, 0 in slots without a token, or None."""
     if x is None:
@@ -186,24 +175,11 @@ def _log_decay(x: Any, sizes: tuple[int, int, int, int], dtype: Any, valid: jax.
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"log_decay must be floating point, got {x.dtype}")
-    _check_sign(x, valid)
+    check_decays(x, valid)
     x = jnp.asarray(x).astype(dtype)
     if valid is not None and x.ndim == 1:
         x = jnp.broadcast_to(x, (B, T, heads))
     return x if x.ndim == 1 else select_valid(x, valid)
-
-
-def _check_sign(x: Any, valid: jax.Array | None) -> None:
-    """ValueError where a concrete log decay of a token would let the state grow."""
-    if any(isinstance(a, jax.core.Tracer) for a in (x, valid)):
-        return
-    values = np.asarray(x).astype(np.float32)
-    if valid is not None and values.ndim > 1:
-        shape = valid.shape + (1,) * (values.ndim - 2)
-        values = np.where(np.asarray(valid).reshape(shape), values, 0.0)
-    if not (values <= 0).all():
-        worst = values[~(values <= 0)][0]
-        raise ValueError(f"log_decay must be <= 0 (a factor <= 1), got {worst}; pass the log of the decay")
 
 
 def _state(x: Any, shape: tuple[int, ...], dtype: Any, normalize: bool) -> jax.Array:

@@ -11,19 +11,17 @@ Attention (Kimi Team 2025, arXiv 2510.26692).
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attention_jax.ops.arguments import is_array, per_token
+from attention_jax.ops.arguments import finite_number, is_array, positive_integer
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.common import Call
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import document_runs, select_valid
+from attention_jax.ops.recurrences import check_decays, document_runs
+from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
 def _many_tokens(call: Call) -> str | None:
@@ -115,17 +113,12 @@ def _checked_call(
     # NumPy's float64 is float32 to JAX unless 64 bits are on.
     q, k, v, beta = map(jnp.asarray, (q, k, v, beta))
     dtype = _check_dtypes(q, k, v, beta, log_decay, state)
-    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite Python number (multiply q by a traced one), got {scale!r}")
-    if chunk_size is not None and not (isinstance(chunk_size, numbers.Integral) and chunk_size >= 1):
-        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
     B, T, N, M = v.shape
     segments_BT = per_token("segment_ids", segment_ids, B, T)
     positions_BT = per_token("positions", positions, B, T)
-    held = [ids >= 0 for ids in (segments_BT, positions_BT) if ids is not None]
-    valid_BT = functools.reduce(jnp.logical_and, held) if held else None
+    valid_BT = valid_tokens(positions_BT, segments_BT)
     if log_decay is not None:
-        _check_sign(log_decay, valid_BT)
+        check_decays(log_decay, valid_BT)
         # exp(-1e4) is 0 in every precision, and sums of it are finite, which those of -inf are not.
         log_decay = jnp.maximum(jnp.asarray(log_decay, dtype), -1e4)
         log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
@@ -135,8 +128,8 @@ def _checked_call(
         select_valid(log_decay, valid_BT),
         jnp.zeros((B, N, k.shape[3], M), dtype) if state is None else jnp.asarray(state),
         None if runs_BT is None else jnp.broadcast_to(runs_BT, (B, T)),
-        scale=float(scale),
-        chunk_size=None if chunk_size is None else int(chunk_size),
+        scale=finite_number("scale", scale),
+        chunk_size=None if chunk_size is None else positive_integer("chunk_size", chunk_size),
     )
     return call, valid_BT
 
@@ -180,16 +173,6 @@ def _check_shapes(q, k, v, beta, log_decay, state) -> None:
         )
     if state is not None and tuple(state.shape) != (B, N, H, M):
         raise ValueError(f"initial_state_BNHM must be [B, N, H, M] = {(B, N, H, M)}, got {state.shape}")
-
-
-def _check_sign(log_decay: Any, valid_BT: Any) -> None:
-    """ValueError where a concrete log decay of a token would let the state grow."""
-    if any(isinstance(x, jax.core.Tracer) for x in (log_decay, valid_BT)):
-        return
-    values = np.asarray(select_valid(jnp.asarray(log_decay, jnp.float32), valid_BT))
-    wrong = values[np.logical_not(values <= 0)]
-    if wrong.size:
-        raise ValueError(f"log_decay must be <= 0 (a factor <= 1), got {wrong[0]}; pass the log of the decay")
 
 
 implementations = functools.partial(tuple, _IMPLEMENTATIONS)

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.arguments import per_token, segment_pair
+from attention_jax.ops.arguments import finite_number, positive_integer
 from attention_jax.ops.selected import gathered, reference
 from attention_jax.ops.selected.common import Call
+from attention_jax.ops.tokens import per_token, positions_or_arange, segment_pair, valid_tokens
 
 _IMPLEMENTATIONS = {"reference": reference.attend, "gathered": gathered.attend}
 
@@ -94,10 +94,6 @@ def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, 
         raise ValueError(f"block_indices must be [B, T, K, n] = [{B}, {T}, {K}, n >= 1], got {blocks.shape}")
     if not jnp.issubdtype(blocks.dtype, jnp.integer):
         raise ValueError(f"block_indices must be integers, got {blocks.dtype}")
-    if not isinstance(block_size, numbers.Integral) or block_size < 1:
-        raise ValueError(f"block_size must be an integer >= 1, got {block_size!r}")
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite Python number, got {scale!r}")
     q_segments, k_segments = _segments(segment_ids, B, T, S)
     return Call(
         *map(jnp.asarray, (q, k, v)),
@@ -105,16 +101,16 @@ def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, 
         _positions("q_positions", q_positions, q_segments, B, T),
         _positions("k_positions", k_positions, k_segments, B, S),
         q_segments, k_segments,
-        block_size=int(block_size),
-        scale=1 / math.sqrt(H) if scale is None else float(scale),
+        block_size=positive_integer("block_size", block_size),
+        scale=1 / math.sqrt(H) if scale is None else finite_number("scale", scale),
     )  # fmt: skip
 
 
 def _positions(name: str, positions: Any, segments: jax.Array | None, B: int, length: int) -> jax.Array:
     """The given positions, or 0, 1, 2, ...; -1 where there is no segment. [B, length]"""
-    positions = per_token(name, jnp.arange(length) if positions is None else positions, B, length)
+    positions = positions_or_arange(per_token(name, positions, B, length), length)
     positions = jnp.broadcast_to(positions, (B, length))
-    return positions if segments is None else jnp.where(segments >= 0, positions, -1)
+    return positions if segments is None else jnp.where(valid_tokens(None, segments), positions, -1)
 
 
 def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.ops.selected.common import Call, chunk_length, cut, join, over_chunks
+from attention_jax.ops.tokens import select_valid
 
 
 class _Rows(NamedTuple):
@@ -81,7 +82,7 @@ def _prepared(call: Call) -> tuple[Call, _Rows, jax.Array, int]:
     B, T, _, _, K, H, M = call.sizes
     valid_BT, valid_BS = call.q_positions_BT >= 0, call.k_positions_BS >= 0
     q, k, v = (
-        jnp.where(valid[..., None, None], x, jnp.zeros((), x.dtype))
+        select_valid(x, valid)
         for x, valid in ((call.q_BTNH, valid_BT), (call.k_BSKH, valid_BS), (call.v_BSKM, valid_BS))
     )
     call = dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.masks import Mask
+from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
 Array = Any  # NumPy for a static map, jax for one made at run time
 
@@ -122,6 +123,18 @@ class Tokens:
     positions: jax.Array
     valid: jax.Array
     segments: jax.Array | None
+
+
+def padded_tokens(
+    positions: jax.Array | None, segments: jax.Array | None, length: int, padded: int
+) -> Tokens:
+    """The tokens of one side in `padded` slots; the slots after the first `length` hold none."""
+    pad = ((0, 0), (0, padded - length))
+    valid = valid_tokens(positions, segments)
+    valid = jnp.ones((1, length), bool) if valid is None else valid
+    segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
+    positions = jnp.pad(positions_or_arange(positions, length), pad, constant_values=-1)
+    return Tokens(positions, jnp.pad(valid, pad), segments)
 
 
 def runtime_map(mask: Mask, q: Tokens, k: Tokens, q_block: int, k_block: int) -> BlockMap:

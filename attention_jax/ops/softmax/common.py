@@ -1,4 +1,4 @@
-"""What every implementation of softmax attention shares: the normalised call, validity, dropout bits.
+"""What every implementation of softmax attention shares: the checked call, platform, dropout bits.
 
 Implementations import this module and never one another.
 """
@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 
 from attention_jax.biases import Bias
 from attention_jax.masks import Mask
+from attention_jax.ops.tokens import valid_tokens
 
 _STATIC = {"static": True}
 
@@ -55,6 +56,16 @@ class Call:
         _, S, K, M = self.v_BSKM.shape
         return B, T, S, N, K, H, M
 
+    @property
+    def q_valid_BT(self) -> jax.Array | None:
+        """Which query slots hold a token; None: all do."""
+        return valid_tokens(self.q_positions_BT, self.q_segments_BT)
+
+    @property
+    def k_valid_BS(self) -> jax.Array | None:
+        """Which key slots hold a token; None: all do."""
+        return valid_tokens(self.k_positions_BS, self.k_segments_BS)
+
     def row_ids(self, b: jax.Array) -> jax.Array:
         """Global numbers of batch rows, for dropout."""
         return b if self.first_row is None else b + self.first_row
@@ -94,24 +105,6 @@ def kernel_refusal(call: Call) -> str | None:
 
 def _axes(mesh) -> list[tuple[str, AxisType]]:
     return [] if mesh.empty else list(zip(mesh.axis_names, mesh.axis_types, strict=True))
-
-
-def positions_of(positions: jax.Array | None, length: int) -> jax.Array:
-    """The given positions, or 0, 1, 2, ... as int32 [1, length]."""
-    return jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
-
-
-def valid_slots(positions: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
-    """True where a slot holds a token: position >= 0 and segment >= 0. None where all slots do."""
-    parts = [x >= 0 for x in (positions, segments) if x is not None]
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
-
-
-def select_valid(x: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """x [B, L, ...] with invalid slots selected to 0: what they hold (NaN, Inf) never enters a product."""
-    if valid is None:
-        return x
-    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
 _GOLDEN = 0x9E3779B9

@@ -10,13 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import (
-    Call,
-    dropout_keep,
-    positions_of,
-    select_valid,
-    valid_slots,
-)
+from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 
 def unsupported(call: Call) -> str | None:
@@ -29,10 +24,10 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     B, T, S, N, K, H, M = call.sizes
     heads_N = call.head_ids(jnp.arange(N))
-    q_pos_BT = positions_of(call.q_positions_BT, T)
-    k_pos_BS = positions_of(call.k_positions_BS, S)
-    q_valid_BT = valid_slots(call.q_positions_BT, call.q_segments_BT)
-    k_valid_BS = valid_slots(call.k_positions_BS, call.k_segments_BS)
+    q_pos_BT = positions_or_arange(call.q_positions_BT, T)
+    k_pos_BS = positions_or_arange(call.k_positions_BS, S)
+    q_valid_BT = call.q_valid_BT
+    k_valid_BS = call.k_valid_BS
     q_BTNH = select_valid(call.q_BTNH, q_valid_BT).astype(jnp.float32) * call.scale
     k_BSKH = select_valid(call.k_BSKH, k_valid_BS).astype(jnp.float32)
     v_BSKM = select_valid(call.v_BSKM, k_valid_BS).astype(jnp.float32)

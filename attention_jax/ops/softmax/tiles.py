@@ -22,10 +22,11 @@ from attention_jax.ops.softmax.blocks import (
     Lists,
     Tokens,
     lists,
+    padded_tokens,
     runtime_map,
     static_map,
 )
-from attention_jax.ops.softmax.common import Call, dropout_keep, positions_of, valid_slots
+from attention_jax.ops.softmax.common import Call, dropout_keep
 
 LOG2E = math.log2(math.e)
 
@@ -95,8 +96,8 @@ def make_plan(call: Call) -> Plan:
         q = k = None
     else:
         k_unit, units = k_unit * units, 1
-        q = _tokens(call.q_positions_BT, call.q_segments_BT, T, _round_up(T, q_block))
-        k = _tokens(call.k_positions_BS, call.k_segments_BS, S, _round_up(S, k_unit))
+        q = padded_tokens(call.q_positions_BT, call.q_segments_BT, T, _round_up(T, q_block))
+        k = padded_tokens(call.k_positions_BS, call.k_segments_BS, S, _round_up(S, k_unit))
         block_map = runtime_map(call.mask, q, k, q_block, k_unit)
     if call.mask_BNTS is not None:
         block_map = BlockMap(block_map.some, block_map.every & False)
@@ -125,16 +126,6 @@ def _balanced(length: int, most: int) -> int:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _tokens(positions, segments, length: int, padded: int) -> Tokens:
-    valid = valid_slots(positions, segments)
-    valid = jnp.ones((1, length), bool) if valid is None else valid
-    pad = ((0, 0), (0, padded - length))
-    segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
-    return Tokens(
-        jnp.pad(positions_of(positions, length), pad, constant_values=-1), jnp.pad(valid, pad), segments
-    )
 
 
 def _pieces(by_key: BlockMap, units: int) -> list[_Piece]:

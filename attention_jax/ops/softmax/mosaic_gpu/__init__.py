@@ -24,8 +24,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call, kernel_refusal, platform, select_valid, valid_slots
+from attention_jax.ops.softmax.common import Call, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_gpu import plan as planning
+from attention_jax.ops.tokens import select_valid
 
 _OLDEST = (0, 11, 2)
 _LN2 = math.log(2)
@@ -129,7 +130,7 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
 
     call, out_BTNM, lse_BNT = residuals
     _, T, _, _, _, H, M = call.sizes
-    q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
+    q_valid = call.q_valid_BT
     # An invalid query's output is constant; its lse is its sink where there is one.
     dout_BTNM, dlse_BTN = select_valid(cotangents[0], q_valid), cotangents[1]
     # A row without a key (lse = -inf) passes no gradient, and neither does padding: 2^(z - inf) is 0.

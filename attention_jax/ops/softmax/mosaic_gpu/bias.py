@@ -19,8 +19,9 @@ from jax import lax
 from jax.extend import core
 
 from attention_jax.biases import Axes, Bias
-from attention_jax.ops.softmax.common import Call, positions_of, valid_slots
+from attention_jax.ops.softmax.common import Call
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import NEITHER, K, Q, Traced, bind, trace
+from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,8 +52,8 @@ class TracedBias:
             (K, call.k_positions_BS, call.k_segments_BS, call.sizes[2]),
         ):
             wanted = [v for v, kind in self.score.looked.items() if kind == side]
-            valid = valid_slots(positions, segments)
-            found.append(self._evaluate(call, wanted, side, positions_of(positions, length), valid))
+            valid = valid_tokens(positions, segments)
+            found.append(self._evaluate(call, wanted, side, positions_or_arange(positions, length), valid))
         return scalars, *found
 
     def gradient(self, call: Call, by_query: Sequence[jax.Array], by_key: Sequence[jax.Array]) -> Bias:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.ops.softmax.common import Call, positions_of
+from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.tokens import positions_or_arange
 
 WORD = 32
 
@@ -48,7 +49,7 @@ def _written_out(call: Call) -> jax.Array | np.ndarray:
     _, T, S, *_ = call.sizes
     if call.q_positions_BT is None and call.k_positions_BS is None:
         return call.mask.dense(np.arange(T, dtype=np.int32), np.arange(S, dtype=np.int32))[None, None]
-    q_BT, k_BS = positions_of(call.q_positions_BT, T), positions_of(call.k_positions_BS, S)
+    q_BT, k_BS = positions_or_arange(call.q_positions_BT, T), positions_or_arange(call.k_positions_BS, S)
     return call.mask.dense(_not_folded(q_BT), _not_folded(k_BS))[:, None]
 
 

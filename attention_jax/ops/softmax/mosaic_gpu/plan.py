@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.ops.softmax.common import Call, select_valid, valid_slots
+from attention_jax.ops.softmax.common import Call
 from attention_jax.ops.softmax.mosaic_gpu.bits import WORD, mask_bits
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Schedule, Side, block_map, schedule, sides
 from attention_jax.ops.softmax.mosaic_gpu.scores import GROUP, SEVERAL, Scores, scores_of
+from attention_jax.ops.tokens import select_valid
 
 WIDTHS = (64, 96, 128, 192, 256)  # head widths the kernels know; others are padded with zeros
 
@@ -292,8 +293,8 @@ def _looked_up(scores: Scores, side: Side, name: frozenset, positions: jax.Array
 
 def clean(call: Call) -> Call:
     """The call with padded widths; what invalid slots hold (NaN, Inf) is selected to 0."""
-    q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
-    k_valid = valid_slots(call.k_positions_BS, call.k_segments_BS)
+    q_valid = call.q_valid_BT
+    k_valid = call.k_valid_BS
 
     def fix(x, valid):
         width = x.shape[-1]

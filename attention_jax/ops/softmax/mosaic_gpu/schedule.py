@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.ops.softmax.blocks import BlockMap, Tokens, runtime_map, static_map
-from attention_jax.ops.softmax.common import Call, positions_of, valid_slots
+from attention_jax.ops.softmax.blocks import BlockMap, padded_tokens, runtime_map, static_map
+from attention_jax.ops.softmax.common import Call
 from attention_jax.ops.softmax.mosaic_gpu.bits import any_and_all
+from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
 Array = Any  # NumPy for a static map, jax for one made at run time
 
@@ -89,13 +90,13 @@ def sides(call: Call, T_pad: int, S_pad: int) -> tuple[Side, Side]:
         (call.k_positions_BS, call.k_segments_BS, S, S_pad, -1),
     ):
         pad = ((0, 0), (0, padded - length))
-        valid = valid_slots(positions, segments)
+        valid = valid_tokens(positions, segments)
         if segments is not None:
             segments, ok = jnp.broadcast_arrays(segments, valid)
             segments = jnp.pad(jnp.where(ok, segments, none), pad, constant_values=none)
         if given:
             positions, ok = jnp.broadcast_arrays(
-                positions_of(positions, length), True if valid is None else valid
+                positions_or_arange(positions, length), True if valid is None else valid
             )
             positions = jnp.pad(jnp.where(ok, positions, -1), pad, constant_values=-1)
         found.append(Side(positions if given else None, segments))
@@ -116,15 +117,6 @@ def _by_positions(call: Call, q_block: int, k_block: int) -> BlockMap:
     if call.arange_positions:
         return static_map(call.mask, T, S, q_block, k_block)
 
-    def tokens(positions, segments, length, block):
-        pad = ((0, 0), (0, -length % block))
-        valid = valid_slots(positions, segments)
-        valid = jnp.ones((1, length), bool) if valid is None else valid
-        segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
-        return Tokens(
-            jnp.pad(positions_of(positions, length), pad, constant_values=-1), jnp.pad(valid, pad), segments
-        )
-
-    q = tokens(call.q_positions_BT, call.q_segments_BT, T, q_block)
-    k = tokens(call.k_positions_BS, call.k_segments_BS, S, k_block)
+    q = padded_tokens(call.q_positions_BT, call.q_segments_BT, T, T + -T % q_block)
+    k = padded_tokens(call.k_positions_BS, call.k_segments_BS, S, S + -S % k_block)
     return runtime_map(call.mask, q, k, q_block, k_block)

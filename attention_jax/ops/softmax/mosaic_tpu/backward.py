@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attention_jax.ops.softmax.common import Call, positions_of, select_valid, valid_slots
+from attention_jax.ops.softmax.common import Call
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
 from attention_jax.ops.softmax.mosaic_tpu.plan import (
     NN,
@@ -27,6 +27,7 @@ from attention_jax.ops.softmax.mosaic_tpu.plan import (
 )  # fmt: skip
 from attention_jax.ops.softmax.mosaic_tpu.scores import LOG2E, Operand, Tile, operand
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES
+from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 
 def backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
@@ -35,7 +36,7 @@ def backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
     _, T, S, _, _, H, M = call.sizes
     # A row without a key (lse = -inf) has P = 0 and passes no gradient, and so have rows of padding:
     # +inf does that, 2^(x - inf).
-    q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
+    q_valid = call.q_valid_BT
     out_BTNM, dout_BTNM = (select_valid(x, q_valid) for x in (out_BTNM, dout_BTNM))
     dead_BTN = lse_BTN == -jnp.inf
     delta_BTN = (out_BTNM.astype(jnp.float32) * dout_BTNM.astype(jnp.float32)).sum(-1)
@@ -138,7 +139,7 @@ def _bias_gradient(plan: Plan, found: list[jax.Array]) -> Any:
         return None
     call = plan.call
     _, T, S, N, *_ = call.sizes
-    q_pos, k_pos = positions_of(call.q_positions_BT, T), positions_of(call.k_positions_BS, S)
+    q_pos, k_pos = positions_or_arange(call.q_positions_BT, T), positions_or_arange(call.k_positions_BS, S)
     values, vjp = jax.vjp(lambda bias: plan.split.outside(bias, N, q_pos, k_pos), call.bias)
     cotangents = [jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating)
                   else np.zeros(x.shape, jax.dtypes.float0) for x in values]  # fmt: skip

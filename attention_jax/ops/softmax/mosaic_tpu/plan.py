@@ -17,11 +17,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.masks import Full
 from attention_jax.ops.softmax import blocks
-from attention_jax.ops.softmax.common import Call, positions_of, select_valid, valid_slots
+from attention_jax.ops.softmax.common import Call
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
 from attention_jax.ops.softmax.mosaic_tpu.bias import Split, mask_refusal, split
 from attention_jax.ops.softmax.mosaic_tpu.scores import Operand, Tile, make_operands
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES, Steps, balanced, round_up
+from attention_jax.ops.tokens import select_valid
 
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
@@ -139,18 +140,10 @@ def static_map(call: Call, geometry: Geometry) -> blocks.BlockMap:
 
 
 def runtime_map(call: Call, geometry: Geometry) -> blocks.BlockMap:
-    sides = []
-    for positions, segments, length, padded in (
-        (call.q_positions_BT, call.q_segments_BT, call.sizes[1], geometry.T_pad),
-        (call.k_positions_BS, call.k_segments_BS, call.sizes[2], geometry.S_pad),
-    ):
-        valid = valid_slots(positions, segments)
-        valid = jnp.ones((1, length), bool) if valid is None else valid
-        pad = ((0, 0), (0, padded - length))
-        segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
-        positions = jnp.pad(positions_of(positions, length), pad, constant_values=-1)
-        sides.append(blocks.Tokens(positions, jnp.pad(valid, pad), segments))
-    found = blocks.runtime_map(call.mask, *sides, geometry.q_block, geometry.k_block)
+    _, T, S, *_ = call.sizes
+    q = blocks.padded_tokens(call.q_positions_BT, call.q_segments_BT, T, geometry.T_pad)
+    k = blocks.padded_tokens(call.k_positions_BS, call.k_segments_BS, S, geometry.S_pad)
+    found = blocks.runtime_map(call.mask, q, k, geometry.q_block, geometry.k_block)
     every = found.every & False if call.mask_BNTS is not None else found.every
     return blocks.BlockMap(found.some, every)
 
@@ -250,12 +243,12 @@ def _heads_first(x_BLNH: jax.Array, valid: jax.Array | None, length: int, width:
 
 
 def queries(plan: Plan, x_BTNH: jax.Array, width: int) -> jax.Array:
-    valid = valid_slots(plan.call.q_positions_BT, plan.call.q_segments_BT)
+    valid = plan.call.q_valid_BT
     return _heads_first(x_BTNH, valid, plan.geometry.T_pad, width)
 
 
 def keys(plan: Plan, x_BSKH: jax.Array, width: int) -> jax.Array:
-    valid = valid_slots(plan.call.k_positions_BS, plan.call.k_segments_BS)
+    valid = plan.call.k_valid_BS
     return _heads_first(x_BSKH, valid, plan.geometry.S_pad, width)
 
 
