@@ -27,7 +27,7 @@ from attention_jax.masks import BigBird, Causal, Dense, Full, Predicate, Sliding
 from attention_jax.mixers.forgetting import ForgetBias
 from attention_jax.ops.softmax import mosaic_gpu
 from attention_jax.ops.softmax.blocks import static_map
-from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 from attention_jax.ops.softmax.mosaic_gpu.bias import trace_bias
 from attention_jax.ops.softmax.mosaic_gpu.bits import mask_bits
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
@@ -61,12 +61,12 @@ def run(*arguments: str, limit: int = 500) -> str:
     return done.stdout
 
 
-def call_of(T=130, S=200, N=4, K=2, H=64, M=64, mask=None, dtype=jnp.bfloat16, **given) -> Call:
-    names = {f.name for f in dataclasses.fields(Call)}
+def call_of(T=130, S=200, N=4, K=2, H=64, M=64, mask=None, dtype=jnp.bfloat16, **given) -> SoftmaxCall:
+    names = {f.name for f in dataclasses.fields(SoftmaxCall)}
     arrays = {"q_BTNH": (1, T, N, H), "k_BSKH": (1, S, K, H), "v_BSKM": (1, S, K, M)}
     arrays = {name: jnp.zeros(shape, dtype) for name, shape in arrays.items()}
     fixed = {"mask": mask or Full(), "scale": 0.1, "softcap": None, "dropout_rate": 0.0}
-    return Call(**dict.fromkeys(names) | arrays | fixed | given)
+    return SoftmaxCall(**dict.fromkeys(names) | arrays | fixed | given)
 
 
 @pytest.mark.parametrize("name", sorted(MASKS.keys() - {"dense"}))
@@ -247,7 +247,7 @@ def test_blocks_of_a_boolean_array_count_over_heads():
     for b, i, j in np.ndindex(2, 3, 6):
         block = array[b, :, i * q_block : (i + 1) * q_block, j * k_block : (j + 1) * k_block]
         whole = block.shape[2] == k_block
-        assert bool(found.some[b, i, j]) == block.any() and bool(found.every[b, i, j]) == (
+        assert bool(found.any_kept[b, i, j]) == block.any() and bool(found.all_kept[b, i, j]) == (
             block.all() and whole
         )
 
@@ -644,13 +644,13 @@ def _normal(shape, seed, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
-def _real(T=4096, S=4096, N=16, K=4, H=128, mask=None, **given) -> Call:
+def _real(T=4096, S=4096, N=16, K=4, H=128, mask=None, **given) -> SoftmaxCall:
     call = call_of(8, 8, N, K, H, H, mask or Causal(), scale=H**-0.5, **given)
     q, k, v = _normal((2, T, N, H), 0), _normal((2, S, K, H), 1), _normal((2, S, K, H), 2)
     return dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v)
 
 
-def _both_ways(attend, call: Call, do: jax.Array):
+def _both_ways(attend, call: SoftmaxCall, do: jax.Array):
     def run(q, k, v, bias):
         return attend(dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v, bias=bias))
 
@@ -688,7 +688,7 @@ def test_the_cards_tolerance_takes_what_cancels_and_no_error():
             assert_near(wrong, y, "dq")
 
 
-def assert_as_in_float32(call: Call, deterministic: bool = True) -> None:
+def assert_as_in_float32(call: SoftmaxCall, deterministic: bool = True) -> None:
     from attention_jax.ops.softmax import chunked
 
     B, T, _, N, _, _, M = call.sizes

@@ -198,17 +198,17 @@ def test_steps_visit_every_live_block_once(static, G, parts):
     if not static:
         forward_steps, backward_steps = map(_as_a_program, (forward_steps, backward_steps))
     for share in (0.0, 0.2, 0.7, 1.0):
-        some = rng.random((1 if static else 3, 4, 5)) < share
-        every = some & (rng.random(some.shape) < 0.5)
-        block_map = blocks.BlockMap(*(x if static else jnp.asarray(x) for x in (some, every)))
+        any_kept = rng.random((1 if static else 3, 4, 5)) < share
+        all_kept = any_kept & (rng.random(any_kept.shape) < 0.5)
+        block_map = blocks.BlockMap(*(x if static else jnp.asarray(x) for x in (any_kept, all_kept)))
         forward, backward = forward_steps(block_map), backward_steps(block_map)
-        for b in range(len(some)):
+        for b in range(len(any_kept)):
             rows = _read(forward, b)
-            _check_rows(rows, some[b], every[b], [row[0] for row in rows], range(4))
+            _check_rows(rows, any_kept[b], all_kept[b], [row[0] for row in rows], range(4))
             rows = _read(backward, b)
             per_part = 4 * G // parts
             keys = [(q // per_part, k) for q, k, *_ in rows]
-            tiled = [np.tile(x, (G, 1)) for x in (some[b], every[b])]
+            tiled = [np.tile(x, (G, 1)) for x in (any_kept[b], all_kept[b])]
             _check_rows(rows, *tiled, keys, [(p, k) for p in range(parts) for k in range(5)])
             _check_closing(rows, range(4 * G))
         assert steps.forward_length(block_map) == forward.length
@@ -220,12 +220,12 @@ def _as_a_program(make):
     length = []
 
     @jax.jit
-    def lists(some, every):
-        found = make(blocks.BlockMap(some, every))
+    def lists(any_kept, all_kept):
+        found = make(blocks.BlockMap(any_kept, all_kept))
         length[:] = [found.length]
         return found.q_blocks, found.k_blocks, found.flags, found.closing
 
-    return lambda block_map: steps.Steps(*lists(block_map.some, block_map.every), *length)
+    return lambda block_map: steps.Steps(*lists(block_map.any_kept, block_map.all_kept), *length)
 
 
 def _read(found: steps.Steps, b: int) -> list[tuple[int, ...]]:
@@ -238,9 +238,9 @@ def _read(found: steps.Steps, b: int) -> list[tuple[int, ...]]:
     return alive
 
 
-def _check_rows(rows, some, every, accumulators, wanted) -> None:
+def _check_rows(rows, any_kept, all_kept, accumulators, wanted) -> None:
     """Live blocks once each, by kind; every accumulator opened and closed once, in one run of steps."""
-    for kind, chosen in ((steps.FULL, every), (steps.PARTIAL, some & ~every)):
+    for kind, chosen in ((steps.FULL, all_kept), (steps.PARTIAL, any_kept & ~all_kept)):
         visited = sorted((q, k) for q, k, flags, *_ in rows if flags & kind)
         assert visited == sorted(zip(*map(np.ndarray.tolist, np.nonzero(chosen)), strict=True))
     assert list(dict.fromkeys(accumulators)) == list(wanted)

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.biases import Axes
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 
 
 class Shards(NamedTuple):
@@ -35,7 +35,7 @@ class Shards(NamedTuple):
         return "split by shard_map: " + ", ".join(parts)
 
 
-def shards(call: Call) -> Shards | None:
+def shards(call: SoftmaxCall) -> Shards | None:
     """How q is split, None where it is not. ValueError: split along another axis, or k cannot follow."""
     sharding = jax.typeof(call.q_BTNH).sharding
     mesh = sharding.mesh
@@ -57,7 +57,9 @@ def shards(call: Call) -> Shards | None:
     return Shards(mesh, rows, heads)
 
 
-def per_shard(attend: Callable[[Call], Any], call: Call, split: Shards) -> tuple[jax.Array, jax.Array | None]:
+def per_shard(
+    attend: Callable[[SoftmaxCall], Any], call: SoftmaxCall, split: Shards
+) -> tuple[jax.Array, jax.Array | None]:
     """`attend` of each shard's part of the call: (out_BTNM, lse_BTN or None), sharded as q is."""
     rows, heads = split.rows, split.heads
     leaves, treedef = jax.tree.flatten(call)
@@ -85,7 +87,7 @@ def per_shard(attend: Callable[[Call], Any], call: Call, split: Shards) -> tuple
     return found if call.lse else (found, None)
 
 
-def _specs(call: Call, rows: Any, heads: Any) -> list[Any]:
+def _specs(call: SoftmaxCall, rows: Any, heads: Any) -> list[Any]:
     """A spec per leaf of the call, in the order of its leaves; a field that is None has none."""
     kv = heads if call.sizes[4] != 1 else None
 

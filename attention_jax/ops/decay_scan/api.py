@@ -16,13 +16,13 @@ import jax.numpy as jnp
 
 from attention_jax.ops.arguments import finite_number, is_array, positive_integer
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
-from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
 from attention_jax.ops.recurrences import check_decays, document_runs
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
-def _many_tokens(call: Call) -> str | None:
+def _many_tokens(call: DecayScanCall) -> str | None:
     T = call.sizes[1]
     return None if T == 1 else f"T = {T} > 1: one step per token, and a backward that keeps every state"
 
@@ -113,7 +113,7 @@ def _normalized(y_BTNM: jax.Array, scale: float) -> jax.Array:
 
 def _checked_call(
     q, k, v, log_decay, state, segment_ids, positions, normalize, scale, chunk_size
-) -> tuple[Call, jax.Array | None]:
+) -> tuple[DecayScanCall, jax.Array | None]:
     """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
     B, T, N, H, M = _sizes(q, k, v)
     q, k, v = map(jnp.asarray, (q, k, v))
@@ -130,7 +130,7 @@ def _checked_call(
     if normalize:
         ones = select_valid(jnp.ones((B, T, v.shape[2], 1), v.dtype), valid)
         v = jnp.concatenate([v, ones], axis=3)
-    call = Call(
+    call = DecayScanCall(
         q, k, v, log_decay,
         _state(state, (B, N, H, M + normalize), dtype, normalize),
         None if segments is None else document_runs(segments, valid),

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
 
 # Tokens of a chunk, measured on a CPU at B1 H8 D64 (docs/results.md).
 _CHUNK, _CHANNEL_CHUNK = 64, 64
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: DecayScanCall) -> str | None:
     """Why this implementation cannot run the call: it runs every call."""
     del call
     return None
@@ -55,17 +55,17 @@ class _Weights(NamedTuple):
     through: jax.Array | None
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
     return _attend(call)
 
 
 @jax.custom_vjp
-def _attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def _attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     return _forward(call)[:2]
 
 
-def _attend_fwd(call: Call):
+def _attend_fwd(call: DecayScanCall):
     y_BTNM, state_BNHM, states = _forward(call)
     return (y_BTNM, state_BNHM), (call, states)
 
@@ -77,7 +77,7 @@ def _attend_bwd(residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _chunks(call: Call) -> tuple[int, int, int]:
+def _chunks(call: DecayScanCall) -> tuple[int, int, int]:
     """(C, how many chunks, tokens of a shorter one after them)."""
     T = call.sizes[1]
     default = _CHANNEL_CHUNK if _per_channel(call) else _CHUNK
@@ -85,15 +85,15 @@ def _chunks(call: Call) -> tuple[int, int, int]:
     return C, T // C, T % C
 
 
-def _per_channel(call: Call) -> bool:
+def _per_channel(call: DecayScanCall) -> bool:
     return call.log_decay is not None and call.log_decay.ndim == 4
 
 
-def _is_constant(call: Call) -> bool:
+def _is_constant(call: DecayScanCall) -> bool:
     return call.log_decay is not None and call.log_decay.ndim == 1
 
 
-def _inputs(call: Call) -> _Inputs:
+def _inputs(call: DecayScanCall) -> _Inputs:
     return _Inputs(call.q_BTNH, call.k_BTNH, call.v_BTNM, None if _is_constant(call) else call.log_decay)
 
 
@@ -108,7 +108,7 @@ def _paste(x: Any, piece: Any, start: Any) -> Any:
     return jax.tree.map(one, x, piece)
 
 
-def _forward(call: Call) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(call: DecayScanCall) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """y, the last state, and the states before whole chunks, [chunks, B, N, H, M], and before the rest."""
     B, T, N, _, M = call.sizes
     C, count, rest = _chunks(call)
@@ -133,7 +133,7 @@ def _forward(call: Call) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Arr
     return y_BTNM, state_BNHM, (states, before_rest)
 
 
-def _backward(call: Call, states, dy_BTNM: jax.Array, dstate_BNHM: jax.Array) -> Call:
+def _backward(call: DecayScanCall, states, dy_BTNM: jax.Array, dstate_BNHM: jax.Array) -> DecayScanCall:
     C, count, rest = _chunks(call)
     inputs = _inputs(call)
     constant = _is_constant(call)
@@ -193,7 +193,7 @@ class _Keep(NamedTuple):
     through: jax.Array | None = None  # both are the same document, [b, 1, 1]
 
 
-def _keep(call: Call, start: Any, C: int) -> _Keep:
+def _keep(call: DecayScanCall, start: Any, C: int) -> _Keep:
     causal = np.tril(np.ones((1, 1, C, C), bool))
     if call.run_BT is None:
         return _Keep(causal)
@@ -209,7 +209,9 @@ def _keep(call: Call, start: Any, C: int) -> _Keep:
     )
 
 
-def _chunk(call: Call, keep: _Keep, state_BNHM: jax.Array, inputs: _Inputs, weights: _Weights | None):
+def _chunk(
+    call: DecayScanCall, keep: _Keep, state_BNHM: jax.Array, inputs: _Inputs, weights: _Weights | None
+):
     """(y_BCNM, the state after the chunk). weights: those of a constant decay."""
     N = call.sizes[2]
     q, k, v = (jnp.swapaxes(x, 1, 2).astype(call.dtype) for x in inputs[:3])

@@ -15,7 +15,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class DecayScanCall:
     """One checked call of `decay_scan`: arrays are pytree leaves, the rest is static.
 
     Heads of q, k, v and log_decay divide N, the heads of the state. Slots without a token are already 0 in

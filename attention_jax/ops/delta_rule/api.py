@@ -18,13 +18,13 @@ import jax.numpy as jnp
 
 from attention_jax.ops.arguments import finite_number, is_array, positive_integer
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
-from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
 from attention_jax.ops.recurrences import check_decays, document_runs
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
-def _many_tokens(call: Call) -> str | None:
+def _many_tokens(call: DeltaRuleCall) -> str | None:
     T = call.sizes[1]
     return None if T == 1 else f"T = {T} > 1: one step per token, and a backward that keeps every state"
 
@@ -107,7 +107,7 @@ def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
 
 def _checked_call(
     q, k, v, beta, log_decay, state, segment_ids, positions, scale, chunk_size
-) -> tuple[Call, jax.Array | None]:
+) -> tuple[DeltaRuleCall, jax.Array | None]:
     """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
     _check_shapes(q, k, v, beta, log_decay, state)
     # NumPy's float64 is float32 to JAX unless 64 bits are on.
@@ -123,7 +123,7 @@ def _checked_call(
         log_decay = jnp.maximum(jnp.asarray(log_decay, dtype), -1e4)
         log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
     runs_BT = None if segments_BT is None else document_runs(segments_BT, valid_BT)
-    call = Call(
+    call = DeltaRuleCall(
         *(select_valid(x, valid_BT) for x in (q, k, v, beta)),
         select_valid(log_decay, valid_BT),
         jnp.zeros((B, N, k.shape[3], M), dtype) if state is None else jnp.asarray(state),

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.recurrences import spread
 
 # Tokens of a chunk where channels share a decay or have none, and where each has its own. Measured on two
@@ -76,7 +76,7 @@ class _Chunk(NamedTuple):
     keep_H1: jax.Array | None  # G_C0; None keeps all
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     B, T, N, _, M = call.sizes
     per_channel = call.log_decay_BTNH is not None and call.log_decay_BTNH.shape[-1] > 1
@@ -112,7 +112,7 @@ def _cut(tokens, length: int):
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0), tokens)
 
 
-def _load(call: Call, tokens, C: int) -> _Tokens:
+def _load(call: DeltaRuleCall, tokens, C: int) -> _Tokens:
     """A group's slices [B, L C, heads, ...] in the layout and dtype of the computation."""
     N, wide = call.sizes[2], call.state_BNHM.dtype
 

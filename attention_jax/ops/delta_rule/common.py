@@ -14,7 +14,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class DeltaRuleCall:
     """One checked call of `delta_rule`; slots without a token hold 0 everywhere.
 
     q and k have Q and K heads, divisors of N. log_decay is None (no decay), [B, T, N, 1] (a decay per head)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.recurrences import spread
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     B, T, N, H, _ = call.sizes
     state_BNHM = call.state_BNHM
@@ -45,7 +45,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     return jnp.swapaxes(y_BNTM, 1, 2).astype(call.v_BTNM.dtype), state_BNHM
 
 
-def _decays(call: Call) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _decays(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """G between two tokens, from the row's start to a token, from a token to the row's end, and over the row.
 
     0 where no state passes: to an earlier token, or from one document to another. The axis of H has length 1

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from attention_jax.ops.arguments import finite_number, positive_integer
 from attention_jax.ops.selected import gathered, reference
-from attention_jax.ops.selected.common import Call
+from attention_jax.ops.selected.common import SelectedCall
 from attention_jax.ops.tokens import per_token, positions_or_arange, segment_pair, valid_tokens
 
 _IMPLEMENTATIONS = {"reference": reference.attend, "gathered": gathered.attend}
@@ -76,7 +76,7 @@ def selected_attention(
     return _IMPLEMENTATIONS[impl](call)
 
 
-def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, k_positions) -> Call:
+def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, k_positions) -> SelectedCall:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
         if jnp.ndim(x) != 4 or 0 in jnp.shape(x):
             raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {jnp.shape(x)}")
@@ -95,7 +95,7 @@ def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, 
     if not jnp.issubdtype(blocks.dtype, jnp.integer):
         raise ValueError(f"block_indices must be integers, got {blocks.dtype}")
     q_segments, k_segments = _segments(segment_ids, B, T, S)
-    return Call(
+    return SelectedCall(
         *map(jnp.asarray, (q, k, v)),
         jnp.asarray(blocks, jnp.int32),
         _positions("q_positions", q_positions, q_segments, B, T),

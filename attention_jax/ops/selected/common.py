@@ -17,7 +17,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class SelectedCall:
     """One checked call of `selected_attention`.
 
     Positions are int32 [B, T] and [B, S], negative wherever position or segment say that a slot holds no

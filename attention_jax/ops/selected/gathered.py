@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.selected.common import Call, chunk_length, cut, join, over_chunks
+from attention_jax.ops.selected.common import SelectedCall, chunk_length, cut, join, over_chunks
 from attention_jax.ops.tokens import select_valid
 
 
@@ -31,7 +31,7 @@ class _Rows(NamedTuple):
 
 
 @jax.custom_vjp
-def attend(call: Call) -> jax.Array:
+def attend(call: SelectedCall) -> jax.Array:
     """out_BTNM in q's dtype."""
     call, rows, broken_B, length = _prepared(call)
     out_BTNM = over_chunks(lambda rows: _attend_rows(call, rows), rows, call.sizes[1], length)
@@ -39,11 +39,11 @@ def attend(call: Call) -> jax.Array:
     return jnp.where(broken_B[:, None, None, None], jnp.nan, out_BTNM)
 
 
-def _attend_fwd(call: Call):
+def _attend_fwd(call: SelectedCall):
     return attend(call), call
 
 
-def _attend_bwd(given: Call, dout_BTNM: jax.Array):
+def _attend_bwd(given: SelectedCall, dout_BTNM: jax.Array):
     call, rows, _, length = _prepared(given)
     batch, heads = _batch_and_head(call)
 
@@ -77,7 +77,7 @@ def _attend_bwd(given: Call, dout_BTNM: jax.Array):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _prepared(call: Call) -> tuple[Call, _Rows, jax.Array, int]:
+def _prepared(call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
     """The call with empty slots selected to 0, its queries, rows that cannot be served, the chunk length."""
     B, T, _, _, K, H, M = call.sizes
     valid_BT, valid_BS = call.q_positions_BT >= 0, call.k_positions_BS >= 0
@@ -92,7 +92,7 @@ def _prepared(call: Call) -> tuple[Call, _Rows, jax.Array, int]:
     return call, rows, broken_B, chunk_length(T, B * K * gathered * (H + M))
 
 
-def _first_slots(call: Call) -> tuple[jax.Array, jax.Array]:
+def _first_slots(call: SelectedCall) -> tuple[jax.Array, jax.Array]:
     """The slot [B, T] of position 0 of each query's document, and rows whose documents are not contiguous."""
     k_pos_BS = call.k_positions_BS
     valid_BS = k_pos_BS >= 0
@@ -115,20 +115,20 @@ def _first_slots(call: Call) -> tuple[jax.Array, jax.Array]:
     return first_BT, (valid_BS & (first_BS != expected_BS)).any(1)
 
 
-def _attend_rows(call: Call, rows: _Rows) -> jax.Array:
+def _attend_rows(call: SelectedCall, rows: _Rows) -> jax.Array:
     slots_BTKL, seen_BTKL = _find(call, rows)
     batch, heads = _batch_and_head(call)
     k_BTKLH, v_BTKLM = (x[batch, slots_BTKL, heads] for x in (call.k_BSKH, call.v_BSKM))
     return _softmax_attention(call, rows.q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL)
 
 
-def _batch_and_head(call: Call) -> tuple[jax.Array, jax.Array]:
+def _batch_and_head(call: SelectedCall) -> tuple[jax.Array, jax.Array]:
     """Indices that with slots [B, T, K, L] pick features from [B, S, K, H]."""
     B, _, _, _, K, _, _ = call.sizes
     return jnp.arange(B)[:, None, None, None], jnp.arange(K)[:, None]
 
 
-def _find(call: Call, rows: _Rows) -> tuple[jax.Array, jax.Array]:
+def _find(call: SelectedCall, rows: _Rows) -> tuple[jax.Array, jax.Array]:
     """Slots [B, T, K, n * block_size] of the named blocks' tokens, all in range, and which are seen."""
     B, _, S, *_ = call.sizes
     blocks, q_pos_BT11 = rows.blocks_BTKn, rows.positions_BT[..., None, None]
@@ -154,7 +154,7 @@ def _find(call: Call, rows: _Rows) -> tuple[jax.Array, jax.Array]:
     return slots_BTKL, seen_BTKL
 
 
-def _softmax_attention(call: Call, q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL) -> jax.Array:
+def _softmax_attention(call: SelectedCall, q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL) -> jax.Array:
     """Attention of each query over its own keys, in float32; a row without a key gives 0."""
     B, T, K, _, H = k_BTKLH.shape
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, -1, H) * call.scale

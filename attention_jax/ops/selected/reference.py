@@ -8,11 +8,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.selected.common import Call
+from attention_jax.ops.selected.common import SelectedCall
 from attention_jax.ops.softmax import dot_product_attention
 
 
-def attend(call: Call) -> jax.Array:
+def attend(call: SelectedCall) -> jax.Array:
     """out_BTNM in q's dtype."""
     _, _, _, N, K, _, _ = call.sizes
     q_pos, k_pos = call.q_positions_BT, call.k_positions_BS

@@ -23,7 +23,7 @@ from attention_jax.ops import sharded
 from attention_jax.ops.arguments import is_array
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
 from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.tokens import per_token, segment_pair
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
@@ -31,18 +31,18 @@ from attention_jax.ops.tokens import per_token, segment_pair
 _DENSE_UP_TO = 128 * 128
 
 
-def _dense_too_large(call: Call) -> str | None:
+def _dense_too_large(call: SoftmaxCall) -> str | None:
     _, T, S, *_ = call.sizes
     if T > 1 and T * S > _DENSE_UP_TO:
         return f"T * S = {T * S} > {_DENSE_UP_TO}: the blocked form is faster and needs O(T) memory"
     return None
 
 
-def _one_query(call: Call) -> str | None:
+def _one_query(call: SoftmaxCall) -> str | None:
     return "T = 1: a row of products, which a fused kernel does not speed up" if call.sizes[1] == 1 else None
 
 
-def _never_run(call: Call) -> str | None:
+def _never_run(call: SoftmaxCall) -> str | None:
     del call
     return "compiled and interpreted, but never run on a card (docs/kernels.md): ask for it by name"
 
@@ -148,7 +148,7 @@ def _checked_call(
     rate,
     key,
     return_lse=False,
-) -> Call:
+) -> SoftmaxCall:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
         if not is_array(x):
             raise ValueError(f"{name} must be an array [{', '.join(axes)}], got {type(x).__name__}")
@@ -167,7 +167,7 @@ def _checked_call(
         raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
     q_segments, k_segments = segment_pair(segment_ids, B, T, S)
     mask, mask_BNTS = _mask(mask, (B, N, T, S))
-    return Call(
+    return SoftmaxCall(
         q, k, v,
         per_token("q_positions", q_positions, B, T),
         per_token("k_positions", k_positions, B, S),

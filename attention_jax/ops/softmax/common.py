@@ -20,7 +20,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class SoftmaxCall:
     """One checked call of `dot_product_attention`: arrays are pytree leaves, the rest is static.
 
     Positions and segments are int32 [B or 1, T] and [B or 1, S], or None (positions 0, 1, 2, ...; one
@@ -85,14 +85,14 @@ class Call:
         )
 
 
-def platform(call: Call) -> str:
+def platform(call: SoftmaxCall) -> str:
     """Where the call will run, "cpu", "gpu" or "tpu": its mesh's devices, or the default backend."""
     mesh = jax.typeof(call.q_BTNH).sharding.mesh
     device = getattr(mesh, "abstract_device", None)
     return (device and device.platform) or jax.default_backend()
 
 
-def kernel_refusal(call: Call) -> str | None:
+def kernel_refusal(call: SoftmaxCall) -> str | None:
     """Why no kernel can run the call on its mesh, or None: XLA cannot cut a kernel, nor number its heads."""
     sharding = jax.typeof(call.q_BTNH).sharding
     mesh = sharding.mesh

@@ -10,17 +10,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: SoftmaxCall) -> str | None:
     """Why this implementation cannot run the call: it runs every call."""
     del call
     return None
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     B, T, S, N, K, H, M = call.sizes
     heads_N = call.head_ids(jnp.arange(N))

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call, kernel_refusal, platform
+from attention_jax.ops.softmax.common import SoftmaxCall, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_gpu import plan as planning
 from attention_jax.ops.tokens import select_valid
 
@@ -45,12 +45,12 @@ def any_platform() -> Iterator[None]:
         _forced = before
 
 
-def unsupported(call: Call, deterministic: bool = True) -> str | None:
+def unsupported(call: SoftmaxCall, deterministic: bool = True) -> str | None:
     """Why this implementation cannot run the call, or None."""
     return _platform(call) or kernel_refusal(call) or _inputs(call, deterministic)
 
 
-def _platform(call: Call) -> str | None:
+def _platform(call: SoftmaxCall) -> str | None:
     version = jax.version.__version_info__
     if version < _OLDEST:
         need = ".".join(map(str, _OLDEST))
@@ -80,7 +80,7 @@ def _toolchain(version: int | None) -> str | None:
     return None
 
 
-def _inputs(call: Call, deterministic: bool) -> str | None:
+def _inputs(call: SoftmaxCall, deterministic: bool) -> str | None:
     from attention_jax.ops.softmax.mosaic_gpu.scores import scores_of
 
     _, T, S, _, _, H, M = call.sizes
@@ -99,7 +99,7 @@ def _inputs(call: Call, deterministic: bool) -> str | None:
     return None
 
 
-def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+def attend(call: SoftmaxCall, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32).
 
     deterministic: the backward runs as two kernels, bit for bit the same every time. Otherwise it runs as
@@ -109,11 +109,11 @@ def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(deterministic: bool, call: Call) -> tuple[jax.Array, jax.Array]:
+def _attend(deterministic: bool, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     return _attend_fwd(deterministic, call)[0]
 
 
-def _attend_fwd(deterministic: bool, call: Call):
+def _attend_fwd(deterministic: bool, call: SoftmaxCall):
     from attention_jax.ops.softmax.mosaic_gpu.forward import forward
 
     *_, M = call.sizes

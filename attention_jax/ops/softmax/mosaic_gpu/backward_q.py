@@ -34,12 +34,12 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     zero_rows,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
-from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, HopperPlan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.scores import HopperTile
 
 
 def gradient_q(
-    plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array
+    plan: HopperPlan, dout: jax.Array, lse: jax.Array, delta: jax.Array
 ) -> tuple[jax.Array, list[jax.Array]]:
     """(dQ [B, T, N, H], sums for the bias [B, N, T padded]) of a clean call.
 
@@ -85,7 +85,7 @@ def gradient_q(
     return found["dq"], found["dbias"]
 
 
-def _pulls(plan: Plan) -> list[Traced]:
+def _pulls(plan: HopperPlan) -> list[Traced]:
     """The gradients of a bias that are summed over keys."""
     return plan.scores.bias.by_query if plan.scores.bias else []
 
@@ -161,7 +161,7 @@ class _QueryKernel(ThreadBlock):
         if plan.scores.placed(masked):
             k_vectors = [loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
         bits = self.own_bits(slot, group) if masked else []
-        tile = Tile(
+        tile = HopperTile(
             plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
             shape, 0, (ROWS, COLUMNS), bits,
         )  # fmt: skip

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.tokens import positions_or_arange
 
 WORD = 32
 
 
-def mask_bits(call: Call, table: bool, by_key: bool, own_pad: int, swept_pad: int) -> jax.Array | np.ndarray:
+def mask_bits(
+    call: SoftmaxCall, table: bool, by_key: bool, own_pad: int, swept_pad: int
+) -> jax.Array | np.ndarray:
     """int32 [b, n, words, own_pad]: bit i of word w tells whether the pair with swept token 32 w + i is kept.
 
     table: `call.mask` is to be written out as well as `call.mask_BNTS`. by_key: keys are owned and queries
@@ -44,7 +46,7 @@ def mask_bits(call: Call, table: bool, by_key: bool, own_pad: int, swept_pad: in
     return lax.bitcast_convert_type(words, jnp.int32)
 
 
-def _written_out(call: Call) -> jax.Array | np.ndarray:
+def _written_out(call: SoftmaxCall) -> jax.Array | np.ndarray:
     """[1 or B, 1, T, S]: what the call's Mask keeps; NumPy where positions are implicit."""
     _, T, S, *_ = call.sizes
     if call.q_positions_BT is None and call.k_positions_BS is None:

@@ -32,11 +32,11 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     vectors_scratch,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
-from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
+from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, HopperPlan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, HopperTile
 
 
-def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
+def forward(plan: HopperPlan) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, M], lse / ln 2 as float32 [B, N, T]) of a clean call."""
     call = plan.call
     B, T, _, N, _, H, M = call.sizes
@@ -179,7 +179,7 @@ class _Kernel(ThreadBlock):
         bits = loaded(self.own_bits(slot, group)) if masked else []
         release(smem["k_free"].at[slot], read=bool(k_vectors or bits))
 
-        tile = Tile(
+        tile = HopperTile(
             plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
             shape, 0, (ROWS, COLUMNS), bits,
         )  # fmt: skip

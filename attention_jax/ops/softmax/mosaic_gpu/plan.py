@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_gpu.bits import WORD, mask_bits
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Schedule, Side, block_map, schedule, sides
@@ -27,7 +27,7 @@ FEW = 3  # vectors per token that a whole block holds at a width of 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class HopperTileSizes:
     """Tile sizes of one kernel: keys (of the backward over keys: queries) per step, steps in flight.
 
     warpgroups: those that compute, each with rows of its own. The backward over keys takes two.
@@ -42,13 +42,13 @@ class Tiles:
         """Of a thread block whose warpgroups own 64 each."""
         return self.warpgroups * GROUP
 
-    def smaller(self) -> Tiles:
+    def smaller(self) -> HopperTileSizes:
         """With blocks of half the size, as many tokens in flight; a block of 32 stays."""
         if self.block <= WORD:
             return self
         return dataclasses.replace(self, block=self.block // 2, stages=self.stages * 2)
 
-    def of_two(self) -> Tiles:
+    def of_two(self) -> HopperTileSizes:
         """For two warpgroups."""
         return dataclasses.replace(self, warpgroups=2)
 
@@ -58,36 +58,36 @@ REDUCTION = 2048  # of them what jax takes where a kernel sums rows
 
 # By the larger of the padded widths of keys and values. `scripts/tune.py` times the alternatives.
 FORWARD = {
-    64: Tiles(128, 4, warpgroups=3),
-    96: Tiles(64, 4, warpgroups=3),
-    128: Tiles(128, 2),
-    192: Tiles(64, 3),
-    256: Tiles(64, 2),
+    64: HopperTileSizes(128, 4, warpgroups=3),
+    96: HopperTileSizes(64, 4, warpgroups=3),
+    128: HopperTileSizes(128, 2),
+    192: HopperTileSizes(64, 3),
+    256: HopperTileSizes(64, 2),
 }
 
 
 # The backward over queries (dQ): keys per step. The backward over keys (dK, dV): queries per step.
 BACKWARD_Q = {
-    64: Tiles(64, 4, warpgroups=3),
-    96: Tiles(64, 3, warpgroups=3),
-    128: Tiles(64, 3),
-    192: Tiles(64, 2),
-    256: Tiles(32, 3),
+    64: HopperTileSizes(64, 4, warpgroups=3),
+    96: HopperTileSizes(64, 3, warpgroups=3),
+    128: HopperTileSizes(64, 3),
+    192: HopperTileSizes(64, 2),
+    256: HopperTileSizes(32, 3),
 }
 BACKWARD_K = {
-    64: Tiles(64, 3),
-    96: Tiles(64, 2),
-    128: Tiles(64, 2),
-    192: Tiles(64, 2),
-    256: Tiles(64, 2),
+    64: HopperTileSizes(64, 3),
+    96: HopperTileSizes(64, 2),
+    128: HopperTileSizes(64, 2),
+    192: HopperTileSizes(64, 2),
+    256: HopperTileSizes(64, 2),
 }
 # The backward in one kernel (dQ, dK, dV): queries per step, the 64 rows of its product for dQ.
 FUSED = {
-    64: Tiles(64, 3),
-    96: Tiles(64, 2),
-    128: Tiles(64, 2),
-    192: Tiles(64, 2),
-    256: Tiles(64, 2),
+    64: HopperTileSizes(64, 3),
+    96: HopperTileSizes(64, 2),
+    128: HopperTileSizes(64, 2),
+    192: HopperTileSizes(64, 2),
+    256: HopperTileSizes(64, 2),
 }
 
 
@@ -100,12 +100,12 @@ def round_up(n: int, multiple: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class HopperPlan:
     """A call with padded widths and invalid tokens selected to 0, its recipe of scores and its tiles."""
 
-    call: Call
+    call: SoftmaxCall
     scores: Scores
-    tiles: Tiles
+    tiles: HopperTileSizes
     schedule: Schedule
     q: Side
     k: Side
@@ -142,7 +142,7 @@ class Plan:
         return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, found)
 
 
-def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+def forward_plan(call: SoftmaxCall, tiles: HopperTileSizes | None = None) -> HopperPlan:
     """Rows of 64 queries a warpgroup over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
@@ -152,7 +152,7 @@ def forward_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
 
 
-def _forward_tiles(scores: Scores, width: int) -> Tiles:
+def _forward_tiles(scores: Scores, width: int) -> HopperTileSizes:
     """`FORWARD`, with smaller blocks or fewer warpgroups where registers must hold what the scores need."""
     tiles = FORWARD[padded_width(width)]
     long, crowded = scores.mask_operations > MANY, scores.crowded
@@ -170,7 +170,7 @@ def _forward_tiles(scores: Scores, width: int) -> Tiles:
     return tiles.smaller() if much and tiles.block > 64 else tiles
 
 
-def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+def backward_q_plan(call: SoftmaxCall, tiles: HopperTileSizes | None = None) -> HopperPlan:
     """Rows of 64 queries a warpgroup over blocks of keys."""
     scores = _scores(call)
     *_, H, M = call.sizes
@@ -186,7 +186,7 @@ def backward_q_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     return _plan(call, scores, tiles, tiles.rows, tiles.block, by_key=False)
 
 
-def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+def backward_k_plan(call: SoftmaxCall, tiles: HopperTileSizes | None = None) -> HopperPlan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold the sums of dK and dV, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
@@ -198,7 +198,7 @@ def backward_k_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     return _plan(call, scores, tiles, tiles.block, 2 * GROUP if max(H, M) <= 128 else GROUP, by_key=True)
 
 
-def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
+def fused_plan(call: SoftmaxCall, tiles: HopperTileSizes | None = None) -> HopperPlan:
     """Rows of keys over blocks of queries: 2 x 64 while registers hold both sums and the scores, else 64."""
     *_, H, M = call.sizes
     scores = _scores(call)
@@ -210,7 +210,9 @@ def fused_plan(call: Call, tiles: Tiles | None = None) -> Plan:
     return _plan(call, scores, tiles, tiles.block, GROUP if relay else 2 * GROUP, by_key=True)
 
 
-def _fitting(tiles: Tiles, call: Call, scores: Scores, shared: Callable[..., int]) -> Tiles:
+def _fitting(
+    tiles: HopperTileSizes, call: SoftmaxCall, scores: Scores, shared: Callable[..., int]
+) -> HopperTileSizes:
     """Tiles that fit shared memory: one block less in flight, a halved one if possible, until they do."""
     *_, H, M = call.sizes
     while shared(H, M, tiles, scores) > SHARED:
@@ -220,17 +222,17 @@ def _fitting(tiles: Tiles, call: Call, scores: Scores, shared: Callable[..., int
     return tiles
 
 
-def _forward_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
+def _forward_bytes(H: int, M: int, tiles: HopperTileSizes, scores: Scores) -> int:
     own = tiles.rows * (H + (M if H != M else 0)) * 2
     return own + _buffer(tiles.rows * 4) + REDUCTION + _swept_bytes(H + M, tiles, scores, tiles.rows)
 
 
-def _backward_q_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
+def _backward_q_bytes(H: int, M: int, tiles: HopperTileSizes, scores: Scores) -> int:
     bias = _bias_bytes(scores.bias.by_query if scores.bias else [], tiles.rows)
     return tiles.rows * (H + M) * 2 + bias + _swept_bytes(H + M, tiles, scores, tiles.rows)
 
 
-def _backward_k_bytes(H: int, M: int, tiles: Tiles, scores: Scores) -> int:
+def _backward_k_bytes(H: int, M: int, tiles: HopperTileSizes, scores: Scores) -> int:
     rows = 2 * GROUP if max(H, M) <= 128 else GROUP
     lse_and_delta = 2 * _buffer(tiles.stages * tiles.block * 4)
     bias = _bias_bytes(scores.bias.by_key if scores.bias else [], rows)
@@ -242,7 +244,7 @@ def _bias_bytes(pulls: list, rows: int) -> int:
     return len(pulls) * _buffer(rows * 4) + (REDUCTION if pulls else 0)
 
 
-def _swept_bytes(widths: int, tiles: Tiles, scores: Scores, rows: int) -> int:
+def _swept_bytes(widths: int, tiles: HopperTileSizes, scores: Scores, rows: int) -> int:
     """What of the swept side is in flight, with its vectors and bits, and barriers."""
     tokens = tiles.stages * tiles.block
     bits = _buffer(tokens // WORD * rows * 4) if scores.bits else 0
@@ -253,13 +255,15 @@ def _buffer(size: int) -> int:
     return round_up(size, 1024)
 
 
-def _scores(call: Call) -> Scores:
+def _scores(call: SoftmaxCall) -> Scores:
     scores = scores_of(call)
     assert isinstance(scores, Scores), scores
     return scores
 
 
-def _plan(call: Call, scores: Scores, tiles: Tiles, q_block: int, k_block: int, by_key: bool) -> Plan:
+def _plan(
+    call: SoftmaxCall, scores: Scores, tiles: HopperTileSizes, q_block: int, k_block: int, by_key: bool
+) -> HopperPlan:
     _, T, S, *_ = call.sizes
     blocks = block_map(call, q_block, k_block)
     T_pad, S_pad = round_up(T, q_block), round_up(S, k_block)
@@ -275,7 +279,7 @@ def _plan(call: Call, scores: Scores, tiles: Tiles, q_block: int, k_block: int, 
     if scores.bits:
         bits = mask_bits(call, scores.table, by_key, *((S_pad, T_pad) if by_key else (T_pad, S_pad)))
     lists = schedule(blocks.transpose if by_key else blocks)
-    return Plan(call, scores, tiles, lists, q, k, k_block, bias, bits, swept)
+    return HopperPlan(call, scores, tiles, lists, q, k, k_block, bias, bits, swept)
 
 
 def _by_head(side: Side, found: list[jax.Array], length: int) -> Side:
@@ -291,7 +295,7 @@ def _looked_up(scores: Scores, side: Side, name: frozenset, positions: jax.Array
     return dataclasses.replace(side, looked=tuple(scores.keep.look_up(name, padded)))
 
 
-def clean(call: Call) -> Call:
+def clean(call: SoftmaxCall) -> SoftmaxCall:
     """The call with padded widths; what invalid slots hold (NaN, Inf) is selected to 0."""
     q_valid = call.q_valid_BT
     k_valid = call.k_valid_BS

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.masks import Full
-from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 from attention_jax.ops.softmax.mosaic_gpu.bias import TracedBias, trace_bias
 from attention_jax.ops.softmax.mosaic_gpu.bits import WORD
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import LOG2E, K, Q, Traced, tanh, trace
@@ -53,7 +53,7 @@ class Scores:
     bits: bool
 
     def operands(self, B: int, N: int, q: Side, k: Side) -> dict[str, list[jax.Array]]:
-        """The arrays `Tile` reads from global memory, beside bits and the bias's scalars."""
+        """The arrays `HopperTile` reads from global memory, beside bits and the bias's scalars."""
         traced = {"keep": self.keep, "dropout": self.dropout}
         found = {name: [] if t is None else t.scalars(B, N) for name, t in traced.items()}
         return found | {"q": q.vectors, "k": k.vectors}
@@ -108,7 +108,7 @@ class Scores:
         return masked or self.bias is not None or self.dropout is not None
 
 
-def scores_of(call: Call) -> Scores | str:
+def scores_of(call: SoftmaxCall) -> Scores | str:
     """The recipe of a call, or why a kernel cannot follow it."""
 
     def keep(b, n, q, k):
@@ -148,7 +148,7 @@ def _vectors(bias: TracedBias | None) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class HopperTile:
     """A tile of scores in registers: q . k, [queries, keys], or transposed (q_axis 1).
 
     q_vectors, k_vectors: the tile's positions and segments where they are given, then what the mask looks up,

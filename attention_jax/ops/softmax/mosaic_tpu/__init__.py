@@ -21,7 +21,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call, kernel_refusal, platform
+from attention_jax.ops.softmax.common import SoftmaxCall, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_tpu import plan, steps
 from attention_jax.ops.softmax.mosaic_tpu.backward import backward
 from attention_jax.ops.softmax.mosaic_tpu.bias import bias_refusal, mask_refusal
@@ -33,7 +33,7 @@ __all__ = ["attend", "forced", "unsupported"]
 _MAX_DENSE = 2**28  # entries of a dense mask made from a Mask object
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: SoftmaxCall) -> str | None:
     """Why the kernels cannot run the call, forward or backward; None where they can."""
     if plan.only_on_tpu() and platform(call) != "tpu":
         return f"needs a TPU, the call runs on a {platform(call)}"
@@ -56,10 +56,10 @@ def unsupported(call: Call) -> str | None:
     return _too_long(call)
 
 
-def _too_long(call: Call) -> str | None:
+def _too_long(call: SoftmaxCall) -> str | None:
     """Do block lists fit scalar memory, dQ a bounded number of parts?"""
     for is_backward in (False, True):
-        geometry = plan.Geometry.of(call, is_backward)
+        geometry = plan.TPUGeometry.of(call, is_backward)
         if geometry.parts > steps.MAX_PARTS:
             return (
                 f"dQ of {geometry.G} heads x {geometry.T_pad} queries needs {geometry.parts} sweeps over the "
@@ -78,12 +78,12 @@ def _too_long(call: Call) -> str | None:
 
 
 @jax.custom_vjp
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     return forward(call)
 
 
-def _attend_fwd(call: Call):
+def _attend_fwd(call: SoftmaxCall):
     out_BTNM, lse_BTN = forward(call)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 

@@ -17,10 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.masks import Full
 from attention_jax.ops.softmax import blocks
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
 from attention_jax.ops.softmax.mosaic_tpu.bias import Split, mask_refusal, split
-from attention_jax.ops.softmax.mosaic_tpu.scores import Operand, Tile, make_operands
+from attention_jax.ops.softmax.mosaic_tpu.scores import Operand, TPUTile, make_operands
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES, Steps, balanced, round_up
 from attention_jax.ops.tokens import select_valid
 
@@ -74,7 +74,7 @@ def vmem() -> int | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class TPUGeometry:
     """How a call is cut: sizes of blocks, padded lengths and, in the backward, parts of the queries."""
 
     q_block: int
@@ -88,7 +88,7 @@ class Geometry:
     itemsize: int
 
     @classmethod
-    def of(cls, call: Call, backward: bool) -> Geometry:
+    def of(cls, call: SoftmaxCall, backward: bool) -> TPUGeometry:
         _, T, S, N, K, H, M = call.sizes
         itemsize, G = call.q_BTNH.dtype.itemsize, N // K
         blocks = steps_of.blocks_for(max(H, M), itemsize)
@@ -130,30 +130,30 @@ class Geometry:
         return min(max(size + 8 * _MIB, 16 * _MIB), vmem() * 15 // 16)
 
 
-def static_map(call: Call, geometry: Geometry) -> blocks.BlockMap:
+def static_map(call: SoftmaxCall, geometry: TPUGeometry) -> blocks.BlockMap:
     """The map of implicit positions over the padded lengths."""
     _, T, S, *_ = call.sizes
     found = blocks.static_map(call.mask, T, S, geometry.q_block, geometry.k_block)
-    every = found.every & False if call.mask_BNTS is not None else found.every
-    more = ((0, 0), (0, geometry.nq - found.some.shape[1]), (0, 0))
-    return blocks.BlockMap(np.pad(found.some, more), np.pad(every, more))
+    all_kept = found.all_kept & False if call.mask_BNTS is not None else found.all_kept
+    more = ((0, 0), (0, geometry.nq - found.any_kept.shape[1]), (0, 0))
+    return blocks.BlockMap(np.pad(found.any_kept, more), np.pad(all_kept, more))
 
 
-def runtime_map(call: Call, geometry: Geometry) -> blocks.BlockMap:
+def runtime_map(call: SoftmaxCall, geometry: TPUGeometry) -> blocks.BlockMap:
     _, T, S, *_ = call.sizes
     q = blocks.padded_tokens(call.q_positions_BT, call.q_segments_BT, T, geometry.T_pad)
     k = blocks.padded_tokens(call.k_positions_BS, call.k_segments_BS, S, geometry.S_pad)
     found = blocks.runtime_map(call.mask, q, k, geometry.q_block, geometry.k_block)
-    every = found.every & False if call.mask_BNTS is not None else found.every
-    return blocks.BlockMap(found.some, every)
+    all_kept = found.all_kept & False if call.mask_BNTS is not None else found.all_kept
+    return blocks.BlockMap(found.any_kept, all_kept)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TPUPlan:
     """What both kernels share: the call, its geometry, its steps and the operands beside q, k and v."""
 
-    call: Call
-    geometry: Geometry
+    call: SoftmaxCall
+    geometry: TPUGeometry
     steps: Steps
     split: Split | None
     mask_inside: bool  # `mask.keep` runs in the kernel
@@ -191,11 +191,11 @@ class Plan:
         g, i = lax.div(row, np.int32(nq)), lax.rem(row, np.int32(nq))
         return b, h * G + g, h, i, k_blocks[at]
 
-    def tile(self, refs: dict[str, Any], lists: tuple[Any, ...]) -> Tile:
+    def tile(self, refs: dict[str, Any], lists: tuple[Any, ...]) -> TPUTile:
         at = (pl.program_id(0), pl.program_id(1), pl.program_id(2))
         *_, i, j = self.where(*at, *lists)
         blocks = self.geometry.q_block, self.geometry.k_block
-        return Tile(self.call, self.split, self.mask_inside, self.operands, refs, blocks, i, j,
+        return TPUTile(self.call, self.split, self.mask_inside, self.operands, refs, blocks, i, j,
                     self.geometry.S_pad, self.backward)  # fmt: skip
 
     def query_spec(self, width: int) -> pl.BlockSpec:
@@ -217,8 +217,8 @@ class Plan:
         return [x.spec(*blocks, self.backward, self.where) for x in self.operands.values()]
 
 
-def make_plan(call: Call, backward: bool) -> Plan:
-    geometry = Geometry.of(call, backward)
+def make_plan(call: SoftmaxCall, backward: bool) -> TPUPlan:
+    geometry = TPUGeometry.of(call, backward)
     block_map = static_map(call, geometry) if call.arange_positions else runtime_map(call, geometry)
     if backward:
         steps = steps_of.backward_steps(block_map, geometry.G, geometry.parts)
@@ -233,7 +233,7 @@ def make_plan(call: Call, backward: bool) -> Plan:
         mask_BNTS = table if mask_BNTS is None else table & mask_BNTS
         inside = False
     operands = make_operands(call, cut, mask_BNTS, geometry.T_pad, geometry.S_pad, backward)
-    return Plan(call, geometry, steps, cut, inside, operands, backward)
+    return TPUPlan(call, geometry, steps, cut, inside, operands, backward)
 
 
 def _heads_first(x_BLNH: jax.Array, valid: jax.Array | None, length: int, width: int) -> jax.Array:
@@ -242,17 +242,17 @@ def _heads_first(x_BLNH: jax.Array, valid: jax.Array | None, length: int, width:
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
 
 
-def queries(plan: Plan, x_BTNH: jax.Array, width: int) -> jax.Array:
+def queries(plan: TPUPlan, x_BTNH: jax.Array, width: int) -> jax.Array:
     valid = plan.call.q_valid_BT
     return _heads_first(x_BTNH, valid, plan.geometry.T_pad, width)
 
 
-def keys(plan: Plan, x_BSKH: jax.Array, width: int) -> jax.Array:
+def keys(plan: TPUPlan, x_BSKH: jax.Array, width: int) -> jax.Array:
     valid = plan.call.k_valid_BS
     return _heads_first(x_BSKH, valid, plan.geometry.S_pad, width)
 
 
-def params(plan: Plan) -> dict[str, Any]:
+def params(plan: TPUPlan) -> dict[str, Any]:
     return {
         "interpret": interpret(),
         "compiler_params": pltpu.CompilerParams(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from attention_jax.ops.softmax.common import Call, dropout_keeps, dropout_rows
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keeps, dropout_rows
 from attention_jax.ops.softmax.mosaic_tpu.bias import Split
 from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
@@ -84,7 +84,12 @@ def operand(
 
 
 def make_operands(
-    call: Call, split: Split | None, mask_BNTS: jax.Array | None, T_pad: int, S_pad: int, transposed: bool
+    call: SoftmaxCall,
+    split: Split | None,
+    mask_BNTS: jax.Array | None,
+    T_pad: int,
+    S_pad: int,
+    transposed: bool,
 ) -> dict[str, Operand]:
     """What the blocks of a call read beside q, k and v, by name."""
     B, T, S, N, *_ = call.sizes
@@ -126,13 +131,13 @@ def make_operands(
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class TPUTile:
     """A block of scores in a kernel. Arrays are 2D and broadcast against it, whichever way it lies.
 
     i, j: its query block within the sequence and its key block, traced scalars.
     """
 
-    call: Call
+    call: SoftmaxCall
     split: Split | None
     has_mask: bool
     operands: dict[str, Operand]
