@@ -175,10 +175,11 @@ def _program(config: Config, kernel: str):
     import jax.numpy as jnp
 
     from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu.config import HopperTileSizes
 
     dtype = jnp.dtype(config.dtype)
     make, shapes = _call(config, dtype)
-    tiles = plan.HopperTileSizes(*config.tiles[kernel]) if config.tiles and kernel in config.tiles else None
+    tiles = HopperTileSizes(*config.tiles[kernel]) if config.tiles and kernel in config.tiles else None
 
     plans = {"forward": plan.forward_plan, "q": plan.backward_q_plan, "fused": plan.fused_plan}
     run = {
@@ -193,7 +194,7 @@ def _program(config: Config, kernel: str):
         call = plan.clean(make(arrays))
         B, T, _, N, _, _, M = call.sizes
         saved = jnp.zeros((B, N, plan.round_up(T, 128)), jnp.float32)
-        cut = plans.get(kernel, plan.backward_k_plan)(call, tiles)
+        cut = plans.get(kernel, plan.backward_kv_plan)(call, tiles)
         chosen[:] = [cut.tiles]
         return run(cut, jnp.zeros((B, T, N, M), dtype), saved, saved)
 

@@ -169,7 +169,7 @@ class OpCase:
     lengths: tuple[int, int] = (33, 33)  # T, S
     widths: tuple[int, int] = (24, 24)  # H, M
     heads: tuple[int, int] = (2, 2)  # N, K
-    mask: str | None = "causal"  # a row of MASKS, "array <shape>", None
+    mask: str | None = "causal"  # a row of MASKS, "array <shape>", "<row> & array <shape>", None
     bias: str | None = None  # "alibi", "gate", "forget", "array <shape>", None
     softcap: float | None = None
     sinks: bool = False

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax import AttentionConfig, Context, ModelConfig, RoPE, SlidingWindow, apply
-from attention_jax.ops.softmax import mosaic_tpu
-from attention_jax.ops.softmax.mosaic_tpu import plan, steps
+from attention_jax.ops.softmax import MosaicTPUConfig, mosaic_tpu
 from tests import test_mosaic_tpu, test_softmax
 from tests.params import random_params
 
@@ -34,18 +33,20 @@ PARAMS = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan", dma_execution_mode="on_wait"
 )
 
+# The smallest blocks: 128 lanes both ways.
+SMALL = MosaicTPUConfig((128, 128), (128, 128))
+
 
 def promises() -> None:
     """What test_softmax promises of every implementation beyond numbers."""
-    impl, tiles = "mosaic_tpu", None
-    test_softmax.test_a_large_score_common_to_all_keys_changes_nothing(impl, tiles)
+    test_softmax.test_a_large_score_common_to_all_keys_changes_nothing(SMALL)
     for sinks in (False, True):
-        test_softmax.test_rows_without_a_key_give_zero_and_pass_no_gradient(impl, sinks, tiles)
+        test_softmax.test_rows_without_a_key_give_zero_and_pass_no_gradient(SMALL, sinks)
     for case in (test_softmax.HOLES, test_softmax.RING):
-        test_softmax.test_what_an_invalid_slot_holds_changes_no_bit(case, impl, tiles)
+        test_softmax.test_what_an_invalid_slot_holds_changes_no_bit(case, SMALL)
     for case in test_softmax.SEEN:
-        test_softmax.test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl, tiles)
-    test_softmax.test_a_hidden_key_may_be_as_large_as_its_dtype(impl, tiles)
+        test_softmax.test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, SMALL)
+    test_softmax.test_a_hidden_key_may_be_as_large_as_its_dtype(SMALL)
 
 
 def model() -> None:
@@ -73,20 +74,17 @@ def model() -> None:
 
 
 def main(*what: str) -> None:
-    # The smallest blocks: 128 lanes both ways.
-    small = steps.Blocks((128, 128), (128, 128))
-    steps._BLOCKS = dict.fromkeys(steps._BLOCKS, small)
+    config = SMALL
     for name in what:
         if name.startswith("--vmem="):
-            vmem = int(name.removeprefix("--vmem="))
-            plan.vmem = lambda: vmem  # noqa: B023 (given once)
+            config = dataclasses.replace(SMALL, vmem_bytes=int(name.removeprefix("--vmem=")))
             continue
         started = time.monotonic()
         with mosaic_tpu.forced(PARAMS):
             if name in ("promises", "model"):
                 {"promises": promises, "model": model}[name]()
             else:
-                test_softmax.check(test_mosaic_tpu.CASES[int(name)], "mosaic_tpu")
+                test_softmax.check(test_mosaic_tpu.CASES[int(name)], config)
         races = interpret_pallas_call.races
         assert races is not None and not races.races_found, f"races in {name}"
         print(json.dumps({"checked": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from attention_jax.ops.arguments import positive_integer
+from attention_jax.ops.dispatch import Implementation
 
 
 def spread(x: jax.Array, heads: int, axis: int) -> jax.Array:
@@ -33,6 +37,20 @@ def document_runs(segments: jax.Array, valid: jax.Array) -> jax.Array:
     segment_before = jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1)
     starts = valid & (before >= 0) & (segments != segment_before)
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+
+def with_chunk_size(
+    table: dict[str, Implementation], chunk_size: int | None, impl: Any
+) -> dict[str, Implementation]:
+    """The table with `chunk_size` in the config of "chunked"; ValueError where `impl` is itself a config."""
+    if chunk_size is None:
+        return table
+    positive_integer("chunk_size", chunk_size)
+    if not (impl is None or isinstance(impl, str)):
+        raise ValueError(f"chunk_size={chunk_size} and impl={impl!r} both set the chunk: give one of them")
+    chunked = table["chunked"]
+    config = dataclasses.replace(chunked.config, chunk_size=int(chunk_size))
+    return table | {"chunked": dataclasses.replace(chunked, config=config)}
 
 
 def check_decays(log_decay: Any, valid: jax.Array | None) -> None:

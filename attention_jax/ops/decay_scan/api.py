@@ -8,17 +8,17 @@ Linear attention (arXiv 2006.16236), RetNet (2307.08621), GLA (2312.06635) and M
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.arguments import finite_number, is_array, positive_integer
+from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
+from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
 from attention_jax.ops.decay_scan.common import DecayScanCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import check_decays, document_runs
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -29,9 +29,9 @@ def _many_tokens(call: DecayScanCall) -> str | None:
 
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
-    "recurrent": Implementation(recurrent.attend, recurrent.unsupported, _many_tokens),
-    "chunked": Implementation(chunked.attend, chunked.unsupported),
-    "quadratic": Implementation(quadratic.attend, quadratic.unsupported, lambda call: "O(T^2)"),
+    "recurrent": Implementation(recurrent.attend, unwanted=_many_tokens),
+    "chunked": Implementation(chunked.attend, config=ChunkedScanConfig()),
+    "quadratic": Implementation(quadratic.attend, quadratic.unsupported, unwanted=lambda call: "O(T^2)"),
 }
 
 
@@ -48,7 +48,7 @@ def decay_scan(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
-    impl: str | None = None,
+    impl: str | ChunkedScanConfig | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal linear attention through a decaying state; a token sees itself and what came before.
 
@@ -69,11 +69,12 @@ def decay_scan(
       normalize: y_t = scale * q_t S_t / (q_t . z_t) with z_t = exp(log_decay_t) z_{t-1} + k_t, for
         features q, k >= 0. A denominator of exactly 0 gives 0. z is the last of the state's M + 1 columns.
       scale: multiplies y.
-      chunk_size: tokens of a chunk in the chunked form; by default what was measured fastest. The other
+      chunk_size: tokens of a chunk in the chunked form; by default that of `ChunkedScanConfig`. The other
         forms have no chunks.
       return_state: also return the state after the last token.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per chunk kept for the
-        backward), "quadratic" (dense [T, T], for inspection) or None, which chooses; see `explain`.
+        backward), "quadratic" (dense [T, T], for inspection), a `ChunkedScanConfig`
+        ("chunked" with these sizes), or None, which chooses; see `explain`.
 
     Returns:
       y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32). Slots without a token give 0 and pass no
@@ -85,21 +86,22 @@ def decay_scan(
     """
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
-        chunk_size,
     )  # fmt: skip
-    y_BTNM, state_BNHM = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend(call)
+    y_BTNM, state_BNHM = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl).run(call)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
 
-def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
+def explain(*args, impl: str | ChunkedScanConfig | None = None, **kwargs) -> Explanation:
     """What `decay_scan` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 
-    def find(*, impl, return_state, **given):
+    def find(*, impl, return_state, chunk_size, **given):
         del return_state
-        return choose(_IMPLEMENTATIONS, _checked_call(*given.values())[0], impl)
+        return explain_choice(
+            with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), _checked_call(*given.values())[0], impl
+        )
 
     return explained(decay_scan, find, args, kwargs | {"impl": impl})
 
@@ -112,7 +114,7 @@ def _normalized(y_BTNM: jax.Array, scale: float) -> jax.Array:
 
 
 def _checked_call(
-    q, k, v, log_decay, state, segment_ids, positions, normalize, scale, chunk_size
+    q, k, v, log_decay, state, segment_ids, positions, normalize, scale
 ) -> tuple[DecayScanCall, jax.Array | None]:
     """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
     B, T, N, H, M = _sizes(q, k, v)
@@ -135,7 +137,6 @@ def _checked_call(
         _state(state, (B, N, H, M + normalize), dtype, normalize),
         None if segments is None else document_runs(segments, valid),
         scale=1.0 if normalize else scale,
-        chunk_size=None if chunk_size is None else positive_integer("chunk_size", chunk_size),
         out_dtype=out_dtype,
     )  # fmt: skip
     return call, valid
@@ -194,4 +195,6 @@ def _state(x: Any, shape: tuple[int, ...], dtype: Any, normalize: bool) -> jax.A
     return jnp.asarray(x)
 
 
-implementations = functools.partial(tuple, _IMPLEMENTATIONS)
+def implementations() -> tuple[str, ...]:
+    """The names that `impl` may be."""
+    return tuple(_IMPLEMENTATIONS)

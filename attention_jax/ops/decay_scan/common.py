@@ -1,4 +1,4 @@
-"""What every implementation of `decay_scan` shares: the normalised call.
+"""What every implementation of `decay_scan` shares: the checked call.
 
 Implementations import this module and never one another.
 """
@@ -31,7 +31,6 @@ class DecayScanCall:
     state_BNHM: jax.Array
     run_BT: jax.Array | None
     scale: float = dataclasses.field(metadata=_STATIC)
-    chunk_size: int | None = dataclasses.field(metadata=_STATIC)
     out_dtype: Any = dataclasses.field(metadata=_STATIC)
 
     @property

@@ -15,12 +15,6 @@ from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
 
 
-def unsupported(call: DecayScanCall) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
-
-
 def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
     B, T, N, _, _ = call.sizes

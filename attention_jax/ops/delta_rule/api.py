@@ -10,17 +10,17 @@ Attention (Kimi Team 2025, arXiv 2510.26692).
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.arguments import finite_number, is_array, positive_integer
+from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
+from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
 from attention_jax.ops.delta_rule.common import DeltaRuleCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import check_decays, document_runs
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -31,9 +31,9 @@ def _many_tokens(call: DeltaRuleCall) -> str | None:
 
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
-    "recurrent": Implementation(recurrent.attend, lambda call: None, _many_tokens),
-    "chunked": Implementation(chunked.attend, lambda call: None),
-    "quadratic": Implementation(quadratic.attend, lambda call: None, lambda call: "O(T^2)"),
+    "recurrent": Implementation(recurrent.attend, unwanted=_many_tokens),
+    "chunked": Implementation(chunked.attend, config=ChunkedDeltaConfig()),
+    "quadratic": Implementation(quadratic.attend, unwanted=lambda call: "O(T^2)"),
 }
 
 
@@ -50,7 +50,7 @@ def delta_rule(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
-    impl: str | None = None,
+    impl: str | ChunkedDeltaConfig | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """The outputs of the recurrence above, and the state after the last token.
 
@@ -67,11 +67,12 @@ def delta_rule(
       positions: int [B, T] or [T], read for their sign alone: a slot with position < 0 or segment < 0 holds
         no token. It is never read, whatever it contains, leaves the state as it is and gives 0.
       scale: multiplies y.
-      chunk_size: tokens of a chunk in the chunked form, best a power of two; by default what was measured
-        fastest. The other forms have no chunks.
+      chunk_size: tokens of a chunk in the chunked form, best a power of two; by default that of
+        `ChunkedDeltaConfig`. The other forms have no chunks.
       return_state: also return the state after the last token.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per group of chunks kept
-        for the backward), "quadratic" (all pairs, for inspection) or None, which chooses; see `explain`.
+        for the backward), "quadratic" (all pairs, for inspection), a `ChunkedDeltaConfig`
+        ("chunked" with these sizes), or None, which chooses; see `explain`.
 
     Keys are taken as they are. With |k| <= 1 and beta <= 2 no step makes the state grow; longer keys may make
     it explode, as the formula says. Normalise them.
@@ -85,28 +86,29 @@ def delta_rule(
     """
     call, valid_BT = _checked_call(
         q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, initial_state_BNHM, segment_ids, positions, scale,
-        chunk_size,
     )  # fmt: skip
-    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend
+    implementation = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl)
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
-        y_BTNM, state_BNHM = attend(call)
+        y_BTNM, state_BNHM = implementation.run(call)
     y_BTNM = select_valid(y_BTNM, valid_BT)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
 
-def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
+def explain(*args, impl: str | ChunkedDeltaConfig | None = None, **kwargs) -> Explanation:
     """What `delta_rule` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 
-    def find(*, impl, return_state, **given):
+    def find(*, impl, return_state, chunk_size, **given):
         del return_state
-        return choose(_IMPLEMENTATIONS, _checked_call(*given.values())[0], impl)
+        return explain_choice(
+            with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), _checked_call(*given.values())[0], impl
+        )
 
     return explained(delta_rule, find, args, kwargs | {"impl": impl})
 
 
 def _checked_call(
-    q, k, v, beta, log_decay, state, segment_ids, positions, scale, chunk_size
+    q, k, v, beta, log_decay, state, segment_ids, positions, scale
 ) -> tuple[DeltaRuleCall, jax.Array | None]:
     """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
     _check_shapes(q, k, v, beta, log_decay, state)
@@ -129,7 +131,6 @@ def _checked_call(
         jnp.zeros((B, N, k.shape[3], M), dtype) if state is None else jnp.asarray(state),
         None if runs_BT is None else jnp.broadcast_to(runs_BT, (B, T)),
         scale=finite_number("scale", scale),
-        chunk_size=None if chunk_size is None else positive_integer("chunk_size", chunk_size),
     )
     return call, valid_BT
 
@@ -175,4 +176,6 @@ def _check_shapes(q, k, v, beta, log_decay, state) -> None:
         raise ValueError(f"initial_state_BNHM must be [B, N, H, M] = {(B, N, H, M)}, got {state.shape}")
 
 
-implementations = functools.partial(tuple, _IMPLEMENTATIONS)
+def implementations() -> tuple[str, ...]:
+    """The names that `impl` may be."""
+    return tuple(_IMPLEMENTATIONS)

@@ -1,4 +1,4 @@
-"""What the implementations of the delta rule share: the normalised call.
+"""What the implementations of the delta rule share: the checked call.
 
 Implementations import this module and never one another.
 """
@@ -30,7 +30,6 @@ class DeltaRuleCall:
     state_BNHM: jax.Array
     run_BT: jax.Array | None
     scale: float = dataclasses.field(metadata=_STATIC)
-    chunk_size: int | None = dataclasses.field(metadata=_STATIC)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

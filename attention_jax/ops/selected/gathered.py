@@ -11,12 +11,21 @@ is one number for each document. Rows of which that is not true give NaN.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.selected.common import SelectedCall, chunk_length, cut, join, over_chunks
+from attention_jax.ops.arguments import positive_integer
+from attention_jax.ops.selected.common import (
+    CHUNK_ELEMENTS,
+    SelectedCall,
+    chunk_length,
+    cut,
+    join,
+    over_chunks,
+)
 from attention_jax.ops.tokens import select_valid
 
 
@@ -30,21 +39,36 @@ class _Rows(NamedTuple):
     first_BT: jax.Array
 
 
-@jax.custom_vjp
-def attend(call: SelectedCall) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class GatheredConfig:
+    """Sizes of "gathered"."""
+
+    #: Elements of keys and values that are gathered at once, which decides how many queries a chunk has.
+    chunk_elements: int = CHUNK_ELEMENTS
+
+    def __post_init__(self) -> None:
+        positive_integer("chunk_elements", self.chunk_elements)
+
+
+def attend(call: SelectedCall, config: GatheredConfig) -> jax.Array:
     """out_BTNM in q's dtype."""
-    call, rows, broken_B, length = _prepared(call)
+    return _attend(config, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(config: GatheredConfig, call: SelectedCall) -> jax.Array:
+    call, rows, broken_B, length = _prepared(config, call)
     out_BTNM = over_chunks(lambda rows: _attend_rows(call, rows), rows, call.sizes[1], length)
     # A traced position cannot raise; NaN is seen, keys left out are not.
     return jnp.where(broken_B[:, None, None, None], jnp.nan, out_BTNM)
 
 
-def _attend_fwd(call: SelectedCall):
-    return attend(call), call
+def _attend_fwd(config: GatheredConfig, call: SelectedCall):
+    return _attend(config, call), call
 
 
-def _attend_bwd(given: SelectedCall, dout_BTNM: jax.Array):
-    call, rows, _, length = _prepared(given)
+def _attend_bwd(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Array):
+    call, rows, _, length = _prepared(config, given)
     batch, heads = _batch_and_head(call)
 
     def body(totals, chunk):
@@ -74,10 +98,10 @@ def _attend_bwd(given: SelectedCall, dout_BTNM: jax.Array):
     return (gradient,)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _prepared(call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
+def _prepared(config: GatheredConfig, call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
     """The call with empty slots selected to 0, its queries, rows that cannot be served, the chunk length."""
     B, T, _, _, K, H, M = call.sizes
     valid_BT, valid_BS = call.q_positions_BT >= 0, call.k_positions_BS >= 0
@@ -89,7 +113,7 @@ def _prepared(call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
     first_BT, broken_B = _first_slots(call)
     rows = _Rows(q, call.block_indices_BTKn, call.q_positions_BT, call.q_segments_BT, first_BT)
     gathered = call.block_indices_BTKn.shape[-1] * call.block_size
-    return call, rows, broken_B, chunk_length(T, B * K * gathered * (H + M))
+    return call, rows, broken_B, chunk_length(T, B * K * gathered * (H + M), config.chunk_elements)
 
 
 def _first_slots(call: SelectedCall) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,15 @@
 """Softmax attention: `dot_product_attention` and its implementations."""
 
 from attention_jax.ops.softmax.api import dot_product_attention, explain
+from attention_jax.ops.softmax.mosaic_gpu.config import HopperTileSizes, MosaicGPUConfig
+from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
+from attention_jax.ops.softmax.tiles import ChunkedConfig
 
-__all__ = ["dot_product_attention", "explain"]
+__all__ = [
+    "ChunkedConfig",
+    "HopperTileSizes",
+    "MosaicGPUConfig",
+    "MosaicTPUConfig",
+    "dot_product_attention",
+    "explain",
+]

@@ -15,6 +15,7 @@ accumulators pass by.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from attention_jax.biases import add_to_slices, slice_leaves
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
     LOG2E,
+    ChunkedConfig,
     ChunkedTile,
     KVHead,
     cut,
@@ -38,33 +40,33 @@ from attention_jax.ops.softmax.tiles import (
     sweep,
 )
 
+DEFAULT = ChunkedConfig()
+
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - _LOWEST) cannot be reached
 # by a masked z = -inf, whose probability is exactly 0.
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def unsupported(call: SoftmaxCall) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
-
-
-@jax.custom_vjp
-def attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+def attend(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
-    return _forward(call)
+    return _attend(config, call)
 
 
-def _attend_fwd(call: SoftmaxCall):
-    out_BTNM, lse_BTN = _forward(call)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(config: ChunkedConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    return _forward(config, call)
+
+
+def _attend_fwd(config: ChunkedConfig, call: SoftmaxCall):
+    out_BTNM, lse_BTN = _forward(config, call)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 
 
-def _attend_bwd(residuals, cotangents):
-    return (_backward(*residuals, *cotangents),)
+def _attend_bwd(config: ChunkedConfig, residuals, cotangents):
+    return (_backward(config, *residuals, *cotangents),)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _exponents(tile: ChunkedTile, z: jax.Array, transposed: bool) -> tuple[jax.Array, jax.Array | None]:
@@ -87,8 +89,8 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
 
 
-def _forward(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
-    plan = make_plan(call)
+def _forward(config: ChunkedConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    plan = make_plan(call, config)
     B, T, _, N, K, _, M = call.sizes
     out_BTNM = jnp.zeros((B, T, N, M), call.q_BTNH.dtype)
     lse_BTN1 = jnp.zeros((B, T, N, 1), jnp.float32)
@@ -171,8 +173,10 @@ def _exp2(x: jax.Array) -> jax.Array:
 _exp2.defjvps(lambda dx, y, x: dx * y * (1 / LOG2E))
 
 
-def _backward(call: SoftmaxCall, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> SoftmaxCall:
-    plan = make_plan(call)
+def _backward(
+    config: ChunkedConfig, call: SoftmaxCall, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN
+) -> SoftmaxCall:
+    plan = make_plan(call, config)
     B, _, S, _, K, _, _ = call.sizes
     totals = (
         jnp.zeros_like(call.q_BTNH),

@@ -14,12 +14,6 @@ from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 
-def unsupported(call: SoftmaxCall) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
-
-
 def attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     B, T, S, N, K, H, M = call.sizes

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention_jax.ops.arguments import finite_number, positive_integer
 from attention_jax.ops.softmax.blocks import (
     BlockCSR,
     BlockMap,
@@ -30,12 +31,29 @@ from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 
 LOG2E = math.log2(math.e)
 
-# Tiles measured on 2 cores that share a 1 MiB L2 cache (docs/results.md): a strip of scores is 256 x 1024, or
-# 512 x 1024 where the live blocks of twice the queries cover no more than WASTE times as many pairs.
-Q_BLOCK = 256
-KEY_UNIT = 256
-UNITS = 4
-WASTE = 1.15
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedConfig:
+    """Tile sizes of "chunked"; the defaults were measured on 2 cores that share 1 MiB of L2 cache.
+
+    Lengths are cut into equal tiles no larger than these, in multiples of 8.
+    """
+
+    #: Queries of a tile.
+    query_tile: int = 256
+    #: Keys of a tile, a multiple of key_unit or less than it.
+    key_tile: int = 1024
+    #: Keys of the units that partial tiles are cut to.
+    key_unit: int = 256
+    #: Tiles have twice the queries where they cover at most this many times as many pairs.
+    max_waste: float = 1.15
+
+    def __post_init__(self) -> None:
+        for name in ("query_tile", "key_tile", "key_unit"):
+            positive_integer(name, getattr(self, name))
+        finite_number("max_waste", self.max_waste)
+        if self.key_tile > self.key_unit and self.key_tile % self.key_unit:
+            raise ValueError(f"key_tile {self.key_tile} is no multiple of key_unit {self.key_unit}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +103,15 @@ class ChunkedPlan:
         return self.call.q_BTNH.shape[2] // self.call.k_BSKH.shape[2]
 
 
-def make_plan(call: SoftmaxCall) -> ChunkedPlan:
+def make_plan(call: SoftmaxCall, config: ChunkedConfig) -> ChunkedPlan:
     _, T, S, *_ = call.sizes
-    q_block = _balanced(T, Q_BLOCK)
+    q_block = _balanced(T, config.query_tile)
     # Short sequences take one kind of piece: there, compiling several costs more than they save.
-    k_unit = _balanced(S, KEY_UNIT if S > 2 * KEY_UNIT else 2 * KEY_UNIT)
-    units = min(UNITS, -(-S // k_unit))
+    short = S <= 2 * config.key_unit
+    k_unit = _balanced(S, min((1 + short) * config.key_unit, config.key_tile))
+    units = min(max(1, config.key_tile // config.key_unit), -(-S // k_unit))
     if call.arange_positions:
-        q_block, block_map = _strips(call, q_block, k_unit)
+        q_block, block_map = _strips(call, config, q_block, k_unit)
         q = k = None
     else:
         k_unit, units = k_unit * units, 1
@@ -106,15 +125,15 @@ def make_plan(call: SoftmaxCall) -> ChunkedPlan:
     return dataclasses.replace(plan, call=_padded(call, plan.T_pad, plan.S_pad))
 
 
-def _strips(call: SoftmaxCall, q_block: int, k_unit: int) -> tuple[int, BlockMap]:
+def _strips(call: SoftmaxCall, config: ChunkedConfig, q_block: int, k_unit: int) -> tuple[int, BlockMap]:
     """The number of queries in a strip, this one or about twice as many, and its map."""
     _, T, S, *_ = call.sizes
     found = static_map(call.mask, T, S, q_block, k_unit)
-    twice = _balanced(T, 2 * Q_BLOCK)
+    twice = _balanced(T, 2 * config.query_tile)
     if twice == q_block:
         return q_block, found
     wide = static_map(call.mask, T, S, twice, k_unit)
-    if wide.any_kept.sum() * twice <= WASTE * found.any_kept.sum() * q_block:
+    if wide.any_kept.sum() * twice <= config.max_waste * found.any_kept.sum() * q_block:
         return twice, wide
     return q_block, found
 

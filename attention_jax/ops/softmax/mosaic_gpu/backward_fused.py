@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, accumulating, over_keys
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     gradient_of_handed,
     handed,
@@ -30,7 +31,7 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     tiled,
     vector,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, HopperPlan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan, round_up
 
 
 def gradients_fused(

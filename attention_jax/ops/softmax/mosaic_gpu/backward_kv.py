@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     add_rows,
@@ -40,7 +41,8 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     zero_rows,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, HopperPlan
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan
+from attention_jax.ops.softmax.mosaic_gpu.registers import dv_product_fits_early
 from attention_jax.ops.softmax.mosaic_gpu.scores import HopperTile
 
 
@@ -250,7 +252,7 @@ class KeyKernel(ThreadBlock):
                 return gradient(tile, qk, dp, lse, delta, masked)
 
             # Under dP and what it is used for, where registers have room for the P that this product reads.
-            early = "dv" in sums and plan.scores.roomy(masked)
+            early = "dv" in sums and dv_product_fits_early(plan.scores, masked)
             p, ds, dz = both_products(shape, qk_pair, dp_pair, then, values if early else None)
             if "dv" in sums and not early:
                 values(p)
@@ -268,11 +270,11 @@ class KeyKernel(ThreadBlock):
         """The scores of a step, transposed, once its queries are there."""
         plan, smem, block = self.plan, self.smem, self.plan.tiles.block
         q_block = head = jnp.int32(0)
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             q_block, head = self.visit(row, i)
         plgpu.barrier_wait(smem["ready"].at[slot])
         q_vectors = []
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             q_vectors = [loader(x.at[slot], COLUMNS) for x in smem["q_vectors"]]
         bits = self.own_bits(slot, part) if masked else []
         return HopperTile(

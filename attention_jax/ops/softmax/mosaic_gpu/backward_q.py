@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     add_rows,
@@ -34,7 +35,7 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     zero_rows,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, HopperPlan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import HopperTile
 
 
@@ -154,11 +155,11 @@ class _QueryKernel(ThreadBlock):
         q_smem = smem["q"].at[group]
         stages, block = plan.tiles.stages, plan.tiles.block
         slot, shape = remainder(i, stages), (GROUP, block)
-        k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
+        k_block = self.item(start + i) if plan.scores.needs_position(masked) else jnp.int32(0)
         k_smem = smem["k"].at[slot]
         plgpu.barrier_wait(smem["ready"].at[slot])
         k_vectors = []
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             k_vectors = [loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
         bits = self.own_bits(slot, group) if masked else []
         tile = HopperTile(

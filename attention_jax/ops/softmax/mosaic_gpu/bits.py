@@ -13,9 +13,8 @@ import numpy as np
 from jax import lax
 
 from attention_jax.ops.softmax.common import SoftmaxCall
+from attention_jax.ops.softmax.mosaic_gpu.config import WORD
 from attention_jax.ops.tokens import positions_or_arange
-
-WORD = 32
 
 
 def mask_bits(

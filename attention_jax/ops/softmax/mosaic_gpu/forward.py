@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
@@ -32,7 +33,7 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     vectors_scratch,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, HopperPlan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan, round_up
 from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, HopperTile
 
 
@@ -172,9 +173,9 @@ class _Kernel(ThreadBlock):
         qk, acc, m, norm = carry
         slot, ahead = remainder(i, stages), remainder(i + 1, stages)
         shape = (GROUP, block)
-        k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
+        k_block = self.item(start + i) if plan.scores.needs_position(masked) else jnp.int32(0)
         k_vectors = []
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             k_vectors = loaded([loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]])
         bits = loaded(self.own_bits(slot, group)) if masked else []
         release(smem["k_free"].at[slot], read=bool(k_vectors or bits))

@@ -12,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, HopperPlan
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 from attention_jax.ops.softmax.mosaic_gpu.scores import Vector
 

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
+from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
 from attention_jax.ops.softmax.mosaic_tpu.plan import (
     NN,
     NT,
@@ -30,8 +31,10 @@ from attention_jax.ops.softmax.mosaic_tpu.steps import LANES
 from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 
-def backward(call: SoftmaxCall, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> SoftmaxCall:
-    plan = make_plan(call, backward=True)
+def backward(
+    config: MosaicTPUConfig, call: SoftmaxCall, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN
+) -> SoftmaxCall:
+    plan = make_plan(call, config, backward=True)
     geometry = plan.geometry
     _, T, S, _, _, H, M = call.sizes
     # A row without a key (lse = -inf) has P = 0 and passes no gradient, and so have rows of padding:

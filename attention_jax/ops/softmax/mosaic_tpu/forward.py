@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
+from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
 from attention_jax.ops.softmax.mosaic_tpu.plan import NN, NT, TPUPlan, keys, make_plan, params, queries
 from attention_jax.ops.softmax.mosaic_tpu.scores import LOG2E, operand
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES
@@ -21,8 +22,8 @@ from attention_jax.ops.softmax.mosaic_tpu.steps import LANES
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def forward(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
-    plan = make_plan(call, backward=False)
+def forward(config: MosaicTPUConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    plan = make_plan(call, config, backward=False)
     geometry, lists = plan.geometry, plan.steps.lists
     B, T, _, N, _, _, M = call.sizes
     if call.sink_logits_N is not None:

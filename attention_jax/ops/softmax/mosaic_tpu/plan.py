@@ -20,6 +20,7 @@ from attention_jax.ops.softmax import blocks
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
 from attention_jax.ops.softmax.mosaic_tpu.bias import Split, mask_refusal, split
+from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
 from attention_jax.ops.softmax.mosaic_tpu.scores import Operand, TPUTile, make_operands
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES, Steps, balanced, round_up
 from attention_jax.ops.tokens import select_valid
@@ -68,9 +69,9 @@ def chip() -> str:
     return device.device_kind
 
 
-def vmem() -> int | None:
+def vmem(config: MosaicTPUConfig) -> int | None:
     """Bytes of VMEM of that chip; None where its blocks have not been chosen."""
-    return _VMEM.get(chip())
+    return config.vmem_bytes or _VMEM.get(chip())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +87,22 @@ class TPUGeometry:
     M: int
     parts: int
     itemsize: int
+    vmem: int
 
     @classmethod
-    def of(cls, call: SoftmaxCall, backward: bool) -> TPUGeometry:
+    def of(cls, call: SoftmaxCall, config: MosaicTPUConfig, backward: bool) -> TPUGeometry:
         _, T, S, N, K, H, M = call.sizes
         itemsize, G = call.q_BTNH.dtype.itemsize, N // K
-        blocks = steps_of.blocks_for(max(H, M), itemsize)
-        q_block, k_block = blocks.backward if backward else blocks.forward
+        q_block, k_block = config.blocks(max(H, M), itemsize, backward)
         q_block, k_block = balanced(T, q_block), balanced(S, k_block)
         H, M = round_up(H, 16), round_up(M, 16)
-        nq, parts = -(-T // q_block), 1
+        nq, parts, memory = -(-T // q_block), 1, vmem(config)
+        assert memory is not None, chip()
         if backward:
             # A quarter of VMEM for dQ, float32 and transposed; the parts are equal.
-            parts = -(-G * nq * q_block * H * 4 // (vmem() // 4))
+            parts = -(-G * nq * q_block * H * 4 // (memory // 4))
             nq = round_up(nq, parts // math.gcd(parts, G))
-        return cls(q_block, k_block, nq * q_block, round_up(S, k_block), G, H, M, parts, itemsize)
+        return cls(q_block, k_block, nq * q_block, round_up(S, k_block), G, H, M, parts, itemsize, memory)
 
     @property
     def nq(self) -> int:
@@ -127,7 +129,7 @@ class TPUGeometry:
         size += 4 * (q + 2 * k) * (H + M + 2 * LANES)
         if backward:
             size += 4 * self.part_rows * self.q_block * self.H
-        return min(max(size + 8 * _MIB, 16 * _MIB), vmem() * 15 // 16)
+        return min(max(size + 8 * _MIB, 16 * _MIB), self.vmem * 15 // 16)
 
 
 def static_map(call: SoftmaxCall, geometry: TPUGeometry) -> blocks.BlockMap:
@@ -217,8 +219,8 @@ class TPUPlan:
         return [x.spec(*blocks, self.backward, self.where) for x in self.operands.values()]
 
 
-def make_plan(call: SoftmaxCall, backward: bool) -> TPUPlan:
-    geometry = TPUGeometry.of(call, backward)
+def make_plan(call: SoftmaxCall, config: MosaicTPUConfig, backward: bool) -> TPUPlan:
+    geometry = TPUGeometry.of(call, config, backward)
     block_map = static_map(call, geometry) if call.arange_positions else runtime_map(call, geometry)
     if backward:
         steps = steps_of.backward_steps(block_map, geometry.G, geometry.parts)

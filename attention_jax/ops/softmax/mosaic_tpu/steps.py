@@ -31,31 +31,8 @@ CLOSES = 32  # backward: the last one, which writes dQ
 LANES = 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Queries x keys of a block, forward and backward."""
-
-    forward: tuple[int, int]
-    backward: tuple[int, int]
-
-
-# The one table of block sizes: (widest head, bytes of an element) to blocks. Found by counting the bundles
-# that the compiler schedules per live block (scripts/kernel_report.py). Chips differ in their VMEM alone.
-_BLOCKS = {
-    (128, 2): Blocks((512, 512), (512, 512)),
-    (256, 2): Blocks((512, 512), (512, 512)),
-    (128, 4): Blocks((512, 512), (256, 512)),
-    (256, 4): Blocks((256, 512), (256, 256)),
-}
-WIDEST = max(width for width, _ in _BLOCKS)
-
 SCALAR_BYTES = 640 * 1024  # of 1 MiB of scalar memory, what lists may take
 MAX_PARTS = 8  # sweeps of the backward over the keys, each with partial sums of dK and dV in HBM
-
-
-def blocks_for(width: int, itemsize: int) -> Blocks:
-    """The table's row for the wider of keys and values."""
-    return next(blocks for (most, size), blocks in _BLOCKS.items() if width <= most and itemsize == size)
 
 
 def balanced(length: int, most: int) -> int:
