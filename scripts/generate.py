@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 import jax
 
-from attention_jax.generate import Sampling, stream
-from train.restore import TrainedRun, load_run
-from train.tokenizers import StreamDecoder
+from attention_jax.generation import Sampling, stream
+from train.data.tokenizers import StreamDecoder
+from train.run.restore import TrainedRun, load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,9 @@ import pathlib
 import signal
 import sys
 
-from train import checkpoint, cli, data, loop, metrics
+from train import cli, loop
+from train.data import batches as data
+from train.run import checkpoint, metrics
 
 
 def die():

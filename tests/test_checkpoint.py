@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import checkpoint
-from train.checkpoint import CheckpointError, Checkpoints
+from train.run import checkpoint
+from train.run.checkpoint import CheckpointError, Checkpoints
 
 
 def state(seed=0):

@@ -19,11 +19,11 @@ from attention_jax.masks import SlidingWindow
 from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig
 from attention_jax.model import EncoderConfig, ModelConfig
 from attention_jax.positions import Llama3, LongRoPE, RoPE, Temperature, XPos, YaRN
-from train import cli, config, plain_yaml
-from train import help as help_lib
-from train import keys as keys_lib
-from train.config import ConfigError
-from train.schema import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
+from train import cli, config
+from train.config import ConfigError, plain_yaml
+from train.config import help as help_lib
+from train.config import keys as keys_lib
+from train.config.schema import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,7 +221,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("text, words", REFUSED, ids=[text for text, _ in REFUSED])
 def test_a_mistake_is_told_in_one_line(load, text, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load(text)
     message = str(error.value)
     assert len(message.splitlines()) == 1
@@ -296,7 +296,7 @@ def test_text_in_an_override_is_taken_as_written(load, written, value):
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(load, override, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load("", override)
     assert len(str(error.value).splitlines()) == 1
     for word in words:

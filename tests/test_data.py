@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import corpus, data, packing, snapshot, tokenizers
-from train.corpus import Corpus, Document
-from train.packing import Piece, Split, assemble
-from train.schema import DataConfig
+from train.config.schema import DataConfig
+from train.data import batches as data
+from train.data import corpus, packing, snapshot, tokenizers
+from train.data.corpus import Corpus, Document
+from train.data.packing import Piece, Split, assemble
 
 TEXTS = {
     "a.txt": "Wer reitet so spät",

@@ -22,7 +22,7 @@ from attention_jax import LanguageModel, catalogue
 from attention_jax.masks import parse
 from attention_jax.mixers import Context
 from train import config as configuration
-from train import plain_yaml
+from train.config import plain_yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -120,7 +120,7 @@ def _logits(config):
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     tokens_BT = jnp.zeros((1, 9), jnp.int32)
     memory_BSD = None if config.encoder is None else model.encode(tokens_BT)
-    return model(tokens_BT, ctx=Context(memory_BSD=memory_BSD))[0]
+    return model(tokens_BT, ctx=Context(memory_BSD=memory_BSD))
 
 
 def anchors(path: Path) -> set[str]:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from attention_jax.generate import Sampling, generate
+from attention_jax.generation import Sampling, generate
 from attention_jax.mixers import AttentionConfig, GLAConfig, Mamba2Config, RetentionConfig
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
 from tests.params import random_params
+from train.config.schema import OptimizerConfig
 from train.optimizer import make_optimizer
-from train.schema import OptimizerConfig
 from train.step import make_train_step
 
 MIXERS = (
@@ -23,7 +23,7 @@ MIXERS = (
 )
 # Scanned over two periods, so that states of every kind are stacked.
 CONFIG = ModelConfig(
-    vocab_size=31, d_model=32, num_layers=8, mixers=MIXERS, mlp_width=48, init_std=0.1, layers="scan"
+    vocab_size=31, d_model=32, num_layers=8, mixers=MIXERS, mlp_width=48, init_std=0.1, scan_layers=True
 )
 STEPS = 30
 
@@ -37,7 +37,7 @@ def test_a_hybrid_stack_trains():
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=2)
     step = make_train_step(CONFIG, optimizer, STEPS)
     params = jax.tree.map(jnp.asarray, random_params(CONFIG))
-    opt_state, losses = make_optimizer(optimizer).init(params), []
+    opt_state, losses = make_optimizer(optimizer, STEPS).init(params), []
     for i in range(STEPS):
         params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))
         assert bool(metrics["finite"])

@@ -15,20 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax.generate import generate
+from attention_jax.generation import generate
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
 from scripts import generate as generate_script
 from tests.params import random_params
-from tests.test_loop import interrupt, rows, saved
-from train import cli, data, loop, masking, restore, run_folder
+from tests.runs import interrupt, rows, saved
+from train import cli, loop
 from train import config as config_lib
+from train.config.schema import DataConfig, OptimizerConfig
+from train.data import batches as data
+from train.data import masking
+from train.data.packing import Piece, assemble
+from train.data.tokenizers import ByteTokenizer, CharTokenizer
 from train.optimizer import make_optimizer
-from train.packing import Piece, assemble
-from train.schema import DataConfig, OptimizerConfig
+from train.run import folder as run_folder
+from train.run import restore
 from train.step import make_eval_step, make_train_step
-from train.tokenizers import ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).parents[1]
 BYTES = ByteTokenizer()
@@ -356,7 +360,7 @@ def test_twenty_steps_lower_the_loss(path):
         learning_rate=3e-3, final_learning_rate=3e-3, schedule="constant", warmup_steps=2
     )
     step, params = make_train_step(model, optimizer, 20), jax.tree.map(jnp.asarray, random_params(model))
-    state, losses = make_optimizer(optimizer).init(params), []
+    state, losses = make_optimizer(optimizer, 20).init(params), []
     for i in range(20):
         params, state, metrics = step(params, state, batches[i % 4], np.int32(i), jax.random.key(0))
         losses.append(float(metrics["train/loss"]))

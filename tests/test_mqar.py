@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 
 from scripts import generate, recall
-from tests.test_loop import untrained
+from tests.runs import untrained
 from train import config as config_lib
-from train import data as data_lib
-from train import loop, restore
+from train import loop
 from train.config import ConfigError
-from train.metrics import TIMING, read_rows
+from train.config.schema import DataConfig
+from train.data import batches as data_lib
+from train.data.tasks import MQARConfig
+from train.data.tasks.mqar import PAPER_SETTINGS
+from train.data.tasks.source import TaskData
 from train.objective import count_correct
-from train.schema import DataConfig
+from train.run import restore
+from train.run.metrics import TIMING, read_rows
 from train.step import make_eval_step, make_train_step
-from train.tasks import MQARConfig
-from train.tasks.mqar import PAPER_SETTINGS
-from train.tasks.source import TaskData
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "mqar").glob("*.yaml"))

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import corpus, data, pairs
-from train.corpus import Corpus, Document
-from train.pairs import Pair
-from train.schema import DataConfig
-from train.tokenizers import ByteTokenizer
+from train.config.schema import DataConfig
+from train.data import batches as data
+from train.data import corpus, pairs
+from train.data.corpus import Corpus, Document
+from train.data.pairs import Pair
+from train.data.tokenizers import ByteTokenizer
 
 MARK = ByteTokenizer.end_of_document
 

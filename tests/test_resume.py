@@ -17,7 +17,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from train.metrics import TIMING, read_rows
+from train.run.metrics import TIMING, read_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

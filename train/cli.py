@@ -58,7 +58,7 @@ def leave(status: int) -> NoReturn:
 
 def _run(argv: list[str], *, own_process: bool) -> int:
     if "--help" in argv or "-h" in argv:
-        from train.help import help_text
+        from train.config.help import help_text
 
         print(help_text(), end="")
         return 0

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attention_jax.generate import Sampling, generate
+from attention_jax.generation import Sampling, generate
 from attention_jax.model import ModelConfig, count_params
-from train import data as data_lib
-from train.checkpoint import Checkpoints
-from train.console import Console, printable
-from train.files import write_atomically
-from train.masking import vocabulary_size
-from train.metrics import BITS, FINAL, MetricsWriter, draw_losses
+from train.config.schema import RunConfig
+from train.data import batches as data_lib
+from train.data.masking import vocabulary_size
 from train.objective import check_ids
-from train.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
-from train.run_folder import RunFolder, config_hash, package_versions
-from train.schema import RunConfig
+from train.run.checkpoint import Checkpoints
+from train.run.console import Console, printable
+from train.run.files import write_atomically
+from train.run.folder import RunFolder, config_hash, package_versions
+from train.run.metrics import BITS, FINAL, MetricsWriter, draw_losses
+from train.run.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
 from train.step import Batch, make_eval_step, make_fill_in, make_train_step
 
 _SAMPLING = Sampling(temperature=0.8)

@@ -52,7 +52,7 @@ def _our_step(path: Path) -> Callable[[], float]:
     import jax
 
     from train import config as config_lib
-    from train.restore import fresh_state, with_vocabulary
+    from train.run.restore import fresh_state, with_vocabulary
     from train.step import make_train_step
 
     config = config_lib.load(path, [])

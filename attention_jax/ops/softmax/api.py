@@ -19,9 +19,10 @@ import numpy as np
 
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
+from attention_jax.ops import sharded
 from attention_jax.ops.arguments import is_array, per_token, segment_pair
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference, sharded
+from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
 from attention_jax.ops.softmax.common import Call
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU

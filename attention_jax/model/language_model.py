@@ -1,0 +1,235 @@
+"""The language model: a mixer per layer, everything else held equal.
+
+    h_0 = E[tokens] (+ P[positions]);   layers (`block.py`);   logits = W norm(h_L)
+
+With an encoder, the source goes through bidirectional layers first, and `cross` mixers attend to their output.
+`init_params`, `apply` and `encode` are the functional face: plain nested dicts in, arrays out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.layers import linear, matmul
+from attention_jax.mixers import Context
+from attention_jax.model.block import dropout, make_norm, weight_init
+from attention_jax.model.config import EncoderConfig, ModelConfig
+from attention_jax.model.stack import init_states, make_stacks, run_stacks
+from attention_jax.positions import sinusoidal
+
+__all__ = [
+    "EncoderConfig",
+    "LanguageModel",
+    "ModelConfig",
+    "ModelOutput",
+    "apply",
+    "bind",
+    "count_params",
+    "encode",
+    "init_params",
+    "init_state",
+]
+
+
+class ModelOutput(NamedTuple):
+    """What a language model returns.
+
+    logits: float32 [B, T, V]. state: of every layer, in the form `init_state` gave it (None for None). aux:
+    what `Context.capture` asked for, one dict per layer.
+    """
+
+    logits: jax.Array
+    state: Any = None
+    aux: tuple[dict[str, Any], ...] = ()
+
+
+class LanguageModel(nnx.Module):
+    """Token ids to next-token logits, over any list of mixers."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not set: give the number of token ids")
+        self.config = config
+        kernel_init = weight_init(config)
+        self.embed = nnx.Embed(config.vocab_size, config.d_model, embedding_init=kernel_init, rngs=rngs)
+        if config.max_positions is not None:
+            self.positions = nnx.Embed(
+                config.max_positions, config.d_model, embedding_init=kernel_init, rngs=rngs
+            )
+        self.stacks = make_stacks(config, config.mixers, config.num_layers, causal=config.causal, rngs=rngs)
+        self.final_norm = make_norm(config, rngs)
+        if config.encoder is not None:
+            self.encoder = Encoder(config, rngs=rngs)
+        if not config.tie_embeddings:
+            self.head = linear(config.d_model, config.vocab_size, kernel_init=kernel_init, rngs=rngs)
+
+    def __call__(self, tokens_BT: jax.Array, *, ctx: Context | None = None) -> jax.Array:
+        """logits_BTV (float32) of whole rows."""
+        return self.run(tokens_BT, None, ctx=ctx).logits
+
+    def run(
+        self,
+        tokens_BT: jax.Array,
+        state: Any = None,
+        *,
+        ctx: Context | None = None,
+        last_only: bool = False,
+    ) -> ModelOutput:
+        """Logits, the state with the tokens appended, and what `ctx.capture` asks for.
+
+        last_only: logits of the last slot alone, [B, 1, V].
+        """
+        ctx = ctx or Context()
+        x_BTD = self._embed(tokens_BT, ctx)
+        x_BTD, state, aux = run_stacks(self.config, self.stacks, self.config.num_layers, x_BTD, state, ctx)
+        x_BTD = self.final_norm(x_BTD)
+        return ModelOutput(self.logits(x_BTD[:, -1:] if last_only else x_BTD), state, aux)
+
+    def encode(self, source_BS: jax.Array, *, ctx: Context | None = None) -> jax.Array:
+        """The encoder's output memory_BSD for source tokens; slots whose position is < 0 hold none.
+
+        Raises: ValueError where the model has no encoder.
+        """
+        if self.config.encoder is None:
+            raise ValueError("the model has no encoder: set ModelConfig.encoder")
+        ctx = (ctx or Context()).fold_key(self.config.num_layers + 1)
+        return self.encoder(self._embed(source_BS, ctx), ctx)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """The head: logits_BTV float32 of normalised features."""
+        if self.config.tie_embeddings:
+            kernel_DV = self.embed.embedding[...].T
+        else:
+            kernel_DV = self.head.kernel[...]
+        logits_BTV = matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+
+    def init_state(self, batch: int, capacity: int, *, dtype: Any = None) -> Any:
+        """`init_state(self.config, batch, capacity)`."""
+        return init_state(self.config, batch, capacity, dtype=dtype)
+
+    def _embed(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
+        for ids in (ctx.positions_BT, ctx.segment_ids_BT):
+            if ids is not None:  # an invalid slot may hold any id: it must not reach the table
+                tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)
+        x_BTD = self.embed(tokens_BT)
+        limit = self.config.max_positions
+        if limit is not None:
+            positions_BT = ctx.positions_BT
+            if positions_BT is None:
+                if tokens_BT.shape[1] > limit:
+                    raise ValueError(f"{tokens_BT.shape[1]} tokens exceed the {limit} learned positions")
+                positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+            # Past the table nnx.Embed gives NaN, which is seen; a clamped row would not be.
+            x_BTD = x_BTD + self.positions(jnp.maximum(positions_BT, 0))
+        if self.config.sinusoidal:
+            positions_BT = (
+                jnp.arange(tokens_BT.shape[1])[None] if ctx.positions_BT is None else ctx.positions_BT
+            )
+            x_BTD = x_BTD * math.sqrt(self.config.d_model) + sinusoidal(positions_BT, self.config.d_model)
+        x_BTD = dropout(x_BTD, self.config.dropout, ctx.fold_key(self.config.num_layers).dropout_key)
+        return x_BTD.astype(self.config.dtype)
+
+
+class Encoder(nnx.Module):
+    """Bidirectional layers and a norm: what `cross` mixers attend to."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        assert config.encoder is not None
+        self.config = config
+        self.stacks = make_stacks(
+            config, config.encoder.mixers, config.encoder.num_layers, causal=False, rngs=rngs
+        )
+        self.final_norm = make_norm(config, rngs)
+
+    def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
+        """memory_BSD of embedded source tokens."""
+        layers = self.config.encoder.num_layers
+        return self.final_norm(run_stacks(self.config, self.stacks, layers, x_BSD, None, ctx).y)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+    """Fresh float32 parameters as a nested dict of strings, such as stacks/0/mixer/q/kernel."""
+    return _init_params(config, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_params(config: ModelConfig, key: jax.Array) -> dict:
+    return _to_strings(nnx.to_pure_dict(nnx.state(LanguageModel(config, rngs=nnx.Rngs(key)))))
+
+
+def bind(config: ModelConfig, params: dict) -> LanguageModel:
+    """The module that holds `params`; ValueError names a leaf that is missing, unknown or misshapen."""
+    graphdef, template = _template(config)
+    return nnx.merge(graphdef, _fill(template, params, ""))
+
+
+def init_state(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> Any:
+    """Empty states of `batch` rows for positions 0 .. capacity - 1, without parameters.
+
+    One per layer, or for `scan_layers` one per stack with a leading layer axis. dtype: of keys and values, the
+    model's by default. Raises: ValueError for a mixer without a state or a capacity beyond the learned
+    positions.
+    """
+    limit = config.max_positions
+    if limit is not None and capacity > limit:
+        raise ValueError(f"capacity {capacity} exceeds the {limit} learned positions (max_positions)")
+    return init_states(config, batch, capacity, dtype=dtype)
+
+
+def apply(
+    config: ModelConfig, params: dict, tokens_BT: jax.Array, state: Any = None, *, ctx: Context | None = None
+) -> ModelOutput:
+    """(logits_BTV float32, the new state, aux); a pure function of its arguments."""
+    return bind(config, params).run(tokens_BT, state, ctx=ctx)
+
+
+def encode(
+    config: ModelConfig,
+    params: dict,
+    source_BS: jax.Array,
+    positions_BS: jax.Array | None = None,
+    *,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """The memory_BSD that `ctx.memory_BSD` takes; a source slot with position < 0 holds no token."""
+    ctx = Context(positions_BT=positions_BS, dropout_key=dropout_key)
+    return bind(config, params).encode(source_BS, ctx=ctx)
+
+
+def count_params(params: dict) -> int:
+    """Numbers in the parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+@functools.lru_cache(maxsize=64)
+def _template(config: ModelConfig):
+    abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _fill(template: Any, params: Any, path: str) -> Any:
+    """`params` with the template's own keys (integers in lists), checked leaf by leaf."""
+    if not isinstance(template, dict):
+        if getattr(params, "shape", None) != template.shape:
+            got = getattr(params, "shape", type(params).__name__)
+            raise ValueError(f"parameter {path[1:]} must have shape {template.shape}, got {got}")
+        return params
+    if not isinstance(params, dict):
+        raise ValueError(f"parameters at {path[1:] or 'the top'} must be a dict, got {type(params).__name__}")
+    names = {str(key): key for key in template}
+    for name in sorted(names.keys() ^ params.keys()):
+        raise ValueError(f"parameter {path[1:]}/{name} is {'missing' if name in names else 'unknown'}")
+    return {key: _fill(template[key], params[name], f"{path}/{name}") for name, key in names.items()}
+
+
+def _to_strings(tree: Any) -> Any:
+    return {str(k): _to_strings(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

@@ -1,0 +1,119 @@
+"""Stacks of layers, applied unrolled or by `lax.scan`.
+
+Layer i runs mixer i mod P of P mixers. Parameters are stacked per place in that period: stack p holds layers
+p, p + P, p + 2P, ... with a leading layer axis. The same layout is applied unrolled (faster on a CPU) or by
+`lax.scan` over whole periods (compiles faster).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.mixers import Context, MixerConfig, MixerOutput
+from attention_jax.model.block import Block
+from attention_jax.model.config import ModelConfig
+
+
+def make_stacks(
+    config: ModelConfig, mixers: tuple[MixerConfig, ...], num_layers: int, *, causal: bool, rngs: nnx.Rngs
+) -> nnx.List:
+    """`num_layers` blocks, stacked per place in the period of `mixers`; the remainder rides on the first."""
+    period = len(mixers)
+    return nnx.List(
+        _stacked(
+            lambda rngs, mixer=mixer: Block(config, mixer, causal=causal, rngs=rngs),
+            len(range(place, num_layers, period)),
+            rngs,
+        )
+        for place, mixer in enumerate(mixers)
+    )
+
+
+def run_stacks(
+    config: ModelConfig, stacks: nnx.List, num_layers: int, x_BTD: jax.Array, state: Any, ctx: Context
+) -> MixerOutput:
+    """x behind all layers, their states in the form `init_states` gives, and the `aux` of each layer."""
+    if config.scan_layers:
+        return _scanned(config, stacks, num_layers, x_BTD, state, ctx)
+    states = [None] * num_layers if state is None else list(state)
+    weights, aux = [_unstacked(stack) for stack in stacks], [{}] * num_layers
+    for i in range(num_layers):
+        graphdef, layers = weights[i % len(weights)]
+        layer = _layer(config, graphdef, layers[i // len(weights)], states[i])
+        x_BTD, states[i], aux[i] = layer(x_BTD, states[i], ctx=ctx.fold_key(i))
+    return MixerOutput(x_BTD, None if state is None else states, tuple(aux))
+
+
+def _scanned(config, stacks, num_layers: int, x_BTD, state, ctx: Context) -> MixerOutput:
+    """`lax.scan` over whole periods, then the remaining layers."""
+    period = len(stacks)
+    rounds = num_layers // period
+    split = [nnx.split(stack) for stack in stacks]
+    scanned = [jax.tree.map(lambda a: a[:rounds], weights) for _, weights in split]
+    states = [None] * period if state is None else list(state)
+    scanned_states = [jax.tree.map(lambda a: a[:rounds], s) for s in states]
+
+    def one_round(x_BTD, step):
+        index, weights, states = step
+        states, aux = list(states), [{}] * period
+        for p, (graphdef, _) in enumerate(split):
+            layer = _layer(config, graphdef, weights[p], states[p])
+            x_BTD, states[p], aux[p] = layer(x_BTD, states[p], ctx=ctx.fold_key(index * period + p))
+        return x_BTD, (states, aux)
+
+    x_BTD, (out, stacked) = jax.lax.scan(one_round, x_BTD, (jnp.arange(rounds), scanned, scanned_states))
+    aux = [jax.tree.map(lambda a, r=r: a[r], stacked[p]) for r in range(rounds) for p in range(period)]
+    for p in range(num_layers - rounds * period):
+        weights, s = jax.tree.map(lambda a: a[rounds], (split[p][1], states[p]))
+        layer = _layer(config, split[p][0], weights, s)
+        x_BTD, s, last = layer(x_BTD, s, ctx=ctx.fold_key(rounds * period + p))
+        out[p] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), out[p], s)
+        aux.append(last)
+    return MixerOutput(x_BTD, None if state is None else out, tuple(aux))
+
+
+def _layer(config: ModelConfig, graphdef: Any, weights: Any, state: Any):
+    """`Block.mix` of a layer, rematerialised in training where the config asks for it."""
+    if config.remat is None or state is not None:
+        return nnx.merge(graphdef, weights).mix
+
+    def run(weights, x_BTD, ctx):
+        return nnx.merge(graphdef, weights).mix(x_BTD, None, ctx=ctx)
+
+    run = jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, config.remat))
+    return lambda x_BTD, state, *, ctx: run(weights, x_BTD, ctx)
+
+
+def init_states(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> list:
+    """Empty states of all layers: one per layer, or for `scan_layers` one per stack with a layer axis."""
+    period = len(config.mixers)
+    states = [
+        mixer.init_state(
+            config.d_model, batch, capacity, causal=config.causal, dtype=jnp.dtype(dtype or config.dtype)
+        )
+        for mixer in (config.mixers[i % period] for i in range(config.num_layers))
+    ]
+    if not config.scan_layers:
+        return states
+    return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *states[p::period]) for p in range(period)]
+
+
+def _stacked(make, size: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`size` modules from `make(rngs)` as one whose parameters have a leading layer axis."""
+    keys = jax.random.split(rngs.params(), size)
+    weights = jax.lax.map(lambda key: nnx.state(make(nnx.Rngs(key))), keys)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return nnx.merge(graphdef, weights)
+
+
+def _unstacked(stack: nnx.Module) -> tuple[Any, list]:
+    """(graphdef, the weights of each layer). `lax.split`, because its transpose is one concatenation."""
+    graphdef, weights = nnx.split(stack)
+    leaves, treedef = jax.tree.flatten(weights)
+    size = leaves[0].shape[0]
+    parts = [[a[0] for a in jax.lax.split(leaf, [1] * size)] for leaf in leaves]
+    return graphdef, [jax.tree.unflatten(treedef, layer) for layer in zip(*parts, strict=True)]

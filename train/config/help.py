@@ -1,0 +1,150 @@
+"""The text of `python -m train --help`: every key, its type, default and meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from attention_jax.masks import Mask
+from train.config import plain_yaml, to_dict
+from train.config.keys import default_of, hints, item_type, kind_of, meanings, members, sections
+from train.config.schema import RunConfig
+
+WIDTH = 100
+
+USAGE = """\
+usage: python -m train CONFIG [key.path=value ...] [--print-config]
+       python -m train --help
+
+Trains the language model that the YAML file CONFIG describes. The same command again resumes the
+run in its folder. Overrides win over the file, later ones over earlier ones; values are YAML, text
+needs no quotes. List items are named by number: model.mixers.0.num_heads=8.
+
+  --print-config  print the resolved configuration and exit
+  --help          print this text and exit
+
+Exit status: 0 done, 2 a mistake in the command, the configuration or the data, 130 interrupted.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key as the help shows it."""
+
+    path: str
+    type: str
+    default: str
+    meaning: str | None
+
+
+def keys() -> Iterator[Key]:
+    """Every key of a configuration, sections before what they hold; list items are called N."""
+    yield from _keys(RunConfig, "")
+
+
+def help_text() -> str:
+    """The whole text, at most `WIDTH` columns wide."""
+    return "\n".join([USAGE, "Keys:", *_lines(RunConfig, "", {})]) + "\n"
+
+
+def _keys(cls: type, path: str) -> Iterator[Key]:
+    for key in _own_keys(cls, path):
+        yield key
+        annotation = hints(cls)[key.path.rpartition(".")[2]]
+        for section, below in _sections_below(annotation, key.path):
+            yield from _keys(section, below)
+
+
+def _own_keys(cls: type, path: str) -> Iterator[Key]:
+    for name, annotation in hints(cls).items():
+        place = f"{path}.{name}" if path else name
+        default = default_of(cls, name)
+        yield Key(place, _type(annotation), _default(default), meanings(cls).get(name))
+
+
+def _sections_below(annotation: Any, path: str) -> list[tuple[type, str]]:
+    items = sections(item_type(annotation))
+    return [(cls, path) for cls in sections(annotation)] + [(cls, f"{path}.N") for cls in items]
+
+
+def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
+    """The keys of a section and of those below; `told` gathers where each section was first described."""
+    for key in _own_keys(cls, path):
+        below = _sections_below(hints(cls)[key.path.rpartition(".")[2]], key.path)
+        if below:
+            yield ""
+        head = f"  {key.path:<32}  {key.type}" + (f" = {key.default}" if key.default else "")
+        yield from textwrap.wrap(head, WIDTH, subsequent_indent=" " * 36, break_long_words=False)
+        yield from _wrapped(key.meaning or "", "      ")
+        shown: list[type] = []
+        if below and all(section in told for section, _ in below):
+            yield from _wrapped(f"with the keys of {told[below[0][0]]} above", "      ")
+            continue
+        for section, place in below:
+            told[section] = place
+            kind = kind_of(section)
+            if kind is not None:
+                yield ""
+                yield from _wrapped(f"{place}  with kind: {kind}.  {_summary(section)}", "  ")
+                base = next((other for other in shown if _adds_nothing(section, other)), None)
+                if base is not None:
+                    yield f"      the keys of kind: {kind_of(base)}"
+                    continue
+            yield from _lines(section, place, told)
+            shown.append(section)
+
+
+def _adds_nothing(cls: type, base: type) -> bool:
+    """Whether `cls` has the keys of `base`, `kind` apart, with the same defaults and meanings."""
+
+    def described(section: type) -> list[Key]:
+        return [key for key in _own_keys(section, "") if key.path != "kind"]
+
+    return described(cls) == described(base)
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _type(annotation: Any) -> str:
+    words: list[str] = []
+    for member in members(annotation):
+        if typing.get_origin(member) is typing.Literal:
+            words += [str(value) for value in typing.get_args(member)]
+        elif typing.get_origin(member) is tuple:
+            words.append("list")
+        elif member is Mask:
+            words.append("mask")
+        elif dataclasses.is_dataclass(member):
+            words.append("section")
+        elif member is type(None):
+            words.append("null")
+        elif not (member is str and Mask in members(annotation)):
+            words.append(member.__name__)
+    return " | ".join(dict.fromkeys(words))
+
+
+def _default(value: Any) -> str:
+    """A default as YAML; empty for sections, whose keys have their own, and for required keys."""
+    if value is dataclasses.MISSING or (dataclasses.is_dataclass(value) and not isinstance(value, Mask)):
+        return ""
+    return plain_yaml.scalar([_brief(item) for item in value] if isinstance(value, tuple) else to_dict(value))
+
+
+def _brief(value: Any) -> Any:
+    """A section as a dict of its `kind` and of what differs from the defaults."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, Mask):
+        return to_dict(value)
+    return {
+        name: _brief(getattr(value, name))
+        for name in hints(type(value))
+        if name == "kind" or getattr(value, name) != default_of(type(value), name)
+    }

@@ -1,0 +1,379 @@
+"""What a run is made of: frozen dataclasses, one section per concern. `train.config` reads them from YAML.
+
+The text after a field's `#:` is its meaning, as `python -m train --help` prints it. A `__post_init__`
+raises ValueError in one line that starts with the key it is about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import field
+from typing import Any, Literal
+
+from attention_jax.model import ModelConfig
+from train.data.tasks import TaskConfig
+
+# Keys of `data` that objective masked_lm alone reads.
+MASKING_KEYS = ("mask_fraction", "mask_replaced", "mask_random")
+_FORBID = {"extra": "forbid", "strict": True}
+_SEED_LIMIT = 2**32
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes batches."""
+
+    __pydantic_config__ = _FORBID
+
+    #: glob of UTF-8 text files, ** for any depth; null reads the Python standard library's source.
+    #: objective seq2seq: files of lines source<TAB>target; null: the first lines of docstrings in the
+    #: standard library, their spaces and capitals to be restored, about 7,000 pairs
+    files: str | None = None
+    #: bytes: 256 ids + end of document; chars: the sorted characters of the text
+    tokenizer: Literal["bytes", "chars"] = "bytes"
+    #: tokens a row (T); objective seq2seq: of a target and its end, a longer pair is left out and counted
+    sequence_length: int = 256
+    #: objective seq2seq: tokens a source row (S), a longer pair is left out; null: sequence_length
+    source_length: int | None = None
+    batch_size: int = 16  #: rows of a step (B), all accumulation steps together
+    #: documents: end to end in rows, with segment ids and positions that restart; stream: random
+    #: windows of the concatenated text. objective seq2seq packs nothing, leave it out
+    packing: Literal["documents", "stream"] = "documents"
+    #: objective masked_lm: share of a row's tokens that are chosen, to be told from both sides
+    mask_fraction: float = 0.15
+    mask_replaced: float = 0.8  #: share of the chosen tokens that the mask id takes the place of
+    mask_random: float = 0.1  #: share of them that a random token takes the place of; the others stay
+    validation_fraction: float = 0.1  #: share of the text held out, between 0 and 1
+    #: files: whole files, chosen by a hash of their name; tail: the last characters of the text, or pairs
+    validation_split: Literal["files", "tail"] = "files"
+    #: order of the training rows, and which of their tokens are masked; of a task: which rows
+    shuffle_seed: int = 0
+    #: rows made by a synthetic task instead of text, which then needs evaluation.sample_tokens: 0; null: text
+    task: TaskConfig | None = None
+
+    def __post_init__(self):
+        _at_least(self, 1, "sequence_length", "source_length", "batch_size")
+        _seed(self, "shuffle_seed")
+        if self.task is not None:
+            self._check_task(self.task)
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must lie between 0 and 1, both excluded, got {self.validation_fraction}"
+            )
+        if not 0 < self.mask_fraction <= 1:
+            raise ValueError(f"mask_fraction must be in (0, 1], got {self.mask_fraction}")
+        for name in ("mask_replaced", "mask_random"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.mask_replaced + self.mask_random > 1 + 1e-9:
+            raise ValueError(
+                f"mask_replaced {self.mask_replaced} and mask_random {self.mask_random} exceed 1 together: "
+                "lower one of them"
+            )
+        if self.files is not None and not self.files.strip():
+            raise ValueError("files is an empty glob; null reads the Python standard library's source")
+
+    def _check_task(self, task: TaskConfig) -> None:
+        for name in (
+            "files",
+            "tokenizer",
+            "source_length",
+            "packing",
+            "validation_fraction",
+            "validation_split",
+        ):
+            value = getattr(self, name)
+            if value != getattr(DataConfig, name):
+                raise ValueError(f"{name} {value}: task {task.kind} makes its rows, not text; leave it out")
+        try:
+            task.check(self.sequence_length)
+        except ValueError as error:
+            raise ValueError(f"task.{error}") from None
+
+    @property
+    def source_width(self) -> int:
+        """Tokens a source row (S)."""
+        return self.sequence_length if self.source_length is None else self.source_length
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule; decay is decided by parameter path."""
+
+    __pydantic_config__ = _FORBID
+
+    learning_rate: float = 1e-3  #: its peak
+    final_learning_rate: float = 1e-4  #: at the last step; no part of `schedule: constant`
+    warmup_steps: int = 100  #: linear, from 0
+    #: wsd: warm-up, stable, linear decay; constant: no decay after the warm-up
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    #: cosine: the step at which it ends, null: the last one; wsd: length of the linear decay at the end,
+    #: null: a fifth of all steps
+    decay_steps: int | None = None
+    beta1: float = 0.9  #: decay of the first moment
+    beta2: float = 0.99  #: decay of the second moment
+    epsilon: float = 1e-8  #: added to the root of the second moment
+    #: decoupled; on matrices and embeddings, not on norms, biases, sinks
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0  #: limit of the gradient's global norm; null does not clip
+    accumulation_steps: int = 1  #: micro-batches a step, a divisor of data.batch_size
+
+    def __post_init__(self):
+        _finite(self, "learning_rate", "epsilon", "clip_norm", above=0)
+        _finite(self, "final_learning_rate", "weight_decay", least=0)
+        _at_least(self, 0, "warmup_steps")
+        _at_least(self, 1, "decay_steps", "accumulation_steps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.schedule == "constant":
+            if self.decay_steps is not None:
+                raise ValueError(
+                    f"decay_steps {self.decay_steps}: schedule constant does not decay; set it to null"
+                )
+        elif self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate {self.final_learning_rate} exceeds learning_rate {self.learning_rate}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The held-out text, scored during training."""
+
+    __pydantic_config__ = _FORBID
+
+    every: int = 250  #: steps between evaluations; the last step is always evaluated
+    #: batches of data.batch_size held-out rows at each, the same ones every time; null: all of them
+    batches: int | None = 20
+    final_full: bool = True  #: score every held-out token after the last step
+    #: the model's text after this is saved with each evaluation; objective seq2seq: leave it out, a few
+    #: held-out sources and what the model writes for them are saved; masked_lm: leave it out, some held-out
+    #: text with masks and as the model fills it in is saved
+    sample_prompt: str = "def "
+    sample_tokens: int = 200  #: a sample's length in tokens, at most; 0 samples nothing
+
+    def __post_init__(self):
+        _at_least(self, 1, "every", "batches")
+        _at_least(self, 0, "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    __pydantic_config__ = _FORBID
+
+    every: int = 500  #: steps between checkpoints; the last step is always saved
+    keep: int = 2  #: how many of the newest checkpoints are kept
+    keep_best: bool = True  #: also keep the one with the lowest val/loss
+
+    def __post_init__(self):
+        _at_least(self, 1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    __pydantic_config__ = _FORBID
+
+    run_dir: str | None = None  #: the run's folder; null: runs/NAME_OF_THE_CONFIG
+    seed: int = 0  #: of the first parameters and of dropout
+    steps: int = 1000  #: optimiser steps
+    log_every: int = 10  #: steps between rows of metrics.jsonl
+    #: causal_lm: each token from those before it; seq2seq: a target text from a source text, through
+    #: model.encoder and mixers of kind cross. Losses are in nats per target token, bits per byte are of the
+    #: targets, their sources given; masked_lm: chosen tokens from those on both sides, by a model whose
+    #: `causal` is false. Losses are in nats per masked token, and there are no bits per byte
+    objective: Literal["causal_lm", "seq2seq", "masked_lm"] = "causal_lm"
+    model: ModelConfig = field(default_factory=ModelConfig)  #: the language model
+    data: DataConfig = field(default_factory=DataConfig)  #: the text
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  #: the optimiser
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  #: evaluation
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  #: checkpoints
+
+    def __post_init__(self):
+        _at_least(self, 1, "steps", "log_every")
+        _seed(self, "seed")
+        if self.run_dir is not None and not self.run_dir.strip():
+            raise ValueError("run_dir is empty; name a folder, or null for runs/NAME_OF_THE_CONFIG")
+        self._check_rows()
+        self._check_causal()
+        if self.objective == "seq2seq":
+            self._check_seq2seq()
+        else:
+            self._check_language_model()
+        if self.objective == "masked_lm":
+            self._check_masked_lm()
+        else:
+            self._check_no_masks()
+        if self.data.task is not None:
+            self._check_task(self.data.task.kind)
+        self._check_schedule()
+
+    def _check_rows(self) -> None:
+        model, data = self.model, self.data
+        rows, parts = data.batch_size, self.optimizer.accumulation_steps
+        if rows % parts:
+            raise ValueError(f"optimizer.accumulation_steps {parts} does not divide data.batch_size {rows}")
+        lengths = {"sequence_length": data.sequence_length, "source_length": data.source_length}
+        for name, length in lengths.items():
+            limit, key = model.limit or (math.inf, "")
+            if length is not None and length > limit:
+                raise ValueError(f"data.{name} {length} exceeds model.{key} {limit}")
+        self._check_whole_rows("model.mixers", model.mixers, data.sequence_length)
+        if self.objective != "seq2seq" and data.packing == "documents":
+            for index, mixer in enumerate(model.mixers):
+                if mixer.mixes_whole_row:
+                    raise ValueError(
+                        f"data.packing is documents: model.mixers.{index} ({mixer.kind}) mixes all tokens of "
+                        "a row and cannot keep its documents apart; set it to stream"
+                    )
+        if model.encoder is not None:
+            self._check_whole_rows("model.encoder.mixers", model.encoder.mixers, data.source_width)
+
+    def _check_whole_rows(self, name: str, mixers: tuple[Any, ...], longest: int) -> None:
+        for index, mixer in enumerate(mixers):
+            if mixer.mixes_whole_row and (mixer.horizon or longest) < longest:
+                key = f"{name}.{index}.{mixer.horizon_key}"
+                raise ValueError(
+                    f"{key} {mixer.horizon} is less than the {longest} tokens of a row: raise it"
+                )
+
+    def _check_causal(self) -> None:
+        masked = self.objective == "masked_lm"
+        if self.model.causal and masked:
+            raise ValueError(
+                "model.causal is true: objective masked_lm tells a token from both sides; set model.causal "
+                "to false, or objective: causal_lm"
+            )
+        if not self.model.causal and not masked:
+            raise ValueError(
+                f"model.causal is false: objective {self.objective} predicts the next token, which such a "
+                "model sees; set it to true, or objective: masked_lm"
+            )
+
+    def _check_language_model(self) -> None:
+        for index, mixer in enumerate(self.model.mixers):
+            if mixer.reads_memory:
+                raise ValueError(
+                    f"model.mixers.{index}.kind is {mixer.kind}: it reads an encoder's memory, which a language "
+                    "model does not have; set objective: seq2seq and model.encoder"
+                )
+        if self.model.encoder is not None:
+            raise ValueError(
+                f"model.encoder is set: it reads a source, which objective {self.objective} does not have; set "
+                "objective: seq2seq"
+            )
+        if self.data.source_length is not None:
+            raise ValueError(
+                f"data.source_length {self.data.source_length}: objective {self.objective} has no source; "
+                "leave it out"
+            )
+        evaluation, tokenizer = self.evaluation, self.data.tokenizer
+        if evaluation.sample_tokens and not evaluation.sample_prompt and tokenizer == "chars":
+            raise ValueError(
+                "evaluation.sample_prompt is empty: the chars tokenizer has no token to start from; "
+                "give a character"
+            )
+
+    def _check_seq2seq(self) -> None:
+        if self.model.encoder is None:  # a model with one has a mixer that reads it
+            raise ValueError(
+                "model.encoder is null: objective seq2seq reads the source with it; set model.encoder and a "
+                "mixer of kind cross"
+            )
+        if self.data.tokenizer == "chars":
+            raise ValueError(
+                "data.tokenizer is chars: it has no end of document, with which objective seq2seq starts and "
+                "ends a target; use bytes"
+            )
+        if self.data.packing == "stream":
+            raise ValueError(
+                "data.packing is stream: objective seq2seq has a pair a row and packs nothing; leave it out"
+            )
+        if self.evaluation.sample_prompt != EvaluationConfig.sample_prompt:
+            raise ValueError(
+                "evaluation.sample_prompt: objective seq2seq samples from held-out sources; leave it out"
+            )
+        if self.model.prefix:
+            raise ValueError(
+                f"model.mixers: a prefix of {self.model.prefix} tokens sees all of itself, so the start of a "
+                "target would see what it has to predict; objective seq2seq takes causal masks only"
+            )
+
+    def _check_masked_lm(self) -> None:
+        if self.evaluation.sample_prompt != EvaluationConfig.sample_prompt:
+            raise ValueError(
+                "evaluation.sample_prompt: objective masked_lm fills in held-out text; leave it out"
+            )
+
+    def _check_no_masks(self) -> None:
+        for name in MASKING_KEYS:
+            value = getattr(self.data, name)
+            if value != getattr(DataConfig, name):
+                raise ValueError(
+                    f"data.{name} {value}: objective {self.objective} masks no tokens; leave it out, or set "
+                    "objective: masked_lm"
+                )
+
+    def _check_task(self, kind: str) -> None:
+        if self.objective != "causal_lm":
+            raise ValueError(
+                f"objective {self.objective}: data.task {kind} has its own targets; use causal_lm"
+            )
+        if self.evaluation.sample_tokens:
+            raise ValueError(
+                f"evaluation.sample_tokens {self.evaluation.sample_tokens}: data.task {kind} has no text to "
+                "sample; set it to 0"
+            )
+        if self.model.prefix:
+            raise ValueError(
+                f"model.mixers: a prefix of {self.model.prefix} tokens is not scored, which would leave out "
+                f"some of what data.task {kind} asks; use causal masks only"
+            )
+
+    def _check_schedule(self) -> None:
+        optimizer, steps = self.optimizer, self.steps
+        warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+        if warmup > steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {warmup} exceeds steps {steps}: lower it or raise steps"
+            )
+        if optimizer.schedule == "cosine" and warmup >= (decay or steps):
+            raise ValueError(
+                f"optimizer.warmup_steps {warmup} leaves no room for the cosine, which ends at step "
+                f"{decay or steps}: lower it or raise steps"
+            )
+        if optimizer.schedule == "wsd":
+            length = decay or max(1, math.ceil(steps / 5))
+            if warmup + length > steps:
+                raise ValueError(
+                    f"optimizer.warmup_steps {warmup} and the decay of {length} steps exceed steps {steps}: "
+                    "lower one of them or raise steps"
+                )
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _finite(config: Any, *names: str, above: float | None = None, least: float | None = None) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not math.isfinite(value) or (above is not None and value <= above):
+            raise ValueError(f"{name} must be finite and > {above if least is None else least}, got {value}")
+        if least is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _seed(config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) < _SEED_LIMIT:
+        raise ValueError(f"{name} must be in [0, {_SEED_LIMIT}), got {getattr(config, name)}")

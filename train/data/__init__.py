@@ -1,0 +1,1 @@
+"""Batches: from text, from pairs of texts, or from a synthetic task."""

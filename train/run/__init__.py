@@ -1,0 +1,1 @@
+"""A run on the disk: its folder, checkpoints, metrics, and how it is read back."""

@@ -1,0 +1,135 @@
+"""A trained run, read back for use: its model, its parameters, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from attention_jax.model import ModelConfig, init_params
+from train import config as config_lib
+from train.config.schema import RunConfig
+from train.data import tokenizers
+from train.data.masking import vocabulary_size
+from train.optimizer import make_optimizer
+from train.run.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """What a run folder holds at one checkpoint."""
+
+    config: RunConfig
+    model: ModelConfig
+    params: dict[str, Any]
+    tokenizer: tokenizers.Tokenizer | None  # None: a task in place of text
+    step: int
+
+    def requests(self, texts: Sequence[str]) -> Requests:
+        """What `generate` takes to go on from the texts, or for seq2seq to write their targets.
+
+        ValueError for an empty source, and for a run of a task: it has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"the run was trained on data.task {self.config.data.task.kind}, which has no text"
+            )
+        return make_requests(self.config.objective, self.tokenizer, texts)
+
+
+class Requests(NamedTuple):
+    """Token ids for `generate`, and what to print in front of each answer."""
+
+    prompts: list[np.ndarray]
+    sources: list[np.ndarray] | None
+    heads: list[str]
+
+
+def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
+    """The run in `run_dir` at checkpoint `step`: a number, "latest" or "best" (lowest val/loss).
+
+    ValueError, in one line: no run folder, no such checkpoint, a damaged one.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
+    config = config_lib.load(folder / "config.yaml", [])
+    task = config.data.task
+    tokenizer = None if task else tokenizers.load(folder / "data" / "tokenizer.json")
+    model = with_vocabulary(config.model, vocabulary_size(config.objective, task or tokenizer))
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+    number = _step(checkpoints, step)
+    state, _ = checkpoints.restore(number, abstract_state(config, model))
+    return TrainedRun(config, model, state["params"], tokenizer, number)
+
+
+def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
+    """The model with `size` token ids, unless it states a number that is large enough."""
+    if model.vocab_size is None:
+        return dataclasses.replace(model, vocab_size=size)
+    if model.vocab_size < size:
+        raise ValueError(
+            f"model.vocab_size {model.vocab_size} is less than the {size} ids it reads: raise or null it"
+        )
+    return model
+
+
+def fresh_state(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """What a checkpoint's arrays are: new parameters and their optimiser state, on the first device."""
+    return jax.jit(functools.partial(_fresh, config, model), out_shardings=_first_device())(key)
+
+
+def abstract_state(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """Shapes, dtypes and placement of `fresh_state`, to restore into.
+
+    Fresh and restored arrays are placed alike: else a resumed run would compile another program.
+    """
+    shapes = jax.eval_shape(functools.partial(_fresh, config, model), jax.random.key(0))
+    place = _first_device()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
+def _fresh(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    params = init_params(model, key)
+    return {"params": params, "opt_state": make_optimizer(config.optimizer, config.steps).init(params)}
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
+    """Ids of a prompt, behind the end-of-document mark with which every document starts in training."""
+    ids = tokenizer.encode(text)
+    if tokenizer.end_of_document is None:
+        return ids
+    return np.concatenate([np.array([tokenizer.end_of_document], np.int32), ids])
+
+
+def make_requests(objective: str, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Requests:
+    """The texts as prompts, or as sources whose targets are to be written. ValueError for an empty source."""
+    if objective != "seq2seq":  # for masked_lm `generate` says why it does not
+        return Requests([encode_prompt(tokenizer, text) for text in texts], None, list(texts))
+    if not all(texts):
+        raise ValueError("the source is empty: the model writes a target for a text, give one")
+    sources = [tokenizer.encode(text) for text in texts]
+    return Requests([encode_prompt(tokenizer, "") for _ in texts], sources, [f"{text} -> " for text in texts])
+
+
+def _step(checkpoints: Checkpoints, step: int | str) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise ValueError(f"{checkpoints.folder} holds no complete checkpoint: train first")
+    if step == "latest":
+        return steps[-1]
+    if step == "best":
+        best = checkpoints.info(steps[-1])["best"]
+        return steps[-1] if best is None else best["step"]
+    if step not in steps:
+        raise ValueError(f"no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return step
