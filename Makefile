@@ -1,4 +1,4 @@
-# make train | test | test-slow | test-all | kernels | lint | setup | clean.   PYTHON=/path/to/python chooses the interpreter;
+# make train | test | test-slow | test-all | kernels | parity | lint | setup | clean.   PYTHON=/path/to/python chooses the interpreter;
 # every minor version has its own environment under .venv/.
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 CONFIG ?= configs/tiny.yaml
 TESTS ?= tests
 
-.PHONY: train test test-slow test-all kernels lint setup clean
+.PHONY: train test test-slow test-all kernels parity lint setup clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -46,6 +46,20 @@ $(KERNELS)/.installed: setup.cfg pyproject.toml
 kernels: $(KERNELS)/.installed
 	JAX_PLATFORMS=cpu $(KERNELS)/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow" \
 		tests/test_mosaic_tpu.py tests/test_mosaic_gpu.py
+
+# Comparisons with torch code that nobody here wrote (docs/parity.md), in an environment of their own. torch runs
+# on the CPU here: set PIP_EXTRA_INDEX_URL to an index with its CPU build, or pip may fetch gigabytes of CUDA.
+# fla's kernels need triton and a GPU; its naive functions, all that is called, need neither (fla-core).
+# PARITY_JSON=path writes the measured errors.
+PARITY := $(VENV)-parity
+$(PARITY)/.installed: setup.cfg pyproject.toml
+	@test "$(VERSION)" = 3.11 || { echo "make parity needs Python 3.11; give PYTHON=" >&2; exit 2; }
+	"$(PYTHON)" -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,parity]"
+	@touch $@
+
+parity: $(PARITY)/.installed
+	JAX_PLATFORMS=cpu PARITY_JSON=$(PARITY_JSON) $(PARITY)/bin/python -m pytest tests/parity -n 2 --dist worksteal
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -6,10 +6,10 @@ L layers, R latent width, P rotary width, U inputs kept for a convolution; any o
 is used. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
 """
 
-from attention_jax import biases, caches, feature_maps, masks, positions
+from attention_jax import biases, caches, drop_in, feature_maps, masks, positions
 from attention_jax.biases import T5, ALiBi, Bias
 from attention_jax.catalogue import catalogue
-from attention_jax.generation import Sampling
+from attention_jax.generation import Sampling, generate, stream
 from attention_jax.masks import (
     BigBird,
     BlockLocal,
@@ -27,80 +27,32 @@ from attention_jax.masks import (
     SlidingWindow,
     Strided,
 )
-from attention_jax.mixers import (
-    Attention,
-    AttentionConfig,
-    BasedConfig,
-    Context,
-    CosformerConfig,
-    CrossAttention,
-    CrossAttentionConfig,
-    DeltaNetConfig,
-    DifferentialAttentionConfig,
-    ForgettingAttentionConfig,
-    GatedAttentionConfig,
-    GatedDeltaNetConfig,
-    GLAConfig,
-    HedgehogConfig,
-    KDAConfig,
-    LatentAttentionConfig,
-    LightningConfig,
-    LinearAttentionConfig,
-    LinformerConfig,
-    Mamba2Config,
-    NSAConfig,
-    NystromformerConfig,
-    PerformerConfig,
-    RetentionConfig,
-    make_mixer,
-)
+from attention_jax.mixers import *  # noqa: F403 (its __all__)
+from attention_jax.mixers import __all__ as _mixers
 from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply, encode, init_params
 from attention_jax.ops.selected import selected_attention
 from attention_jax.ops.softmax import dot_product_attention, explain
 from attention_jax.positions import RoPE
 
 __all__ = [
+    *_mixers,
     "ALiBi",
-    "Attention",
-    "AttentionConfig",
-    "BasedConfig",
     "Bias",
     "BigBird",
     "BlockLocal",
     "Causal",
     "Chunked",
-    "Context",
-    "CosformerConfig",
-    "CrossAttention",
-    "CrossAttentionConfig",
     "Dense",
-    "DeltaNetConfig",
-    "DifferentialAttentionConfig",
     "Dilated",
     "EncoderConfig",
-    "ForgettingAttentionConfig",
     "Full",
-    "GLAConfig",
-    "GatedAttentionConfig",
-    "GatedDeltaNetConfig",
     "Global",
-    "KDAConfig",
     "LanguageModel",
-    "LatentAttentionConfig",
-    "LightningConfig",
-    "HedgehogConfig",
-    "LinearAttentionConfig",
-    "LinformerConfig",
     "Longformer",
-    "Mamba2Config",
     "Mask",
     "ModelConfig",
-    "NSAConfig",
-    "PerformerConfig",
-    "NystromformerConfig",
     "Predicate",
     "Prefix",
-    "RetentionConfig",
     "RoPE",
     "Sampling",
     "Sinks",
@@ -112,12 +64,14 @@ __all__ = [
     "caches",
     "catalogue",
     "dot_product_attention",
+    "drop_in",
     "encode",
     "explain",
     "feature_maps",
+    "generate",
     "init_params",
-    "make_mixer",
     "masks",
     "positions",
     "selected_attention",
+    "stream",
 ]

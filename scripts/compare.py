@@ -26,12 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_jax.generation import Sampling, generate
-from attention_jax.model import LanguageModel, ModelConfig, count_params
+from attention_jax.model import ModelConfig, count_params, init_state
 from scripts import trials
 from scripts.benchmarks.timing import interleave
 from train import config as config_lib
@@ -115,7 +114,7 @@ def state_numbers(model: ModelConfig, capacity: int) -> int | None:
     """
     if model.limit is not None and capacity > model.limit[0]:
         return None
-    state = jax.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)).init_state(1, capacity))
+    state = jax.eval_shape(lambda: init_state(model, 1, capacity))
     return sum(leaf.size for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 

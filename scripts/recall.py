@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -96,7 +95,7 @@ def state_floats(mixer: MixerConfig, d_model: int, capacity: int) -> int:
     """How many numbers a row's state of this mixer holds after `capacity` tokens, positions not counted."""
 
     def state():
-        return mixer.build(d_model, nnx.Rngs(0), causal=True).init_state(1, capacity)
+        return mixer.init_state(d_model, 1, capacity)
 
     leaves = jax.tree.leaves(jax.eval_shape(state))
     return sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -1,12 +1,13 @@
 """Tables the tests run over: masks with their truth formulas, cases of the attention op, tolerances.
 
-A new mask is one row of MASKS: its truth table, bounds, retention, str / parse, density, and the attention
+A new mask is one row of MASKS: its truth table, bounds, cache span, str / parse, density, and the attention
 op in every implementation follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from attention_jax.masks import (
     SlidingWindow,
     Strided,
 )
+from tests.covering import pairwise
 from tests.reference import masks as truth
 
 IMPLEMENTATIONS = ("reference", "chunked")
@@ -40,7 +42,7 @@ IMPLEMENTATIONS = ("reference", "chunked")
 
 @dataclasses.dataclass(frozen=True)
 class Odd(Mask):
-    """A user's predicate that brings neither bounds nor retention: k and q differ by an odd number."""
+    """A user's predicate that brings neither bounds nor a cache span: k and q differ by an odd number."""
 
     def keep(self, q_pos, k_pos):
         return (q_pos - k_pos) % 2 == 1
@@ -180,11 +182,12 @@ class OpCase:
     dtype: str = "float32"
     batch: int = 2
     seed: int = 0
+    slow: bool = dataclasses.field(default=False, compare=False)  # runs with the slow tests
 
     def __str__(self):
         """Only what differs from the default."""
         own = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)
-               if getattr(self, f.name) != f.default]  # fmt: skip
+               if f.compare and getattr(self, f.name) != f.default]  # fmt: skip
         return ",".join(own).replace(" ", "") or "default"
 
 
@@ -229,18 +232,66 @@ FACTORS_SLOW = {
 # The real tile sizes, several tiles a row, ragged ends.
 TILED = [
     OpCase((1025, 1025), heads=(1, 1), bias="gate", dropout=0.3, batch=1),
+    OpCase((1025, 1025), heads=(1, 1), batch=1, slow=True),
+    OpCase((513, 513), (8, 8), (2, 2), "causal", "gate", segments="ragged", dropout=0.3, batch=2, slow=True),
+    OpCase((799, 1023), (8, 8), (2, 1), None, "alibi", batch=1, slow=True),
+    OpCase((600, 1300), (8, 8), (2, 1), "window 9", sinks=True, positions="shifted", batch=1, slow=True),
+    OpCase((1023, 799), (40, 24), (4, 2), "far past", "array N11", softcap=2.0, batch=1, slow=True),
+    OpCase((2300, 2300), (8, 8), (1, 1), "sink window", batch=1, slow=True),
+    OpCase((2048, 2048), (16, 16), (2, 1), "causal", dtype="bfloat16", batch=1, slow=True),
+    OpCase((257, 2400), (8, 8), (2, 1), None, positions="cache", batch=2, slow=True),
+    OpCase(
+        (1300, 1300),
+        (8, 8),
+        (2, 2),
+        "window 7 right 4",
+        segments="packed",
+        positions="left padded",
+        slow=True,
+    ),
 ]
-TILED_SLOW = [
-    OpCase((1025, 1025), heads=(1, 1), batch=1),
-    OpCase((513, 513), (8, 8), (2, 2), "causal", "gate", segments="ragged", dropout=0.3, batch=2),
-    OpCase((799, 1023), (8, 8), (2, 1), None, "alibi", batch=1),
-    OpCase((600, 1300), (8, 8), (2, 1), "window 9", sinks=True, positions="shifted", batch=1),
-    OpCase((1023, 799), (40, 24), (4, 2), "far past", "array N11", softcap=2.0, batch=1),
-    OpCase((2300, 2300), (8, 8), (1, 1), "sink window", batch=1),
-    OpCase((2048, 2048), (16, 16), (2, 1), "causal", dtype="bfloat16", batch=1),
-    OpCase((257, 2400), (8, 8), (2, 1), None, positions="cache", batch=2),
-    OpCase((1300, 1300), (8, 8), (2, 2), "window 7 right 4", segments="packed", positions="left padded"),
-]
+
+FACTORS_TPU = {
+    "lengths": [(130, 130), (1, 150), (260, 140), (129, 300)],
+    "mask": [None, "causal", "window 9", "sink window", "far past", "dense", "array BNTS", "array B11S"],
+    "bias": [None, "alibi", "gate", "array B11S", "array 1NT1"],
+    "positions": [None, "shifted", "left padded", "cache"],
+    "segments": [None, "packed", "ragged"],
+    "widths": [(24, 24), (1, 40), (64, 59), (136, 16)],
+    "heads": [(1, 1), (2, 1), (4, 2)],
+    "dtype": ["float32", "bfloat16"],
+    "softcap": [None, 2.0],
+    "sinks": [False, True],
+    "dropout": [0.0, 0.3],
+    "scale": [None, -0.3],
+    "batch": [1, 2],
+}
+# In `make test`: everything at once, and arrays; the pairs come with the slow tests.
+_TPU = [
+    OpCase((130, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3),
+    OpCase(
+        (130, 130), (64, 59), (2, 1), "window 9 & array BNTS", "alibi", None, False, "ragged",
+        dtype="bfloat16", batch=1,
+    ),
+    OpCase(
+        (150, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3,
+        slow=True,
+    ),
+    OpCase(
+        (130, 130), (64, 59), (2, 1), "array BNTS", "alibi", None, False, "ragged", dtype="bfloat16",
+        slow=True,
+    ),
+    OpCase((140, 200), (1, 16), (2, 2), None, "array 1NT1", batch=1, slow=True),
+]  # fmt: skip
+
+
+@functools.cache
+def tpu_cases() -> tuple[OpCase, ...]:
+    """What the TPU kernels are interpreted on; tests/interpret_tpu.py takes a case by its number."""
+    pairs = (OpCase(seed=i, slow=True, **row) for i, row in enumerate(pairwise(FACTORS_TPU, tries=10)))
+    # An array over positions needs implicit ones.
+    possible = (c for c in pairs if c.mask != "dense" or (c.positions is None and c.segments is None))
+    return (*_TPU, *possible)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,5 +19,9 @@ else:
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
 import jax  # noqa: E402 (after the environment it reads)
+import pytest  # noqa: E402
+
+# Shared modules whose assertions show their values as those of test modules do.
+pytest.register_assert_rewrite("tests.problems", "tests.promises", "tests.runs")
 
 jax.config.update("jax_default_matmul_precision", "highest")

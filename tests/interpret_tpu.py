@@ -2,9 +2,9 @@
 
     python -m tests.interpret_tpu [--vmem=BYTES] NUMBER|promises|model ...
 
-checks cases of test_mosaic_tpu.CASES by number, the promises of test_softmax beyond numbers, or a whole
-language model. The interpreter raises on reads out of bounds and fills memory that nobody wrote with NaN;
-races are counted. Blocks are made small, so that short rows already have empty, full and partial ones.
+checks cases of tests.cases.tpu_cases by number, tests.promises, or a whole language model. The interpreter
+raises on reads out of bounds and fills memory that nobody wrote with NaN; races are counted. Blocks are made
+small, so that short rows already have empty, full and partial ones.
 --vmem: a chip with so little memory that dQ comes in parts.
 """
 
@@ -26,7 +26,8 @@ import numpy as np
 
 from attention_jax import AttentionConfig, Context, ModelConfig, RoPE, SlidingWindow, apply
 from attention_jax.ops.softmax import MosaicTPUConfig, mosaic_tpu
-from tests import test_mosaic_tpu, test_softmax
+from tests import problems, promises
+from tests.cases import tpu_cases
 from tests.params import random_params
 
 PARAMS = pltpu.InterpretParams(
@@ -37,22 +38,22 @@ PARAMS = pltpu.InterpretParams(
 SMALL = MosaicTPUConfig((128, 128), (128, 128))
 
 
-def promises() -> None:
-    """What test_softmax promises of every implementation beyond numbers."""
-    test_softmax.test_a_large_score_common_to_all_keys_changes_nothing(SMALL)
+def check_promises() -> None:
+    """What every implementation promises beyond numbers."""
+    promises.a_large_common_score_changes_nothing(SMALL)
     for sinks in (False, True):
-        test_softmax.test_rows_without_a_key_give_zero_and_pass_no_gradient(SMALL, sinks)
-    for case in (test_softmax.HOLES, test_softmax.RING):
-        test_softmax.test_what_an_invalid_slot_holds_changes_no_bit(case, SMALL)
-    for case in test_softmax.SEEN:
-        test_softmax.test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, SMALL)
-    test_softmax.test_a_hidden_key_may_be_as_large_as_its_dtype(SMALL)
+        promises.rows_without_a_key_give_zero(SMALL, sinks)
+    for case in (promises.HOLES, promises.RING):
+        promises.an_invalid_slot_changes_no_bit(SMALL, case)
+    for case in promises.SEEN:
+        promises.a_hidden_key_changes_no_bit(SMALL, case)
+    promises.a_hidden_key_may_be_as_large_as_its_dtype(SMALL)
 
 
 def model() -> None:
     """A language model of two layers over packed documents: with the kernels it is that with `chunked`."""
     mixers = (
-        AttentionConfig(num_heads=2, num_kv_heads=1, mask=SlidingWindow(70), rope=RoPE(), sinks=True),
+        AttentionConfig(num_heads=2, num_kv_heads=1, mask=SlidingWindow(70), rope=RoPE(), sink_logits=True),
         AttentionConfig(num_heads=2, num_kv_heads=1, bias="alibi", softcap=20.0),
     )
     T = 150
@@ -66,7 +67,7 @@ def model() -> None:
         ctx = Context(positions_BT=positions, segment_ids_BT=segments)
 
         def loss(params, config=config, ctx=ctx):
-            logits_BTV, _ = apply(config, params, tokens, ctx=ctx)
+            logits_BTV = apply(config, params, tokens, ctx=ctx).logits
             return jnp.sum(jnp.where(segments[..., None] < 0, 0, jnp.sin(logits_BTV))), logits_BTV
 
         found[impl] = jax.jit(jax.grad(loss, has_aux=True))(random_params(config))
@@ -82,9 +83,9 @@ def main(*what: str) -> None:
         started = time.monotonic()
         with mosaic_tpu.forced(PARAMS):
             if name in ("promises", "model"):
-                {"promises": promises, "model": model}[name]()
+                {"promises": check_promises, "model": model}[name]()
             else:
-                test_softmax.check(test_mosaic_tpu.CASES[int(name)], config)
+                problems.check(tpu_cases()[int(name)], config)
         races = interpret_pallas_call.races
         assert races is not None and not races.races_found, f"races in {name}"
         print(json.dumps({"checked": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)

@@ -47,14 +47,27 @@ class MixerCase:
     """A mixer's config, its NumPy twin `reference(params, x_TD, keep_TS) -> y_TD`, and what computes it.
 
     impls: the form of its op that runs rows this short by itself, then another one.
+    slow: it differs from another row by an option alone: its reference is checked in `make test`, the rest of
+      the contract with the slow tests.
+    fast: the longer tests, by their names in LONGER, that it runs in `make test`: one row for each op, and
+      those with parts of their own behind it. Other rows run them with the slow tests.
     """
 
     config: MixerConfig
     reference: Callable
     impls: tuple[str, str] = ("reference", "chunked")
+    slow: bool = False
+    fast: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        assert set(self.fast) <= LONGER, self.fast
 
 
-def _softmax(mask: Mask = Causal(), alibi=None, t5=None, **options) -> MixerCase:  # noqa: B008 (frozen)
+# Gradients to the future, gradients beside empty slots, decoding 512 tokens: each is a program to compile.
+LONGER = {"future", "empty slots", "decoding"}
+
+
+def _softmax(mask: Mask = Causal(), alibi=None, t5=None, slow=False, fast=(), **options) -> MixerCase:  # noqa: B008 (frozen)
     config = AttentionConfig(mask=mask, bias="alibi" if alibi else t5, **options)
     names = ("rope", "qk_norm", "softcap", "scale", "temperature")
     if t5 is not None:
@@ -66,21 +79,27 @@ def _softmax(mask: Mask = Causal(), alibi=None, t5=None, **options) -> MixerCase
             alibi=alibi, t5=t5, **{name: getattr(config, name) for name in names},
         )  # fmt: skip
 
-    return MixerCase(config, reference)
+    return MixerCase(config, reference, slow=slow, fast=fast)
 
 
 MIXERS = {
-    "mha": _softmax(),
-    "gqa-rope": _softmax(num_kv_heads=2, rope=RoPE()),
-    "mqa-rope-interleaved-partial": _softmax(num_kv_heads=1, rope=RoPE(width=4, layout="interleaved")),
+    "mha": _softmax(slow=True),
+    "gqa-rope": _softmax(num_kv_heads=2, rope=RoPE(), fast=("empty slots",)),
+    "mqa-rope-interleaved-partial": _softmax(
+        num_kv_heads=1, rope=RoPE(width=4, layout="interleaved"), slow=True
+    ),
     "alibi": _softmax(alibi=ALIBI_4, use_bias=True),
     "window": _softmax(SlidingWindow(5), rope=RoPE()),
-    "window-1": _softmax(SlidingWindow(1)),
-    "window-sinks": _softmax((SlidingWindow(4) | Sinks(2)) & Causal(), num_kv_heads=2, rope=RoPE(theta=99.0)),
-    "all-but-window": _softmax(Causal() & ~SlidingWindow(3)),
-    "qk-rms-softcap": _softmax(qk_norm="rms", softcap=2.0, rope=RoPE()),
-    "qk-l2-scale-sinks": _softmax(qk_norm="l2", scale=0.7, sinks=True, num_kv_heads=2),
-    "wide-heads": _softmax(num_heads=2, head_dim=24, rope=RoPE(width=16)),
+    "window-1": _softmax(SlidingWindow(1), slow=True),
+    "window-sinks": _softmax(
+        (SlidingWindow(4) | Sinks(2)) & Causal(), num_kv_heads=2, rope=RoPE(theta=99.0), fast=("future",)
+    ),
+    "all-but-window": _softmax(Causal() & ~SlidingWindow(3), slow=True),
+    "qk-rms-softcap": _softmax(qk_norm="rms", softcap=2.0, rope=RoPE(), slow=True),
+    "qk-l2-scale-sinks": _softmax(
+        qk_norm="l2", scale=0.7, sink_logits=True, num_kv_heads=2, fast=("empty slots",)
+    ),
+    "wide-heads": _softmax(num_heads=2, head_dim=24, rope=RoPE(width=16), slow=True),
     "yarn-temperature": _softmax(
         rope=RoPE(50.0, scaling=YaRN(factor=4.0, original_length=64, beta_fast=10.0, truncate=False)),
         temperature=Temperature(floor=4, scale=0.5),
@@ -90,49 +109,50 @@ MIXERS = {
 }
 
 
-def _variant(formula: Callable, config: MixerConfig, *names: str, **given) -> MixerCase:
+def _variant(formula: Callable, config: MixerConfig, *names: str, slow=False, fast=(), **given) -> MixerCase:
     """A row whose reference takes the config's fields of these names."""
     options = {name: getattr(config, name) for name in names} | given
     return MixerCase(
-        config, lambda params, x, keep: formula(params, x, keep, heads=config.num_heads, **options)
-    )
+        config, lambda params, x, keep: formula(params, x, keep, heads=config.num_heads, **options),
+        slow=slow, fast=fast,
+    )  # fmt: skip
 
 
 MIXERS |= {
     "gated": _variant(
         variants.gated,
         GatedAttentionConfig(num_kv_heads=2, rope=RoPE(), mask=Causal()),
-        "gate", "rope", kv_heads=2,
+        "gate", "rope", kv_heads=2, fast=("empty slots",),
     ),
     "gated-headwise-window": _variant(
         variants.gated,
         GatedAttentionConfig(gate="headwise", qk_norm="rms", mask=SlidingWindow(5), use_bias=True),
-        "gate", "qk_norm", kv_heads=4,
+        "gate", "qk_norm", kv_heads=4, slow=True,
     ),
     "forgetting": _variant(
         variants.forgetting,
         ForgettingAttentionConfig(num_kv_heads=2, mask=Causal(), gate_bias=1.0),
-        kv_heads=2,
+        kv_heads=2, fast=("future", "empty slots"),
     ),
     "forgetting-window": _variant(
-        variants.forgetting, ForgettingAttentionConfig(mask=SlidingWindow(6)), kv_heads=4
+        variants.forgetting, ForgettingAttentionConfig(mask=SlidingWindow(6)), kv_heads=4, slow=True
     ),
     "differential": _variant(
         variants.differential,
         DifferentialAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(), mask=Causal()),
-        "lambda_init", "rope", kv_heads=2,
+        "lambda_init", "rope", kv_heads=2, fast=("empty slots",),
     ),
     "mla": _variant(
         variants.latent,
         LatentAttentionConfig(latent_dim=12, head_dim=8, rotary_dim=4, value_dim=6, mask=Causal()),
-        "head_dim", "rotary_dim", "rope",
+        "head_dim", "rotary_dim", "rope", fast=("future", "empty slots"),
     ),
     "mla-window-query-latent": _variant(
         variants.latent,
         LatentAttentionConfig(
             latent_dim=10, query_latent_dim=9, head_dim=6, rotary_dim=0, mask=SlidingWindow(5)
         ),
-        "head_dim", "rotary_dim", "rope",
+        "head_dim", "rotary_dim", "rope", slow=True,
     ),
 }  # fmt: skip
 
@@ -145,28 +165,30 @@ def nsa_reference(config: NSAConfig, params, x_TD, **options) -> np.ndarray:
     return nsa_mixer(params, x_TD, heads=config.num_heads, kv_heads=kv_heads, **given)
 
 
-def _nsa(**options) -> MixerCase:
+def _nsa(slow=False, fast=(), **options) -> MixerCase:
     config = NSAConfig(**options)
-    return MixerCase(config, lambda params, x, keep: nsa_reference(config, params, x))
+    return MixerCase(config, lambda params, x, keep: nsa_reference(config, params, x), slow=slow, fast=fast)
 
 
 MIXERS |= {
     "nsa-rope": _nsa(
         num_kv_heads=2, rope=RoPE(), compress_block=4, compress_stride=2, select_block=4, select_count=4,
-        window=5,
+        window=5, fast=("future",),
     ),
     # Compressed blocks longer than selected ones, a stretch of one token, many blocks to choose among.
     "nsa-fine": _nsa(
         num_kv_heads=1, compress_block=3, compress_stride=1, compress_width=7, select_block=2,
-        select_count=5, window=3, use_bias=True,
+        select_count=5, window=3, use_bias=True, slow=True,
     ),
 }  # fmt: skip
 
 
-def _decayed(formula: Callable, config: MixerConfig, *names: str, **given) -> MixerCase:
+def _decayed(formula: Callable, config: MixerConfig, *names: str, slow=False, fast=(), **given) -> MixerCase:
     """A row of a recurrence with decay, causal by itself; the reference takes the config's fields named."""
     options = {name: getattr(config, name) for name in names} | given
-    return MixerCase(config, lambda params, x, keep: formula(params, x, **options), ("chunked", "recurrent"))
+    return MixerCase(
+        config, lambda params, x, keep: formula(params, x, **options), ("chunked", "recurrent"), slow, fast
+    )
 
 
 MIXERS |= {
@@ -175,67 +197,78 @@ MIXERS |= {
         decayed.retention,
         RetentionConfig(num_heads=2, head_dim=6, value_dim=5, rope=None, first_exponent=0.5, last_exponent=3,
                         use_bias=True),
-        "first_exponent", "last_exponent", heads=2,
+        "first_exponent", "last_exponent", heads=2, slow=True,
     ),
     "gla": _decayed(decayed.gla, GLAConfig(), heads=4, tau=16.0),
     "gla-fast": _decayed(
         decayed.gla,
         GLAConfig(num_heads=2, head_dim=5, value_dim=7, decay_rank=3, decay_temperature=0.5, use_bias=True),
-        heads=2, tau=0.5,
+        heads=2, tau=0.5, slow=True,
     ),
     "lightning": _decayed(decayed.lightning, LightningConfig(), slopes=ALIBI_4),
     "lightning-rope": _decayed(
         decayed.lightning,
         LightningConfig(head_dim=6, rope=RoPE(), slope_factor=2.0, use_bias=True),
-        "rope", slopes=[2 * slope for slope in ALIBI_4],
+        "rope", slopes=[2 * slope for slope in ALIBI_4], slow=True,
     ),
-    "mamba2": _decayed(decayed.mamba2, Mamba2Config(head_dim=16, state_dim=8), "groups", heads=4),
+    "mamba2": _decayed(
+        decayed.mamba2, Mamba2Config(head_dim=16, state_dim=8), "groups", heads=4,
+        fast=("future", "decoding"),
+    ),
     # Groups of two heads, other widths, steps held between limits.
     "mamba2-groups": _decayed(
         decayed.mamba2,
         Mamba2Config(expand=3, head_dim=24, state_dim=5, groups=2, convolution=3, dt_limit_low=0.4,
                      dt_limit_high=0.9, use_bias=True),
-        "groups", heads=4, limits=(0.4, 0.9),
+        "groups", heads=4, limits=(0.4, 0.9), slow=True,
     ),
 }  # fmt: skip
 
 
-def _delta(config: MixerConfig) -> MixerCase:
+def _delta(config: MixerConfig, slow=False, fast=()) -> MixerCase:
     """A row of a delta rule, causal by itself."""
     options = {
         "kind": config.kind, "heads": config.num_heads, "largest_beta": 1 + config.negative_eigenvalues,
         "qk_heads": getattr(config, "num_qk_heads", None) or config.num_heads,
     }  # fmt: skip
     return MixerCase(
-        config, lambda params, x, keep: delta_mixer(params, x, **options), ("chunked", "recurrent")
+        config,
+        lambda params, x, keep: delta_mixer(params, x, **options),
+        ("chunked", "recurrent"),
+        slow,
+        fast,
     )
 
 
 MIXERS |= {
     "deltanet": _delta(DeltaNetConfig(chunk_size=8)),
     "deltanet-negative": _delta(
-        DeltaNetConfig(num_heads=2, head_dim=6, value_dim=5, convolution=2, negative_eigenvalues=True)
+        DeltaNetConfig(num_heads=2, head_dim=6, value_dim=5, convolution=2, negative_eigenvalues=True),
+        slow=True,
     ),
-    "gated-deltanet": _delta(GatedDeltaNetConfig(chunk_size=8)),
+    "gated-deltanet": _delta(GatedDeltaNetConfig(chunk_size=8), fast=("future", "decoding")),
     "gated-deltanet-shared-keys": _delta(
-        GatedDeltaNetConfig(num_qk_heads=2, head_dim=6, value_dim=5, negative_eigenvalues=True)
+        GatedDeltaNetConfig(num_qk_heads=2, head_dim=6, value_dim=5, negative_eigenvalues=True), slow=True
     ),
     "kda": _delta(KDAConfig(chunk_size=8)),
-    "kda-low-rank": _delta(KDAConfig(num_heads=2, head_dim=6, value_dim=5, rank=3, convolution=3)),
+    "kda-low-rank": _delta(KDAConfig(num_heads=2, head_dim=6, value_dim=5, rank=3, convolution=3), slow=True),
 }
 
 
-def _linear(formula: Callable, config: MixerConfig, *names: str, causal: bool = True) -> MixerCase:
+def _linear(
+    formula: Callable, config: MixerConfig, *names: str, causal: bool = True, slow=False, fast=()
+) -> MixerCase:
     """A row of the linear attention family; its reference needs no mask."""
     options = {name: getattr(config, name) for name in names}
     options |= {"heads": config.num_heads, "kv_heads": config.num_kv_heads or config.num_heads}
     return MixerCase(
-        config, lambda params, x, keep: formula(params, x, causal=causal, **options), ("chunked", "recurrent")
-    )
+        config, lambda params, x, keep: formula(params, x, causal=causal, **options),
+        ("chunked", "recurrent"), slow, fast,
+    )  # fmt: skip
 
 
 MIXERS |= {
-    "linear": _linear(linear.linear, LinearAttentionConfig(num_kv_heads=2, chunk_size=4)),
+    "linear": _linear(linear.linear, LinearAttentionConfig(num_kv_heads=2, chunk_size=4), slow=True),
     "linear-rope": _linear(
         linear.linear,
         LinearAttentionConfig(num_kv_heads=2, rope=RoPE(theta=99.0), use_bias=True, chunk_size=8),
@@ -247,7 +280,8 @@ MIXERS |= {
         "feature_map", "rope",
     ),
     "performer": _linear(
-        linear.performer, PerformerConfig(num_kv_heads=2, num_features=24, chunk_size=8, use_bias=True)
+        linear.performer, PerformerConfig(num_kv_heads=2, num_features=24, chunk_size=8, use_bias=True),
+        fast=("future", "decoding"),
     ),
     "cosformer": _linear(linear.cosformer, CosformerConfig(horizon=20, chunk_size=8), "horizon"),
     "based": _linear(linear.based, BasedConfig(feature_dim=5, num_kv_heads=2, chunk_size=8)),
@@ -275,15 +309,6 @@ def cross_reference(params, x, memory, keep):
     return attention_mixer(params, x, memory, heads=4, kv_heads=2, keep=keep, rope=CROSS.rope)
 
 
-# Rows that differ from another by an option alone: their reference is checked with the others', the rest of
-# the contract with the slow tests.
-VARIANTS = {
-    "mha", "mqa-rope-interleaved-partial", "window-1", "all-but-window", "qk-rms-softcap", "wide-heads",
-    "gated-headwise-window", "forgetting-window", "mla-window-query-latent", "nsa-fine", "retention-range",
-    "gla-fast", "lightning-rope", "mamba2-groups", "deltanet-negative", "gated-deltanet-shared-keys",
-    "kda-low-rank", "linear",
-}  # fmt: skip
-
 CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(xpos=XPos(scale_base=16.0)))
 
 
@@ -298,10 +323,12 @@ def dense(mask: Mask, T: int, S: int | None = None) -> np.ndarray:
     return np.array([[bool(mask.keep(np.int64(q), np.int64(k))) for k in range(S)] for q in range(T)])
 
 
-def _bidirectional(formula: Callable, config: MixerConfig, *names: str) -> MixerCase:
+def _bidirectional(formula: Callable, config: MixerConfig, *names: str, slow=False) -> MixerCase:
     """A row whose reference takes (params, x of valid tokens) and the config's fields of these names."""
     options = {name: getattr(config, name) for name in names}
-    return MixerCase(config, lambda params, x: formula(params, x, heads=config.num_heads, **options))
+    return MixerCase(
+        config, lambda params, x: formula(params, x, heads=config.num_heads, **options), slow=slow
+    )
 
 
 # Never causal: tests/test_lowrank.py is their contract.
@@ -309,7 +336,7 @@ BIDIRECTIONAL = {
     f"linformer-{sharing}": _bidirectional(
         lowrank.linformer,
         LinformerConfig(length=24, projected_length=6, sharing=sharing, use_bias=sharing == "kv"),
-        "sharing",
+        "sharing", slow=sharing != "head",
     )
     for sharing in ("none", "head", "kv")
 } | {
@@ -319,6 +346,6 @@ BIDIRECTIONAL = {
     ),
     "nystromformer-plain": _bidirectional(
         lowrank.nystromformer, NystromformerConfig(landmarks=4, conv_width=None, head_dim=12, use_bias=True),
-        "landmarks", "iterations", "conv_width",
+        "landmarks", "iterations", "conv_width", slow=True,
     ),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
     python -m tests.mosaic_gpu_run '{"lengths": [150, 200], "dtype": "bfloat16"}' [fused]
 
-Outputs and gradients are compared with float64 as in tests/test_softmax.py; then races are read out. It
+Outputs and gradients are compared with float64 by tests.problems.check; then races are read out. It
 prints "fused" if a backward ran as one kernel. The process fails, or hangs where a barrier is missed: whoever
 starts it sets a limit.
 """
@@ -27,7 +27,7 @@ def main(words: dict, kind: str) -> None:
     from attention_jax.ops.softmax import MosaicGPUConfig, mosaic_gpu
     from attention_jax.ops.softmax.mosaic_gpu import backward_fused
     from tests.cases import OpCase
-    from tests.test_softmax import check
+    from tests.problems import check
 
     case = OpCase(**{name: tuple(x) if isinstance(x, list) else x for name, x in words.items()})
     mosaic_gpu_shim.install()

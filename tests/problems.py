@@ -1,4 +1,4 @@
-"""From an OpCase to arrays, to the library's answer, and to the float64 truth."""
+"""From an OpCase to arrays, to the library's answer, to the float64 truth, and the comparison of the two."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.testing import assert_array_equal
 
 from attention_jax.biases import ALiBi
 from attention_jax.mixers.forgetting import ForgetBias
@@ -51,7 +52,7 @@ class Problem:
     bias_gradient: Callable[[np.ndarray], list[np.ndarray]] | None
     dtype: Any
 
-    def attend(self, learned: dict[str, Any], impl: str | None, **changes):
+    def attend(self, learned: dict[str, Any], impl: Any, **changes):
         """The library's (out, lse)."""
         arguments = self.fixed | {"bias": learned.get("bias", self.fixed.get("bias"))} | changes
         return dot_product_attention(
@@ -59,7 +60,7 @@ class Problem:
             return_lse=True, impl=impl, **arguments,
         )  # fmt: skip
 
-    def program(self, impl: str | None, quick: bool = True):
+    def program(self, impl: Any, quick: bool = True):
         """A jitted function of (learned, do, dlse), by default the problem's own: (out, lse, gradients)."""
 
         @functools.partial(jax.jit, compiler_options=None if quick else USERS)
@@ -225,3 +226,70 @@ def _gate(rng, B, N, T, S):
         return [(ds * gate).sum((0, 2, 3)), (ds * w).sum((1, 3)), -(ds * w).sum((1, 2))]
 
     return cases.Gate(weight, past, present, ids), np.broadcast_to(w * gate, (B, N, T, S)), gradient
+
+
+def results(attention: truth.Attention, problem: Problem) -> dict[str, np.ndarray]:
+    """Outputs and gradients by name."""
+    grads = attention.backward(problem.do, problem.dlse)
+    found = {"out": attention.out, "lse": attention.lse, **grads}
+    if problem.bias_gradient is not None:
+        leaves = problem.bias_gradient(grads["bias"])
+        found |= {f"bias leaf {i}": leaf for i, leaf in enumerate(leaves)}
+    return found
+
+
+# The orders in which naive results sum the products of a score. The first two suffice nearly always.
+_ORDERS = [{"reverse": False}, {"reverse": True}, *({"library": i / 8} for i in range(8))]
+
+
+@functools.lru_cache(maxsize=2)
+def expected(case: cases.OpCase, orders: int = 2) -> dict[str, tuple[np.ndarray, float]]:
+    """Name to (the float64 truth, the tolerance of tests.cases) for outputs and gradients."""
+    problem = make(case)
+    exact = problem.truth()
+    wanted = results(exact, problem)
+    naive = [
+        results(problem.truth(np.float32, rounded=problem.dtype, **order), problem)
+        for order in _ORDERS[:orders]
+    ]
+    magnitudes = exact.magnitudes(problem.do, problem.dlse)
+    magnitudes["out"] = np.abs(exact.v) * cases.largest(exact.drop)
+    magnitudes["lse"] = np.append(exact.s[np.isfinite(exact.s)], 1.0)
+    if problem.bias_gradient is not None:
+        leaves = problem.bias_gradient(magnitudes["bias"], magnitude=True)
+        magnitudes |= {f"bias leaf {i}": leaf for i, leaf in enumerate(leaves)}
+    found = {}
+    for name, x in wanted.items():
+        finite = np.isfinite(x)
+        error = max(cases.largest(y[name][finite] - x[finite]) for y in naive)
+        dtype = np.float32 if name == "lse" else problem.dtype
+        factor = 2 if name in ("out", "lse") else 3
+        found[name] = (x, cases.tolerance(error, dtype, cases.largest(magnitudes[name]), factor))
+    return found
+
+
+def check(case: cases.OpCase, impl: Any, quick: bool = True) -> None:
+    """Output, lse and all gradients of an implementation are those of float64, within the tolerance."""
+    problem = make(case)
+    out, lse, grads = problem.program(impl, quick)()
+    assert out.dtype == problem.dtype and lse.dtype == np.float32
+    found = {"out": out, "lse": lse}
+    found |= {name: grads[name] for name in ("q", "k", "v", "sinks") if name in grads}
+    leaves = [x for x in jax.tree.leaves(grads.get("bias")) if x.dtype != jax.dtypes.float0]
+    found |= {f"bias leaf {i}": x for i, x in enumerate(leaves)}
+    wanted = expected(case)
+    assert wanted.keys() - found.keys() <= {"sinks", "bias"}
+    for name, x in found.items():
+        try:
+            assert_close(name, x, *wanted[name])
+        except AssertionError:
+            assert_close(name, x, *expected(case, len(_ORDERS))[name])
+
+
+def assert_close(name: str, x: np.ndarray, wanted: np.ndarray, allowed: float) -> None:
+    x = x.astype(np.float64)
+    assert x.shape == wanted.shape, (name, x.shape, wanted.shape)
+    finite = np.isfinite(wanted)
+    assert_array_equal(x[~finite], wanted[~finite], err_msg=name)
+    error = cases.largest(x[finite] - wanted[finite])
+    assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"

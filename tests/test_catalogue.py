@@ -51,7 +51,7 @@ def test_the_factory_makes_every_kind(kind):
 
 def test_a_made_mixer_runs():
     mixer = make_mixer("gated", 32, rngs=nnx.Rngs(0), causal=True, num_kv_heads=2)
-    y, state = mixer(jnp.ones((1, 5, 32)), ctx=Context())
+    y, state, aux = mixer.mix(jnp.ones((1, 5, 32)), ctx=Context())
     assert y.shape == (1, 5, 32) and state is None and np.isfinite(y).all()
     assert Mixer.__call__ is not None
 

@@ -221,7 +221,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("text, words", REFUSED, ids=[text for text, _ in REFUSED])
 def test_a_mistake_is_told_in_one_line(load, text, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load(text)
     message = str(error.value)
     assert len(message.splitlines()) == 1
@@ -296,7 +296,7 @@ def test_text_in_an_override_is_taken_as_written(load, written, value):
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(load, override, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(words[0])) as error:
         load("", override)
     assert len(str(error.value).splitlines()) == 1
     for word in words:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attention_jax.mixers import mixer_kinds
+from tests import marks
 from tests.params import random_params
 from train import config as config_lib
 from train.optimizer import make_optimizer
@@ -46,7 +47,7 @@ _FAST = {"tiny", "shakespeare_char", "gemma_shaped", "llama4_shaped", "mechanism
 
 @pytest.mark.parametrize(
     "path",
-    [path if _name(path) in _FAST else pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS],
+    marks.params(CONFIGS, slow=lambda path: _name(path) not in _FAST),
     ids=_name,
 )
 def test_twenty_steps_lower_the_loss(path, batches):
@@ -72,7 +73,7 @@ def test_twenty_steps_lower_the_loss(path, batches):
     )  # fmt: skip
     step = make_train_step(model, optimizer, STEPS)
     params = jax.tree.map(jax.numpy.asarray, random_params(model))
-    opt_state, losses = make_optimizer(optimizer).init(params), []
+    opt_state, losses = make_optimizer(optimizer, STEPS).init(params), []
     for i in range(STEPS):
         batch = batches[i % len(batches)]
         params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))

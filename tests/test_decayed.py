@@ -12,16 +12,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attention_jax.mixers import Context, GLAConfig, LightningConfig, Mamba2Config, RetentionConfig, recurrent
 from attention_jax.model import ModelConfig, init_params
 from attention_jax.positions import RoPE
+from tests import marks
+from tests.marks import Row
 from tests.reference.decayed import recurrence
 from train.optimizer import decay_mask
 
 D_MODEL = 32
 SMALL_MAMBA2 = Mamba2Config(head_dim=16, state_dim=8)
 CONFIGS = {
-    "retention": RetentionConfig(),
-    "gla": GLAConfig(),
-    "lightning": LightningConfig(slope_factor=0.7),
-    "mamba2": SMALL_MAMBA2,
+    "retention": Row(RetentionConfig(), slow=True),
+    "gla": Row(GLAConfig()),
+    "lightning": Row(LightningConfig(slope_factor=0.7), slow=True),
+    "mamba2": Row(SMALL_MAMBA2),
 }
 
 
@@ -29,9 +31,7 @@ def built(config, **options):
     return config.build(D_MODEL, nnx.Rngs(1), causal=True, **options)
 
 
-@pytest.mark.parametrize(
-    "kind", [k if k in ("gla", "mamba2") else pytest.param(k, marks=pytest.mark.slow) for k in CONFIGS]
-)
+@pytest.mark.parametrize("kind", marks.params(CONFIGS))
 def test_bfloat16_keeps_decays_and_state_in_float32(kind, monkeypatch):
     x = jax.random.normal(jax.random.key(2), (1, 24, D_MODEL)).astype(jnp.bfloat16)
     ctx = Context(positions_BT=jnp.arange(24)[None])
@@ -46,8 +46,8 @@ def test_bfloat16_keeps_decays_and_state_in_float32(kind, monkeypatch):
     for dtype in (jnp.bfloat16, jnp.float32):
 
         def run(x, dtype=dtype):
-            mixer = built(CONFIGS[kind], dtype=dtype)
-            return *mixer(x.astype(dtype), mixer.init_state(1, 24), ctx=ctx), decays.pop()
+            mixer = built(CONFIGS[kind].value, dtype=dtype)
+            return *mixer.mix(x.astype(dtype), mixer.init_state(1, 24), ctx=ctx)[:2], decays.pop()
 
         y, state, log_decay = jax.jit(run)(x)
         assert y.dtype == dtype and state.matrix_BNHM.dtype == log_decay.dtype == jnp.float32
@@ -85,7 +85,9 @@ def test_mamba2_starts_as_published():
 
 
 def test_what_no_weight_decay_reaches():
-    config = ModelConfig(vocab_size=7, d_model=D_MODEL, num_layers=4, mixers=tuple(CONFIGS.values()))
+    config = ModelConfig(
+        vocab_size=7, d_model=D_MODEL, num_layers=4, mixers=tuple(row.value for row in CONFIGS.values())
+    )
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     decayed, kept = set(), set()
     for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(shapes["stacks"])):
@@ -101,7 +103,7 @@ def test_what_no_weight_decay_reaches():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_model_that_is_not_causal_is_refused(kind):
     with pytest.raises(ValueError, match=f"{kind} is causal only: its state .*; use kind softmax") as error:
-        ModelConfig(d_model=D_MODEL, mixers=(CONFIGS[kind],), causal=False)
+        ModelConfig(d_model=D_MODEL, mixers=(CONFIGS[kind].value,), causal=False)
     assert "\n" not in str(error.value)
 
 
@@ -142,7 +144,7 @@ def test_bad_calls():
 
     def shapes(config, cached, ctx):
         mixer = built(config)
-        return mixer(x, mixer.init_state(1, 8) if cached else None, ctx=ctx)[0]
+        return mixer.mix(x, mixer.init_state(1, 8) if cached else None, ctx=ctx).y
 
     def refused(message, *arguments):
         with pytest.raises(ValueError, match=message):

@@ -31,7 +31,7 @@ def test_bfloat16_keeps_decays_and_state_in_float32(kind):
     outputs, states = [], []
     for dtype in (jnp.bfloat16, jnp.float32):
         mixer = built(CONFIGS[kind], dtype=dtype)
-        run = jax.jit(lambda x, mixer=mixer: mixer(x, mixer.init_state(1, 96), ctx=ctx))
+        run = jax.jit(lambda x, mixer=mixer: mixer.mix(x, mixer.init_state(1, 96), ctx=ctx)[:2])
         y, state = run(x.astype(dtype))
         assert y.dtype == dtype and state.matrix_BNHM.dtype == jnp.float32
         outputs.append(np.asarray(y, np.float32))

@@ -120,7 +120,7 @@ def _logits(config):
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     tokens_BT = jnp.zeros((1, 9), jnp.int32)
     memory_BSD = None if config.encoder is None else model.encode(tokens_BT)
-    return model(tokens_BT, ctx=Context(memory_BSD=memory_BSD))[0]
+    return model(tokens_BT, ctx=Context(memory_BSD=memory_BSD))
 
 
 def anchors(path: Path) -> set[str]:

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from attention_jax.caches import KVCache
 from attention_jax.masks import Causal
 from attention_jax.mixers import Context
-from attention_jax.mixers.parts import recall
+from attention_jax.mixers.parts import update_cache
 from attention_jax.ops.softmax import ChunkedConfig, dot_product_attention
 from tests.reference import masks as truth
 from tests.strategies import expressions
@@ -62,8 +62,9 @@ def test_decoding_with_the_cache_the_mask_allows(pieces, row):
 
     @jax.jit
     def step(state, positions_BT, q, k, v):
-        keys, state = recall(state, Context(positions_BT=positions_BT), k, v)
-        return keys.attend(q, mask=mask, impl="reference"), state
+        ctx = Context(positions_BT=positions_BT)
+        view, state = update_cache(state, ctx, k, v)
+        return view.attend(q, ctx, mask=mask, impl="reference")[0], state
 
     start = 0
     for size in pieces:

@@ -12,6 +12,8 @@ from attention_jax.generation import Sampling, generate, sample, stream
 from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
 from attention_jax.positions import RoPE
+from tests import marks
+from tests.marks import Row
 from tests.params import random_params
 
 GREEDY = Sampling(temperature=0)
@@ -25,24 +27,21 @@ def model(*mixers, **options):
 
 
 MODELS = {
-    "mha": (AttentionConfig(num_heads=4),),
-    "gqa-rope": (AttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE()),),
-    "mqa-alibi": (AttentionConfig(num_heads=4, num_kv_heads=1, bias="alibi"),),
-    "window": (AttentionConfig(num_heads=4, mask="SlidingWindow(32)", rope=RoPE()),),
-    "mix": (
+    "mha": Row((AttentionConfig(num_heads=4),), slow=True),
+    "gqa-rope": Row((AttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE()),), slow=True),
+    "mqa-alibi": Row((AttentionConfig(num_heads=4, num_kv_heads=1, bias="alibi"),), slow=True),
+    "window": Row((AttentionConfig(num_heads=4, mask="SlidingWindow(32)", rope=RoPE()),), slow=True),
+    "mix": Row((
         AttentionConfig(num_heads=4, mask="SlidingWindow(16)", rope=RoPE(), qk_norm="rms"),
-        AttentionConfig(num_heads=4, num_kv_heads=1, bias="alibi", sinks=True, softcap=20.0),
+        AttentionConfig(num_heads=4, num_kv_heads=1, bias="alibi", sink_logits=True, softcap=20.0),
         AttentionConfig(num_heads=2, mask="SlidingWindow(8) | Sinks(4)", rope=RoPE(layout="interleaved")),
-    ),
-}
+    )),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mix", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "mix")],
-)
+@pytest.mark.parametrize("name", marks.params(MODELS))
 def test_greedy_equals_the_uncached_argmax_for_256_tokens(name):
-    config, params = model(*MODELS[name], max_positions=300 if name in ("mha", "mix") else None)
+    config, params = model(*MODELS[name].value, max_positions=300 if name in ("mha", "mix") else None)
     prompts = [np.arange(1, 20) % 61, np.array([7, 3, 7])]
     new = generate(config, params, prompts, max_new_tokens=256, sampling=GREEDY)
     logits = jax.jit(lambda t: apply(config, params, t)[0])
@@ -60,9 +59,9 @@ SEQ2SEQ = {
 }
 
 
-@pytest.mark.parametrize("layers", ["unrolled", pytest.param("scan", marks=pytest.mark.slow)])
-def test_greedy_from_a_source_equals_the_uncached_argmax(layers):
-    config, params = model(*SEQ2SEQ["mixers"], encoder=SEQ2SEQ["encoder"], layers=layers)
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_greedy_from_a_source_equals_the_uncached_argmax(scan_layers):
+    config, params = model(*SEQ2SEQ["mixers"], encoder=SEQ2SEQ["encoder"], scan_layers=scan_layers)
     sources, prompts = [np.arange(9), np.arange(20, 51)], [[1], [4, 5, 6]]
     new = generate(config, params, prompts, sources=sources, max_new_tokens=24, sampling=GREEDY)
 
@@ -251,7 +250,7 @@ def test_decoding_compiles_once_per_shape(small):
 
 def test_scan_layers_decode_too(small):
     config, params = small
-    scanned = dataclasses.replace(config, layers="scan")
+    scanned = dataclasses.replace(config, scan_layers=True)
     arguments = {"max_new_tokens": 12, "sampling": GREEDY}
     expected = generate(config, params, [[9, 8]], **arguments)
     assert_array_equal(generate(scanned, params, [[9, 8]], **arguments), expected)

@@ -23,7 +23,7 @@ MIXERS = (
 )
 # Scanned over two periods, so that states of every kind are stacked.
 CONFIG = ModelConfig(
-    vocab_size=31, d_model=32, num_layers=8, mixers=MIXERS, mlp_width=48, init_std=0.1, layers="scan"
+    vocab_size=31, d_model=32, num_layers=8, mixers=MIXERS, mlp_width=48, init_std=0.1, scan_layers=True
 )
 STEPS = 30
 
@@ -37,7 +37,7 @@ def test_a_hybrid_stack_trains():
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=2)
     step = make_train_step(CONFIG, optimizer, STEPS)
     params = jax.tree.map(jnp.asarray, random_params(CONFIG))
-    opt_state, losses = make_optimizer(optimizer).init(params), []
+    opt_state, losses = make_optimizer(optimizer, STEPS).init(params), []
     for i in range(STEPS):
         params, opt_state, metrics = step(params, opt_state, batch, np.int32(i), jax.random.key(0))
         assert bool(metrics["finite"])

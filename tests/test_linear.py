@@ -22,10 +22,10 @@ from attention_jax.mixers import (
 from attention_jax.mixers.performer import redraw
 from attention_jax.model import ModelConfig, init_params
 from attention_jax.positions import RoPE
-from tests.mixers import MIXERS, TWO_SIDED
+from tests.harness import Harness
+from tests.mixers import D_MODEL, MIXERS, TWO_SIDED
 from tests.params import random_params
 from tests.reference import linear as reference
-from tests.test_mixers import D_MODEL, Harness
 from train.config.schema import OptimizerConfig
 from train.optimizer import decay_mask, make_optimizer
 from train.step import make_train_step
@@ -187,7 +187,7 @@ def test_random_directions_are_not_trained():
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12) % 11
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}
     given = jax.tree.map(jnp.array, params)  # the step may reuse its arguments' memory
-    after, *_ = step(given, make_optimizer(optimizer).init(given), batch, np.int32(0), jax.random.key(1))
+    after, *_ = step(given, make_optimizer(optimizer, 4).init(given), batch, np.int32(0), jax.random.key(1))
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert _changed(params, after) == names - {"random_directions"}
 
@@ -255,7 +255,7 @@ def test_bfloat16_models_sum_in_float32(config, x):
     exact = Harness(config)
     mixer = nnx.eval_shape(lambda: config.build(D_MODEL, nnx.Rngs(0), causal=True, dtype=jnp.bfloat16))
     graphdef, _ = nnx.split(mixer)
-    call = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, None, ctx=Context())[0])
+    call = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))
     y = call(exact.params, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     expected = exact.parallel(x)

@@ -4,22 +4,21 @@ import functools
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 from attention_jax.model import init_params
+from tests.runs import interrupt, measured, rows, saved, untrained
 from train import config as config_lib
 from train import loop
 from train.run import restore
 from train.run.checkpoint import Checkpoints
 from train.run.folder import RunFolder
-from train.run.metrics import TIMING, MetricsWriter, draw_losses, read_rows
+from train.run.metrics import MetricsWriter, draw_losses, read_rows
 from train.step import make_eval_step, make_train_step
 
 
@@ -61,35 +60,6 @@ def drawn_by_numpy(monkeypatch):
     monkeypatch.setattr(restore, "init_params", draw)
 
 
-def saved(config):
-    """Bytes of all arrays of the newest checkpoint, by path."""
-    store = Checkpoints(RunFolder(Path(config.run_dir), config).path / "checkpoints", keep=2)
-    step = store.steps()[-1]
-    leaves = json.loads((store.path(step) / "info.json").read_text())["leaves"]
-    with warnings.catch_warnings(action="ignore"):
-        tree = ocp.load(store.path(step) / "state")
-    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-    assert len(arrays) == len(leaves)
-    return step, arrays
-
-
-def rows(config):
-    found = read_rows(Path(config.run_dir) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in found]
-
-
-def interrupt(monkeypatch, at):
-    """Ctrl-C when the batch of step index `at` is asked for."""
-    train_batch = loop.data_lib.Data.train_batch
-
-    def asked(self, step):
-        if step == at:
-            raise KeyboardInterrupt
-        return train_batch(self, step)
-
-    monkeypatch.setattr(loop.data_lib.Data, "train_batch", asked)
-
-
 def test_one_compilation_however_the_run_goes(config, monkeypatch):
     """Whole, interrupted and resumed, and evaluated more often: one program each, and the same bits."""
     train_step, eval_step = functools.cache(make_train_step), functools.cache(make_eval_step)
@@ -111,17 +81,6 @@ def test_one_compilation_however_the_run_goes(config, monkeypatch):
     [model] = {restore.with_vocabulary(c.model, 257) for c in (whole, parts, often)}
     assert train_step(model, whole.optimizer, whole.steps)._cache_size() == 1
     assert eval_step(model)._cache_size() == 1
-
-
-def measured(loss):
-    metrics = {"train/loss": loss, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 16}
-    metrics["finite"] = np.isfinite(loss)
-    return {name: np.asarray(value) for name, value in metrics.items()}
-
-
-def untrained(model, optimizer, steps):
-    """A train step that needs no compilation and changes nothing."""
-    return lambda params, opt_state, batch, step, key: (params, opt_state, measured(1.0))
 
 
 @pytest.fixture

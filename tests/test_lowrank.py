@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attention_jax.mixers import Context, LinformerConfig, NystromformerConfig, make_mixer
 from attention_jax.mixers.nystromformer import DepthwiseConv, pseudo_inverse, segment_means
 from attention_jax.model import ModelConfig, apply
+from tests import marks
 from tests.mixers import BIDIRECTIONAL, D_MODEL
 from tests.params import random_params
 from tests.reference import lowrank
@@ -44,20 +45,13 @@ class Harness:
         self.call = jax.jit(self.run)
 
     def run(self, params, x, ctx):
-        return nnx.merge(self.graphdef, params)(x, ctx=ctx)[0]
+        return nnx.merge(self.graphdef, params)(x, ctx=ctx)
 
     def __call__(self, x, ctx=None):
         return self.call(self.params, x, ctx or Context())
 
 
-# Rows that differ by an option: their reference is checked, the rest of the contract is slow.
-_VARIANTS = ("linformer-none", "linformer-kv", "nystromformer-plain")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=pytest.mark.slow) if n in _VARIANTS else n for n in BIDIRECTIONAL],
-)
+@pytest.fixture(scope="module", params=marks.params(BIDIRECTIONAL))
 def case(request):
     row = BIDIRECTIONAL[request.param]
     return row, Harness(row.config)
@@ -84,7 +78,7 @@ def test_equals_the_reference(case, x):
         assert_allclose(y[b], row.reference(params, x[b]), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", _VARIANTS)
+@pytest.mark.parametrize("name", [name for name, row in BIDIRECTIONAL.items() if row.slow])
 def test_a_variant_equals_its_reference(name, x):
     row = BIDIRECTIONAL[name]
     harness = Harness(row.config)
@@ -231,7 +225,7 @@ def test_what_is_refused(kind, x):
     with pytest.raises(ValueError, match=f"{kind} has no state"):
         mixer.init_state(1, 8)
     with pytest.raises(ValueError, match=f"{kind} has no state"):
-        mixer(x, {"k": 0}, ctx=Context(positions_BT=jnp.arange(T)[None]))
+        mixer.mix(x, {"k": 0}, ctx=Context(positions_BT=jnp.arange(T)[None]))
     with pytest.raises(ValueError, match=f"{kind} mixes all tokens of a row .* set data.packing to stream"):
         mixer(x, ctx=Context(segment_ids_BT=jnp.zeros((B, T), int)))
 

@@ -21,7 +21,7 @@ from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
 from scripts import generate as generate_script
 from tests.params import random_params
-from tests.test_loop import interrupt, rows, saved
+from tests.runs import interrupt, rows, saved
 from train import cli, loop
 from train import config as config_lib
 from train.config.schema import DataConfig, OptimizerConfig
@@ -360,7 +360,7 @@ def test_twenty_steps_lower_the_loss(path):
         learning_rate=3e-3, final_learning_rate=3e-3, schedule="constant", warmup_steps=2
     )
     step, params = make_train_step(model, optimizer, 20), jax.tree.map(jnp.asarray, random_params(model))
-    state, losses = make_optimizer(optimizer).init(params), []
+    state, losses = make_optimizer(optimizer, 20).init(params), []
     for i in range(20):
         params, state, metrics = step(params, state, batches[i % 4], np.int32(i), jax.random.key(0))
         losses.append(float(metrics["train/loss"]))

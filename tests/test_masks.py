@@ -17,6 +17,7 @@ from attention_jax.masks import (
     And,
     BigBird,
     BlockLocal,
+    CacheSpan,
     Causal,
     Chunked,
     Dense,
@@ -28,7 +29,6 @@ from attention_jax.masks import (
     Predicate,
     Prefix,
     RandomBlocks,
-    Retention,
     Sinks,
     SlidingWindow,
     Strided,
@@ -170,8 +170,8 @@ def test_a_predicate_without_bounds_decides_nothing():
     assert_array_equal(every, np.zeros((2, 3), bool))
 
 
-def _check_retention(row, n=26):
-    lookback, pins = row.mask.retention()
+def _check_cache_span(row, n=26):
+    lookback, pins = row.mask.cache_span()
     if lookback is None:
         return
     assert list(pins) == sorted(set(pins))
@@ -184,13 +184,13 @@ def _check_retention(row, n=26):
 
 @each_mask
 def test_no_later_query_needs_what_is_not_retained(row):
-    _check_retention(row)
+    _check_cache_span(row)
 
 
 @given(expressions)
 @quietly
-def test_retention_of_expressions_is_sound(row):
-    _check_retention(row)
+def test_cache_span_of_expressions_is_sound(row):
+    _check_cache_span(row)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_retention_of_expressions_is_sound(row):
     ],
     ids=str,
 )
-def test_retention_keeps_no_more_than_needed(mask, wanted):
-    assert mask.retention() == Retention(*wanted)
+def test_cache_span_keeps_no_more_than_needed(mask, wanted):
+    assert mask.cache_span() == CacheSpan(*wanted)
 
 
 @given(expressions)
@@ -399,7 +399,7 @@ def test_masks_are_frozen_hashable_values(row):
     copy = dataclasses.replace(row.mask)
     assert copy == row.mask and hash(copy) == hash(row.mask) and {row.mask: 1}[copy] == 1
     for field in dataclasses.fields(row.mask):
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=field.name):
             setattr(row.mask, field.name, 1)
 
 

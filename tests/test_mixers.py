@@ -11,7 +11,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax.mixers import AttentionConfig, Context, make_mixer, mixer_kinds
 from attention_jax.positions import RoPE
-from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, VARIANTS, cross_reference, dense, mask_of
+from tests import marks
+from tests.harness import Harness
+from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, cross_reference, dense, mask_of
 
 B, T, CAPACITY = 2, 19, 24
 # More than the windows and chunks of the table's rows. Few lengths: each is a program to compile.
@@ -19,59 +21,7 @@ PIECE = 9
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@dataclasses.dataclass
-class Harness:
-    """A built mixer with random parameters (norm scales and biases too) behind two jitted functions."""
-
-    config: object
-    causal: bool = True
-    impl: str | None = None
-
-    def __post_init__(self):
-        config = dataclasses.replace(self.config, impl=self.impl)
-        module = nnx.eval_shape(lambda: config.build(D_MODEL, nnx.Rngs(0), causal=self.causal))
-        self.graphdef, abstract = nnx.split(module)
-        rng = np.random.default_rng(7)
-        self.params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _random(rng, jax.tree_util.keystr(path), leaf.shape), abstract
-        )
-        self.call = jax.jit(self.run)
-
-    def run(self, params, x, state, ctx):
-        return nnx.merge(self.graphdef, params)(x, state, ctx=ctx)
-
-    def parallel(self, x, ctx=None):
-        return self.call(self.params, x, None, ctx or Context())[0]
-
-    def state(self, memory=None):
-        return nnx.merge(self.graphdef, self.params).init_state(B, CAPACITY, memory=memory)
-
-    def cached(self, x, cuts, state=None, positions=None):
-        """The outputs of x fed in the pieces that `cuts` ends, and the last state."""
-        state = self.state() if state is None else state
-        if positions is None:
-            positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
-        out, start = [], 0
-        for cut in cuts:
-            ctx = Context(positions_BT=positions[:, start:cut])
-            y, state = self.call(self.params, x[:, start:cut], state, ctx)
-            out.append(y)
-            start = cut
-        return np.concatenate(out, axis=1), state
-
-
-def _random(rng, path: str, shape) -> np.ndarray:
-    """Kernels that keep the scale of what they meet; norm scales about 1; small everything else."""
-    x = rng.normal(size=shape).astype(np.float32)
-    if "kernel" in path:
-        return x / np.float32(np.sqrt(shape[0]))
-    return 0.2 * x + ("scale" in path)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in MIXERS],
-)
+@pytest.fixture(scope="module", params=marks.params(MIXERS))
 def case(request):
     return MIXERS[request.param], Harness(MIXERS[request.param].config)
 
@@ -91,7 +41,7 @@ def test_parallel_equals_reference_and_another_form(case, x):
     assert_allclose(Harness(row.config, impl=row.impls[1]).parallel(x), y, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name in VARIANTS])
+@pytest.mark.parametrize("name", [name for name, row in MIXERS.items() if row.slow])
 def test_a_variant_equals_its_reference(name, x):
     row = MIXERS[name]
     harness = Harness(row.config)
@@ -113,27 +63,20 @@ def test_one_prefill_equals_parallel(case, x):
     assert_allclose(harness.cached(x, (T,))[0], harness.parallel(x), **TOLERANCE)
 
 
-RECURRENCES = [
-    name
+RECURRENCES = {
+    name: row
     for name, row in MIXERS.items()
     if name == row.config.kind.replace("_", "-") and "recurrent" in row.impls
-]
+}
 
 
-# The others run the same ops with other features or decays: with the slow tests.
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n in ("mamba2", "gated-deltanet", "performer") else pytest.param(n, marks=pytest.mark.slow)
-        for n in RECURRENCES
-    ],
-)
+@pytest.mark.parametrize("name", marks.params(RECURRENCES, slow=lambda row: "decoding" not in row.fast))
 def test_decoding_512_tokens_from_the_state_equals_the_parallel_form(name):
     """One token at a time in one `lax.scan`, from the empty state."""
     length, config = 512, MIXERS[name].config
     # The table's chunks and horizon are for short rows.
-    usual = {"chunk_size": None, "horizon": length}
-    harness = Harness(dataclasses.replace(config, **{k: v for k, v in usual.items() if hasattr(config, k)}))
+    usual, known = {"chunk_size": None, "horizon": length}, {f.name for f in dataclasses.fields(config)}
+    harness = Harness(dataclasses.replace(config, **{k: v for k, v in usual.items() if k in known}))
     x = jax.random.normal(jax.random.key(2), (1, length, D_MODEL))
 
     @jax.jit
@@ -186,19 +129,11 @@ def test_the_future_changes_no_bit_of_the_past(case, x):
         assert_array_equal(harness.parallel(changed)[:, : t + 1], harness.parallel(x)[:, : t + 1])
 
 
-# One of each op, and those with parts of their own behind it; the ops' own tests have the rest.
-_FAST_GRADIENTS = (
-    "window-sinks", "forgetting", "mla", "nsa-rope", "gated-deltanet", "mamba2", "performer",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        (name, 0)
-        if form == 0 and name in _FAST_GRADIENTS
-        else pytest.param(name, form, marks=pytest.mark.slow)
-        for name in MIXERS
+        (name, 0) if form == 0 and "future" in row.fast else pytest.param(name, form, marks=pytest.mark.slow)
+        for name, row in MIXERS.items()
         for form in (0, 1)
     ],
 )
@@ -216,13 +151,8 @@ def test_gradients_to_the_future_are_exactly_zero(name, form, x):
     assert (np.abs(grad[:, :t]).max((0, 2)) > 0).tolist() == seen[:t].tolist()
 
 
-# A fast row for each mixer of softmax attention; recurrences and NSA have tests of their own, too.
-_SOFTMAX = ("gqa-rope", "qk-l2-scale-sinks", "gated", "forgetting", "differential", "mla")
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in _SOFTMAX else pytest.param(n, marks=pytest.mark.slow) for n in MIXERS]
-)
+# Recurrences and NSA have tests of their own, too.
+@pytest.mark.parametrize("name", marks.params(MIXERS, slow=lambda row: "empty slots" not in row.fast))
 def test_an_empty_slot_reaches_no_gradient(name, x):
     """NaN in a slot without a token: gradients of parameters and of x are those of the tokens alone."""
     harness, pad = Harness(MIXERS[name].config), 3
@@ -273,8 +203,12 @@ def test_cross_attention_over_a_padded_memory(x):
     for b, length in ((0, 7), (1, 4)):
         expected = cross_reference(params, x[b], memory[b, :length], np.ones((T, length), bool))
         assert_allclose(y[b], expected, **TOLERANCE)
-    state = harness.state(memory=(memory, positions))
-    assert_allclose(harness.cached(x, (1, 1 + PIECE, T), state=state)[0], y, **TOLERANCE)
+    # The prefill fills the state with the memory; later calls read it from there.
+    first = dataclasses.replace(ctx, positions_BT=np.zeros((B, 1), int))
+    y_first, state = harness.call(harness.params, x[:, :1], harness.state(), first)
+    later = np.tile(np.arange(1, T), (B, 1))
+    y_later, _ = harness.cached(x[:, 1:], (PIECE, T - 1), state=state, positions=later)
+    assert_allclose(np.concatenate([y_first, y_later], axis=1), y, **TOLERANCE)
 
 
 def test_attention_dropout_is_the_same_whatever_runs_it(x):
@@ -351,5 +285,6 @@ def test_bad_calls(x):
         harness.call(harness.params, long, state, Context(positions_BT=jnp.zeros(long.shape[:2], int)))
     with pytest.raises(ValueError, match="needs ctx.memory_BSD"):
         Harness(CROSS).parallel(x)
-    with pytest.raises(ValueError, match="needs memory="):
-        Harness(CROSS).state()
+    with pytest.raises(ValueError, match="needs ctx.memory_BSD"):
+        cross = Harness(CROSS)
+        cross.cached(x, (T,))

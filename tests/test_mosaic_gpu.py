@@ -709,7 +709,7 @@ def test_the_cards_tolerance_takes_what_cancels_and_no_error():
     assert_near(noise, -noise, "dq")
     assert_near(y * 1.005, y, "dq")
     for wrong in (y * 1.02, -y, 0 * y):
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="dq"):
             assert_near(wrong, y, "dq")
 
 

@@ -17,60 +17,12 @@ from attention_jax.ops.softmax.mosaic_tpu import steps
 from attention_jax.ops.softmax.mosaic_tpu.bias import mask_refusal, split
 from scripts import kernel_report
 from tests import aot
-from tests.cases import MASKS, REAL_SHAPES, Gate, OpCase
-from tests.covering import pairwise
+from tests.cases import MASKS, REAL_SHAPES, Gate, tpu_cases
 
 # Where there is a `make kernels`, which needs a newer jax, these run there.
 in_make_kernels = pytest.mark.kernels if jax.version.__version_info__ >= (0, 11, 2) else lambda test: test
 
-FACTORS = {
-    "lengths": [(130, 130), (1, 150), (260, 140), (129, 300)],
-    "mask": [None, "causal", "window 9", "sink window", "far past", "dense", "array BNTS", "array B11S"],
-    "bias": [None, "alibi", "gate", "array B11S", "array 1NT1"],
-    "positions": [None, "shifted", "left padded", "cache"],
-    "segments": [None, "packed", "ragged"],
-    "widths": [(24, 24), (1, 40), (64, 59), (136, 16)],
-    "heads": [(1, 1), (2, 1), (4, 2)],
-    "dtype": ["float32", "bfloat16"],
-    "softcap": [None, 2.0],
-    "sinks": [False, True],
-    "dropout": [0.0, 0.3],
-    "scale": [None, -0.3],
-    "batch": [1, 2],
-}
-
-
-def _possible(case: OpCase) -> bool:
-    """An array over positions needs implicit ones."""
-    return case.mask != "dense" or (case.positions is None and case.segments is None)
-
-
-# In `make test`: everything at once, and arrays; the pairs come with the slow tests.
-FAST = [
-    OpCase((130, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3),
-    OpCase(
-        (130, 130),
-        (64, 59),
-        (2, 1),
-        "window 9 & array BNTS",
-        "alibi",
-        None,
-        False,
-        "ragged",
-        dtype="bfloat16",
-        batch=1,
-    ),  # fmt: skip
-]
-CASES = [
-    *FAST,
-    OpCase((150, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3),
-    OpCase((130, 130), (64, 59), (2, 1), "array BNTS", "alibi", None, False, "ragged", dtype="bfloat16"),
-    OpCase((140, 200), (1, 16), (2, 2), None, "array 1NT1", batch=1),
-] + [
-    case
-    for case in (OpCase(seed=i, **row) for i, row in enumerate(pairwise(FACTORS, tries=10)))
-    if _possible(case)
-]
+CASES = tpu_cases()
 
 
 def interpret(*what: str, timeout: float = 550) -> None:
@@ -80,12 +32,12 @@ def interpret(*what: str, timeout: float = 550) -> None:
 
 @in_make_kernels
 def test_numerics_in_the_interpreter():
-    interpret(*map(str, range(len(FAST))))
+    interpret(*(str(number) for number, case in enumerate(CASES) if not case.slow))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1900)
-@pytest.mark.parametrize("number", range(len(FAST), len(CASES)))
+@pytest.mark.parametrize("number", [number for number, case in enumerate(CASES) if case.slow])
 def test_numerics_in_the_interpreter_exhaustively(number):
     """Most take seconds, the longest a quarter of an hour beside other jobs."""
     interpret(str(number), timeout=1800)

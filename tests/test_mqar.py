@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from scripts import generate, recall
-from tests.test_loop import untrained
+from tests.runs import untrained
 from train import config as config_lib
 from train import loop
 from train.config import ConfigError

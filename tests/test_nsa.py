@@ -13,12 +13,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.nsa import NSAConfig
 from attention_jax.positions import RoPE
-from tests.mixers import MIXERS, VARIANTS
+from tests import marks
+from tests.mixers import MIXERS
 from tests.mixers import nsa_reference as reference
 
 D_MODEL, B, T, CAPACITY = 32, 2, 19, 24
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-CASES = {name: row.config for name, row in MIXERS.items() if isinstance(row.config, NSAConfig)}
+CASES = {name: row for name, row in MIXERS.items() if isinstance(row.config, NSAConfig)}
 
 
 class Harness:
@@ -31,7 +32,7 @@ class Harness:
         self.graphdef, shapes = nnx.split(module)
         rng = np.random.default_rng(7)
         self.params = jax.tree.map(lambda p: jnp.float32(0.3 * rng.standard_normal(p.shape)), shapes)
-        self.apply = lambda p, x, s, ctx: nnx.merge(self.graphdef, p)(x, s, ctx=ctx)
+        self.apply = lambda p, x, s, ctx: tuple(nnx.merge(self.graphdef, p).mix(x, s, ctx=ctx)[:2])
         self.call = jax.jit(self.apply)
 
     def parallel(self, x, ctx=None):
@@ -52,12 +53,9 @@ class Harness:
         return jnp.concatenate(out, axis=1), state
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in CASES],
-)
+@pytest.fixture(scope="module", params=marks.params(CASES))
 def harness(request):
-    return Harness(CASES[request.param])
+    return Harness(CASES[request.param].config)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +181,7 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(harness, x):
 
 def test_rows_shorter_than_a_block(x):
     """Nothing is compressed yet: the branch is silent, in both forms, and its gradient is 0, not NaN."""
-    config = dataclasses.replace(CASES["nsa-rope"], compress_block=32, select_block=32)
+    config = dataclasses.replace(CASES["nsa-rope"].config, compress_block=32, select_block=32)
     harness = Harness(config)
     y = harness.parallel(x)
     assert_allclose(y[0], reference(config, nnx.to_pure_dict(harness.params), x[0]), **TOLERANCE)
@@ -195,7 +193,7 @@ def test_rows_shorter_than_a_block(x):
 
 
 def test_state_is_small_where_it_can_be():
-    config = CASES["nsa-rope"]
+    config = CASES["nsa-rope"].config
     state = jax.eval_shape(
         lambda: config.build(D_MODEL, nnx.Rngs(0), causal=True).init_state(1, 1000, dtype=jnp.bfloat16)
     )
@@ -217,7 +215,7 @@ def test_state_is_small_where_it_can_be():
         ({"select_count": 2}, "select_count must be >= 3, got 2: the first and the last two"),
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd"),
-        ({"impl": "cudnn"}, "impl must be 'reference', 'chunked' or null for nsa, got 'cudnn'"),
+        ({"impl": "cudnn"}, "unknown impl 'cudnn'; there are reference, chunked"),
     ],
 )
 def test_bad_configs(arguments, message):

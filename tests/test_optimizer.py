@@ -9,7 +9,13 @@ import optax
 import pytest
 
 from train.config.schema import OptimizerConfig
-from train.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
+from train.optimizer import (
+    clip_by_global_norm,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    skip_non_finite,
+)
 
 
 def expected_rate(config, steps, n):
@@ -80,21 +86,30 @@ def test_decay_goes_by_path():
     }
 
 
-def run(config, weights, gradients, rate):
-    transform = make_optimizer(config)
+def run(config, weights, gradients):
+    transform = make_optimizer(config, len(gradients))
     state = transform.init(weights)
-    for grads in gradients:
-        updates, state = transform.update(grads, state, weights, finite=jnp.array(True))
-        weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
+    for step, grads in enumerate(gradients):
+        updates, state = transform.update(grads, state, weights, step=step, finite=jnp.array(True))
+        weights = optax.apply_updates(weights, updates)
     return weights
 
 
 def test_adamw_equals_numpy_and_optax():
-    config, rate = OptimizerConfig(beta1=0.8, beta2=0.95, weight_decay=0.3, epsilon=1e-3), 0.05
+    config = OptimizerConfig(
+        learning_rate=0.05,
+        final_learning_rate=0.01,
+        warmup_steps=2,
+        beta1=0.8,
+        beta2=0.95,
+        weight_decay=0.3,
+        epsilon=1e-3,
+    )
     start, gradients = params(), [params(seed) for seed in range(1, 6)]
-    ours = run(config, start, gradients, rate)
+    ours = run(config, start, gradients)
 
-    reference = optax.adamw(rate, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.3, mask=decay_mask)
+    schedule = make_schedule(config, len(gradients))
+    reference = optax.adamw(schedule, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.3, mask=decay_mask)
     theirs, state = start, reference.init(start)
     for grads in gradients:
         updates, state = reference.update(grads, state, theirs)
@@ -106,17 +121,36 @@ def test_adamw_equals_numpy_and_optax():
         w, m, v = np.float64(w), 0.0, 0.0
         for n, g in enumerate(map(np.float64, gs), 1):
             m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+            rate = expected_rate(config, len(gradients), n)
             w = w - rate * ((m / (1 - 0.8**n)) / (np.sqrt(v / (1 - 0.95**n)) + 1e-3) + 0.3 * decay * w)
         np.testing.assert_allclose(got, w, rtol=2e-5, atol=1e-6)
 
 
-def test_a_refused_gradient_leaves_the_state():
-    transform = make_optimizer(OptimizerConfig())
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_a_gradient_that_is_not_finite_changes_no_bit(kind):
+    """Neither of the state nor of the parameters, -0.0 and what is not finite already included."""
+    config = OptimizerConfig()
+    lion = optax.lion(make_schedule(config, 9), weight_decay=0.1, mask=decay_mask)
+    transform = {"adamw": make_optimizer(config, 9), "lion": skip_non_finite(lion)}[kind]
     weights = params()
-    _, state = transform.update(params(1), transform.init(weights), weights, finite=jnp.array(True))
+    weights["final_norm"]["scale"] = jnp.array([-0.0, 0.0, jnp.nan, -jnp.inf])
     poison = jax.tree.map(lambda g: g.at[..., 0].set(jnp.nan), params(2))
-    _, after = transform.update(poison, state, weights, finite=jnp.array(False))
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), after, state))
+
+    def step(weights, state, grads, number, finite):
+        updates, state = transform.update(grads, state, weights, step=number, finite=jnp.array(finite))
+        return optax.apply_updates(weights, updates), state
+
+    fresh = transform.init(weights)
+    begun = step(weights, fresh, params(1), 0, True)[1]
+    for state in (fresh, begun):
+        same_bits(step(weights, state, poison, 1, False), (weights, state))
+    moved = step(weights, fresh, params(1), 0, True)[0]
+    assert not np.array_equal(moved["embed"]["embedding"], weights["embed"]["embedding"])
+
+
+def same_bits(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_clipping():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +98,8 @@ def test_far_positions_are_told_apart_in_bfloat16():
     ],
 )
 def test_bad_settings(arguments, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         RoPE(**arguments)
-    assert str(error.value) == message
 
 
 # Configurations as published with models, and what each formula does at its edges.
@@ -310,9 +310,9 @@ TWICE = LENGTHS | {"factor": 2.0}
     ],
 )  # fmt: skip
 def test_bad_options(kind, arguments, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         kind(**arguments)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -325,9 +325,9 @@ def test_bad_options(kind, arguments, message):
     ],
 )  # fmt: skip
 def test_scalings_that_do_not_fit_a_head(scaling, theta, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         RoPE(theta, scaling=scaling).rotated_width(4)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_pair_alone_has_no_ntk():

@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.mixers import Context
-from attention_jax.mixers.recurrent import GatedRMSNorm, HeadGroupNorm, ShortConvolution, refuse_bidirectional
+from attention_jax.caches import RecurrentState
+from attention_jax.layers import GatedRMSNorm, HeadGroupNorm, ShortConvolution
+from attention_jax.mixers import Context, make_config
+from attention_jax.mixers.recurrent import convolve
 
 B, T, C = 3, 13, 6
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -43,7 +45,12 @@ def convolver(width, activation="silu"):
     module = ShortConvolution(C, width, activation=activation, use_bias=True, rngs=nnx.Rngs(width))
     module.bias[...] = jax.random.normal(jax.random.key(3), C)
     graphdef, params = nnx.split(module)
-    call = jax.jit(lambda params, x, state, ctx: nnx.merge(graphdef, params)(x, state, ctx=ctx))
+
+    @jax.jit
+    def call(params, x, inputs, ctx):
+        held = None if inputs is None else RecurrentState(jnp.zeros(()), inputs)
+        return convolve(nnx.merge(graphdef, params), x, held, ctx)
+
     return module, params, call
 
 
@@ -107,7 +114,7 @@ def test_convolution_reads_no_other_document():
 def test_convolution_in_pieces(width, cuts):
     module, params, call = convolver(width)
     x = np.where(holes()[..., None], inputs(), np.nan)
-    state, out, start = module.init_state(B), [], 0
+    state, out, start = jnp.zeros((B, width - 1, C)), [], 0
     for cut in cuts:
         ctx = Context(positions_BT=positions_of(holes())[:, start:cut])
         y, state = call(params, x[:, start:cut], state, ctx)
@@ -157,8 +164,8 @@ def test_gradients_of_the_convolution():
 def test_bfloat16_is_summed_in_float32():
     module = ShortConvolution(C, 4, activation=None, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = jnp.asarray(inputs(), jnp.bfloat16)
-    y, _ = module(x, ctx=Context())
-    exact, _ = ShortConvolution(C, 4, activation=None, rngs=nnx.Rngs(0))(x.astype(jnp.float32), ctx=Context())
+    y, _ = module(x)
+    exact, _ = ShortConvolution(C, 4, activation=None, rngs=nnx.Rngs(0))(x.astype(jnp.float32))
     assert y.dtype == jnp.bfloat16
     assert_array_equal(y, exact.astype(jnp.bfloat16))
 
@@ -196,6 +203,6 @@ def test_group_norm_of_heads():
 def test_refusals():
     with pytest.raises(ValueError, match="width >= 1, got 0"):
         ShortConvolution(C, 0, rngs=nnx.Rngs(0))
-    refuse_bidirectional("gla", True, "-")
-    with pytest.raises(ValueError, match="gla is causal only: it reads the past; use kind softmax"):
-        refuse_bidirectional("gla", False, "it reads the past")
+    make_config("gla").check(32, causal=True)
+    with pytest.raises(ValueError, match="gla is causal only: its state decays .*; use kind softmax"):
+        make_config("gla").check(32, causal=False)

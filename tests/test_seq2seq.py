@@ -19,7 +19,7 @@ from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_params
 from attention_jax.positions import RoPE
 from scripts import generate as generate_script
-from tests.test_loop import interrupt, rows, saved
+from tests.runs import interrupt, rows, saved
 from train import config as config_lib
 from train import loop
 from train.config.schema import OptimizerConfig
@@ -86,7 +86,7 @@ def trained(parts=1):
     """(parameters, metrics) after one step on PAIRS."""
     optimizer = dataclasses.replace(PLAIN, accumulation_steps=parts)
     params, step = drawn(MODEL), make_train_step(MODEL, optimizer, 10)
-    state = make_optimizer(optimizer).init(params)
+    state = make_optimizer(optimizer, 10).init(params)
     params, _, metrics = step(params, state, padded(), np.int32(0), jax.random.key(0))
     return params, metrics
 
@@ -153,7 +153,7 @@ def test_the_encoder_has_dropout_in_training_alone(monkeypatch):
     monkeypatch.setattr("train.step.apply", apply)
     params = {"w": jnp.zeros(())}
     make_eval_step(MODEL)(params, padded())
-    state = make_optimizer(PLAIN).init(params)
+    state = make_optimizer(PLAIN, 10).init(params)
     make_train_step(MODEL, PLAIN, 10)(params, state, padded(), np.int32(0), jax.random.key(0))
     assert keys[0] is None and len(keys) == 2 and keys[1] is not None
 
@@ -262,7 +262,7 @@ def test_the_config_trains_on_the_standard_library(tmp_path, monkeypatch):
     model = dataclasses.replace(run.model, vocab_size=257, num_layers=2, encoder=encoder)
     optimizer = dataclasses.replace(run.optimizer, warmup_steps=2, decay_steps=1)
     step, params = make_train_step(model, optimizer, 20), drawn(model, scale=0.05)
-    state, losses = make_optimizer(optimizer).init(params), []
+    state, losses = make_optimizer(optimizer, 20).init(params), []
     for i in range(20):
         params, state, metrics = step(params, state, own.train_batch(i), np.int32(i), jax.random.key(0))
         losses.append(float(metrics["train/loss"]))

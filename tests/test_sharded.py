@@ -8,17 +8,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import Row
+
 ROOT = Path(__file__).parent.parent
 
 
-CASES = ("rows", "heads", "rows and heads, dropout", "one kv head", "rows and heads", "rows over all")
-EVERY = [
-    *(f"{case}: chunked" for case in CASES),
-    "rows and heads, dropout: reference",
-    "rows and heads: mosaic_tpu",
+# Fast: heads with slopes of their own behind one kv head, dropout of rows and heads, kernels.
+CASES = [
+    Row("rows: chunked", slow=True),
+    Row("heads: chunked", slow=True),
+    Row("rows and heads, dropout: chunked"),
+    Row("one kv head: chunked"),
+    Row("rows and heads: chunked", slow=True),
+    Row("rows over all: chunked", slow=True),
+    Row("rows and heads, dropout: reference", slow=True),
+    Row("rows and heads: mosaic_tpu"),
 ]
-# Heads with slopes of their own behind one kv head, dropout of rows and heads, kernels. The rest is slow.
-FAST = ["one kv head: chunked", "rows and heads, dropout: chunked", "rows and heads: mosaic_tpu"]
+
+
+def names(slow: bool) -> list[str]:
+    return [row.value for row in CASES if row.slow == slow]
 
 
 def seen(*names: str) -> dict:
@@ -33,11 +42,11 @@ def seen(*names: str) -> dict:
 
 @pytest.fixture(scope="module")
 def found():
-    return seen(*FAST, "errors")
+    return seen(*names(slow=False), "errors")
 
 
-def check(cases: dict, names: list[str]) -> None:
-    assert list(cases) == names
+def check(cases: dict, expected: list[str]) -> None:
+    assert list(cases) == expected
     for name, case in cases.items():
         assert case["outputs"] <= 1e-6, name
         assert case["gradients"] <= 1e-5, name  # sums over rows are taken in another order
@@ -45,13 +54,12 @@ def check(cases: dict, names: list[str]) -> None:
 
 
 def test_a_mesh_changes_no_number(found):
-    check({name: case for name, case in found.items() if name != "errors"}, FAST)
+    check({name: case for name, case in found.items() if name != "errors"}, names(slow=False))
 
 
 @pytest.mark.slow
 def test_a_mesh_changes_no_number_however_it_splits():
-    names = [name for name in EVERY if name not in FAST]
-    check(seen(*names), names)
+    check(seen(*names(slow=True)), names(slow=True))
 
 
 def test_what_cannot_be_split_is_refused(found):

@@ -16,16 +16,13 @@ from attention_jax.biases import ALiBi
 from attention_jax.masks import Causal, Full, SlidingWindow
 from attention_jax.ops.softmax import ChunkedConfig, MosaicGPUConfig, api, dot_product_attention, explain
 from attention_jax.ops.softmax.common import dropout_keep
-from tests import problems
+from tests import marks, problems, promises
 from tests.cases import (
     FACTORS_FAST,
     FACTORS_SLOW,
     IMPLEMENTATIONS,
     TILED,
-    TILED_SLOW,
     OpCase,
-    largest,
-    tolerance,
 )
 from tests.covering import pairwise
 from tests.reference import softmax as truth
@@ -42,72 +39,6 @@ chunked_first = pytest.mark.parametrize(
 )
 
 
-def results(attention: truth.Attention, problem: problems.Problem) -> dict[str, np.ndarray]:
-    """Outputs and gradients by name."""
-    grads = attention.backward(problem.do, problem.dlse)
-    found = {"out": attention.out, "lse": attention.lse, **grads}
-    if problem.bias_gradient is not None:
-        leaves = problem.bias_gradient(grads["bias"])
-        found |= {f"bias leaf {i}": leaf for i, leaf in enumerate(leaves)}
-    return found
-
-
-# The orders in which naive results sum the products of a score. The first two suffice nearly always.
-_ORDERS = [{"reverse": False}, {"reverse": True}, *({"library": i / 8} for i in range(8))]
-
-
-@functools.lru_cache(maxsize=2)
-def expected(case: OpCase, orders: int = 2) -> dict[str, tuple[np.ndarray, float]]:
-    """Name to (the float64 truth, the tolerance of tests.cases) for outputs and gradients."""
-    problem = problems.make(case)
-    exact = problem.truth()
-    wanted = results(exact, problem)
-    naive = [
-        results(problem.truth(np.float32, rounded=problem.dtype, **order), problem)
-        for order in _ORDERS[:orders]
-    ]
-    magnitudes = exact.magnitudes(problem.do, problem.dlse)
-    magnitudes["out"] = np.abs(exact.v) * largest(exact.drop)
-    magnitudes["lse"] = np.append(exact.s[np.isfinite(exact.s)], 1.0)
-    if problem.bias_gradient is not None:
-        leaves = problem.bias_gradient(magnitudes["bias"], magnitude=True)
-        magnitudes |= {f"bias leaf {i}": leaf for i, leaf in enumerate(leaves)}
-    found = {}
-    for name, x in wanted.items():
-        finite = np.isfinite(x)
-        error = max(largest(y[name][finite] - x[finite]) for y in naive)
-        dtype = np.float32 if name == "lse" else problem.dtype
-        factor = 2 if name in ("out", "lse") else 3
-        found[name] = (x, tolerance(error, dtype, largest(magnitudes[name]), factor))
-    return found
-
-
-def check(case: OpCase, impl: str, quick: bool = True) -> None:
-    problem = problems.make(case)
-    out, lse, grads = problem.program(impl, quick)()
-    assert out.dtype == problem.dtype and lse.dtype == np.float32
-    found = {"out": out, "lse": lse}
-    found |= {name: grads[name] for name in ("q", "k", "v", "sinks") if name in grads}
-    leaves = [x for x in jax.tree.leaves(grads.get("bias")) if x.dtype != jax.dtypes.float0]
-    found |= {f"bias leaf {i}": x for i, x in enumerate(leaves)}
-    wanted = expected(case)
-    assert wanted.keys() - found.keys() <= {"sinks", "bias"}
-    for name, x in found.items():
-        try:
-            assert_close(name, x, *wanted[name])
-        except AssertionError:
-            assert_close(name, x, *expected(case, len(_ORDERS))[name])
-
-
-def assert_close(name: str, x: np.ndarray, wanted: np.ndarray, allowed: float) -> None:
-    x = x.astype(np.float64)
-    assert x.shape == wanted.shape, (name, x.shape, wanted.shape)
-    finite = np.isfinite(wanted)
-    assert_array_equal(x[~finite], wanted[~finite], err_msg=name)
-    error = largest(x[finite] - wanted[finite])
-    assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"
-
-
 def _covering(factors, tries=30, seed=0):
     return [OpCase(seed=i, **row) for i, row in enumerate(pairwise(factors, seed, tries))]
 
@@ -118,7 +49,7 @@ SLOW = _covering(FACTORS_SLOW, tries=4)
 
 @pytest.mark.parametrize("case", FAST, ids=str)
 def test_forward_lse_and_gradients(case):
-    check(case, SMALL)
+    problems.check(case, SMALL)
 
 
 # Without tiles lengths matter little: every value is there, not every pair.
@@ -128,21 +59,19 @@ def test_forward_lse_and_gradients(case):
     ids=str,
 )
 def test_forward_lse_and_gradients_of_the_reference(case):
-    check(case, "reference")
+    problems.check(case, "reference")
 
 
 @pytest.mark.slow
 @each_implementation
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_forward_lse_and_gradients_exhaustively(case, impl):
-    check(case, impl)
+    problems.check(case, impl)
 
 
-@pytest.mark.parametrize(
-    "case", [*TILED, *(pytest.param(c, marks=pytest.mark.slow) for c in TILED_SLOW)], ids=str
-)
+@pytest.mark.parametrize("case", marks.params(TILED), ids=str)
 def test_the_real_tile_sizes_compiled_as_users_do(case):
-    check(case, "chunked", quick=False)
+    problems.check(case, "chunked", quick=False)
 
 
 def test_the_truth_against_finite_differences():
@@ -180,122 +109,30 @@ def test_the_covering_arrays_cover_every_pair():
 
 @each_implementation
 def test_a_large_score_common_to_all_keys_changes_nothing(impl):
-    """Also in rows of padding, which must not overflow into anybody's gradient: 2^128 and beyond."""
-    program = problems.make(OpCase((37, 37), (8, 8), (2, 2), None, "array N11", batch=1)).program(impl)
-    learned = dict(problems.make(OpCase((37, 37), (8, 8), (2, 2), None, "array N11", batch=1)).learned)
-    plain = program(learned | {"bias": np.zeros((2, 1, 1), np.float32)})
-    for offset in (88.75, 89.0, 200.0, -200.0):
-        out, lse, grads = program(learned | {"bias": np.full((2, 1, 1), offset, np.float32)})
-        np.testing.assert_allclose(out, plain[0], atol=1e-4)
-        np.testing.assert_allclose(lse - offset, plain[1], atol=1e-4)
-        for name in "qkv":
-            np.testing.assert_allclose(grads[name], plain[2][name], atol=1e-4, err_msg=name)
-
-
-# Rows without keys, invalid slots on both sides, several tiles.
-HOLES = OpCase((40, 40), (8, 4), (4, 2), "far past", "array B11S", segments="ragged", positions="left padded")
-RING = OpCase(
-    (24, 56),
-    (8, 16),
-    (2, 2),
-    "window 7 right 4",
-    softcap=2.0,
-    sinks=True,
-    positions="cache",
-    dtype="bfloat16",
-)
-
-
-@functools.cache
-def small_program(case: OpCase, impl: str):
-    """The problem's program, compiled once for the tests below."""
-    return problems.make(case).program(impl)
+    promises.a_large_common_score_changes_nothing(impl)
 
 
 @each_implementation
 @pytest.mark.parametrize("sinks", [False, True])
 def test_rows_without_a_key_give_zero_and_pass_no_gradient(impl, sinks):
-    case = dataclasses.replace(HOLES, sinks=sinks)
-    problem, program = problems.make(case), small_program(case, impl)
-    out, lse, grads = program()
-    blind = ~problem.keep.any(-1).swapaxes(1, 2)
-    assert blind.any() and not blind.all()
-    assert_array_equal(out[blind], 0)
-    if sinks:
-        at = np.broadcast_to(problem.learned["sinks"], blind.shape)[blind]
-        np.testing.assert_allclose(lse[blind], at, rtol=1e-6)
-    else:
-        assert_array_equal(lse[blind], -np.inf)
-    assert_array_equal(grads["q"][blind], 0)
-    louder = program(do=np.where(blind[..., None], 100.0, problem.do).astype(problem.dtype))[2]
-    for name in grads:
-        assert_array_equal(louder[name], grads[name], err_msg=name)
+    promises.rows_without_a_key_give_zero(impl, sinks)
 
 
 @each_implementation
-@pytest.mark.parametrize("case", [HOLES, RING], ids=["holes", "ring"])
+@pytest.mark.parametrize("case", [promises.HOLES, promises.RING], ids=["holes", "ring"])
 def test_what_an_invalid_slot_holds_changes_no_bit(case, impl):
-    problem, program = problems.make(case), small_program(case, impl)
-    clean = program()
-    for poison in (np.nan, np.inf, -np.inf, float(jnp.finfo(problem.dtype).max)):
-        learned = dict(problem.learned)
-        for name, valid in (("q", problem.q_valid), ("k", problem.k_valid), ("v", problem.k_valid)):
-            learned[name] = np.where(valid[..., None, None], learned[name], problem.dtype.type(poison))
-            assert name == "q" or not valid.all()
-        jax.tree.map(assert_array_equal, program(learned), clean)
-
-
-SEEN = [
-    OpCase((40, 40), (8, 8), (4, 2), "causal", batch=1),
-    OpCase((40, 48), (8, 8), (2, 1), "window 7 right 4", softcap=2.0, positions="shifted", batch=1),
-    OpCase((40, 40), (8, 8), (2, 2), "array BNTS", segments="packed", sinks=True, batch=2),
-]
+    promises.an_invalid_slot_changes_no_bit(impl, case)
 
 
 @each_implementation
-@pytest.mark.parametrize("case", SEEN, ids=lambda case: case.mask)
+@pytest.mark.parametrize("case", promises.SEEN, ids=lambda case: case.mask)
 def test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl):
-    problem = problems.make(case)
-    program = problem.program(impl)
-    before = program()
-    rng = np.random.default_rng(1)
-    groups = problem.keep.shape[1] // problem.learned["k"].shape[2]
-    T, S = problem.keep.shape[2:]
-    partly = [j for j in range(S) if problem.keep[..., j].any() and not problem.keep[..., j].all()]
-    assert len(partly) > 20
-    for j in partly[:: len(partly) // 4]:
-        learned = dict(problem.learned)
-        for name in "kv":
-            learned[name] = learned[name].copy()
-            learned[name][:, j] = 1e3 * rng.normal(size=learned[name][:, j].shape)
-        after = program(learned)
-        hidden = ~problem.keep[..., j].swapaxes(1, 2)
-        rows = ((out, lse, grads["q"]) for out, lse, grads in (before, after))
-        for name, x, y in zip(("out", "lse", "dq"), *rows, strict=True):
-            assert_array_equal(x[hidden], y[hidden], err_msg=f"{name}, key {j}")
-        assert (before[0] != after[0]).any()
-    for t in (0, 17, T - 1):
-        chosen = (np.arange(T) == t)[None, :, None]
-        grads = program(do=problem.do * chosen[..., None], dlse=problem.dlse * chosen)[2]
-        assert_array_equal(grads["q"][:, np.arange(T) != t], 0)
-        B, N = problem.keep.shape[:2]
-        seen = problem.keep[:, :, t].reshape(B, N // groups, groups, S).any(2).swapaxes(1, 2)
-        for name in "kv":
-            assert_array_equal(grads[name][~seen], 0, err_msg=name)
-            assert (grads[name][seen] != 0).any()
+    promises.a_hidden_key_changes_no_bit(impl, case)
 
 
 @each_implementation
 def test_a_hidden_key_may_be_as_large_as_its_dtype(impl):
-    """The products that overflow belong to pairs nobody sees, in the backward too."""
-    problem = problems.make(OpCase((36, 37), (8, 8), (2, 2), "causal", softcap=2.0, batch=1))
-    program = problem.program(impl)
-    before = program()
-    learned = dict(problem.learned)
-    for name in "kv":
-        learned[name] = learned[name].copy()
-        learned[name][:, 36] = np.sign(learned[name][:, 36]) * np.finfo(np.float32).max
-    jax.tree.map(assert_array_equal, program(learned), before)
+    promises.a_hidden_key_may_be_as_large_as_its_dtype(impl)
 
 
 def _probabilities(impl, *, batch=2, rate=0.5):
@@ -488,9 +325,8 @@ def test_a_named_implementation_never_falls_back(monkeypatch):
     )
     monkeypatch.setitem(api._IMPLEMENTATIONS, "chunked", never)
     for call in (dot_product_attention, explain):
-        with pytest.raises(NotImplementedError) as error:
+        with pytest.raises(NotImplementedError, match="'chunked' cannot run this call: it is Tuesday"):
             call(*arrays(), impl="chunked")
-        assert str(error.value) == "impl='chunked' cannot run this call: it is Tuesday"
     found = explain(*arrays())
     assert found.chosen == "reference" and found.reasons["chunked"] == "it is Tuesday"
 
@@ -550,7 +386,7 @@ BOTH = [
 @each_implementation
 @pytest.mark.parametrize("case", BOTH, ids=str)
 def test_a_mask_and_a_boolean_array_are_intersected(case, impl):
-    check(case, impl)
+    problems.check(case, impl)
 
 
 def test_two_boolean_arrays_are_intersected():

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from attention_jax.mixers import AttentionConfig, Context
@@ -13,7 +14,7 @@ from attention_jax.model import ModelConfig, apply, init_params
 from attention_jax.positions import RoPE
 from train.config.schema import OptimizerConfig
 from train.objective import mean_nll
-from train.optimizer import make_optimizer
+from train.optimizer import make_optimizer, skip_non_finite
 from train.step import make_eval_step, make_train_step
 
 MODEL = ModelConfig(
@@ -35,7 +36,7 @@ def initial():
 
 def fresh():
     params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), initial())
-    return params, make_optimizer(OPTIMIZER).init(params)
+    return params, make_optimizer(OPTIMIZER, 100).init(params)
 
 
 def packed_batch(seed=0, B=4, T=8):
@@ -72,7 +73,7 @@ def test_first_step_is_the_formula():
     start, _ = fresh()
 
     def loss(params):
-        logits, _ = apply(MODEL, params, batch["tokens"], ctx=_context(batch))
+        logits = apply(MODEL, params, batch["tokens"], ctx=_context(batch)).logits
         return mean_nll(logits, batch["targets"])[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(start)
@@ -114,7 +115,7 @@ def test_dropout_depends_on_key_step_and_micro_batch_alone(monkeypatch):
         params = {"w": jnp.zeros(())}
         batch = {"tokens": np.zeros((2, 3), np.int32), "targets": np.zeros((2, 3), np.int32)}
         run = make_train_step(MODEL, optimizer, 100)
-        opt_state = make_optimizer(optimizer).init(params)
+        opt_state = make_optimizer(optimizer, 100).init(params)
         return float(run(params, opt_state, batch, np.int32(step), key)[2]["train/loss"])
 
     def expected(*folded):
@@ -182,10 +183,17 @@ def test_bfloat16_computes_on_float32_weights():
     assert 0 < abs(float(metrics["train/loss"]) - loss) < 2e-2 * loss
 
 
-def test_loss_falls():
-    params, opt_state = fresh()
-    step, evaluate = compiled(), make_eval_step(MODEL)
-    batch = packed_batch()
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_loss_falls(monkeypatch, kind):
+    """With our optimiser, and with any of optax that takes its place."""
+    if kind == "lion":
+        transform = skip_non_finite(optax.lion(optax.linear_schedule(2e-2, 1e-3, 40)))
+        monkeypatch.setattr("train.step.make_optimizer", lambda config, steps: transform)
+        params = fresh()[0]
+        opt_state, step = transform.init(params), make_train_step(MODEL, OPTIMIZER, 100)
+    else:
+        (params, opt_state), step = fresh(), compiled()
+    evaluate, batch = make_eval_step(MODEL), packed_batch()
 
     def score():
         total, count = evaluate(params, batch)

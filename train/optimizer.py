@@ -3,6 +3,11 @@
     g <- g min(1, c / |g|);   m, v <- Adam moments;   w <- w - lr(n) (m^ / (sqrt(v^) + eps) + decay w)
 
 n = 1, 2, ... counts updates. Decay is decided by a parameter's path, never by its rank: layers are stacked.
+
+The training step calls `update(grads, state, params, step=, finite=)` of whatever `make_optimizer` returns
+and applies the updates with `optax.apply_updates`. `step` is the number of updates done before. Where
+`finite` is false, the state must come back unchanged and the updates must change no parameter:
+`skip_non_finite` gives any optax optimiser that property.
 """
 
 from __future__ import annotations
@@ -55,16 +60,54 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW before its learning rate: `update(grads, state, params, finite=bool []) -> (updates, state)`.
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW for a run of `steps` updates: `update(grads, state, params, step=, finite=) -> (updates, state)`.
 
-    Where `finite` is false the state comes back unchanged and the updates mean nothing. The caller clips
-    first and subtracts learning rate x updates.
+    step: int32 [], the number of updates done before; finite: bool [], whether the update is to be done. The
+    updates are what `optax.apply_updates` adds. The caller clips first.
+
+    The chain is that of `optax.adamw`: Adam, decoupled decay, learning rate. It differs in two places. The
+    rate is a function of `step`, which the training loop counts already, so that no second counter is saved
+    that could disagree with it. And Adam selects its moments itself (see `_scale_by_adam`).
     """
     return optax.chain(
         _scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        _scale_by_learning_rate(make_schedule(config, steps)),
     )
+
+
+def skip_non_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, for the training step: where `finite` is false its state and the parameters stay.
+
+    Unlike `optax.apply_if_finite` it never gives up, and it takes the caller's word for what is finite: the
+    loss counts too.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(grads, state, params=None, *, finite, **extra):
+        updates, new_state = inner.update(grads, state, params, finite=finite, **extra)
+        updates = jax.tree.map(lambda u: _select_update(finite, u), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _select_update(finite: jax.Array, update: jax.Array) -> jax.Array:
+    """The update, or -0.0, the one number that changes no bit of any number that it is added to."""
+    return jnp.where(finite, update, jnp.asarray(-0.0, update.dtype))
+
+
+def _scale_by_learning_rate(
+    schedule: Callable[[jax.Array | int], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` without a counter of its own: the rate is `schedule(step)`."""
+
+    def update(updates, state, params=None, *, step, finite, **_):
+        rate = schedule(step)
+        return jax.tree.map(lambda u: _select_update(finite, -rate * u), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, apply, encode
@@ -28,7 +29,7 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
     train/loss (nats), grad_norm (before clipping), learning_rate, tokens (scored ones). Where the loss or
     the gradient is not finite, params and opt_state come back as they were.
     """
-    transform = make_optimizer(optimizer)
+    transform = make_optimizer(optimizer, steps)
     schedule = make_schedule(optimizer, steps)
     gradient = jax.value_and_grad(functools.partial(_loss, model))
 
@@ -42,10 +43,9 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
             loss, grads = _accumulate(gradient, optimizer.accumulation_steps, params, batch, count, key)
         grads, norm = clip_by_global_norm(grads, optimizer.clip_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = transform.update(grads, opt_state, params, finite=finite)
-        rate = schedule(step)
-        params = jax.tree.map(lambda p, u: jnp.where(finite, p - rate * u, p), params, updates)
-        metrics = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
+        updates, opt_state = transform.update(grads, opt_state, params, step=step, finite=finite)
+        params = optax.apply_updates(params, updates)
+        metrics = {"train/loss": loss, "grad_norm": norm, "learning_rate": schedule(step)}
         return params, opt_state, metrics | {"tokens": count, "finite": finite}
 
     return jax.jit(train_step, donate_argnums=(0, 1))
@@ -59,7 +59,7 @@ def make_eval_step(model: ModelConfig, *, accuracy: bool = False) -> Callable[..
 
     def eval_step(params, batch):
         batch = _unseen(model, batch)
-        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None))
+        logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None)).logits
         scores = token_nll(logits_BTV, batch["targets"])
         return (*scores, count_correct(logits_BTV, batch["targets"])) if accuracy else scores
 
@@ -70,7 +70,7 @@ def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
     """`fill_in(params, batch) -> int32 [B, T]`, jitted: the tokens, where one is hidden the likeliest."""
 
     def fill_in(params, batch):
-        logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None))
+        logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None)).logits
         likeliest_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
         return jnp.where(batch["targets"] >= 0, likeliest_BT, batch["tokens"])
 
@@ -79,7 +79,7 @@ def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
 
 def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: jax.Array) -> jax.Array:
     """The batch's share of the mean over `count` tokens."""
-    logits_BTV, _ = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, key))
+    logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, key)).logits
     return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1)
 
 

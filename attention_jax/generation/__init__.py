@@ -1,6 +1,7 @@
 """Text from a language model: prefill, then decoding with the state of every layer."""
 
+from attention_jax.generation.decode import DecodeState, decode_step, prefill
 from attention_jax.generation.generate import generate, stream
 from attention_jax.generation.sampling import Sampling, sample
 
-__all__ = ["Sampling", "generate", "sample", "stream"]
+__all__ = ["DecodeState", "Sampling", "decode_step", "generate", "prefill", "sample", "stream"]

@@ -1,29 +1,103 @@
-"""The two compiled pieces of generation: a prefill, and a `lax.while_loop` over single tokens."""
+"""Decoding from a state: `prefill`, `decode_step`, and the compiled loop that `generate` runs.
+
+state = prefill(config, params, tokens_BT, positions_BT, capacity=2048)
+token_B = state.logits_BV.argmax(-1)
+state = decode_step(config, params, state, token_B)
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attention_jax.generation.sampling import Sampling, sample
 from attention_jax.mixers import Context
-from attention_jax.model import ModelConfig, bind
+from attention_jax.model import ModelConfig, bind, init_state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What decoding goes on from.
+
+    caches: the state of every layer. positions_B: int32, the position of each row's next token. logits_BV:
+    float32, what predicts that token.
+    """
+
+    caches: Any
+    positions_B: jax.Array
+    logits_BV: jax.Array
+
+
+def prefill(
+    config: ModelConfig,
+    params: dict,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    *,
+    capacity: int,
+    memory_BSD: jax.Array | None = None,
+    memory_positions_BS: jax.Array | None = None,
+    dtype: Any = None,
+) -> DecodeState:
+    """The state after whole prompts.
+
+    Args:
+      tokens_BT: prompts, left-padded where their lengths differ.
+      positions_BT: their positions, -1 where a slot holds no token; 0, 1, 2, ... by default.
+      capacity: the largest position + 1 that the caches can hold.
+      memory_BSD, memory_positions_BS: what `cross` mixers read, from `encode`; their caches keep it.
+      dtype: of cached keys and values; the model's by default.
+
+    A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
+    tokens than the capacity, and where the model keeps no state.
+    """
+    B, T = tokens_BT.shape
+    if T > capacity:
+        raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    ctx = Context(positions_BT, memory_BSD=memory_BSD, memory_positions_BS=memory_positions_BS)
+    caches = init_state(config, B, capacity, dtype=dtype)
+    logits_B1V, caches, _ = bind(config, params).run(tokens_BT, caches, ctx=ctx, last_only=True)
+    return DecodeState(caches, positions_BT[:, -1] + 1, logits_B1V[:, 0])
+
+
+def decode_step(
+    config: ModelConfig,
+    params: dict,
+    state: DecodeState,
+    tokens_B: jax.Array,
+    active_B: jax.Array | None = None,
+) -> DecodeState:
+    """The state after one more token of each row.
+
+    active_B: boolean; a row that is not active keeps its caches and its position; its logits mean nothing. A
+    token at a position past the capacity gives NaN logits.
+    """
+    positions_B = state.positions_B
+    if active_B is not None:
+        positions_B = jnp.where(active_B, positions_B, -1)
+        tokens_B = jnp.where(active_B, tokens_B, 0)
+    ctx = Context(positions_BT=positions_B[:, None])
+    logits_B1V, caches, _ = bind(config, params).run(tokens_B[:, None], state.caches, ctx=ctx)
+    step_B = 1 if active_B is None else active_B.astype(jnp.int32)
+    return DecodeState(caches, state.positions_B + step_B, logits_B1V[:, 0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, positions_BT, source) -> dict:
-    model, B = bind(config, params), tokens_BT.shape[0]
-    memory = None
+    """What `_decode` goes on from: a `DecodeState`, and room for `width` new tokens a row."""
+    memory, B = {}, tokens_BT.shape[0]
     if source is not None:
-        memory = (model.encode(source[0], ctx=Context(positions_BT=source[1])), source[1])
-    state = model.init_state(B, capacity, memory=memory)
-    x_BTD, state = model.hidden(tokens_BT, state, ctx=Context(positions_BT=positions_BT))
+        memory_BSD = bind(config, params).encode(source[0], ctx=Context(positions_BT=source[1]))
+        memory = {"memory_BSD": memory_BSD, "memory_positions_BS": source[1]}
     return {
-        "state": state,
-        "logits": model.logits(x_BTD[:, -1]),
-        "position": positions_BT[:, -1] + 1,
+        "decode": prefill(config, params, tokens_BT, positions_BT, capacity=capacity, **memory),
         "step": jnp.int32(0),
         "out": jnp.full((B, width), -1, jnp.int32),
         "done": jnp.zeros((B,), bool),
@@ -34,25 +108,22 @@ def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode(config: ModelConfig, sampling: Sampling, params, keys_B, carry: dict, eos, limit) -> dict:
     """Tokens until `limit` have been drawn or every row has met `eos`."""
-    model = bind(config, params)
 
     def undone(c):
         return (c["step"] < limit) & jnp.any(c["done"] == False)  # noqa: E712
 
     def draw(c):
-        keys = jax.vmap(jax.random.fold_in)(keys_B, c["position"])
-        token_B = sample(c["logits"], sampling, keys)
+        state = c["decode"]
+        keys = jax.vmap(jax.random.fold_in)(keys_B, state.positions_B)
+        token_B = sample(state.logits_BV, sampling, keys)
         # A row of NaN or -inf has no largest logit; categorical and argmax would answer 0.
-        bad_B = c["bad"] | ((jnp.isfinite(c["logits"].max(-1)) == False) & (c["done"] == False))  # noqa: E712
+        no_largest_B = jnp.isfinite(state.logits_BV.max(-1)) == False  # noqa: E712
+        bad_B = c["bad"] | (no_largest_B & (c["done"] == False))  # noqa: E712
         done_B = c["done"] | (token_B == eos) | bad_B
-        position_B = jnp.where(done_B, -1, c["position"])  # a finished row leaves its state unchanged
-        x_BTD, state = model.hidden(
-            jnp.where(done_B, 0, token_B)[:, None], c["state"], ctx=Context(positions_BT=position_B[:, None])
-        )
+        # A finished row leaves its state unchanged.
+        state = decode_step(config, params, state, token_B, done_B == False)  # noqa: E712
         return {
-            "state": state,
-            "logits": model.logits(x_BTD[:, 0]),
-            "position": c["position"] + 1,
+            "decode": state,
             "step": c["step"] + 1,
             "out": jax.lax.dynamic_update_index_in_dim(
                 c["out"], jnp.where(done_B, -1, token_B), c["step"], axis=1

@@ -1,4 +1,4 @@
-"""Small parts that every module uses."""
+"""Linear projections as single matrix products, and GELU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def linear(
     )
 
 
-def together(linears: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]:
+def fused_linear(linears: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]:
     """[f(x) for f in linears] as one wider matrix product, forward and backward."""
     dtype = linears[0].dtype
     kernel = jnp.concatenate([f.kernel[...] for f in linears], axis=1).astype(dtype)

@@ -4,7 +4,8 @@
 their pictures.
 """
 
-from attention_jax.masks.algebra import And, Density, Mask, Not, Or, Recipe, Retention, parse
+from attention_jax.masks import picture  # noqa: F401 (it defines `Mask.plot`)
+from attention_jax.masks.algebra import And, CacheSpan, Density, Mask, Not, Or, Recipe, parse
 from attention_jax.masks.irregular import (
     BigBird,
     Dense,
@@ -44,7 +45,7 @@ __all__ = [
     "Prefix",
     "RandomBlocks",
     "Recipe",
-    "Retention",
+    "CacheSpan",
     "Sinks",
     "SlidingWindow",
     "Strided",

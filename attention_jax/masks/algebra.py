@@ -6,7 +6,7 @@ cache, the density, the picture) follows from them:
 
     keep(q_pos, k_pos)                 may this query see this key?           elementwise
     bounds(q_lo, q_hi, k_lo, k_hi)     (any, all) over a rectangle            block logic, inclusive bounds
-    retention()                        which past keys may still be needed?   cache size
+    cache_span()                        which past keys may still be needed?   cache size
 
 `keep` and `bounds` use comparisons, integer arithmetic, `&` and `|` only, so that they run unchanged on
 NumPy arrays, on traced arrays and inside a kernel; `Dense`, and `Global` of many runs, also index an array,
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -29,15 +30,15 @@ from attention_jax.about import About
 Array = Any  # a NumPy array, a jax array, a tracer or a kernel value: the algebra does not care
 
 
-class Retention(NamedTuple):
+class CacheSpan(NamedTuple):
     """What a cache must keep for queries at or after the newest key.
 
     lookback: the newest `lookback` positions may be needed (a query's own included); None keeps all.
-    pins: positions needed for ever, whatever their age.
+    pinned: positions needed for ever, whatever their age.
     """
 
     lookback: int | None
-    pins: tuple[int, ...] = ()
+    pinned: tuple[int, ...] = ()
 
 
 class Density(float):
@@ -61,6 +62,7 @@ class Mask:
     """Base of all masks. Subclasses are frozen dataclasses of plain Python values."""
 
     about: ClassVar[About | None] = None  # its line in the catalogue
+    plot: ClassVar[Callable[..., Any]]  # mask.plot(T, S=None, ...) -> figure; masks/picture.py defines it
 
     def keep(self, q_pos: Array, k_pos: Array) -> Array:
         """Boolean, elementwise over the broadcast shapes: may `q_pos` attend to `k_pos`?"""
@@ -75,9 +77,9 @@ class Mask:
         anywhere = like(q_lo, q_hi, k_lo, k_hi)
         return anywhere, anywhere == False  # noqa: E712
 
-    def retention(self) -> Retention:
+    def cache_span(self) -> CacheSpan:
         """What a cache must keep. The default keeps everything."""
-        return Retention(None)
+        return CacheSpan(None)
 
     @property
     def prefix(self) -> int | None:
@@ -133,15 +135,6 @@ class Mask:
             found += int(np.broadcast_to(self.keep(q_pos, k_pos), (q_pos.size, k_pos.size)).sum())
         share = undecided.size / chosen.size if chosen.size else 0
         return Density((kept + found * share) / (T * S), exact=chosen is undecided)
-
-    def plot(self, T: int, S: int | None = None, *, block: int | None = None, axes: Any = None) -> Any:
-        """A matplotlib picture of the pattern over positions 0..T-1 x 0..S-1; see `masks.picture`.
-
-        Needs matplotlib (the extra `train`). Returns the figure.
-        """
-        from attention_jax.masks.picture import plot
-
-        return plot(self, T, S, block=block, axes=axes)
 
 
 def like(*arrays: Array) -> Array:
@@ -245,13 +238,13 @@ class And(Mask):
             some, every = some & s, every & e
         return some, every
 
-    def retention(self):
+    def cache_span(self):
         # A key must be needed by all members: (ring_a + pins_a) * (ring_b + pins_b) lies within the
         # smaller ring plus the pins of the members that do not keep everything anyway.
-        bounded = [r for r in (m.retention() for m in self.masks) if r.lookback is not None]
+        bounded = [r for r in (m.cache_span() for m in self.masks) if r.lookback is not None]
         if not bounded:
-            return Retention(None)
-        return Retention(min(r.lookback for r in bounded), _union(bounded))
+            return CacheSpan(None)
+        return CacheSpan(min(r.lookback for r in bounded), _union(bounded))
 
     @property
     def prefix(self):
@@ -281,11 +274,11 @@ class Or(Mask):
             some, every = some | s, every | e
         return some, every
 
-    def retention(self):
-        each = [mask.retention() for mask in self.masks]
+    def cache_span(self):
+        each = [mask.cache_span() for mask in self.masks]
         if any(r.lookback is None for r in each):
-            return Retention(None)
-        return Retention(max(r.lookback for r in each), _union(each))
+            return CacheSpan(None)
+        return CacheSpan(max(r.lookback for r in each), _union(each))
 
     @property
     def prefix(self):
@@ -325,13 +318,13 @@ class Recipe(Mask):
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         return self.expression.bounds(q_lo, q_hi, k_lo, k_hi)
 
-    def retention(self):
-        return self.expression.retention()
+    def cache_span(self):
+        return self.expression.cache_span()
 
     @property
     def prefix(self):
         return self.expression.prefix
 
 
-def _union(retentions: list[Retention]) -> tuple[int, ...]:
-    return tuple(sorted({pin for r in retentions for pin in r.pins}))
+def _union(spans: list[CacheSpan]) -> tuple[int, ...]:
+    return tuple(sorted({pin for r in spans for pin in r.pinned}))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.about import About
-from attention_jax.masks.algebra import Mask, Recipe, Retention, like, natural
+from attention_jax.masks.algebra import CacheSpan, Mask, Recipe, like, natural
 from attention_jax.masks.patterns import BlockLocal, SlidingWindow
 
 
@@ -48,9 +48,9 @@ class Global(Mask):
         q, k = self._count(q_lo, q_hi), self._count(k_lo, k_hi)
         return (q > 0) | (k > 0), (q == q_hi - q_lo + 1) | (k == k_hi - k_lo + 1)
 
-    def retention(self):
+    def cache_span(self):
         # A named query sees all before it: none of those lies more than the last name back.
-        return Retention(self.positions[-1] + 1, self.positions)
+        return CacheSpan(self.positions[-1] + 1, self.positions)
 
     def _named(self, x):
         runs = _runs(self.positions)

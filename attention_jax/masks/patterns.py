@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from attention_jax.about import About
-from attention_jax.masks.algebra import Mask, Retention, like, natural
+from attention_jax.masks.algebra import CacheSpan, Mask, like, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class SlidingWindow(Mask):
         every = (nearest >= -self.right) & (farthest < self.window)
         return some, every
 
-    def retention(self):
-        return Retention(self.window)
+    def cache_span(self):
+        return CacheSpan(self.window)
 
     @property
     def prefix(self):
@@ -115,8 +115,8 @@ class Dilated(Mask):
             every = every & (nearest == farthest) & (nearest % self.stride == 0)
         return some, every
 
-    def retention(self):
-        return Retention(self._reach + 1)
+    def cache_span(self):
+        return CacheSpan(self._reach + 1)
 
     @property
     def prefix(self):
@@ -168,8 +168,8 @@ class Chunked(Mask):
         q_lo, q_hi, k_lo, k_hi = (x // self.size for x in (q_lo, q_hi, k_lo, k_hi))
         return (q_lo <= k_hi) & (k_lo <= q_hi), (q_lo == k_hi) & (k_lo == q_hi)
 
-    def retention(self):
-        return Retention(self.size)
+    def cache_span(self):
+        return CacheSpan(self.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +200,8 @@ class BlockLocal(Mask):
         every = (q_hi - k_lo <= self.neighbours) & (k_hi - q_lo <= self.neighbours)
         return some, every
 
-    def retention(self):
-        return Retention((self.neighbours + 1) * self.block)
+    def cache_span(self):
+        return CacheSpan((self.neighbours + 1) * self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +222,8 @@ class Sinks(Mask):
         span = 0 * (q_lo + q_hi)
         return k_lo + span < self.count, k_hi + span < self.count
 
-    def retention(self):
-        return Retention(0, tuple(range(self.count)))
+    def cache_span(self):
+        return CacheSpan(0, tuple(range(self.count)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +248,8 @@ class Prefix(Mask):
         span = 0 * (q_lo + q_hi)
         return k_lo + span < self.length, k_hi + span < self.length
 
-    def retention(self):
-        return Retention(0, tuple(range(self.length)))
+    def cache_span(self):
+        return CacheSpan(0, tuple(range(self.length)))
 
     @property
     def prefix(self):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # a mask draws itself through this module
-    from attention_jax.masks.algebra import Mask
+from attention_jax.masks.algebra import Mask
 
 # Empty, hidden in a partial block, kept in a partial block, kept in a full block.
 _SHADES = ("#ffffff", "#f7e3c5", "#e08e2b", "#2a6f97")
@@ -20,7 +19,7 @@ _MOST = 4096  # a larger table would be no picture any more
 def plot(
     mask: Mask, T: int, S: int | None = None, *, block: int | None = None, axes: Any = None, title: str = ""
 ) -> Any:
-    """Draw a mask over positions 0..T-1 x 0..S-1; the figure.
+    """The matplotlib figure of a mask over positions 0..T-1 x 0..S-1; also the method `mask.plot`.
 
     block: the tile that the colours tell apart; about a sixteenth of T by default.
     axes: matplotlib axes to draw on; a new figure by default.
@@ -52,6 +51,9 @@ def plot(
     axes.set_xlabel("keys", fontsize=7)
     axes.set_ylabel("queries", fontsize=7)
     return axes.figure
+
+
+Mask.plot = plot  # drawing depends on the algebra, not the algebra on drawing
 
 
 def gallery(masks: Mapping[str, Mask], T: int = 64, *, block: int = 4, columns: int = 4) -> Any:

@@ -26,18 +26,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.layers import linear, together
-from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_options, head_width, split_heads, zero_invalid
-from attention_jax.mixers.recurrent import (
-    GatedRMSNorm,
-    RecurrentState,
-    ShortConvolution,
-    check_steps,
-    initial_decays,
-    refuse_bidirectional,
-    scan_options,
-)
+from attention_jax.caches import RecurrentState
+from attention_jax.layers import GatedRMSNorm, ShortConvolution, fused_linear
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
+from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
+from attention_jax.mixers.recurrent import check_steps, convolve, initial_decays, scan_options
+from attention_jax.ops import delta_rule as delta_op
 from attention_jax.ops.delta_rule import delta_rule
 from attention_jax.ops.delta_rule.api import implementations
 
@@ -45,13 +39,13 @@ _CACHE = "O(1): a matrix H x M per head, the convolution's last inputs"
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaBaseConfig:
+class DeltaBaseConfig(MixerConfig):
     """The keys that the three have in common."""
 
     implementations = staticmethod(implementations)
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
+    direction = "causal"
+    reason = "its state runs from the past to the present"
 
-    kind: str = ""
     num_heads: int = 4  #: heads of values and states (N)
     head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
     value_dim: int | None = None  #: width of a head's values (M); null: head_dim
@@ -61,11 +55,8 @@ class DeltaBaseConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_options(self)
-        for name in ("value_dim", "convolution", "chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        super().__post_init__()
+        check_positive(self, "value_dim", "convolution", "chunk_size")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(H, M); ValueError where H is no whole number."""
@@ -74,8 +65,20 @@ class DeltaBaseConfig:
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        refuse_bidirectional(self.kind, causal, "its state runs from the past to the present")
+        super().check(d_model, causal=causal)
         self.widths(d_model)
+
+    @property
+    def qk_heads(self) -> int:
+        """Heads of queries and keys."""
+        return getattr(self, "num_qk_heads", None) or self.num_heads
+
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
+        """The empty state, as large for any capacity; `dtype` is that of the convolution's inputs alone."""
+        del capacity, causal
+        H, M = self.widths(d_model)
+        kept = (self.convolution - 1, 2 * self.qk_heads * H + self.num_heads * M, dtype)
+        return RecurrentState.empty(batch, self.num_heads, H, M, kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +88,6 @@ class DeltaNetConfig(DeltaBaseConfig):
     about = About("DeltaNet", "arXiv 2406.06484", "O(T)", cache=_CACHE)
 
     kind: Literal["deltanet"] = "deltanet"  #: the mixer
-
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> DeltaNet:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return DeltaNet(d_model, self, rngs=rngs, **module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +114,6 @@ class GatedDeltaNetConfig(DeltaBaseConfig):
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         return head_dim, self.value_dim or 2 * head_dim
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> GatedDeltaNet:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return GatedDeltaNet(d_model, self, rngs=rngs, **module)
-
 
 @dataclasses.dataclass(frozen=True)
 class KDAConfig(DeltaBaseConfig):
@@ -136,47 +129,32 @@ class KDAConfig(DeltaBaseConfig):
     def __post_init__(self):
         super().__post_init__()
         check_steps(self.dt_min, self.dt_max)
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be >= 1, got {self.rank}")
-
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> KimiDeltaAttention:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return KimiDeltaAttention(d_model, self, rngs=rngs, **module)
+        check_positive(self, "rank")
 
 
-class _DeltaMixer(nnx.Module):
+class _DeltaMixer(Mixer):
     """What the three share. A subclass says what else it projects x to, and makes decays and norm of it."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: DeltaBaseConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-        N = config.num_heads
-        self.head_dim, self.value_dim = config.widths(d_model)
-        self.keys = (getattr(config, "num_qk_heads", None) or N) * self.head_dim
-        self.values = N * self.value_dim
-        common = {"dtype": dtype, "rngs": rngs}
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, beta and the subclass's projections, the convolution, out, the subclass's parts."""
+        config, N = self.config, self.config.num_heads
+        self.head_dim, self.value_dim = config.widths(self.d_model)
+        self.keys, self.values = config.qk_heads * self.head_dim, N * self.value_dim
         widths = {"q": self.keys, "k": self.keys, "v": self.values, "beta": N} | self._also_projected()
         for name, width in widths.items():
-            setattr(self, name, linear(d_model, width, kernel_init=kernel_init, **common))
+            setattr(self, name, parts.linear(self.d_model, width))
         self.projected = tuple(widths)
-        self.convolution = ShortConvolution(2 * self.keys + self.values, config.convolution, **common)
-        self.out = linear(self.values, d_model, kernel_init=out_init or kernel_init, **common)
-        self._add_parts(kernel_init, **common)
+        self.convolution = ShortConvolution(
+            2 * self.keys + self.values, config.convolution, dtype=self.dtype, rngs=parts.rngs
+        )
+        self.out = parts.out(self.values, self.d_model)
+        self._add_parts(parts)
 
     def _also_projected(self) -> dict[str, int]:
         """Name and width of further projections of x."""
         raise NotImplementedError
 
-    def _add_parts(self, kernel_init: Any, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def _add_parts(self, parts: Parts) -> None:
         """Parameters beside those that all have."""
         raise NotImplementedError
 
@@ -188,50 +166,54 @@ class _DeltaMixer(nnx.Module):
         """What the output projection takes, [B, T, N, M]."""
         raise NotImplementedError
 
-    def __call__(
-        self, x_BTD: jax.Array, state: RecurrentState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, RecurrentState | None]:
-        """y [B, T, D] and the state with x appended (None for None)."""
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the RecurrentState with x appended.
+
+        The captured weights are those of the new tokens among themselves, without what the state brings.
+        """
         config, (B, T, _) = self.config, x_BTD.shape
-        outputs = together([getattr(self, name) for name in self.projected], zero_invalid(x_BTD, ctx))
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        outputs = fused_linear([getattr(self, name) for name in self.projected], x_BTD)
         projections = dict(zip(self.projected, outputs, strict=True))
         mixed = jnp.concatenate([projections[name] for name in "qkv"], axis=-1)
-        mixed, inputs = self.convolution(mixed, None if state is None else state.inputs_BUC, ctx=ctx)
+        mixed, inputs_BUC = convolve(self.convolution, mixed, state, ctx)
         q, k, v = jnp.split(mixed, [self.keys, 2 * self.keys], axis=-1)
         largest = 2.0 if config.negative_eigenvalues else 1.0
-        y_BTNM, matrix_BNHM = delta_rule(
+        arrays = (
             split_heads(q, self.head_dim, _unit), split_heads(k, self.head_dim, _unit),
             split_heads(v, self.value_dim), largest * nnx.sigmoid(projections["beta"].astype(jnp.float32)),
-            log_decay=self._log_decay(projections),
+        )  # fmt: skip
+        call = {"log_decay": self._log_decay(projections), "scale": self.head_dim**-0.5}
+        call |= scan_options(state, ctx, B, T)
+        y_BTNM, matrix_BNHM = delta_rule(
+            *arrays,
             initial_state_BNHM=None if state is None else state.matrix_BNHM,
-            scale=self.head_dim**-0.5,
             chunk_size=config.chunk_size,
             return_state=True,
             impl=config.impl,
-            **scan_options(state, ctx, B, T),
-        )  # fmt: skip
-        y_BTE = self._normed(y_BTNM, projections).reshape(B, T, self.values)
-        return (
-            zero_invalid(self.out(y_BTE), ctx),
-            None if state is None else RecurrentState(matrix_BNHM, inputs),
+            **call,
         )
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> RecurrentState:
-        """The empty state, as large for any capacity; `dtype` is that of the convolution's inputs alone."""
-        del capacity, memory
-        inputs_BUC = self.convolution.init_state(batch, dtype)
-        return RecurrentState.empty(batch, self.config.num_heads, self.head_dim, self.value_dim, inputs_BUC)
+        aux = ctx.captured(
+            queries=lambda: arrays[0],
+            keys=lambda: arrays[1],
+            values=lambda: arrays[2],
+            attention=lambda: delta_op.delta_weights(*arrays, **call),
+        )
+        y_BTD = self.out(self._normed(y_BTNM, projections).reshape(B, T, self.values))
+        state = None if state is None else state.append(matrix_BNHM, inputs_BUC)
+        return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)
 
 
 class DeltaNet(_DeltaMixer):
     """The delta rule without decay; RMS norm without a gate."""
 
+    config_type = DeltaNetConfig
+
     def _also_projected(self):
         return {}
 
-    def _add_parts(self, kernel_init, *, dtype, rngs):
-        del kernel_init
-        self.norm = nnx.RMSNorm(self.value_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+    def _add_parts(self, parts):
+        self.norm = nnx.RMSNorm(self.value_dim, epsilon=1e-5, dtype=self.dtype, rngs=parts.rngs)
 
     def _log_decay(self, projections):
         return None
@@ -243,15 +225,16 @@ class DeltaNet(_DeltaMixer):
 class GatedDeltaNet(_DeltaMixer):
     """The delta rule with a decay per head; RMS norm with a silu gate."""
 
+    config_type = GatedDeltaNetConfig
+
     def _also_projected(self):
         return {"decay": self.config.num_heads, "gate": self.values}
 
-    def _add_parts(self, kernel_init, *, dtype, rngs):
-        del kernel_init
+    def _add_parts(self, parts):
         self.A_log, self.dt_bias = initial_decays(
-            rngs, self.config.num_heads, self.config.num_heads, self.config.dt_min, self.config.dt_max
+            parts.rngs, self.config.num_heads, self.config.num_heads, self.config.dt_min, self.config.dt_max
         )
-        self.norm = GatedRMSNorm(self.value_dim, gate="silu", dtype=dtype, rngs=rngs)
+        self.norm = GatedRMSNorm(self.value_dim, gate="silu", dtype=self.dtype, rngs=parts.rngs)
 
     def _log_decay(self, projections):
         steps_BTN = jax.nn.softplus(projections["decay"].astype(jnp.float32) + self.dt_bias[...])
@@ -264,20 +247,20 @@ class GatedDeltaNet(_DeltaMixer):
 class KimiDeltaAttention(_DeltaMixer):
     """The delta rule with a decay per key channel; RMS norm with a sigmoid gate; both of low rank."""
 
+    config_type = KDAConfig
+
     def _also_projected(self):
         rank = self.config.rank or self.head_dim
         return {"decay_down": rank, "gate_down": rank}
 
-    def _add_parts(self, kernel_init, *, dtype, rngs):
+    def _add_parts(self, parts):
         rank = self.config.rank or self.head_dim
         self.A_log, self.dt_bias = initial_decays(
-            rngs, self.config.num_heads, self.keys, self.config.dt_min, self.config.dt_max
+            parts.rngs, self.config.num_heads, self.keys, self.config.dt_min, self.config.dt_max
         )
-        self.decay_up = linear(rank, self.keys, kernel_init=kernel_init, rngs=rngs)
-        self.gate_up = linear(
-            rank, self.values, use_bias=True, kernel_init=kernel_init, dtype=dtype, rngs=rngs
-        )
-        self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", dtype=dtype, rngs=rngs)
+        self.decay_up = parts.linear(rank, self.keys, dtype=jnp.float32)
+        self.gate_up = parts.linear(rank, self.values, use_bias=True)
+        self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", dtype=self.dtype, rngs=parts.rngs)
 
     def _log_decay(self, projections):
         logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32)) + self.dt_bias[...]

@@ -19,28 +19,27 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import KVCache
-from attention_jax.layers import linear, together
+from attention_jax.layers import fused_linear
 from attention_jax.masks import Full, Mask
-from attention_jax.mixers.base import Context
+from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import (
-    build_within,
-    check_options,
+    SoftmaxMixerConfig,
+    enter,
     head_width,
-    parse_mask,
-    positions_of,
-    recall,
+    merge_heads,
+    rotate,
     split_heads,
+    update_cache,
     zero_invalid,
 )
 from attention_jax.positions import RoPE
 
 
 @dataclasses.dataclass(frozen=True)
-class DifferentialAttentionConfig:
+class DifferentialAttentionConfig(SoftmaxMixerConfig):
     """Differential self-attention; `kind: differential`."""
 
     about = About("Differential attention", "arXiv 2410.05258", "O(2 T^2)", cache="by the mask")
-    __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 
     kind: Literal["differential"] = "differential"  #: the mixer
     num_heads: int = 2  #: differential heads (N), each of two query heads; half of a plain model's
@@ -53,85 +52,72 @@ class DifferentialAttentionConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        parse_mask(self)
-        check_options(self)
+        super().__post_init__()
         if not 0 < self.lambda_init < 1:
             raise ValueError(f"lambda_init must be in (0, 1), got {self.lambda_init}")
 
-    def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
-        del causal  # a causal model intersects the mask with Causal()
-        head_dim = head_width(d_model, 2 * self.num_heads, self.head_dim)
-        if self.rope is not None:
-            self.rope.rotated_width(head_dim)
+    def head_width(self, d_model: int) -> int:
+        """H; ValueError where it is no whole number."""
+        return head_width(d_model, 2 * self.num_heads, self.head_dim)
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> DifferentialAttention:
-        """The mixer; `module` holds dtype and initialisers."""
-        return build_within(self, DifferentialAttention, d_model, rngs, causal, module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
+        """An empty cache as large as the mask needs: 2 K heads of keys, K of values."""
+        K, H = self.kv_heads, self.head_width(d_model)
+        mask = self.restricted(causal).mask
+        return KVCache.empty(batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=mask, dtype=dtype)
 
 
-class DifferentialAttention(nnx.Module):
+class DifferentialAttention(Mixer):
     """The difference of two softmax attentions over shared values."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: DifferentialAttentionConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.dtype = config, dtype
-        N = config.num_heads
-        self.kv_heads = K = N if config.num_kv_heads is None else config.num_kv_heads
-        self.head_dim = H = head_width(d_model, 2 * N, config.head_dim)
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
+    config_type = DifferentialAttentionConfig
+
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, out, the four vectors of lambda and the norm of a head's output."""
+        config = self.config
+        N, K = config.num_heads, config.kv_heads
+        self.head_dim = H = config.head_width(self.d_model)
         for name, width in {"q": 2 * N * H, "k": 2 * K * H, "v": 2 * K * H}.items():
-            setattr(self, name, linear(d_model, width, kernel_init=kernel_init, **common))
-        self.out = linear(2 * N * H, d_model, kernel_init=out_init or kernel_init, **common)
+            setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
+        self.out = parts.out(2 * N * H, self.d_model, use_bias=config.use_bias)
         init = nnx.initializers.normal(0.1)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            setattr(self, name, nnx.Param(init(rngs.params(), (H,), jnp.float32)))
-        self.head_norm = nnx.RMSNorm(2 * H, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+            setattr(self, name, nnx.Param(init(parts.rngs.params(), (H,), jnp.float32)))
+        self.head_norm = nnx.RMSNorm(2 * H, epsilon=1e-5, dtype=jnp.float32, rngs=parts.rngs)
 
-    def __call__(
-        self, x_BTD: jax.Array, state: KVCache | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, KVCache | None]:
-        """y [B, T, D] and the state with x appended."""
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the KVCache with x appended.
+
+        Captured queries and keys are those of both maps, heads 2n and 2n + 1 the pair of head n; the captured
+        attention is the difference of the maps, which is what the values meet before the norm.
+        """
         config, H = self.config, self.head_dim
-        # An empty slot's NaN would reach the parameters' gradients as 0 * NaN.
-        x_BTD = zero_invalid(x_BTD, ctx)
-        q, k, v = together([self.q, self.k, self.v], x_BTD)
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        q, k, v = fused_linear([self.q, self.k, self.v], x_BTD)
         # Heads 2n and 2n + 1 are the pair of differential head n.
-        q_BTNH, k_BTKH = split_heads(q, H), split_heads(k, H)
-        if config.rope is not None:
-            positions_BT = positions_of(ctx, x_BTD.shape[1])
-            q_BTNH, k_BTKH = config.rope.queries(q_BTNH, positions_BT), config.rope.keys(k_BTKH, positions_BT)
-        keys, state = recall(state, ctx, k_BTKH, split_heads(v, 2 * H))
-        first, second = (
-            keys.attend(
-                q_BTNH[:, :, i::2], k=keys.k_BSKH[:, :, i::2], mask=config.mask, impl=config.impl
-            ).astype(jnp.float32)
+        q_BTNH, k_BTKH = rotate(config.rope, split_heads(q, H), split_heads(k, H), ctx)
+        view, state = update_cache(state, ctx, k_BTKH, split_heads(v, 2 * H))
+        (first, first_aux), (second, second_aux) = (
+            view.attend(
+                q_BTNH[:, :, i::2], ctx, k=view.k_BSKH[:, :, i::2], mask=config.mask, impl=config.impl
+            )
             for i in (0, 1)
         )
-        y_BTNM = self.head_norm(first - self._lambda() * second) * (1 - config.lambda_init)
-        y_BTE = y_BTNM.astype(self.dtype).reshape(*x_BTD.shape[:2], -1)
-        return zero_invalid(self.out(y_BTE), ctx), state
+        difference = first.astype(jnp.float32) - self._lambda() * second.astype(jnp.float32)
+        y_BTNM = self.head_norm(difference) * (1 - config.lambda_init)
+        y_BTD = self.out(merge_heads(y_BTNM.astype(self.dtype)))
+        aux = ctx.captured(
+            queries=lambda: q_BTNH,
+            keys=lambda: view.k_BSKH,
+            values=lambda: view.v_BSKM,
+            attention=lambda: first_aux["attention"] - self._lambda() * second_aux["attention"],
+        )
+        return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)
 
     def _lambda(self) -> jax.Array:
         first = jnp.exp((self.lambda_q1[...] * self.lambda_k1[...]).sum())
         second = jnp.exp((self.lambda_q2[...] * self.lambda_k2[...]).sum())
         return first - second + self.config.lambda_init
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> KVCache:
-        """An empty cache for `capacity` tokens a row."""
-        del memory
-        K, H = self.kv_heads, self.head_dim
-        return KVCache.empty(
-            batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=self.config.mask, dtype=dtype or self.dtype
-        )
 
 
 def lambda_of_depth(layer: int) -> float:

@@ -21,32 +21,30 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
-from attention_jax.caches import KVCache
-from attention_jax.layers import linear, together
+from attention_jax.caches import HeldKeys, KVCache, State
+from attention_jax.layers import fused_linear, head_norm
 from attention_jax.masks import Full, Mask
-from attention_jax.mixers.base import Context
+from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import (
-    build_within,
-    check_options,
-    dropout_options,
-    head_norm,
-    head_width,
-    parse_mask,
-    recall,
+    SoftmaxMixerConfig,
+    enter,
+    merge_heads,
     split_heads,
+    update_cache,
     valid_tokens,
     zero_invalid,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class ForgettingAttentionConfig:
+class ForgettingAttentionConfig(SoftmaxMixerConfig):
     """Self-attention with forget gates; `kind: forgetting`. Causal models only."""
 
     about = About(
         "Forgetting attention", "arXiv 2503.02130", "O(T^2)", cache="by the mask, and a sum per key and head"
     )
-    __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
+    direction = "causal"
+    reason = "a key is forgotten by the tokens after it"
 
     kind: Literal["forgetting"] = "forgetting"  #: the mixer
     num_heads: int = 4  #: query heads (N), each with its own forget gate
@@ -60,26 +58,24 @@ class ForgettingAttentionConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        parse_mask(self)
-        check_options(self)
+        super().__post_init__()
         if not math.isfinite(self.gate_bias):
             raise ValueError(f"gate_bias must be finite, got {self.gate_bias}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        if not causal:
-            raise ValueError(
-                "forgetting attention is causal: a key is forgotten by the tokens after it; causal is false"
-            )
+        super().check(d_model, causal=causal)
         if self.mask.prefix:
             raise ValueError(
-                f"forgetting attention cannot show a prefix to the tokens before it: mask {self.mask}"
+                f"forgetting cannot attend bidirectionally within a prefix: mask {self.mask}; use kind softmax"
             )
-        head_width(d_model, self.num_heads, self.head_dim)
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> ForgettingAttention:
-        """The mixer; `module` holds dtype and initialisers."""
-        return build_within(self, ForgettingAttention, d_model, rngs, causal, module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> ForgettingState:
+        """An empty cache, and a sum of 0."""
+        N, H, mask = self.num_heads, self.head_width(d_model), self.restricted(causal).mask
+        per_key = jax.ShapeDtypeStruct((N,), jnp.float32)
+        cache = KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, dtype=dtype, per_key=per_key)
+        return ForgettingState(cache, jnp.zeros((batch, N), jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -101,49 +97,45 @@ class ForgetBias(Bias):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ForgettingState:
+class ForgettingState(State):
     """The cache, each key with its c_s [B, S, N], and c of the newest token, [B, N] float32."""
 
     cache: KVCache
     total_BN: jax.Array
 
+    def append(self, k_BTKH, v_BTKM, positions_BT: jax.Array, c_BTN: jax.Array) -> ForgettingState:
+        """The state with tokens written; c_BTN goes on from `total_BN`."""
+        return ForgettingState(self.cache.append(k_BTKH, v_BTKM, positions_BT, c_BTN), c_BTN[:, -1])
 
-class ForgettingAttention(nnx.Module):
-    """Softmax self-attention with a forget gate per head."""
+    def view(self) -> HeldKeys:
+        """The keys, with c as `per_key`."""
+        return self.cache.view()
 
-    def __init__(
-        self,
-        d_model: int,
-        config: ForgettingAttentionConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.dtype = config, dtype
-        N = config.num_heads
-        self.kv_heads = N if config.num_kv_heads is None else config.num_kv_heads
-        self.head_dim = H = head_width(d_model, N, config.head_dim)
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
-        for name, width in {"q": N * H, "k": self.kv_heads * H, "v": self.kv_heads * H}.items():
-            setattr(self, name, linear(d_model, width, kernel_init=kernel_init, **common))
-        # Sums over the whole context need float32, whatever the layers compute in.
-        self.gate = linear(
-            d_model, N, use_bias=True, dtype=jnp.float32, kernel_init=kernel_init, rngs=rngs,
-            bias_init=nnx.initializers.constant(config.gate_bias),
-        )  # fmt: skip
-        self.out = linear(N * H, d_model, kernel_init=out_init or kernel_init, **common)
-        self.q_norm, self.k_norm = (head_norm(config.qk_norm, H, dtype=dtype, rngs=rngs) for _ in range(2))
 
-    def __call__(
-        self, x_BTD: jax.Array, state: ForgettingState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, ForgettingState | None]:
-        """y [B, T, D] and the state with x appended."""
+class ForgettingAttention(Mixer):
+    """Softmax self-attention with forget gates."""
+
+    config_type = ForgettingAttentionConfig
+
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, gate, out and the norms of q and k."""
         config = self.config
-        # An empty slot's NaN would reach the parameters' gradients as 0 * NaN.
-        x_BTD = zero_invalid(x_BTD, ctx)
-        q, k, v = together([self.q, self.k, self.v], x_BTD)
+        N, K = config.num_heads, config.kv_heads
+        self.head_dim = H = config.head_width(self.d_model)
+        for name, width in {"q": N * H, "k": K * H, "v": K * H}.items():
+            setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
+        # Sums over the whole context need float32, whatever the layers compute in.
+        gate_bias = nnx.initializers.constant(config.gate_bias)
+        self.gate = parts.linear(self.d_model, N, use_bias=True, dtype=jnp.float32, bias_init=gate_bias)
+        self.out = parts.out(N * H, self.d_model, use_bias=config.use_bias)
+        norms = (head_norm(config.qk_norm, H, dtype=self.dtype, rngs=parts.rngs) for _ in range(2))
+        self.q_norm, self.k_norm = norms
+
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the ForgettingState with x appended."""
+        config = self.config
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        q, k, v = fused_linear([self.q, self.k, self.v], x_BTD)
         q_BTNH = split_heads(q, self.head_dim, self.q_norm)
         k_BTKH = split_heads(k, self.head_dim, self.k_norm)
         log_f_BTN = jax.nn.log_sigmoid(self.gate(x_BTD))
@@ -155,23 +147,14 @@ class ForgettingAttention(nnx.Module):
         if state is not None:
             c_BTN = c_BTN + state.total_BN[:, None]
         cache = None if state is None else state.cache
-        keys, cache = recall(cache, ctx, k_BTKH, split_heads(v, self.head_dim), extra=c_BTN)
-        y_BTNH = keys.attend(
+        view, cache = update_cache(cache, ctx, k_BTKH, split_heads(v, self.head_dim), c_BTN)
+        y_BTNH, aux = view.attend(
             q_BTNH,
+            ctx,
             mask=config.mask,
-            bias=ForgetBias(c_BTN, keys.extra),
+            bias=ForgetBias(c_BTN, view.per_key),
+            dropout=config.dropout,
             impl=config.impl,
-            **dropout_options(config.dropout, ctx),
         )
-        y_BTD = zero_invalid(self.out(y_BTNH.reshape(*y_BTNH.shape[:2], -1)), ctx)
-        return y_BTD, None if cache is None else ForgettingState(cache, c_BTN[:, -1])
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> ForgettingState:
-        """An empty state for `capacity` tokens a row."""
-        del memory
-        N, H = self.config.num_heads, self.head_dim
-        cache = KVCache.empty(
-            batch, capacity, self.kv_heads, H, H, mask=self.config.mask, dtype=dtype or self.dtype,
-            extra=jax.ShapeDtypeStruct((N,), jnp.float32),
-        )  # fmt: skip
-        return ForgettingState(cache, jnp.zeros((batch, N), jnp.float32))
+        y_BTD = zero_invalid(self.out(merge_heads(y_BTNH)), ctx)
+        return MixerOutput(y_BTD, None if cache is None else ForgettingState(cache, c_BTN[:, -1]), aux)

@@ -17,23 +17,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.layers import linear, together
-from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_options, head_width, split_heads, zero_invalid
-from attention_jax.mixers.recurrent import GatedRMSNorm, RecurrentState, decayed, refuse_bidirectional
-from attention_jax.ops.decay_scan.api import implementations
+from attention_jax.caches import RecurrentState
+from attention_jax.layers import GatedRMSNorm, fused_linear
+from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
+from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
+from attention_jax.mixers.recurrent import DecayMixerConfig, decayed
 
 
 @dataclasses.dataclass(frozen=True)
-class GLAConfig:
+class GLAConfig(DecayMixerConfig):
     """Gated linear attention; `kind: gla`. Causal models only."""
 
     about = About("Gated linear attention", "arXiv 2312.06635", "O(T)", cache="a matrix H x M per head")
-    implementations = staticmethod(implementations)
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     kind: Literal["gla"] = "gla"  #: the mixer
     num_heads: int = 4  #: heads (N)
@@ -45,11 +42,8 @@ class GLAConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_options(self)
-        for name in ("value_dim", "decay_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        super().__post_init__()
+        check_positive(self, "value_dim", "decay_rank")
         if not 0 < self.decay_temperature < math.inf:
             raise ValueError(f"decay_temperature must be > 0 and finite, got {self.decay_temperature}")
 
@@ -68,59 +62,44 @@ class GLAConfig:
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        refuse_bidirectional("gla", causal, "its state decays from the past to the present")
+        super().check(d_model, causal=causal)
         self.widths(d_model)
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> GatedLinearAttention:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return GatedLinearAttention(d_model, self, rngs=rngs, **module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
+        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
+        del capacity, causal, dtype
+        return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model))
 
 
-class GatedLinearAttention(nnx.Module):
+class GatedLinearAttention(Mixer):
     """Linear attention with a data-dependent decay per key channel, an RMS norm and a swish gate."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: GLAConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-        N = config.num_heads
-        self.head_dim, self.value_dim = config.widths(d_model)
+    config_type = GLAConfig
+
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, gate, the two factors of the decays' projection, the norm, out."""
+        config, N = self.config, self.config.num_heads
+        self.head_dim, self.value_dim = config.widths(self.d_model)
         keys, values = N * self.head_dim, N * self.value_dim
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
         widths = {"q": keys, "k": keys, "v": values, "gate": values, "decay_down": config.decay_rank}
         for name, width in widths.items():
-            setattr(self, name, linear(d_model, width, kernel_init=kernel_init, **common))
-        self.decay_up = linear(config.decay_rank, keys, use_bias=True, kernel_init=kernel_init, rngs=rngs)
-        self.norm = GatedRMSNorm(self.value_dim, dtype=dtype, rngs=rngs)
-        self.out = linear(values, d_model, kernel_init=out_init or kernel_init, **common)
+            setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
+        self.decay_up = parts.linear(config.decay_rank, keys, use_bias=True, dtype=jnp.float32)
+        self.norm = GatedRMSNorm(self.value_dim, dtype=self.dtype, rngs=parts.rngs)
+        self.out = parts.out(values, self.d_model, use_bias=config.use_bias)
 
-    def __call__(
-        self, x_BTD: jax.Array, state: RecurrentState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, RecurrentState | None]:
-        """y [B, T, D] and the state with x appended (None for None)."""
-        x_BTD = zero_invalid(x_BTD, ctx)
-        q, k, v, gate, low_rank = together([self.q, self.k, self.v, self.gate, self.decay_down], x_BTD)
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the RecurrentState with x appended."""
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        q, k, v, gate, low_rank = fused_linear([self.q, self.k, self.v, self.gate, self.decay_down], x_BTD)
         q_BTNH, k_BTNH = split_heads(q, self.head_dim), split_heads(k, self.head_dim)
         logits_BTE = self.decay_up(low_rank.astype(jnp.float32))
         log_decay_BTE = jax.nn.log_sigmoid(logits_BTE) / self.config.decay_temperature
-        o_BTNM, state = decayed(
+        o_BTNM, state, aux = decayed(
             q_BTNH, k_BTNH, split_heads(v, self.value_dim), state, ctx,
             log_decay=split_heads(log_decay_BTE, self.head_dim),
             scale=self.head_dim**-0.5,
             impl=self.config.impl,
         )  # fmt: skip
         y_BTNM = self.norm(o_BTNM, split_heads(gate, self.value_dim))
-        return zero_invalid(self.out(y_BTNM.reshape(gate.shape)), ctx), state
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> RecurrentState:
-        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
-        del capacity, memory, dtype
-        return RecurrentState.empty(batch, self.config.num_heads, self.head_dim, self.value_dim)
+        return MixerOutput(zero_invalid(self.out(y_BTNM.reshape(gate.shape)), ctx), state, aux)

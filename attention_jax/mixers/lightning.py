@@ -18,27 +18,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.biases import alibi_slopes
-from attention_jax.layers import linear, together
-from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_options, head_width, positions_of, split_heads, zero_invalid
-from attention_jax.mixers.recurrent import GatedRMSNorm, RecurrentState, decayed, refuse_bidirectional
-from attention_jax.ops.decay_scan.api import implementations
+from attention_jax.caches import RecurrentState
+from attention_jax.layers import GatedRMSNorm, fused_linear
+from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
+from attention_jax.mixers.parts import enter, head_width, rotate, split_heads, zero_invalid
+from attention_jax.mixers.recurrent import DecayMixerConfig, decayed
 from attention_jax.positions import RoPE
 
 
 @dataclasses.dataclass(frozen=True)
-class LightningConfig:
+class LightningConfig(DecayMixerConfig):
     """Lightning attention; `kind: lightning`. Causal models only."""
 
     about = About(
         "Lightning attention", "arXiv 2401.04658, 2501.08313", "O(T)", cache="a matrix H x H per head"
     )
-    implementations = staticmethod(implementations)
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     kind: Literal["lightning"] = "lightning"  #: the mixer
     num_heads: int = 4  #: heads (N), each with its own decay
@@ -50,66 +47,52 @@ class LightningConfig:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         if not 0 < self.slope_factor < math.inf:
             raise ValueError(f"slope_factor must be > 0 and finite, got {self.slope_factor}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        refuse_bidirectional("lightning", causal, "its state decays from the past to the present")
+        super().check(d_model, causal=causal)
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         if self.rope is not None:
             self.rope.rotated_width(head_dim)
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> LightningAttention:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return LightningAttention(d_model, self, rngs=rngs, **module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
+        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
+        del capacity, causal, dtype
+        H = head_width(d_model, self.num_heads, self.head_dim)
+        return RecurrentState.empty(batch, self.num_heads, H, H)
 
 
-class LightningAttention(nnx.Module):
+class LightningAttention(Mixer):
     """Linear attention with a fixed decay per head, an RMS norm over all heads and a sigmoid gate."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: LightningConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-        self.head_dim = head_width(d_model, config.num_heads, config.head_dim)
-        width = config.num_heads * self.head_dim
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
-        self.q, self.k, self.v, self.gate = (
-            linear(d_model, width, kernel_init=kernel_init, **common) for _ in range(4)
-        )
-        self.norm = GatedRMSNorm(width, gate="sigmoid", dtype=dtype, rngs=rngs)
-        self.out = linear(width, d_model, kernel_init=out_init or kernel_init, **common)
+    config_type = LightningConfig
 
-    def __call__(
-        self, x_BTD: jax.Array, state: RecurrentState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, RecurrentState | None]:
-        """y [B, T, D] and the state with x appended (None for None)."""
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, gate, the norm, out."""
         config = self.config
-        x_BTD = zero_invalid(x_BTD, ctx)
-        *qkv, gate = together([self.q, self.k, self.v, self.gate], x_BTD)
+        self.head_dim = head_width(self.d_model, config.num_heads, config.head_dim)
+        width = config.num_heads * self.head_dim
+        self.q, self.k, self.v, self.gate = (
+            parts.linear(self.d_model, width, use_bias=config.use_bias) for _ in range(4)
+        )
+        self.norm = GatedRMSNorm(width, gate="sigmoid", dtype=self.dtype, rngs=parts.rngs)
+        self.out = parts.out(width, self.d_model, use_bias=config.use_bias)
+
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the RecurrentState with x appended."""
+        config = self.config
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        *qkv, gate = fused_linear([self.q, self.k, self.v, self.gate], x_BTD)
         q_BTNH, k_BTNH, v_BTNH = (split_heads(jax.nn.silu(x), self.head_dim) for x in qkv)
-        if config.rope is not None:
-            at_BT = positions_of(ctx, x_BTD.shape[1])
-            q_BTNH, k_BTNH = config.rope.queries(q_BTNH, at_BT), config.rope.keys(k_BTNH, at_BT)
+        q_BTNH, k_BTNH = rotate(config.rope, q_BTNH, k_BTNH, ctx)
         slopes_N = config.slope_factor * np.array(alibi_slopes(config.num_heads))
-        o_BTNH, state = decayed(
+        o_BTNH, state, aux = decayed(
             q_BTNH, k_BTNH, v_BTNH, state, ctx,
             log_decay=jnp.asarray(-slopes_N, jnp.float32),
             impl=config.impl,
         )  # fmt: skip
-        return zero_invalid(self.out(self.norm(o_BTNH.reshape(gate.shape), gate)), ctx), state
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> RecurrentState:
-        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
-        del capacity, memory, dtype
-        return RecurrentState.empty(batch, self.config.num_heads, self.head_dim, self.head_dim)
+        y_BTD = self.out(self.norm(o_BTNH.reshape(gate.shape), gate))
+        return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)

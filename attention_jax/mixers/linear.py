@@ -23,8 +23,8 @@ from flax import nnx
 from attention_jax import feature_maps
 from attention_jax.about import About
 from attention_jax.feature_maps import FEATURE_MAPS
-from attention_jax.mixers.base import Context
-from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig, LinearState
+from attention_jax.mixers.base import Context, MixerOutput, Parts
+from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
 from attention_jax.mixers.parts import head_width, positions_of, valid_tokens
 from attention_jax.positions import RoPE
 
@@ -40,7 +40,7 @@ class LinearAttentionConfig(LinearBaseConfig):
     feature_map: Literal["elu1", "relu", "squared_relu", "softmax", "identity"] = "elu1"
     #: divide by the sum of the weights; null: where phi is never negative (all but identity)
     normalize: bool | None = None
-    #: rotary position embedding of the features; the weights' sum stays unturned; null: none
+    #: rotary position embedding of the features; the weights' sum stays unrotated; null: none
     rope: RoPE | None = None
 
     def __post_init__(self):
@@ -51,47 +51,52 @@ class LinearAttentionConfig(LinearBaseConfig):
                 "through 0; set normalize: false, with output_norm: rms"
             )
 
+    @property
+    def normalized(self) -> bool:
+        """Whether weights are divided by their sum."""
+        return FEATURE_MAPS[self.feature_map].never_negative if self.normalize is None else self.normalize
+
+    @property
+    def rotates(self) -> bool:
+        """Whether numerator and denominator have features of their own."""
+        return self.normalized and self.rope is not None
+
+    def features(self, d_model: int) -> int:
+        """H."""
+        return self.query_width(d_model)
+
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
         super().check(d_model, causal=causal)
         if self.rope is not None:
             self.rope.rotated_width(head_width(d_model, self.num_heads, self.head_dim))
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> LinearAttention:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return LinearAttention(d_model, self, causal=causal, rngs=rngs, **module)
-
 
 class LinearAttention(LinearBase):
     """phi(q) . phi(k) in the place of exp(q . k).
 
     Not normalised, weights are divided by sqrt(H). With rope, w_ts = (R_t phi(q_t)) . (R_s phi(k_s)) in the
-    numerator alone, since turned features may be negative (Su et al. 2021, arXiv 2104.09864, equation 19).
+    numerator alone, since rotated features may be negative (Su et al. 2021, arXiv 2104.09864, equation 19).
     """
 
-    def __init__(self, d_model: int, config: LinearAttentionConfig, **module):
-        super().__init__(d_model, config, **module)
-        self.map = FEATURE_MAPS[config.feature_map]
-        self.normalize = self.map.never_negative if config.normalize is None else config.normalize
-        self.turns = self.normalize and config.rope is not None
+    config_type = LinearAttentionConfig
+
+    def setup(self, parts: Parts) -> None:
+        """What all linear mixers have."""
+        super().setup(parts)
+        self.map = FEATURE_MAPS[self.config.feature_map]
         self.scale = 1.0 if self.normalize else 1 / math.sqrt(self.head_dim)
 
-    @property
-    def num_features(self) -> int:
-        """H."""
-        return self.head_dim
-
     def features(self, q_BTNH, k_BTKH, state, ctx):
-        """phi by name, turned by rope where there is one."""
+        """phi by name, rotated by rope where there is one."""
         del state
         q_BTNF, k_BTKF = self.map.phi(q_BTNH), self.map.phi(k_BTKH)
         rope = self.config.rope
         if rope is None:
             return Features(q_BTNF, k_BTKF)
         at_BT = positions_of(ctx, q_BTNH.shape[1])
-        turned = rope.queries(q_BTNF, at_BT), rope.keys(k_BTKF, at_BT)
-        return Features(q_BTNF, k_BTKF, turned) if self.normalize else Features(*turned)
+        rotated = rope.queries(q_BTNF, at_BT), rope.keys(k_BTKF, at_BT)
+        return Features(q_BTNF, k_BTKF, rotated) if self.normalize else Features(*rotated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +114,9 @@ class CosformerConfig(LinearBaseConfig):
         if self.horizon < 1:
             raise ValueError(f"horizon must be >= 1, got {self.horizon}")
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Cosformer:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return Cosformer(d_model, self, causal=causal, rngs=rngs, **module)
+    def features(self, d_model: int) -> int:
+        """2 H: a cosine's and a sine's half."""
+        return 2 * self.query_width(d_model)
 
 
 class Cosformer(LinearBase):
@@ -122,32 +126,28 @@ class Cosformer(LinearBase):
     here it is fixed.
     """
 
-    @property
-    def num_features(self) -> int:
-        """2 H: a cosine's and a sine's half."""
-        return 2 * self.head_dim
+    config_type = CosformerConfig
 
-    def __call__(
-        self, x_BTD: jax.Array, state: LinearState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, LinearState | None]:
-        """y [B, T, D] and the state with x appended.
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the LinearState with x appended.
 
         A token at a position past the horizon changes no state and gives NaN; in a model that is not causal
         so does its whole row, since no token of it sees all others. Raises: ValueError for more than
         `horizon` tokens without positions.
         """
+        ctx = ctx or Context()
         T, horizon = x_BTD.shape[1], self.config.horizon
         if ctx.positions_BT is None:
             if T > horizon:
                 raise ValueError(f"{T} tokens exceed cosformer's horizon {horizon}; raise horizon")
-            return super().__call__(x_BTD, state, ctx=ctx)
+            return super().mix(x_BTD, state, ctx=ctx)
         # A traced position cannot raise; NaN is seen, a weight of the wrong sign is not.
-        lost_BT = valid_tokens(ctx) & (ctx.positions_BT >= horizon)
-        within = dataclasses.replace(ctx, positions_BT=jnp.where(lost_BT, -1, ctx.positions_BT))
-        y_BTD, state = super().__call__(x_BTD, state, ctx=within)
+        beyond_BT = valid_tokens(ctx) & (ctx.positions_BT >= horizon)
+        kept = dataclasses.replace(ctx, positions_BT=jnp.where(beyond_BT, -1, ctx.positions_BT))
+        y_BTD, state, aux = super().mix(x_BTD, state, ctx=kept)
         if not self.causal:
-            lost_BT = valid_tokens(ctx) & lost_BT.any(axis=1, keepdims=True)
-        return jnp.where(lost_BT[..., None], jnp.nan, y_BTD), state
+            beyond_BT = valid_tokens(ctx) & beyond_BT.any(axis=1, keepdims=True)
+        return MixerOutput(jnp.where(beyond_BT[..., None], jnp.nan, y_BTD), state, aux)
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
         """relu, times the cosine and the sine of the position's angle."""
@@ -173,22 +173,19 @@ class BasedConfig(LinearBaseConfig):
         if self.feature_dim < 1:
             raise ValueError(f"feature_dim must be >= 1, got {self.feature_dim}")
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Based:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return Based(d_model, self, causal=causal, rngs=rngs, **module)
+    def query_width(self, d_model: int) -> int:
+        """d'."""
+        return self.feature_dim
+
+    def features(self, d_model: int) -> int:
+        """1 + d' + d' (d' + 1) / 2."""
+        return feature_maps.taylor2_features(self.feature_dim)
 
 
 class Based(LinearBase):
     """w_ts = 1 + u + u^2 / 2, u = q_t . k_s / sqrt(d'), with queries and keys of d' features."""
 
-    def __init__(self, d_model: int, config: BasedConfig, **module):
-        super().__init__(d_model, config, query_width=config.feature_dim, **module)
-
-    @property
-    def num_features(self) -> int:
-        """1 + d' + d' (d' + 1) / 2."""
-        return feature_maps.taylor2_features(self.query_width)
+    config_type = BasedConfig
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
         """1, x and the products of x with itself, of x / d'^(1/4)."""
@@ -205,28 +202,25 @@ class HedgehogConfig(LinearBaseConfig):
 
     kind: Literal["hedgehog"] = "hedgehog"  #: the mixer
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Hedgehog:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return Hedgehog(d_model, self, causal=causal, rngs=rngs, **module)
+    def features(self, d_model: int) -> int:
+        """2 H: a direction and its opposite."""
+        return 2 * self.query_width(d_model)
 
 
 class Hedgehog(LinearBase):
     """phi(x) = softmax([x W, -x W]): W [H, H] of each query head and each key head, the identity at first."""
 
-    def __init__(self, d_model: int, config: HedgehogConfig, **module: Any):
-        super().__init__(d_model, config, **module)
+    config_type = HedgehogConfig
+
+    def setup(self, parts: Parts) -> None:
+        """What all linear mixers have, and the maps of queries and keys."""
+        super().setup(parts)
         H = self.head_dim
         # Not named kernels: weight decay would draw all features towards one another.
         self.map_q, self.map_k = (
             nnx.Param(jnp.tile(jnp.eye(H, dtype=jnp.float32), (heads, 1, 1)))
-            for heads in (config.num_heads, self.kv_heads)
+            for heads in (self.config.num_heads, self.config.kv_heads)
         )
-
-    @property
-    def num_features(self) -> int:
-        """2 H: a direction and its opposite."""
-        return 2 * self.head_dim
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
         """softmax over the mapped features and their opposites."""

@@ -14,24 +14,29 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from attention_jax.layers import linear, together
-from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_options, head_norm, head_width, split_heads, zero_invalid
+from attention_jax.caches import LinearState
+from attention_jax.layers import fused_linear, head_norm
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
+from attention_jax.mixers.parts import (
+    check_positive,
+    enter,
+    head_width,
+    merge_heads,
+    split_heads,
+    zero_invalid,
+)
 from attention_jax.mixers.recurrent import scan_options
 from attention_jax.ops.decay_scan import decay_scan
 from attention_jax.ops.decay_scan.api import implementations
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearBaseConfig:
-    """The keys that every mixer of this family has."""
+class LinearBaseConfig(MixerConfig):
+    """The keys that every mixer of this family has, and how large the state is that they ask for."""
 
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
     implementations = staticmethod(implementations)
 
-    kind: str = ""
     num_heads: int = 4  #: query heads (N)
     num_kv_heads: int | None = None  #: key-value heads (K), a divisor of num_heads; null: num_heads
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
@@ -41,79 +46,84 @@ class LinearBaseConfig:
     impl: str | None = None  #: implementation of decay_scan by name; null: the best
 
     def __post_init__(self):
-        check_options(self)
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be >= 1, got {self.chunk_size}")
+        super().__post_init__()
+        check_positive(self, "chunk_size")
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def normalized(self) -> bool:
+        """Whether weights are divided by their sum."""
+        return True
+
+    @property
+    def rotates(self) -> bool:
+        """Whether numerator and denominator have features of their own."""
+        return False
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the sums have a running scale."""
+        return False
+
+    def query_width(self, d_model: int) -> int:
+        """Width of a head's queries and keys."""
+        return head_width(d_model, self.num_heads, self.head_dim)
+
+    def features(self, d_model: int) -> int:
+        """F, the features that phi makes of a head's query."""
+        raise NotImplementedError
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        del causal  # sums over both sides are as exact as sums over the past
+        super().check(d_model, causal=causal)  # sums over both sides are as exact as sums over the past
         head_width(d_model, self.num_heads, self.head_dim)
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LinearState:
-    """What linear attention keeps of a stream, whatever its length; float32.
-
-    sums_BNFM: sum of phi(k) v^T; where weights are normalised, its last column is the sum of phi(k).
-    weights_BNF1: that sum by itself, where the denominator's features are not the numerator's; else None.
-    log_scale_BK: the sums stand divided by its exponential; -inf before the first token; else None.
-    """
-
-    sums_BNFM: jax.Array
-    weights_BNF1: jax.Array | None = None
-    log_scale_BK: jax.Array | None = None
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> LinearState:
+        """Empty sums, the same for any `capacity`; ValueError in a model that is not causal."""
+        del capacity, dtype  # sums are float32 whatever is added to them
+        if not causal:
+            raise ValueError(f"{self.kind} keeps no state where causal is false: later tokens matter too")
+        columns = head_width(d_model, self.num_heads, self.head_dim) + (self.normalized and not self.rotates)
+        shape = (batch, self.num_heads, self.features(d_model))
+        return LinearState(
+            jnp.zeros((*shape, columns), jnp.float32),
+            jnp.zeros((*shape, 1), jnp.float32) if self.rotates else None,
+            jnp.full((batch, self.kv_heads), -jnp.inf, jnp.float32) if self.rescales else None,
+        )
 
 
 class Features(NamedTuple):
     """phi of queries and keys, float32, with what else the sums need.
 
-    turned: q and k of the numerator where they differ from the denominator's. log_decay_BTK: how the sums'
+    rotated: q and k of the numerator where they differ from the denominator's. log_decay_BTK: how the sums'
     scale shrinks at each token, where it does, and log_scale_BK: where it stands after the last one.
     """
 
     q_BTNF: jax.Array
     k_BTKF: jax.Array
-    turned: tuple[jax.Array, jax.Array] | None = None
+    rotated: tuple[jax.Array, jax.Array] | None = None
     log_decay_BTK: jax.Array | None = None
     log_scale_BK: jax.Array | None = None
 
 
-class LinearBase(nnx.Module):
-    """Projections, sums and state; a subclass gives `features` and `num_features`."""
+class LinearBase(Mixer):
+    """Projections, sums and state; a subclass gives `features`."""
 
-    normalize, scale = True, 1.0
-    # Whether numerator and denominator have features of their own; whether the sums have a running scale.
-    turns = rescales = False
-
-    def __init__(
-        self,
-        d_model: int,
-        config: Any,
-        *,
-        causal: bool = False,
-        query_width: int | None = None,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.causal, self.dtype = config, causal, dtype
-        N = config.num_heads
-        self.kv_heads = N if config.num_kv_heads is None else config.num_kv_heads
-        self.head_dim = M = head_width(d_model, N, config.head_dim)
-        self.query_width = H = M if query_width is None else query_width
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
-        for name, width in {"q": N * H, "k": self.kv_heads * H, "v": self.kv_heads * M}.items():
-            setattr(self, name, linear(d_model, width, kernel_init=kernel_init, **common))
-        self.out = linear(N * M, d_model, kernel_init=out_init or kernel_init, **common)
-        self.y_norm = head_norm(config.output_norm, M, dtype=dtype, rngs=rngs)
-
-    @property
-    def num_features(self) -> int:
-        """F, the features that phi makes of a head's query."""
-        raise NotImplementedError
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, out and the norm of a head's output."""
+        config, D = self.config, self.d_model
+        N, K = config.num_heads, config.kv_heads
+        self.head_dim = M = head_width(D, N, config.head_dim)
+        self.query_width = H = config.query_width(D)
+        for name, width in {"q": N * H, "k": K * H, "v": K * M}.items():
+            setattr(self, name, parts.linear(D, width, use_bias=config.use_bias))
+        self.out = parts.out(N * M, D, use_bias=config.use_bias)
+        self.y_norm = head_norm(config.output_norm, M, dtype=self.dtype, rngs=parts.rngs)
+        self.normalize, self.scale = config.normalized, 1.0
 
     def features(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, state: LinearState | None, ctx: Context
@@ -121,40 +131,32 @@ class LinearBase(nnx.Module):
         """phi of queries and keys; a row that holds no token may get anything finite."""
         raise NotImplementedError
 
-    def __call__(
-        self, x_BTD: jax.Array, state: LinearState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, LinearState | None]:
-        """y [B, T, D] and the state with x appended."""
-        # An empty slot's NaN would reach the projections' gradients as 0 * NaN.
-        x_BTD = zero_invalid(x_BTD, ctx)
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the LinearState with x appended.
+
+        Captured queries and keys are their features; the captured weights are those of the new tokens among
+        themselves, without what the state brings, and for causal models only.
+        """
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
         options = scan_options(state, ctx, *x_BTD.shape[:2])
         options |= {"chunk_size": self.config.chunk_size, "impl": self.config.impl}
-        q, k, v = together([self.q, self.k, self.v], x_BTD)
+        q, k, v = fused_linear([self.q, self.k, self.v], x_BTD)
         q_BTNH, k_BTKH = split_heads(q, self.query_width), split_heads(k, self.query_width)
         v_BTKM = split_heads(v, self.head_dim)
         phi = self.features(q_BTNH, k_BTKH, state, ctx)
+        aux = ctx.captured(
+            queries=lambda: phi.q_BTNF,
+            keys=lambda: phi.k_BTKF,
+            values=lambda: v_BTKM,
+            attention=lambda: self._weights(phi, v_BTKM, options),
+        )
         if self.causal:
             y_BTNM, state = self._past(phi, v_BTKM, state, options)
         else:
             y_BTNM = self._both_sides(phi, v_BTKM, options)
         y_BTNM = y_BTNM.astype(v_BTKM.dtype)
         y_BTNM = y_BTNM if self.y_norm is None else self.y_norm(y_BTNM)
-        return zero_invalid(self.out(y_BTNM.reshape(*y_BTNM.shape[:2], -1)), ctx), state
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> LinearState:
-        """Empty sums, the same for any `capacity`; ValueError in a model that is not causal."""
-        del memory, capacity, dtype  # sums are float32 whatever is added to them
-        if not self.causal:
-            raise ValueError(
-                f"{self.config.kind} keeps no state where causal is false: tokens to come matter"
-            )
-        columns = self.head_dim + (self.normalize and not self.turns)
-        shape = (batch, self.config.num_heads, self.num_features)
-        return LinearState(
-            jnp.zeros((*shape, columns), jnp.float32),
-            jnp.zeros((*shape, 1), jnp.float32) if self.turns else None,
-            jnp.full((batch, self.kv_heads), -jnp.inf, jnp.float32) if self.rescales else None,
-        )
+        return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNM)), ctx), state, aux)
 
     def _past(self, phi: Features, v_BTKM: jax.Array, state: LinearState | None, options: dict):
         """Sums over s <= t, and the state after the last token (None for None)."""
@@ -162,7 +164,7 @@ class LinearBase(nnx.Module):
         sums = weights = None
         if state is not None:
             sums, weights = state.sums_BNFM, state.weights_BNF1
-        if phi.turned is None:
+        if phi.rotated is None:
             q_BTNF, k_BTKF = phi.q_BTNF.astype(v_BTKM.dtype), phi.k_BTKF.astype(v_BTKM.dtype)
             y_BTNM, sums = decay_scan(
                 q_BTNF, k_BTKF, v_BTKM, initial_state_BNHM=sums, normalize=self.normalize, scale=self.scale,
@@ -171,29 +173,29 @@ class LinearBase(nnx.Module):
         else:
             # In float32, so that their quotient is rounded once.
             v_BTKM = v_BTKM.astype(jnp.float32)
-            y_BTNM, sums = decay_scan(*phi.turned, v_BTKM, initial_state_BNHM=sums, **options)
+            y_BTNM, sums = decay_scan(*phi.rotated, v_BTKM, initial_state_BNHM=sums, **options)
             ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
             z_BTN1, weights = decay_scan(
                 phi.q_BTNF, phi.k_BTKF, ones_BTK1, initial_state_BNHM=weights, **options
             )
             y_BTNM = _quotient(y_BTNM, z_BTN1)
-        return y_BTNM, None if state is None else LinearState(sums, weights, phi.log_scale_BK)
+        return y_BTNM, None if state is None else state.append(sums, weights, phi.log_scale_BK)
 
     def _both_sides(self, phi: Features, v_BTKM: jax.Array, options: dict) -> jax.Array:
         """Sums over the whole document."""
         v_BTKM = v_BTKM.astype(jnp.float32)
         ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
         if not self.normalize:
-            return self.scale * _two_sided(phi.q_BTNF, phi.k_BTKF, v_BTKM, options)
-        if phi.turned is None:
+            return self.scale * _bidirectional(phi.q_BTNF, phi.k_BTKF, v_BTKM, options)
+        if phi.rotated is None:
             v_BTKM = jnp.concatenate([v_BTKM, ones_BTK1], axis=-1)
-            y_BTNM = _two_sided(phi.q_BTNF, phi.k_BTKF, v_BTKM, options)
+            y_BTNM = _bidirectional(phi.q_BTNF, phi.k_BTKF, v_BTKM, options)
             return _quotient(y_BTNM[..., :-1], y_BTNM[..., -1:])
-        y_BTNM = _two_sided(*phi.turned, v_BTKM, options)
-        return _quotient(y_BTNM, _two_sided(phi.q_BTNF, phi.k_BTKF, ones_BTK1, options))
+        y_BTNM = _bidirectional(*phi.rotated, v_BTKM, options)
+        return _quotient(y_BTNM, _bidirectional(phi.q_BTNF, phi.k_BTKF, ones_BTK1, options))
 
 
-def _two_sided(q_BTNF: jax.Array, k_BTKF: jax.Array, v_BTKM: jax.Array, options: dict) -> jax.Array:
+def _bidirectional(q_BTNF: jax.Array, k_BTKF: jax.Array, v_BTKM: jax.Array, options: dict) -> jax.Array:
     """sum_s (q_t . k_s) v_s over the tokens s of t's document."""
     ids = {name: options.get(name) for name in ("positions", "segment_ids")}
     options = {name: x for name, x in options.items() if name not in ids}

@@ -18,15 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.layers import linear, together
-from attention_jax.mixers.base import Context
+from attention_jax.layers import fused_linear
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
-    check_options,
-    check_whole_row,
+    check_positive,
     dropout_options,
+    enter,
     head_width,
-    refuse_causal,
-    refuse_state,
+    merge_heads,
     split_heads,
     zero_invalid,
 )
@@ -34,13 +33,16 @@ from attention_jax.ops.softmax import dot_product_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class LinformerConfig:
+class LinformerConfig(MixerConfig):
     """Attention over a projected sequence; `kind: linformer`. Models that are not causal only."""
 
     about = About(
         "Linformer", "arXiv 2006.04768", "O(T R)", "O(T + R), and E, F of [R, n]", cache="-", causal=False
     )
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
+    direction = "bidirectional"
+    reason = "a projected key is a sum over the whole row, the future included"
+    mixes_whole_row = True
+    horizon_key = "length"
 
     kind: Literal["linformer"] = "linformer"  #: the mixer
     num_heads: int = 4  #: heads (N)
@@ -55,25 +57,27 @@ class LinformerConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        check_options(self)
-        for name in ("length", "projected_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, "length", "projected_length")
         if self.projected_length > self.length:
             raise ValueError(
                 f"projected_length {self.projected_length} exceeds length {self.length}: lower it, or use "
                 "kind softmax"
             )
 
+    @property
+    def horizon(self) -> int:
+        """The most tokens of a row."""
+        return self.length
+
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        refuse_causal("linformer", "a projected key is a sum over the whole row, the future included", causal)
+        super().check(d_model, causal=causal)
         head_width(d_model, self.num_heads, self.head_dim)
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Linformer:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return Linformer(d_model, self, rngs=rngs, **module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> None:
+        """There is none: ValueError."""
+        raise ValueError("linformer has no state: every output depends on the whole row; call it without one")
 
 
 class SequenceProjection(nnx.Module):
@@ -91,47 +95,40 @@ class SequenceProjection(nnx.Module):
         return jnp.einsum(equation, x_BSNH, kernel)
 
 
-class Linformer(nnx.Module):
-    """Softmax attention over a projected sequence; two-sided, without a state."""
+class Linformer(Mixer):
+    """Softmax attention over a projected sequence; bidirectional, without a state."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: LinformerConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-        N = config.num_heads
-        self.head_dim = H = head_width(d_model, N, config.head_dim)
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
+    config_type = LinformerConfig
+
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, out and the projections along the sequence."""
+        config, N = self.config, self.config.num_heads
+        self.head_dim = H = head_width(self.d_model, N, config.head_dim)
         for name in ("q", "k", "v"):
-            setattr(self, name, linear(d_model, N * H, kernel_init=kernel_init, **common))
-        self.out = linear(N * H, d_model, kernel_init=out_init or kernel_init, **common)
+            setattr(self, name, parts.linear(self.d_model, N * H, use_bias=config.use_bias))
+        self.out = parts.out(N * H, self.d_model, use_bias=config.use_bias)
         heads = N if config.sharing == "none" else None
         sizes = (config.length, config.projected_length)
-        self.k_rows = SequenceProjection(*sizes, heads=heads, rngs=rngs)
-        self.v_rows = None if config.sharing == "kv" else SequenceProjection(*sizes, heads=heads, rngs=rngs)
+        self.k_rows = SequenceProjection(*sizes, heads=heads, rngs=parts.rngs)
+        self.v_rows = (
+            None if config.sharing == "kv" else SequenceProjection(*sizes, heads=heads, rngs=parts.rngs)
+        )
 
-    def __call__(self, x_BTD: jax.Array, state: None = None, *, ctx: Context) -> tuple[jax.Array, None]:
-        """y [B, T, D] and None; NaN in a row that holds a position >= length.
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and no state; NaN in a row that holds a position >= length.
 
-        Raises: ValueError for a state, segment ids or more than `length` slots.
+        Captured are queries, keys and values before they are projected along the sequence. Raises: ValueError
+        for a state, segment ids or more than `length` slots.
         """
         config = self.config
-        refuse_state("linformer", state)
-        check_whole_row("linformer", ctx)
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
         T = x_BTD.shape[1]
         if T > config.length:
             raise ValueError(f"linformer: {T} tokens exceed its length {config.length}; raise length")
-        # An empty slot's NaN would reach the projections' gradients as 0 * NaN.
-        x_BTD = zero_invalid(x_BTD, ctx)
         q_BTNH, k_BTNH, v_BTNH = (
-            split_heads(y, self.head_dim) for y in together([self.q, self.k, self.v], x_BTD)
+            split_heads(y, self.head_dim) for y in fused_linear([self.q, self.k, self.v], x_BTD)
         )
+        aux = ctx.captured(queries=lambda: q_BTNH, keys=lambda: k_BTNH, values=lambda: v_BTNH)
         if ctx.positions_BT is not None:
             k_BTNH, v_BTNH = (_placed(y, ctx.positions_BT, config.length) for y in (k_BTNH, v_BTNH))
         y_BTNH = dot_product_attention(
@@ -142,16 +139,12 @@ class Linformer(nnx.Module):
             impl=config.impl,
             **dropout_options(config.dropout, ctx),
         )
-        y_BTD = self.out(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
+        y_BTD = self.out(merge_heads(y_BTNH))
         if ctx.positions_BT is not None:
             # A traced position cannot raise; NaN is seen, a key that is left out is not.
-            lost_B = (ctx.positions_BT >= config.length).any(axis=1)
-            y_BTD = jnp.where(lost_B[:, None, None], jnp.nan, y_BTD)
-        return zero_invalid(y_BTD, ctx), None
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> None:
-        """There is none: ValueError."""
-        refuse_state("linformer", (batch, capacity, memory, dtype))
+            beyond_B = (ctx.positions_BT >= config.length).any(axis=1)
+            y_BTD = jnp.where(beyond_B[:, None, None], jnp.nan, y_BTD)
+        return MixerOutput(zero_invalid(y_BTD, ctx), None, aux)
 
 
 def _placed(x_BTNH: jax.Array, positions_BT: jax.Array, length: int) -> jax.Array:

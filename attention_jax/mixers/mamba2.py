@@ -22,23 +22,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.layers import linear
-from attention_jax.mixers.base import Context
-from attention_jax.mixers.parts import check_options, split_heads, zero_invalid
+from attention_jax.caches import RecurrentState
+from attention_jax.layers import GatedRMSNorm, ShortConvolution
+from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
+from attention_jax.mixers.parts import check_positive, enter, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
-    GatedRMSNorm,
-    RecurrentState,
-    ShortConvolution,
+    DecayMixerConfig,
     check_steps,
+    convolve,
     decayed,
     initial_decays,
-    refuse_bidirectional,
 )
-from attention_jax.ops.decay_scan.api import implementations
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(DecayMixerConfig):
     """Mamba-2's mixer; `kind: mamba2`. Causal models only."""
 
     about = About(
@@ -47,8 +45,6 @@ class Mamba2Config:
         "O(T)",
         cache="a matrix H x M per head, the convolution's last inputs",
     )
-    implementations = staticmethod(implementations)
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     kind: Literal["mamba2"] = "mamba2"  #: the mixer
     expand: int = 2  #: channels of u and z over d_model
@@ -64,10 +60,8 @@ class Mamba2Config:
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
-        check_options(self)
-        for name in ("expand", "head_dim", "state_dim", "groups", "convolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, "expand", "head_dim", "state_dim", "groups", "convolution")
         check_steps(self.dt_min, self.dt_max)
         high = math.inf if self.dt_limit_high is None else self.dt_limit_high
         if not 0 <= self.dt_limit_low < high:
@@ -75,74 +69,63 @@ class Mamba2Config:
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        refuse_bidirectional("mamba2", causal, "its state runs from the past to the present")
+        super().check(d_model, causal=causal)
         channels = self.expand * d_model
         if channels % self.head_dim:
             raise ValueError(f"head_dim {self.head_dim} does not divide expand d_model = {channels}")
         if channels // self.head_dim % self.groups:
             raise ValueError(f"groups {self.groups} does not divide the {channels // self.head_dim} heads")
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Mamba2:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return Mamba2(d_model, self, rngs=rngs, **module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
+        """The empty state, as large for any capacity; `dtype` is that of the convolution's inputs alone."""
+        del capacity, causal
+        channels = self.expand * d_model
+        kept = (self.convolution - 1, channels + 2 * self.groups * self.state_dim, dtype)
+        return RecurrentState.empty(batch, channels // self.head_dim, self.state_dim, self.head_dim, kept)
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Mixer):
     """A short convolution, a state space with one decay per head, a gated norm."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: Mamba2Config,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.dtype = config, dtype
-        self.channels = config.expand * d_model
+    config_type = Mamba2Config
+
+    def setup(self, parts: Parts) -> None:
+        """in_proj, the convolution, decays, D, the norm, out."""
+        config, rngs = self.config, parts.rngs
+        self.channels = config.expand * self.d_model
         self.heads = self.channels // config.head_dim
         self.shared = config.groups * config.state_dim  # channels of B, and of C
         convolved = self.channels + 2 * self.shared
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
-        self.in_proj = linear(
-            d_model, self.channels + convolved + self.heads, kernel_init=kernel_init, **common
-        )
+        width = self.channels + convolved + self.heads
+        self.in_proj = parts.linear(self.d_model, width, use_bias=config.use_bias)
         self.convolution = ShortConvolution(
-            convolved, config.convolution, use_bias=True, dtype=dtype, rngs=rngs
+            convolved, config.convolution, use_bias=True, dtype=self.dtype, rngs=rngs
         )
         self.A_log, self.dt_bias = initial_decays(rngs, self.heads, self.heads, config.dt_min, config.dt_max)
         self.D = nnx.Param(jnp.ones(self.heads, jnp.float32))
-        self.norm = GatedRMSNorm(self.channels, gated="before", groups=config.groups, dtype=dtype, rngs=rngs)
-        self.out = linear(self.channels, d_model, kernel_init=out_init or kernel_init, **common)
+        self.norm = GatedRMSNorm(
+            self.channels, gated="before", groups=config.groups, dtype=self.dtype, rngs=rngs
+        )
+        self.out = parts.out(self.channels, self.d_model, use_bias=config.use_bias)
 
-    def __call__(
-        self, x_BTD: jax.Array, state: RecurrentState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, RecurrentState | None]:
-        """y [B, T, D] and the state with x appended (None for None)."""
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the RecurrentState with x appended."""
         config, E = self.config, self.channels
-        projected = self.in_proj(zero_invalid(x_BTD, ctx))
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        projected = self.in_proj(x_BTD)
         z_BTE, mixed, dt = jnp.split(projected, [E, projected.shape[-1] - self.heads], axis=-1)
-        mixed, inputs = self.convolution(mixed, None if state is None else state.inputs_BUC, ctx=ctx)
+        mixed, inputs_BUC = convolve(self.convolution, mixed, state, ctx)
         u, b, c = jnp.split(mixed, [E, E + self.shared], axis=-1)
         u_BTNM = split_heads(u, config.head_dim).astype(jnp.float32)
         dt_BTN = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
         if config.dt_limit_low > 0 or config.dt_limit_high is not None:
             dt_BTN = jnp.clip(dt_BTN, config.dt_limit_low, config.dt_limit_high)
-        o_BTNM, state = decayed(
+        o_BTNM, state, aux = decayed(
             split_heads(c, config.state_dim), split_heads(b, config.state_dim),
-            (u_BTNM * dt_BTN[..., None]).astype(self.dtype), state, ctx, inputs,
+            (u_BTNM * dt_BTN[..., None]).astype(self.dtype), state, ctx, inputs_BUC,
             log_decay=-jnp.exp(self.A_log[...]) * dt_BTN,
             impl=config.impl,
         )  # fmt: skip
         o_BTNM = o_BTNM + self.D[...][:, None] * u_BTNM
-        return zero_invalid(self.out(self.norm(o_BTNM.reshape(z_BTE.shape), z_BTE)), ctx), state
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> RecurrentState:
-        """The empty state, as large for any capacity; `dtype` is that of the convolution's inputs alone."""
-        del capacity, memory
-        config = self.config
-        inputs_BUC = self.convolution.init_state(batch, dtype)
-        return RecurrentState.empty(batch, self.heads, config.state_dim, config.head_dim, inputs_BUC)
+        y_BTD = self.out(self.norm(o_BTNM.reshape(z_BTE.shape), z_BTE))
+        return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)

@@ -21,18 +21,17 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import KVCache
-from attention_jax.layers import linear, together
+from attention_jax.layers import fused_linear
 from attention_jax.masks import Full, Mask
-from attention_jax.mixers.base import Context
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
-    Keys,
-    build_within,
-    check_options,
-    dropout_options,
-    parse_mask,
+    KVView,
+    check_positive,
+    enter,
+    merge_heads,
     positions_of,
-    recall,
     split_heads,
+    update_cache,
     zero_invalid,
 )
 from attention_jax.positions import RoPE
@@ -42,7 +41,7 @@ _ABSORB_UP_TO = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentAttentionConfig:
+class LatentAttentionConfig(MixerConfig):
     """Multi-head latent self-attention; `kind: mla`."""
 
     about = About(
@@ -51,7 +50,7 @@ class LatentAttentionConfig:
         "O(T^2)",
         cache="latent_dim + rotary_dim per token, by the mask",
     )
-    __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
+    takes_mask = True
 
     kind: Literal["mla"] = "mla"  #: the mixer
     num_heads: int = 4  #: heads (N)
@@ -66,73 +65,60 @@ class LatentAttentionConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        parse_mask(self)
-        check_options(self)
-        for name in ("latent_dim", "query_latent_dim", "head_dim", "value_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        super().__post_init__()
+        check_positive(self, "latent_dim", "query_latent_dim", "head_dim", "value_dim")
         if self.rotary_dim < 0 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even and >= 0, got {self.rotary_dim}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        del d_model, causal  # a causal model intersects the mask with Causal()
+        super().check(d_model, causal=causal)
         if self.rotary_dim:
             self.rope.rotated_width(self.rotary_dim)
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> LatentAttention:
-        """The mixer; `module` holds dtype and initialisers."""
-        return build_within(self, LatentAttention, d_model, rngs, causal, module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
+        """An empty cache of R + P numbers a token, as large as the mask needs."""
+        del d_model
+        width, mask = self.latent_dim + self.rotary_dim, self.restricted(causal).mask
+        return KVCache.empty(batch, capacity, 1, width, None, mask=mask, dtype=dtype)
 
 
-class LatentAttention(nnx.Module):
+class LatentAttention(Mixer):
     """Softmax self-attention over a cached latent."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: LatentAttentionConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.dtype = config, dtype
+    config_type = LatentAttentionConfig
+
+    def setup(self, parts: Parts) -> None:
+        """Projections down to the latents and up to heads, the latents' norms, out."""
+        config, D = self.config, self.d_model
         N, R, H, P = config.num_heads, config.latent_dim, config.head_dim, config.rotary_dim
         self.value_dim = M = config.value_dim or H
-        common = {"dtype": dtype, "rngs": rngs}
-
-        def projection(features_in: int, features_out: int) -> nnx.Linear:
-            return linear(features_in, features_out, kernel_init=kernel_init, **common)
-
+        norm = {"dtype": self.dtype, "rngs": parts.rngs}
         if config.query_latent_dim is not None:
-            self.q_down = projection(d_model, config.query_latent_dim)
-            self.q_latent_norm = nnx.RMSNorm(config.query_latent_dim, **common)
-        self.q = projection(config.query_latent_dim or d_model, N * (H + P))
-        self.kv_down = projection(d_model, R)
-        self.kv_latent_norm = nnx.RMSNorm(R, **common)
+            self.q_down = parts.linear(D, config.query_latent_dim)
+            self.q_latent_norm = nnx.RMSNorm(config.query_latent_dim, **norm)
+        self.q = parts.linear(config.query_latent_dim or D, N * (H + P))
+        self.kv_down = parts.linear(D, R)
+        self.kv_latent_norm = nnx.RMSNorm(R, **norm)
         if P:
-            self.k_rotary = projection(d_model, P)
-        self.k_up = projection(R, N * H)
-        self.v_up = projection(R, N * M)
-        self.out = linear(N * M, d_model, kernel_init=out_init or kernel_init, **common)
+            self.k_rotary = parts.linear(D, P)
+        self.k_up = parts.linear(R, N * H)
+        self.v_up = parts.linear(R, N * M)
+        self.out = parts.out(N * M, D)
 
-    def __call__(
-        self, x_BTD: jax.Array, state: KVCache | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, KVCache | None]:
-        """y [B, T, D] and the state with x appended."""
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the KVCache of latents with x appended.
+
+        Captured keys and values are those of the form that ran: of each head, or absorbed, the latents.
+        """
         T = x_BTD.shape[1]
-        # An empty slot's NaN would reach the parameters' gradients as 0 * NaN.
-        x_BTD = zero_invalid(x_BTD, ctx)
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
         q_BTNH = self._queries(x_BTD, ctx)
-        cached = state is not None
+        absorb = state is not None and T <= _ABSORB_UP_TO
         # One head of [latent ; rotary key] is what the cache holds; its values are a part of it.
-        keys, state = recall(state, ctx, self._latents(x_BTD, ctx)[:, :, None], None)
-        attend = self._absorbed if cached and T <= _ABSORB_UP_TO else self._expanded
-        y_BTNM = attend(q_BTNH, keys, ctx)
-        return zero_invalid(self.out(y_BTNM.reshape(*x_BTD.shape[:2], -1)), ctx), state
+        view, state = update_cache(state, ctx, self._latents(x_BTD, ctx)[:, :, None], None)
+        y_BTNM, aux = (self._absorbed if absorb else self._expanded)(q_BTNH, view, ctx)
+        return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNM)), ctx), state, aux)
 
     def _queries(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         config = self.config
@@ -149,24 +135,24 @@ class LatentAttention(nnx.Module):
         """[c ; k_r] of the new tokens, [B, T, R + P]."""
         if not self.config.rotary_dim:
             return self.kv_latent_norm(self.kv_down(x_BTD))
-        down, rotary = together([self.kv_down, self.k_rotary], x_BTD)
+        down, rotary = fused_linear([self.kv_down, self.k_rotary], x_BTD)
         rotary = self.config.rope.keys(rotary[:, :, None], positions_of(ctx, x_BTD.shape[1]))[:, :, 0]
         return jnp.concatenate([self.kv_latent_norm(down), rotary], axis=-1)
 
-    def _expanded(self, q_BTNH: jax.Array, keys: Keys, ctx: Context) -> jax.Array:
+    def _expanded(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
         """Attention with a key and a value per head, made from the latents."""
         N, R = self.config.num_heads, self.config.latent_dim
-        latent_BSR = self._latent_part(keys)
-        k_up, v_up = together([self.k_up, self.v_up], latent_BSR)
+        latent_BSR = self._latent_part(view)
+        k_up, v_up = fused_linear([self.k_up, self.v_up], latent_BSR)
         k_BSNH = k_up.reshape(*k_up.shape[:2], N, -1)
         if self.config.rotary_dim:
-            rotary_BS1P = keys.k_BSKH[..., R:].astype(k_BSNH.dtype)
+            rotary_BS1P = view.k_BSKH[..., R:].astype(k_BSNH.dtype)
             shape = (*k_BSNH.shape[:3], rotary_BS1P.shape[-1])
             k_BSNH = jnp.concatenate([k_BSNH, jnp.broadcast_to(rotary_BS1P, shape)], axis=-1)
         v_BSNM = v_up.reshape(*v_up.shape[:2], N, -1)
-        return keys.attend(q_BTNH, k=k_BSNH, v=v_BSNM, **self._options(ctx))
+        return view.attend(q_BTNH, ctx, k=k_BSNH, v=v_BSNM, **self._options())
 
-    def _absorbed(self, q_BTNH: jax.Array, keys: Keys, ctx: Context) -> jax.Array:
+    def _absorbed(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
         """Attention of absorbed queries with the latents themselves: K = 1, v a part of k."""
         config = self.config
         N, R, H = config.num_heads, config.latent_dim, config.head_dim
@@ -174,28 +160,19 @@ class LatentAttention(nnx.Module):
         v_up_RNM = self.v_up.kernel[...].astype(self.dtype).reshape(R, N, -1)
         q_BTNR = jnp.einsum("btnh,rnh->btnr", q_BTNH[..., :H], k_up_RNH)
         q_BTNE = jnp.concatenate([q_BTNR, q_BTNH[..., H:]], axis=-1)
-        latent_BS1R = self._latent_part(keys)[:, :, None]
-        y_BTNR = keys.attend(q_BTNE, v=latent_BS1R, **self._options(ctx))
-        return jnp.einsum("btnr,rnm->btnm", y_BTNR, v_up_RNM)
+        latent_BS1R = self._latent_part(view)[:, :, None]
+        y_BTNR, aux = view.attend(q_BTNE, ctx, v=latent_BS1R, **self._options())
+        return jnp.einsum("btnr,rnm->btnm", y_BTNR, v_up_RNM), aux
 
-    def _latent_part(self, keys: Keys) -> jax.Array:
+    def _latent_part(self, view: KVView) -> jax.Array:
         """c [B, S, R] with what empty slots hold selected to 0: it is multiplied before the op selects."""
-        latent_BSR = keys.k_BSKH[:, :, 0, : self.config.latent_dim].astype(self.dtype)
-        valid_BS = keys.valid_BS
+        latent_BSR = view.k_BSKH[:, :, 0, : self.config.latent_dim].astype(self.dtype)
+        valid_BS = view.valid_BS
         return latent_BSR if valid_BS is None else jnp.where(valid_BS[..., None], latent_BSR, 0)
 
-    def _options(self, ctx: Context) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         config = self.config
         # Under YaRN both parts of the score are scaled by mscale^2, as the published models do it.
         scale = config.rope.softmax_factor if config.rotary_dim else 1.0
         scale = scale * (config.head_dim + config.rotary_dim) ** -0.5
-        options = dropout_options(config.dropout, ctx)
-        return {"mask": config.mask, "scale": scale, "impl": config.impl} | options
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> KVCache:
-        """An empty cache of R + P numbers a token for `capacity` tokens a row."""
-        del memory
-        width = self.config.latent_dim + self.config.rotary_dim
-        return KVCache.empty(
-            batch, capacity, 1, width, None, mask=self.config.mask, dtype=dtype or self.dtype
-        )
+        return {"mask": config.mask, "scale": scale, "impl": config.impl, "dropout": config.dropout}

@@ -11,8 +11,8 @@
 As in the paper each branch projects its own keys and values, and one query serves all three. The gates are
 one linear layer, for each head and branch.
 
-Positions: rope turns q and the keys of the selected and window branches. phi takes keys as they were before
-rope, so that a block has the same summary wherever it stands; the compressed key is then turned to the
+Positions: rope rotates q and the keys of the selected and window branches. phi takes keys as they were before
+rope, so that a block has the same summary wherever it stands; the compressed key is then rotated to the
 position of its last token, so that its scores too depend on the distance alone.
 
 No gradient flows through the choice of blocks; what phi learns it learns from the compressed branch.
@@ -28,17 +28,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import KVCache
-from attention_jax.layers import gelu, linear, together
-from attention_jax.masks import Causal, Full, SlidingWindow
-from attention_jax.mixers.base import Context
+from attention_jax.caches import HeldKeys, KVCache, State
+from attention_jax.layers import fused_linear, gelu, linear
+from attention_jax.masks import Causal, Full, Mask, SlidingWindow
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
     cached_positions,
-    check_heads,
+    check_positive,
+    enter,
     head_width,
+    merge_heads,
     positions_of,
-    recall,
     split_heads,
+    update_cache,
     zero_invalid,
 )
 from attention_jax.ops.selected import choose_blocks, selected_attention
@@ -56,7 +58,7 @@ _SELECTED_IMPL = {None: None, "reference": "reference", "chunked": "gathered"}
 
 
 @dataclasses.dataclass(frozen=True)
-class NSAConfig:
+class NSAConfig(MixerConfig):
     """Native sparse attention; `kind: nsa`. Causal models only."""
 
     implementations = staticmethod(lambda: tuple(filter(None, _SELECTED_IMPL)))
@@ -66,7 +68,8 @@ class NSAConfig:
         "O(T (T / compress_stride + select_count select_block + window))",
         cache="all keys, compressed keys, ring of window",
     )
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
+    direction = "causal"
+    reason = "it compresses, selects and windows the past of a query"
 
     kind: Literal["nsa"] = "nsa"  #: the mixer
     num_heads: int = 4  #: query heads (N)
@@ -86,11 +89,8 @@ class NSAConfig:
     impl: str | None = None
 
     def __post_init__(self):
-        check_heads(self.num_heads, self.num_kv_heads)
-        for name in ("compress_block", "compress_stride", "compress_width", "select_block", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        super().__post_init__()
+        check_positive(self, "compress_block", "compress_stride", "compress_width", "select_block", "window")
         for name in ("compress_block", "select_block"):
             if getattr(self, name) % self.compress_stride:
                 raise ValueError(
@@ -101,31 +101,40 @@ class NSAConfig:
                 f"select_count must be >= 3, got {self.select_count}: the first and the last two blocks "
                 "are always selected"
             )
-        if self.impl not in _SELECTED_IMPL:
-            raise ValueError(f"impl must be 'reference', 'chunked' or null for nsa, got {self.impl!r}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        if not causal:
-            raise ValueError(
-                "nsa is causal only: it compresses, selects and windows the past of a query; "
-                "use kind softmax in a model with causal: false"
-            )
+        super().check(d_model, causal=causal)
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         if self.rope is not None:
             self.rope.rotated_width(head_dim)
             if self.rope.xpos is not None:
                 raise ValueError("nsa takes no rope.xpos: one query meets keys of blocks and of tokens alike")
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> NSA:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kind"}
-        return NSA(d_model, rngs=rngs, **arguments, **module)
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> NSAState:
+        """Empty caches: all tokens for the selection, a ring each for window and unfinished blocks."""
+        K, H = self.kv_heads, head_width(d_model, self.num_heads, self.head_dim)
+
+        def cache(mask: Mask) -> KVCache:
+            return KVCache.empty(batch, capacity, K, H, H, mask=mask, dtype=dtype)
+
+        blocks = max((capacity - self.compress_block) // self.compress_stride + 1, 1)
+        empty = jnp.zeros((batch, blocks, K, H), dtype)
+        return NSAState(
+            selected=cache(Full()),
+            window=cache(SlidingWindow(self.window)),
+            tail=cache(SlidingWindow(self.compress_block)),
+            compressed=Compressed(empty, empty.copy(), jnp.full((batch, blocks), -1, jnp.int32)),
+        )
 
 
 class Compressed(NamedTuple):
-    """Compressed keys (turned to their positions) and values, and the position of each block's last token.
+    """Compressed keys (rotated to their positions) and values, and the position of each block's last token.
 
     Entries without a block have position -1 and hold 0.
     """
@@ -137,7 +146,7 @@ class Compressed(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NSAState:
+class NSAState(State):
     """What NSA keeps of a stream: entry i of `compressed` is block i.
 
     tail: the keys and values of the compressed branch, before phi, of the last compress_block tokens.
@@ -147,6 +156,14 @@ class NSAState:
     window: KVCache
     tail: KVCache
     compressed: Compressed
+
+    def append(self, selected: KVCache, window: KVCache, tail: KVCache, compressed: Compressed) -> NSAState:
+        """The state with each branch's own state after more tokens."""
+        return NSAState(selected, window, tail, compressed)
+
+    def view(self) -> tuple[HeldKeys, HeldKeys, HeldKeys, Compressed]:
+        """What each branch holds: selected, window, tail and compressed."""
+        return self.selected.view(), self.window.view(), self.tail.view(), self.compressed
 
 
 class Compress(nnx.Module):
@@ -166,40 +183,18 @@ class Compress(nnx.Module):
         return self.down(gelu(self.up(x_BCKlH.reshape(*x_BCKlH.shape[:3], -1))))
 
 
-class NSA(nnx.Module):
+class NSA(Mixer):
     """Three branches of attention to the past, summed by gates."""
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        rope: RoPE | None = None,
-        compress_block: int = 32,
-        compress_stride: int = 16,
-        compress_width: int | None = None,
-        select_block: int = 64,
-        select_count: int = 16,
-        window: int = 512,
-        use_bias: bool = False,
-        impl: str | None = None,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = head_width(d_model, num_heads, head_dim)
-        self.block, self.stride = compress_block, compress_stride
-        self.select_block, self.select_count = select_block, select_count
-        self.rope, self.window, self.impl, self.dtype = rope, window, impl, dtype
+    config_type = NSAConfig
 
-        common = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
-        kv_width = self.num_kv_heads * self.head_dim
-        self.q = linear(d_model, num_heads * self.head_dim, kernel_init=kernel_init, **common)
+    def setup(self, parts: Parts) -> None:
+        """q, keys and values of each branch, the gates, the compressing MLPs, out."""
+        config, D = self.config, self.d_model
+        N, K = config.num_heads, config.kv_heads
+        self.head_dim = H = head_width(D, N, config.head_dim)
+        use_bias = {"use_bias": config.use_bias}
+        self.q = parts.linear(D, N * H, **use_bias)
         (
             self.compressed_k,
             self.compressed_v,
@@ -207,66 +202,57 @@ class NSA(nnx.Module):
             self.selected_v,
             self.window_k,
             self.window_v,
-        ) = (linear(d_model, kv_width, kernel_init=kernel_init, **common) for _ in range(6))
-        self.gates = linear(d_model, 3 * num_heads, kernel_init=kernel_init, **common)
+        ) = (parts.linear(D, K * H, **use_bias) for _ in range(6))
+        self.gates = parts.linear(D, 3 * N, **use_bias)
         self.phi_k, self.phi_v = (
-            Compress(compress_block, self.head_dim, compress_width or self.head_dim, **common)
+            Compress(
+                config.compress_block, H, config.compress_width or H,
+                dtype=self.dtype, rngs=parts.rngs, **use_bias,
+            )
             for _ in range(2)
-        )
-        self.out = linear(num_heads * self.head_dim, d_model, kernel_init=out_init or kernel_init, **common)
+        )  # fmt: skip
+        self.out = parts.out(N * H, D, **use_bias)
 
-    def __call__(
-        self, x_BTD: jax.Array, state: NSAState | None = None, *, ctx: Context
-    ) -> tuple[jax.Array, NSAState | None]:
-        """y [B, T, D] and the state with x appended (None for None)."""
-        # An empty slot's NaN would reach the gradients of all three branches through its gates, as 0 * NaN.
-        x_BTD = zero_invalid(x_BTD, ctx)
-        q, ck, cv, sk, sv, wk, wv, gates = together(
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and the NSAState with x appended.
+
+        Captured keys and values are those of the selected branch; the weights of three branches are not one
+        map, so that `attention` is not captured.
+        """
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        q, ck, cv, sk, sv, wk, wv, gates = fused_linear(
             [self.q, self.compressed_k, self.compressed_v, self.selected_k, self.selected_v, self.window_k,
              self.window_v, self.gates],
             x_BTD,
         )  # fmt: skip
         ck, cv, sk, sv, wk, wv = (split_heads(x, self.head_dim) for x in (ck, cv, sk, sv, wk, wv))
         at_BT = positions_of(ctx, x_BTD.shape[1])
-        q_BTNH, sk, wk = (self._turned(x, at_BT) for x in (split_heads(q, self.head_dim), sk, wk))
+        q_BTNH, sk, wk = (self._rotated(x, at_BT) for x in (split_heads(q, self.head_dim), sk, wk))
         held = (None, None) if state is None else (state.selected, state.window)
-        selected, selected_state = recall(held[0], ctx, sk, sv)
-        window, window_state = recall(held[1], ctx, wk, wv)
+        selected, selected_state = update_cache(held[0], ctx, sk, sv)
+        window, window_state = update_cache(held[1], ctx, wk, wv)
         if state is None:
             compressed, segment_ids, shift_BT = self._compress_rows(ck, cv, ctx)
         else:
             tail, compressed = self._append_compressed(state, ck, cv, ctx)
-            state = NSAState(selected_state, window_state, tail, compressed)
+            state = state.append(selected_state, window_state, tail, compressed)
             segment_ids = shift_BT = None
         by_branch = (
             *self._coarse_and_selected(q_BTNH, compressed, selected, segment_ids, shift_BT),
-            window.attend(q_BTNH, mask=SlidingWindow(self.window), impl=self.impl),
+            window.attend(q_BTNH, Context(), mask=SlidingWindow(self.config.window), impl=self.config.impl)[
+                0
+            ],
         )
         gates_BTcN = jax.nn.sigmoid(gates.astype(jnp.float32)).reshape(*gates.shape[:2], 3, -1)
         y_BTNH = sum(gates_BTcN[:, :, c, :, None] * by_branch[c].astype(jnp.float32) for c in range(3))
-        y_BTD = self.out(y_BTNH.astype(q_BTNH.dtype).reshape(*x_BTD.shape[:2], -1))
-        return zero_invalid(y_BTD, ctx), state
-
-    def init_state(self, batch: int, capacity: int, *, memory: Any = None, dtype=None) -> NSAState:
-        """Empty caches: all tokens for the selection, a ring each for window and unfinished blocks."""
-        del memory
-        dtype = dtype or self.dtype
-
-        def cache(mask):
-            heads, width = self.num_kv_heads, self.head_dim
-            return KVCache.empty(batch, capacity, heads, width, width, mask=mask, dtype=dtype)
-
-        blocks = max((capacity - self.block) // self.stride + 1, 1)
-        empty = jnp.zeros((batch, blocks, self.num_kv_heads, self.head_dim), dtype)
-        return NSAState(
-            selected=cache(Full()),
-            window=cache(SlidingWindow(self.window)),
-            tail=cache(SlidingWindow(self.block)),
-            compressed=Compressed(empty, empty, jnp.full((batch, blocks), -1, jnp.int32)),
+        y_BTD = self.out(merge_heads(y_BTNH.astype(q_BTNH.dtype)))
+        aux = ctx.captured(
+            queries=lambda: q_BTNH, keys=lambda: selected.k_BSKH, values=lambda: selected.v_BSKM
         )
+        return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)
 
-    def _turned(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        return x_BTNH if self.rope is None else self.rope(x_BTNH, positions_BT)
+    def _rotated(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        return x_BTNH if self.config.rope is None else self.config.rope(x_BTNH, positions_BT)
 
     def _coarse_and_selected(self, q_BTNH, compressed: Compressed, selected, segment_ids, shift_BT):
         """The outputs of the compressed and of the selected branch."""
@@ -275,18 +261,18 @@ class NSA(nnx.Module):
         k_BCKH, v_BCKH = k_BCKH.astype(q_BTNH.dtype), v_BCKH.astype(q_BTNH.dtype)
         coarse_BTNH, lse_BTN = dot_product_attention(
             q_BTNH, k_BCKH, v_BCKH, mask=Causal(), segment_ids=segment_ids,
-            q_positions=selected.q_positions_BT, k_positions=ends_BC, return_lse=True, impl=self.impl,
+            q_positions=selected.q_positions_BT, k_positions=ends_BC, return_lse=True, impl=self.config.impl,
         )  # fmt: skip
         given = selected.q_positions_BT
         q_positions_BT = jnp.broadcast_to(jnp.arange(T) if given is None else given, (B, T))
-        num_blocks = -(-selected.k_BSKH.shape[1] // self.select_block)
+        num_blocks = -(-selected.k_BSKH.shape[1] // self.config.select_block)
         blocks_BTKn = choose_blocks(
             q_BTNH, k_BCKH, lse_BTN,
             scale=H**-0.5,
-            compress_block=self.block,
-            compress_stride=self.stride,
-            select_block=self.select_block,
-            select_count=self.select_count,
+            compress_block=self.config.compress_block,
+            compress_stride=self.config.compress_stride,
+            select_block=self.config.select_block,
+            select_count=self.config.select_count,
             num_blocks=num_blocks,
             q_positions=q_positions_BT,
             k_positions=ends_BC,
@@ -295,20 +281,20 @@ class NSA(nnx.Module):
         )  # fmt: skip
         fine_BTNH = selected_attention(
             q_BTNH, selected.k_BSKH.astype(q_BTNH.dtype), selected.v_BSKM.astype(q_BTNH.dtype), blocks_BTKn,
-            block_size=self.select_block,
+            block_size=self.config.select_block,
             segment_ids=selected.segment_ids_BT,
             q_positions=given,
             k_positions=selected.k_positions_BS,
-            impl=_SELECTED_IMPL[self.impl],
+            impl=_SELECTED_IMPL[self.config.impl],
         )  # fmt: skip
         if given is not None:
             # Blocks were counted for rows that start at position 0; a traced position past them cannot raise.
-            beyond_BT = q_positions_BT >= num_blocks * self.select_block
+            beyond_BT = q_positions_BT >= num_blocks * self.config.select_block
             fine_BTNH = jnp.where(beyond_BT[..., None, None], jnp.nan, fine_BTNH)
         return coarse_BTNH, fine_BTNH
 
     def _compressed(self, k_BSKH: jax.Array, v_BSKH: jax.Array, blocks: Blocks) -> Compressed:
-        """phi of the blocks' tokens, turned; 0 where a block is not complete."""
+        """phi of the blocks' tokens, rotated; 0 where a block is not complete."""
         complete_BC = blocks.positions_BC >= 0
         rows = jnp.arange(k_BSKH.shape[0])[:, None, None]
 
@@ -316,18 +302,18 @@ class NSA(nnx.Module):
             y_BCKH = phi(jnp.swapaxes(x_BSKH[rows, blocks.tokens_BCl], 2, 3))
             return jnp.where(complete_BC[..., None, None], y_BCKH, jnp.zeros((), y_BCKH.dtype))
 
-        k_BCKH = self._turned(summary(self.phi_k, k_BSKH), blocks.positions_BC)
+        k_BCKH = self._rotated(summary(self.phi_k, k_BSKH), blocks.positions_BC)
         return Compressed(k_BCKH, summary(self.phi_v, v_BSKH), blocks.positions_BC)
 
     def _compress_rows(self, k_BTKH, v_BTKH, ctx: Context):
         """The compressed keys of whole rows, the segments of queries and blocks, and block 0's entry."""
         B, T = k_BTKH.shape[:2]
         if ctx.positions_BT is None and ctx.segment_ids_BT is None:
-            blocks = blocks_of_plain_rows(B, T, self.block, self.stride)
+            blocks = blocks_of_plain_rows(B, T, self.config.compress_block, self.config.compress_stride)
             return self._compressed(k_BTKH, v_BTKH, blocks), None, None
         positions_BT = jnp.broadcast_to(positions_of(ctx, T), (B, T))
         blocks, segment_ids, shift_BT = blocks_of_rows(
-            positions_BT, ctx.segment_ids_BT, self.block, self.stride
+            positions_BT, ctx.segment_ids_BT, self.config.compress_block, self.config.compress_stride
         )
         return self._compressed(k_BTKH, v_BTKH, blocks), segment_ids, shift_BT
 
@@ -336,9 +322,11 @@ class NSA(nnx.Module):
         tail, held = state.tail, state.compressed
         positions_BT = cached_positions(tail.capacity, ctx, *k_BTKH.shape[:2])
         new = (k_BTKH, v_BTKH, positions_BT)
-        beside = tail.beside(*new)
-        blocks, number_BC = completed_blocks(tail, beside, positions_BT, self.block, self.stride)
-        k_BSKH, v_BSKH = (x.astype(k_BTKH.dtype) for x in (beside.k_BSKH, beside.v_BSKM))
+        view = tail.concat_view(*new)
+        blocks, number_BC = completed_blocks(
+            tail, view, positions_BT, self.config.compress_block, self.config.compress_stride
+        )
+        k_BSKH, v_BSKH = (x.astype(k_BTKH.dtype) for x in (view.k_BSKH, view.v_BSKM))
         made = self._compressed(k_BSKH, v_BSKH, blocks)
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
         # Out of range is dropped: blocks that are not complete change nothing.

@@ -20,14 +20,13 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.layers import linear, together
-from attention_jax.mixers.base import Context
+from attention_jax.layers import fused_linear
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
-    check_options,
-    check_whole_row,
+    check_positive,
+    enter,
     head_width,
-    refuse_causal,
-    refuse_state,
+    merge_heads,
     split_heads,
     valid_tokens,
     zero_invalid,
@@ -36,11 +35,13 @@ from attention_jax.ops.softmax import dot_product_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class NystromformerConfig:
+class NystromformerConfig(MixerConfig):
     """Attention through landmarks; `kind: nystromformer`. Models that are not causal only."""
 
     about = About("Nystromformer", "arXiv 2102.03902", "O(T R + R^3)", "O(T + R^2)", cache="-", causal=False)
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
+    direction = "bidirectional"
+    reason = "a landmark is a mean of tokens, the future included"
+    mixes_whole_row = True
 
     kind: Literal["nystromformer"] = "nystromformer"  #: the mixer
     num_heads: int = 4  #: heads (N)
@@ -53,23 +54,22 @@ class NystromformerConfig:
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
-        check_options(self)
-        for name in ("landmarks", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, "landmarks", "iterations")
         width = self.conv_width
         if width is not None and (width < 1 or width % 2 == 0):
             raise ValueError(f"conv_width must be odd and >= 1, got {width}; null switches it off")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """ValueError where this mixer cannot be part of such a model."""
-        refuse_causal("nystromformer", "a landmark is a mean of tokens, the future included", causal)
+        super().check(d_model, causal=causal)
         head_width(d_model, self.num_heads, self.head_dim)
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Nystromformer:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return Nystromformer(d_model, self, rngs=rngs, **module)
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> None:
+        """There is none: ValueError."""
+        raise ValueError(
+            "nystromformer has no state: every output depends on the whole row; call it without one"
+        )
 
 
 class DepthwiseConv(nnx.Module):
@@ -98,41 +98,33 @@ class DepthwiseConv(nnx.Module):
         return y_BgCNH.reshape(B, blocks * C, N, H)[:, :T]
 
 
-class Nystromformer(nnx.Module):
-    """Softmax attention through landmarks; two-sided, without a state."""
+class Nystromformer(Mixer):
+    """Softmax attention through landmarks; bidirectional, without a state."""
 
-    def __init__(
-        self,
-        d_model: int,
-        config: NystromformerConfig,
-        *,
-        dtype: Any = jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),  # noqa: B008 (frozen)
-        out_init=None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-        N = config.num_heads
-        self.head_dim = H = head_width(d_model, N, config.head_dim)
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
+    config_type = NystromformerConfig
+
+    def setup(self, parts: Parts) -> None:
+        """q, k, v, out and the convolution of the values."""
+        config, N = self.config, self.config.num_heads
+        self.head_dim = H = head_width(self.d_model, N, config.head_dim)
         for name in ("q", "k", "v"):
-            setattr(self, name, linear(d_model, N * H, kernel_init=kernel_init, **common))
-        self.out = linear(N * H, d_model, kernel_init=out_init or kernel_init, **common)
+            setattr(self, name, parts.linear(self.d_model, N * H, use_bias=config.use_bias))
+        self.out = parts.out(N * H, self.d_model, use_bias=config.use_bias)
         width = config.conv_width
-        self.conv = None if width is None else DepthwiseConv(width, N, kernel_init=kernel_init, rngs=rngs)
+        self.conv = (
+            None if width is None else DepthwiseConv(width, N, kernel_init=parts.kernel_init, rngs=parts.rngs)
+        )
 
-    def __call__(self, x_BTD: jax.Array, state: None = None, *, ctx: Context) -> tuple[jax.Array, None]:
-        """y [B, T, D] and None. Raises: ValueError for a state or segment ids."""
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
+        """y [B, T, D] and no state. Raises: ValueError for a state or segment ids."""
         config = self.config
-        refuse_state("nystromformer", state)
-        check_whole_row("nystromformer", ctx)
-        # An empty slot's NaN would reach the projections' gradients as 0 * NaN.
-        x_BTD = zero_invalid(x_BTD, ctx)
-        qkv = (split_heads(y, self.head_dim) for y in together([self.q, self.k, self.v], x_BTD))
+        x_BTD, ctx = enter(self, x_BTD, state, ctx)
+        qkv = (split_heads(y, self.head_dim) for y in fused_linear([self.q, self.k, self.v], x_BTD))
         valid_BT = valid_tokens(ctx)
         if valid_BT is not None:  # what they hold must reach neither a landmark nor the convolution
             qkv = (jnp.where(valid_BT[..., None, None], y, jnp.zeros((), y.dtype)) for y in qkv)
         q_BTNH, k_BTNH, v_BTNH = qkv
+        aux = ctx.captured(queries=lambda: q_BTNH, keys=lambda: k_BTNH, values=lambda: v_BTNH)
         q_BRNH, k_BRNH = (segment_means(y, valid_BT, config.landmarks) for y in (q_BTNH, k_BTNH))
         at = ctx.positions_BT
         seen_BRNH = dot_product_attention(q_BRNH, k_BTNH, v_BTNH, k_positions=at, impl=config.impl)
@@ -146,11 +138,7 @@ class Nystromformer(nnx.Module):
         y_BTNH = dot_product_attention(q_BTNH, k_BRNH, values_BRNH, q_positions=at, impl=config.impl)
         if self.conv is not None:
             y_BTNH = y_BTNH + self.conv(v_BTNH)
-        return zero_invalid(self.out(y_BTNH.reshape(*y_BTNH.shape[:2], -1)), ctx), None
-
-    def init_state(self, batch: int, capacity: int, *, memory=None, dtype=None) -> None:
-        """There is none: ValueError."""
-        refuse_state("nystromformer", (batch, capacity, memory, dtype))
+        return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNH)), ctx), None, aux)
 
 
 def segment_means(x_BTNH: jax.Array, valid_BT: jax.Array | None, segments: int) -> jax.Array:

@@ -1,76 +1,145 @@
-"""What the mixers of the softmax family share: keys with or without a cache, head norms, validity."""
+"""What several mixers share: keys with or without a cache, rotations, validity, checks of a call."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from attention_jax.caches import KVCache
-from attention_jax.choices import check_choices
-from attention_jax.masks import Causal, Mask, parse
-from attention_jax.mixers.base import Context
+from attention_jax.mixers.base import Context, Mixer, MixerConfig
+from attention_jax.ops import softmax
 from attention_jax.ops.softmax import dot_product_attention
-from attention_jax.ops.softmax.api import implementations
+from attention_jax.positions import RoPE
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class SoftmaxMixerConfig(MixerConfig):
+    """What configs of mixers with num_heads, num_kv_heads, head_dim, a mask and maybe rope have in common."""
+
+    takes_mask = True
+
+    @property
+    def kv_heads(self) -> int:
+        """K: key-value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def head_width(self, d_model: int) -> int:
+        """H; ValueError where it is no whole number."""
+        return head_width(d_model, self.num_heads, self.head_dim)
+
+    def check(self, d_model: int, *, causal: bool) -> None:
+        """ValueError where this mixer cannot be part of such a model."""
+        super().check(d_model, causal=causal)
+        H, rope = self.head_width(d_model), getattr(self, "rope", None)
+        if rope is not None:
+            rope.rotated_width(H)
+
+    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> Any:
+        """An empty KVCache as large as the mask needs."""
+        H, mask = self.head_width(d_model), self.restricted(causal).mask
+        return KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class KVView:
     """The keys and values the new queries attend to, with what tells the op where everything stands.
 
-    `extra` is what each key brought along: [B, S, ...], as given to `recall`.
+    per_key: further arrays of each key, [B, S, ...], as given to `update_cache`. overflow_BT: queries past
+    the capacity, whose output is NaN.
     """
 
     k_BSKH: jax.Array
     v_BSKM: jax.Array | None
-    extra: Any
+    per_key: Any
     q_positions_BT: jax.Array | None
     k_positions_BS: jax.Array | None
     segment_ids_BT: jax.Array | None
-    lost_BT: jax.Array | None  # queries past the capacity: their output is NaN
+    overflow_BT: jax.Array | None
 
     @property
     def valid_BS(self) -> jax.Array | None:
         """True [B or 1, S] where a slot holds a key; None where all do."""
         return valid_tokens(Context(self.k_positions_BS, self.segment_ids_BT))
 
-    def attend(self, q_BTNH: jax.Array, *, k=None, v=None, **options) -> jax.Array:
-        """`dot_product_attention` of the queries over these keys; k and v stand in for the held ones."""
-        k = self.k_BSKH if k is None else k
-        v = self.v_BSKM if v is None else v
-        y_BTNM = dot_product_attention(
-            q_BTNH, k.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype),
-            segment_ids=self.segment_ids_BT,
-            q_positions=self.q_positions_BT,
-            k_positions=self.k_positions_BS,
-            **options,
-        )  # fmt: skip
-        if self.lost_BT is None:
-            return y_BTNM
-        # A traced position cannot raise; NaN is seen, a silently shortened context is not.
-        return jnp.where(self.lost_BT[:, :, None, None], jnp.nan, y_BTNM)
+    def attend(self, q_BTNH: jax.Array, ctx: Context, *, mask: Any, k=None, v=None, dropout=0.0, **options):
+        """(y_BTNM, what `ctx.capture` names) of softmax attention to these keys.
+
+        mask: the layer's own, intersected with those of `ctx`. k, v stand in for the held ones. options: as
+        of `dot_product_attention`.
+        """
+        k = (self.k_BSKH if k is None else k).astype(q_BTNH.dtype)
+        v = (self.v_BSKM if v is None else v).astype(q_BTNH.dtype)
+        call = {
+            "mask": mask if ctx.mask is None else mask & ctx.mask,
+            "segment_ids": self.segment_ids_BT,
+            "q_positions": self.q_positions_BT,
+            "k_positions": self.k_positions_BS,
+        } | options
+        if ctx.mask_BNTS is not None:
+            call["mask_BNTS"] = ctx.mask_BNTS
+        y_BTNM = dot_product_attention(q_BTNH, k, v, **call, **dropout_options(dropout, ctx))
+        if self.overflow_BT is not None:
+            # A traced position cannot raise; NaN is seen, a silently shortened context is not.
+            y_BTNM = jnp.where(self.overflow_BT[:, :, None, None], jnp.nan, y_BTNM)
+        call.pop("impl", None)
+        aux = ctx.captured(
+            queries=lambda: q_BTNH,
+            keys=lambda: k,
+            values=lambda: v,
+            attention=lambda: softmax.attention_weights(q_BTNH, k, **call),
+        )
+        return y_BTNM, aux
 
 
-def recall(
-    state: KVCache | None, ctx: Context, k_BTKH: jax.Array, v_BTKM: jax.Array | None, extra: Any = None
-) -> tuple[Keys, KVCache | None]:
-    """What the new tokens may attend to, themselves included, and the state with them appended.
+def update_cache(
+    cache: KVCache | None, ctx: Context, k_BTKH: jax.Array, v_BTKM: jax.Array | None, per_key: Any = None
+) -> tuple[KVView, KVCache | None]:
+    """What the new tokens may attend to, themselves included, and the cache with them appended.
 
     Raises: ValueError for a cached call without positions, with segments, or of more tokens than fit.
     """
-    if state is None:
+    if cache is None:
         positions = ctx.positions_BT
-        return Keys(k_BTKH, v_BTKM, extra, positions, positions, ctx.segment_ids_BT, None), None
-    positions_BT = cached_positions(state.capacity, ctx, *k_BTKH.shape[:2])
-    new = (k_BTKH, v_BTKM, positions_BT, extra)
-    grown = state.append(*new)
+        return KVView(k_BTKH, v_BTKM, per_key, positions, positions, ctx.segment_ids_BT, None), None
+    positions_BT = cached_positions(cache.capacity, ctx, *k_BTKH.shape[:2])
+    new = (k_BTKH, v_BTKM, positions_BT, per_key)
+    new_cache = cache.append(*new)
     # Appending may overwrite what the first new tokens still see: read old slots and new keys together.
-    seen = state.beside(*new) if k_BTKH.shape[1] > 1 and state.wraps else grown
-    lost_BT = state.overflow(positions_BT)
-    return Keys(seen.k_BSKH, seen.v_BSKM, seen.extra, positions_BT, seen.positions_BS, None, lost_BT), grown
+    view = cache.concat_view(*new) if k_BTKH.shape[1] > 1 and cache.wraps else new_cache.view()
+    overflow_BT = cache.overflow(positions_BT)
+    return (
+        KVView(view.k_BSKH, view.v_BSKM, view.per_key, positions_BT, view.positions_BS, None, overflow_BT),
+        new_cache,
+    )
+
+
+def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tuple[jax.Array, Context]:
+    """x with the rows of invalid tokens selected to 0, and the context of a call, checked.
+
+    An empty slot's NaN would otherwise reach the parameters' gradients as 0 * NaN.
+    """
+    ctx, config = ctx or Context(), mixer.config
+    given = [name for name in ("mask", "mask_BNTS") if getattr(ctx, name) is not None]
+    if given and not config.takes_mask:
+        raise ValueError(f"{config.kind} has no attention mask: ctx.{given[0]} must be None")
+    if "mask_BNTS" in given and state is not None:
+        raise ValueError(
+            "ctx.mask_BNTS tells the slots of one call apart and means nothing to a cache: use ctx.mask"
+        )
+    if config.mixes_whole_row:
+        if state is not None:
+            raise ValueError(
+                f"{config.kind} has no state: every output depends on the whole row; call it without one"
+            )
+        if ctx.segment_ids_BT is not None:
+            raise ValueError(
+                f"{config.kind} mixes all tokens of a row and cannot keep its documents apart: "
+                "ctx.segment_ids_BT must be None; in training set data.packing to stream"
+            )
+    return zero_invalid(x_BTD, ctx), ctx
 
 
 def cached_positions(capacity: int, ctx: Context, B: int, T: int) -> jax.Array:
@@ -87,6 +156,16 @@ def cached_positions(capacity: int, ctx: Context, B: int, T: int) -> jax.Array:
 def positions_of(ctx: Context, T: int) -> jax.Array:
     """The tokens' positions [B or 1, T]: the context's, or 0, 1, 2, ..."""
     return jnp.arange(T)[None] if ctx.positions_BT is None else ctx.positions_BT
+
+
+def rotate(
+    rope: RoPE | None, q_BTNH: jax.Array, k_BTKH: jax.Array, ctx: Context
+) -> tuple[jax.Array, jax.Array]:
+    """q and k of the same tokens rotated to their positions; as they are where `rope` is None."""
+    if rope is None:
+        return q_BTNH, k_BTKH
+    positions_BT = positions_of(ctx, q_BTNH.shape[1])
+    return rope.queries(q_BTNH, positions_BT), rope.keys(k_BTKH, positions_BT)
 
 
 def dropout_options(rate: float, ctx: Context) -> dict[str, Any]:
@@ -110,25 +189,15 @@ def valid_tokens(ctx: Context) -> jax.Array | None:
     return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
-class L2Norm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) over a head's features, without parameters (Llama 4's QK norm)."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def head_norm(kind: Literal["rms", "l2"] | None, head_dim: int, *, dtype: Any, rngs: nnx.Rngs) -> Any:
-    """The norm of queries or keys [..., H]: RMS with a learned scale, L2 without, or None."""
-    if kind is None:
-        return None
-    return nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs) if kind == "rms" else L2Norm()
-
-
 def split_heads(y_BTE: jax.Array, head_dim: int, norm: Any = None) -> jax.Array:
     """A projection [B, T, heads * H] as [B, T, heads, H], normalised where a norm is given."""
     y = y_BTE.reshape(*y_BTE.shape[:2], -1, head_dim)
     return y if norm is None else norm(y)
+
+
+def merge_heads(y_BTNM: jax.Array) -> jax.Array:
+    """[B, T, N, M] as [B, T, N * M]."""
+    return y_BTNM.reshape(*y_BTNM.shape[:2], -1)
 
 
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
@@ -142,67 +211,9 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
     return d_model // num_heads
 
 
-def parse_mask(config: Any) -> None:
-    """A frozen config's `mask` as a Mask where it was given as an expression; ValueError for neither."""
-    if isinstance(config.mask, str):
-        object.__setattr__(config, "mask", parse(config.mask))
-    if not isinstance(config.mask, Mask):
-        raise ValueError(f"mask must be a Mask or its expression, got {type(config.mask).__name__}")
-
-
-def within(mask: Mask, causal: bool) -> Mask:
-    """The mask a layer of such a model runs: a causal one adds Causal() where no prefix says otherwise."""
-    return mask & Causal() if causal and mask.prefix is None else mask
-
-
-def build_within(config: Any, module: type, d_model: int, rngs: nnx.Rngs, causal: bool, options: dict) -> Any:
-    """The checked module(d_model, config) of a config with a mask, in a model that is causal or not."""
-    config.check(d_model, causal=causal)
-    return module(
-        d_model, dataclasses.replace(config, mask=within(config.mask, causal)), rngs=rngs, **options
-    )
-
-
-def check_heads(num_heads: int, num_kv_heads: int | None) -> None:
-    """ValueError for head counts that cannot be."""
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be >= 1, got {num_heads}")
-    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if kv_heads < 1 or num_heads % kv_heads:
-        raise ValueError(f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}")
-
-
-def check_options(config: Any) -> None:
-    """ValueError for what configs of many mixers share and cannot be: head counts, dropout, words, `impl`.
-
-    An `impl` is one that the mixer's op has; whether it runs a call is known later.
-    """
-    if hasattr(config, "num_heads"):
-        check_heads(config.num_heads, getattr(config, "num_kv_heads", None))
-    if not 0 <= (dropout := getattr(config, "dropout", 0.0)) < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    check_choices(config)
-    known = getattr(config, "implementations", implementations)()
-    if config.impl not in (None, *known):
-        raise ValueError(f"unknown impl {config.impl!r}; there are {', '.join(known)}")
-
-
-def refuse_causal(name: str, reason: str, causal: bool) -> None:
-    """ValueError where a mixer that cannot be causal meets a causal model."""
-    if causal:
-        raise ValueError(f"{name} cannot be causal: {reason}; model.causal is true, set it to false")
-
-
-def refuse_state(name: str, state: Any) -> None:
-    """ValueError where a mixer that cannot be causal is asked to go on from a state."""
-    if state is not None:
-        raise ValueError(f"{name} has no state: every output depends on the whole row; call it without one")
-
-
-def check_whole_row(name: str, ctx: Context) -> None:
-    """ValueError where a mixer that mixes all of a row is given several documents."""
-    if ctx.segment_ids_BT is not None:
-        raise ValueError(
-            f"{name} mixes all tokens of a row and cannot keep its documents apart: ctx.segment_ids_BT must be "
-            "None; in training set data.packing to stream"
-        )
+def check_positive(config: Any, *names: str) -> None:
+    """ValueError for an option that is neither null nor >= 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")

@@ -20,7 +20,7 @@ loses is a weight e^87 below the product of the query's largest feature and that
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.feature_maps import log_positive_random, random_directions
-from attention_jax.mixers.base import Context
+from attention_jax.mixers.base import Context, Parts
 from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
 from attention_jax.mixers.parts import valid_tokens
 from attention_jax.ops.recurrences import document_runs
@@ -49,10 +49,14 @@ class PerformerConfig(LinearBaseConfig):
         if self.num_features < 1:
             raise ValueError(f"num_features must be >= 1, got {self.num_features}")
 
-    def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **module) -> Performer:
-        """The mixer; `module` holds dtype and initialisers."""
-        self.check(d_model, causal=causal)
-        return Performer(d_model, self, causal=causal, rngs=rngs, **module)
+    @property
+    def rescales(self) -> bool:
+        """The sums stand divided by the exponential of the largest key exponent so far."""
+        return True
+
+    def features(self, d_model: int) -> int:
+        """F."""
+        return self.num_features
 
 
 class RandomDirections(nnx.Variable):
@@ -66,18 +70,15 @@ class Performer(LinearBase):
     (their gradient is 0 and weight decay passes them by), and drawn anew by `redraw`.
     """
 
-    rescales = True
+    config_type = PerformerConfig
 
-    def __init__(self, d_model: int, config: PerformerConfig, *, rngs: nnx.Rngs, **module: Any):
-        super().__init__(d_model, config, rngs=rngs, **module)
+    def setup(self, parts: Parts) -> None:
+        """What all linear mixers have, and the random directions."""
+        super().setup(parts)
+        F, orthogonal = self.config.num_features, self.config.orthogonal
         self.random_directions = RandomDirections(
-            random_directions(rngs.params(), config.num_features, self.head_dim, orthogonal=config.orthogonal)
+            random_directions(parts.rngs.params(), F, self.head_dim, orthogonal=orthogonal)
         )
-
-    @property
-    def num_features(self) -> int:
-        """F."""
-        return self.config.num_features
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
         """The positive random features under stabilisers that cancel in the quotient."""

@@ -1,15 +1,26 @@
 """The language model: its configuration, stacks of layers, and plain functions over dicts of arrays."""
 
 from attention_jax.model.config import EncoderConfig, ModelConfig
-from attention_jax.model.language_model import LanguageModel, apply, bind, count_params, encode, init_params
+from attention_jax.model.language_model import (
+    LanguageModel,
+    ModelOutput,
+    apply,
+    bind,
+    count_params,
+    encode,
+    init_params,
+    init_state,
+)
 
 __all__ = [
     "EncoderConfig",
     "LanguageModel",
     "ModelConfig",
+    "ModelOutput",
     "apply",
     "bind",
     "count_params",
     "encode",
     "init_params",
+    "init_state",
 ]

@@ -13,9 +13,10 @@ import jax
 
 from attention_jax.choices import check_choices
 from attention_jax.masks import Full
-from attention_jax.mixers import AttentionConfig, CosformerConfig, CrossAttentionConfig, MixerConfig
+from attention_jax.mixers import MixerConfig, make_config
 from attention_jax.positions import RoPE
 
+_DEFAULT_MIXERS = (make_config("softmax", rope=RoPE()),)
 _CHECKPOINT_POLICIES = tuple(
     name
     for name in (
@@ -30,12 +31,12 @@ _CHECKPOINT_POLICIES = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Two-sided layers over the same token embedding; their output is the memory of `cross` mixers."""
+    """Bidirectional layers over the same token embedding; their output is the memory of `cross` mixers."""
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 
     num_layers: int = 2  #: its layers
-    mixers: tuple[MixerConfig, ...] = (AttentionConfig(rope=RoPE()),)  #: its mixers, tiled over its layers
+    mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: its mixers, tiled over its layers
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", tuple(self.mixers))
@@ -43,8 +44,8 @@ class EncoderConfig:
             raise ValueError(f"num_layers must be >= 1, got {self.num_layers}")
         _check_period(self.mixers, self.num_layers)
         for index, mixer in enumerate(self.mixers):
-            if isinstance(mixer, CrossAttentionConfig):
-                raise ValueError(f"mixers.{index}: an encoder has no memory for a cross mixer to read")
+            if mixer.reads_memory:
+                raise ValueError(f"mixers.{index}: an encoder has no memory for a {mixer.kind} mixer to read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ModelConfig:
     vocab_size: int | None = None  #: token ids (V); null in a training config: the tokenizer's
     d_model: int = 128  #: width of the residual stream (D)
     num_layers: int = 4  #: layers (L)
-    mixers: tuple[MixerConfig, ...] = (AttentionConfig(rope=RoPE()),)  #: mixer configs, tiled over the layers
+    mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: mixer configs, tiled over the layers
     mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"  #: feed-forward kind
     mlp_width: int | None = (
         None  #: its hidden width (F); null: 4 d_model (gelu) or 8/3 d_model to a multiple of 8
@@ -73,7 +74,8 @@ class ModelConfig:
     init_std: float = 0.02  #: of embeddings and projections; residual projections: divided by sqrt(2 L)
     causal: bool = True  #: every mixer sees the past only
     encoder: EncoderConfig | None = None  #: reads a source text that `cross` mixers attend to; null: none
-    layers: Literal["unrolled", "scan"] = "unrolled"  #: how the stacked layers are applied
+    #: apply the stacked layers by `lax.scan`, which compiles faster; false: unrolled, which runs faster on a CPU
+    scan_layers: bool = False
     #: a jax.checkpoint_policies name: what a layer's backward pass need not recompute; null: no
     #: rematerialisation
     remat: str | None = None
@@ -99,7 +101,7 @@ class ModelConfig:
         _check_mixers(self.mixers, self.d_model, self.causal, "mixers")
         if self.encoder is not None:
             _check_mixers(self.encoder.mixers, self.d_model, False, "encoder.mixers")
-            if not any(isinstance(mixer, CrossAttentionConfig) for mixer in self.mixers):
+            if not any(mixer.reads_memory for mixer in self.mixers):
                 raise ValueError("encoder: no mixer reads it; add one of kind cross to mixers")
 
     @property
@@ -118,9 +120,9 @@ class ModelConfig:
     def limit(self) -> tuple[int, str] | None:
         """The most tokens a document may have, and the key that says so; None: any number."""
         limits = [
-            (mixer.horizon, f"mixers.{index}.horizon")
+            (mixer.horizon, f"mixers.{index}.{mixer.horizon_key}")
             for index, mixer in enumerate(self.mixers)
-            if isinstance(mixer, CosformerConfig)
+            if mixer.horizon is not None
         ]
         if self.max_positions is not None:
             limits.append((self.max_positions, "max_positions"))
@@ -129,7 +131,7 @@ class ModelConfig:
 
 def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, name: str) -> None:
     for index, mixer in enumerate(mixers):
-        if not hasattr(mixer, "check"):
+        if not isinstance(mixer, MixerConfig):
             raise ValueError(f"{name}.{index} must be a config such as AttentionConfig(), got {mixer!r}")
         try:
             mixer.check(d_model, causal=causal)

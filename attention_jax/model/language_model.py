@@ -1,8 +1,8 @@
 """The language model: a mixer per layer, everything else held equal.
 
-    h_0 = E[tokens] (+ P[positions]);   layers (`stack.py`);   logits = W norm(h_L)
+    h_0 = E[tokens] (+ P[positions]);   layers (`block.py`);   logits = W norm(h_L)
 
-With an encoder, the source goes through two-sided layers first, and `cross` mixers attend to their output.
+With an encoder, the source goes through bidirectional layers first, and `cross` mixers attend to their output.
 `init_params`, `apply` and `encode` are the functional face: plain nested dicts in, arrays out.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +18,35 @@ from flax import nnx
 
 from attention_jax.layers import linear, matmul
 from attention_jax.mixers import Context
+from attention_jax.model.block import dropout, make_norm, weight_init
 from attention_jax.model.config import EncoderConfig, ModelConfig
-from attention_jax.model.stack import (
-    dropout,
-    init,
-    layer_of,
-    make_norm,
-    make_stacks,
-    run_stacks,
-    stack_states,
-)
+from attention_jax.model.stack import init_states, make_stacks, run_stacks
 from attention_jax.positions import sinusoidal
 
 __all__ = [
     "EncoderConfig",
     "LanguageModel",
     "ModelConfig",
+    "ModelOutput",
     "apply",
     "bind",
     "count_params",
     "encode",
     "init_params",
+    "init_state",
 ]
+
+
+class ModelOutput(NamedTuple):
+    """What a language model returns.
+
+    logits: float32 [B, T, V]. state: of every layer, in the form `init_state` gave it (None for None). aux:
+    what `Context.capture` asked for, one dict per layer.
+    """
+
+    logits: jax.Array
+    state: Any = None
+    aux: tuple[dict[str, Any], ...] = ()
 
 
 class LanguageModel(nnx.Module):
@@ -49,7 +56,7 @@ class LanguageModel(nnx.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set: give the number of token ids")
         self.config = config
-        kernel_init = init(config)
+        kernel_init = weight_init(config)
         self.embed = nnx.Embed(config.vocab_size, config.d_model, embedding_init=kernel_init, rngs=rngs)
         if config.max_positions is not None:
             self.positions = nnx.Embed(
@@ -62,22 +69,27 @@ class LanguageModel(nnx.Module):
         if not config.tie_embeddings:
             self.head = linear(config.d_model, config.vocab_size, kernel_init=kernel_init, rngs=rngs)
 
-    def __call__(
-        self, tokens_BT: jax.Array, state: Any = None, *, ctx: Context | None = None
-    ) -> tuple[jax.Array, Any]:
-        """logits_BTV (float32) and the state of every layer, in the form `init_state` gave it."""
-        x_BTD, state = self.hidden(tokens_BT, state, ctx=ctx)
-        return self.logits(x_BTD), state
+    def __call__(self, tokens_BT: jax.Array, *, ctx: Context | None = None) -> jax.Array:
+        """logits_BTV (float32) of whole rows."""
+        return self.run(tokens_BT, None, ctx=ctx).logits
 
-    def hidden(
-        self, tokens_BT: jax.Array, state: Any = None, *, ctx: Context | None = None
-    ) -> tuple[jax.Array, Any]:
-        """The normalised features before the head, x_BTD, and the state."""
+    def run(
+        self,
+        tokens_BT: jax.Array,
+        state: Any = None,
+        *,
+        ctx: Context | None = None,
+        last_only: bool = False,
+    ) -> ModelOutput:
+        """Logits, the state with the tokens appended, and what `ctx.capture` asks for.
+
+        last_only: logits of the last slot alone, [B, 1, V].
+        """
         ctx = ctx or Context()
         x_BTD = self._embed(tokens_BT, ctx)
-        config = self.config
-        x_BTD, state = run_stacks(config, self.stacks, config.num_layers, x_BTD, state, ctx)
-        return self.final_norm(x_BTD), state
+        x_BTD, state, aux = run_stacks(self.config, self.stacks, self.config.num_layers, x_BTD, state, ctx)
+        x_BTD = self.final_norm(x_BTD)
+        return ModelOutput(self.logits(x_BTD[:, -1:] if last_only else x_BTD), state, aux)
 
     def encode(self, source_BS: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """The encoder's output memory_BSD for source tokens; slots whose position is < 0 hold none.
@@ -99,18 +111,9 @@ class LanguageModel(nnx.Module):
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
-    def init_state(
-        self, batch: int, capacity: int, *, memory: tuple[jax.Array, jax.Array | None] | None = None
-    ) -> Any:
-        """Empty mixer states for `capacity` tokens a row: one per layer, or stacked for `layers: scan`."""
-        limit = self.config.max_positions
-        if limit is not None and capacity > limit:
-            raise ValueError(f"capacity {capacity} exceeds the {limit} learned positions (max_positions)")
-        states = []
-        for layer in range(self.config.num_layers):
-            mixer = layer_of(self.stacks, layer).mixer
-            states.append(mixer.init_state(batch, capacity, memory=memory))
-        return stack_states(self.config, states, len(self.stacks))
+    def init_state(self, batch: int, capacity: int, *, dtype: Any = None) -> Any:
+        """`init_state(self.config, batch, capacity)`."""
+        return init_state(self.config, batch, capacity, dtype=dtype)
 
     def _embed(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
         for ids in (ctx.positions_BT, ctx.segment_ids_BT):
@@ -136,7 +139,7 @@ class LanguageModel(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Two-sided layers and a norm: what `cross` mixers attend to."""
+    """Bidirectional layers and a norm: what `cross` mixers attend to."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         assert config.encoder is not None
@@ -149,8 +152,7 @@ class Encoder(nnx.Module):
     def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """memory_BSD of embedded source tokens."""
         layers = self.config.encoder.num_layers
-        x_BSD, _ = run_stacks(self.config, self.stacks, layers, x_BSD, None, ctx)
-        return self.final_norm(x_BSD)
+        return self.final_norm(run_stacks(self.config, self.stacks, layers, x_BSD, None, ctx).y)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
@@ -169,11 +171,24 @@ def bind(config: ModelConfig, params: dict) -> LanguageModel:
     return nnx.merge(graphdef, _fill(template, params, ""))
 
 
+def init_state(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> Any:
+    """Empty states of `batch` rows for positions 0 .. capacity - 1, without parameters.
+
+    One per layer, or for `scan_layers` one per stack with a leading layer axis. dtype: of keys and values, the
+    model's by default. Raises: ValueError for a mixer without a state or a capacity beyond the learned
+    positions.
+    """
+    limit = config.max_positions
+    if limit is not None and capacity > limit:
+        raise ValueError(f"capacity {capacity} exceeds the {limit} learned positions (max_positions)")
+    return init_states(config, batch, capacity, dtype=dtype)
+
+
 def apply(
     config: ModelConfig, params: dict, tokens_BT: jax.Array, state: Any = None, *, ctx: Context | None = None
-) -> tuple[jax.Array, Any]:
-    """logits_BTV float32 and the new state; a pure function of its arguments."""
-    return bind(config, params)(tokens_BT, state, ctx=ctx)
+) -> ModelOutput:
+    """(logits_BTV float32, the new state, aux); a pure function of its arguments."""
+    return bind(config, params).run(tokens_BT, state, ctx=ctx)
 
 
 def encode(

@@ -1,6 +1,4 @@
-"""Layers: a block, and stacks of blocks applied unrolled or by `lax.scan`.
-
-    h' = h + mixer(norm(h)),   h'' = h' + mlp(norm(h'))
+"""Stacks of layers, applied unrolled or by `lax.scan`.
 
 Layer i runs mixer i mod P of P mixers. Parameters are stacked per place in that period: stack p holds layers
 p, p + P, p + 2P, ... with a leading layer axis. The same layout is applied unrolled (faster on a CPU) or by
@@ -9,55 +7,15 @@ p, p + P, p + 2P, ... with a leading layer axis. The same layout is applied unro
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.layers import gelu, linear
-from attention_jax.mixers import Context, MixerConfig
+from attention_jax.mixers import Context, MixerConfig, MixerOutput
+from attention_jax.model.block import Block
 from attention_jax.model.config import ModelConfig
-
-
-class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)), or down(gelu(up(x))): Shazeer 2020 (arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
-        D, F = config.d_model, config.hidden_width
-        common = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
-        self.kind = config.mlp
-        if config.mlp != "gelu":
-            self.gate = linear(D, F, kernel_init=init(config), **common)
-        self.up = linear(D, F, kernel_init=init(config), **common)
-        self.down = linear(F, D, kernel_init=_out_init(config), **common)
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up_BTF = self.up(x_BTD)
-        if self.kind == "gelu":
-            return self.down(gelu(up_BTF))
-        act = nnx.silu if self.kind == "swiglu" else gelu
-        return self.down(act(self.gate(x_BTD)) * up_BTF)
-
-
-class Block(nnx.Module):
-    """One layer: x + mixer(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, mixer: MixerConfig, *, causal: bool, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        inits = {"kernel_init": init(config), "out_init": _out_init(config)}
-        self.norm1 = make_norm(config, rngs)
-        self.mixer = mixer.build(config.d_model, rngs, causal=causal, dtype=dtype, **inits)
-        self.norm2 = make_norm(config, rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-        self.dropout = config.dropout
-
-    def __call__(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context) -> tuple[jax.Array, Any]:
-        y_BTD, state = self.mixer(self.norm1(x_BTD), state, ctx=ctx.fold_key(0))
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(1).dropout_key)
-        y_BTD = self.mlp(self.norm2(x_BTD))
-        return x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(2).dropout_key), state
 
 
 def make_stacks(
@@ -77,70 +35,71 @@ def make_stacks(
 
 def run_stacks(
     config: ModelConfig, stacks: nnx.List, num_layers: int, x_BTD: jax.Array, state: Any, ctx: Context
-) -> tuple[jax.Array, Any]:
-    """x through all layers, and their states in the form `stack_states` gives."""
-    if config.layers == "scan":
+) -> MixerOutput:
+    """x behind all layers, their states in the form `init_states` gives, and the `aux` of each layer."""
+    if config.scan_layers:
         return _scanned(config, stacks, num_layers, x_BTD, state, ctx)
     states = [None] * num_layers if state is None else list(state)
-    weights = [_unstacked(stack) for stack in stacks]
+    weights, aux = [_unstacked(stack) for stack in stacks], [{}] * num_layers
     for i in range(num_layers):
         graphdef, layers = weights[i % len(weights)]
-        x_BTD, states[i] = _apply(config, graphdef, layers[i // len(weights)], x_BTD, states[i], ctx, i)
-    return x_BTD, None if state is None else states
+        layer = _layer(config, graphdef, layers[i // len(weights)], states[i])
+        x_BTD, states[i], aux[i] = layer(x_BTD, states[i], ctx=ctx.fold_key(i))
+    return MixerOutput(x_BTD, None if state is None else states, tuple(aux))
 
 
-def _scanned(config, stacks, num_layers: int, x_BTD, state, ctx: Context) -> tuple[jax.Array, Any]:
+def _scanned(config, stacks, num_layers: int, x_BTD, state, ctx: Context) -> MixerOutput:
     """`lax.scan` over whole periods, then the remaining layers."""
     period = len(stacks)
     rounds = num_layers // period
     split = [nnx.split(stack) for stack in stacks]
-    head = [jax.tree.map(lambda a: a[:rounds], weights) for _, weights in split]
+    scanned = [jax.tree.map(lambda a: a[:rounds], weights) for _, weights in split]
     states = [None] * period if state is None else list(state)
-    state_head = [jax.tree.map(lambda a: a[:rounds], s) for s in states]
+    scanned_states = [jax.tree.map(lambda a: a[:rounds], s) for s in states]
 
     def one_round(x_BTD, step):
         index, weights, states = step
-        states = list(states)
+        states, aux = list(states), [{}] * period
         for p, (graphdef, _) in enumerate(split):
-            layer = index * period + p
-            x_BTD, states[p] = _apply(config, graphdef, weights[p], x_BTD, states[p], ctx, layer)
-        return x_BTD, states
+            layer = _layer(config, graphdef, weights[p], states[p])
+            x_BTD, states[p], aux[p] = layer(x_BTD, states[p], ctx=ctx.fold_key(index * period + p))
+        return x_BTD, (states, aux)
 
-    x_BTD, out = jax.lax.scan(one_round, x_BTD, (jnp.arange(rounds), head, state_head))
+    x_BTD, (out, stacked) = jax.lax.scan(one_round, x_BTD, (jnp.arange(rounds), scanned, scanned_states))
+    aux = [jax.tree.map(lambda a, r=r: a[r], stacked[p]) for r in range(rounds) for p in range(period)]
     for p in range(num_layers - rounds * period):
         weights, s = jax.tree.map(lambda a: a[rounds], (split[p][1], states[p]))
-        x_BTD, s = _apply(config, split[p][0], weights, x_BTD, s, ctx, rounds * period + p)
+        layer = _layer(config, split[p][0], weights, s)
+        x_BTD, s, last = layer(x_BTD, s, ctx=ctx.fold_key(rounds * period + p))
         out[p] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), out[p], s)
-    return x_BTD, None if state is None else out
+        aux.append(last)
+    return MixerOutput(x_BTD, None if state is None else out, tuple(aux))
 
 
-def _apply(config: ModelConfig, graphdef, weights, x_BTD, state, ctx: Context, layer):
-    def run(weights, x_BTD, state, ctx):
-        return nnx.merge(graphdef, weights)(x_BTD, state, ctx=ctx)
+def _layer(config: ModelConfig, graphdef: Any, weights: Any, state: Any):
+    """`Block.mix` of a layer, rematerialised in training where the config asks for it."""
+    if config.remat is None or state is not None:
+        return nnx.merge(graphdef, weights).mix
 
-    if config.remat is not None and state is None:
-        run = jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, config.remat))
-    return run(weights, x_BTD, state, ctx.fold_key(layer))
+    def run(weights, x_BTD, ctx):
+        return nnx.merge(graphdef, weights).mix(x_BTD, None, ctx=ctx)
 
-
-def layer_of(stacks: nnx.List, layer: int) -> Block:
-    """Layer `layer` as a module of its own."""
-    graphdef, layers = _unstacked(stacks[layer % len(stacks)])
-    return nnx.merge(graphdef, layers[layer // len(stacks)])
+    run = jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, config.remat))
+    return lambda x_BTD, state, *, ctx: run(weights, x_BTD, ctx)
 
 
-def stack_states(config: ModelConfig, states: list, period: int) -> list:
-    """States of all layers in the form `run_stacks` takes: one per layer, or stacked for `layers: scan`."""
-    if config.layers == "unrolled":
+def init_states(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> list:
+    """Empty states of all layers: one per layer, or for `scan_layers` one per stack with a layer axis."""
+    period = len(config.mixers)
+    states = [
+        mixer.init_state(
+            config.d_model, batch, capacity, causal=config.causal, dtype=jnp.dtype(dtype or config.dtype)
+        )
+        for mixer in (config.mixers[i % period] for i in range(config.num_layers))
+    ]
+    if not config.scan_layers:
         return states
     return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *states[p::period]) for p in range(period)]
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with entries dropped at `rate` and the rest scaled by 1 / (1 - rate); key None keeps all."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 def _stacked(make, size: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -158,20 +117,3 @@ def _unstacked(stack: nnx.Module) -> tuple[Any, list]:
     size = leaves[0].shape[0]
     parts = [[a[0] for a in jax.lax.split(leaf, [1] * size)] for leaf in leaves]
     return graphdef, [jax.tree.unflatten(treedef, layer) for layer in zip(*parts, strict=True)]
-
-
-def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
-    dtype = jnp.dtype(config.dtype)
-    if config.norm == "rmsnorm":
-        return nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-    return nnx.LayerNorm(
-        config.d_model, epsilon=config.norm_eps, use_bias=config.use_bias, dtype=dtype, rngs=rngs
-    )
-
-
-def init(config: ModelConfig):
-    return nnx.initializers.normal(config.init_std)
-
-
-def _out_init(config: ModelConfig):
-    return nnx.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))

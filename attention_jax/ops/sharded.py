@@ -18,7 +18,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.biases import Axes
-from attention_jax.ops.softmax.common import SoftmaxCall
 
 
 class Shards(NamedTuple):
@@ -35,7 +34,7 @@ class Shards(NamedTuple):
         return "split by shard_map: " + ", ".join(parts)
 
 
-def shards(call: SoftmaxCall) -> Shards | None:
+def shards(call: Any) -> Shards | None:
     """How q is split, None where it is not. ValueError: split along another axis, or k cannot follow."""
     sharding = jax.typeof(call.q_BTNH).sharding
     mesh = sharding.mesh
@@ -57,9 +56,7 @@ def shards(call: SoftmaxCall) -> Shards | None:
     return Shards(mesh, rows, heads)
 
 
-def per_shard(
-    attend: Callable[[SoftmaxCall], Any], call: SoftmaxCall, split: Shards
-) -> tuple[jax.Array, jax.Array | None]:
+def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[jax.Array, jax.Array | None]:
     """`attend` of each shard's part of the call: (out_BTNM, lse_BTN or None), sharded as q is."""
     rows, heads = split.rows, split.heads
     leaves, treedef = jax.tree.flatten(call)
@@ -87,7 +84,7 @@ def per_shard(
     return found if call.lse else (found, None)
 
 
-def _specs(call: SoftmaxCall, rows: Any, heads: Any) -> list[Any]:
+def _specs(call: Any, rows: Any, heads: Any) -> list[Any]:
     """A spec per leaf of the call, in the order of its leaves; a field that is None has none."""
     kv = heads if call.sizes[4] != 1 else None
 

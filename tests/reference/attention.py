@@ -77,7 +77,7 @@ def attention_mixer(
             if t5 is not None:
                 table = np.asarray(params["bias_table"], np.float64)
                 s = s + [table[positions.t5_bucket(j - t, **t5), n] for j in seen]
-            denominator = np.append(s, np.asarray(params["sinks"])[n]) if "sinks" in params else s
+            denominator = np.append(s, np.asarray(params["sink_logits"])[n]) if "sink_logits" in params else s
             top = denominator.max()
             out[t, n] = np.exp(s - top) @ v[seen, g] / np.exp(denominator - top).sum()
     return _project(params, "out", out.reshape(T, -1))

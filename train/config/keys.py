@@ -15,6 +15,7 @@ import typing
 from typing import Any
 
 from attention_jax.masks import Mask
+from attention_jax.mixers import MixerConfig, mixer_kinds
 
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
 
@@ -27,7 +28,9 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; any other annotation is its own only one."""
+    """The alternatives of a union or of `MixerConfig`; any other annotation is its own only one."""
+    if annotation is MixerConfig:
+        return tuple(mixer_kinds().values())
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)

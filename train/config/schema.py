@@ -11,7 +11,6 @@ import math
 from dataclasses import field
 from typing import Any, Literal
 
-from attention_jax.mixers import CrossAttentionConfig, LinformerConfig, NystromformerConfig
 from attention_jax.model import ModelConfig
 from train.data.tasks import TaskConfig
 
@@ -227,7 +226,7 @@ class RunConfig:
         self._check_whole_rows("model.mixers", model.mixers, data.sequence_length)
         if self.objective != "seq2seq" and data.packing == "documents":
             for index, mixer in enumerate(model.mixers):
-                if isinstance(mixer, LinformerConfig | NystromformerConfig):
+                if mixer.mixes_whole_row:
                     raise ValueError(
                         f"data.packing is documents: model.mixers.{index} ({mixer.kind}) mixes all tokens of "
                         "a row and cannot keep its documents apart; set it to stream"
@@ -237,9 +236,10 @@ class RunConfig:
 
     def _check_whole_rows(self, name: str, mixers: tuple[Any, ...], longest: int) -> None:
         for index, mixer in enumerate(mixers):
-            if isinstance(mixer, LinformerConfig) and mixer.length < longest:
+            if mixer.mixes_whole_row and (mixer.horizon or longest) < longest:
+                key = f"{name}.{index}.{mixer.horizon_key}"
                 raise ValueError(
-                    f"{name}.{index}.length {mixer.length} is less than the {longest} tokens of a row: raise it"
+                    f"{key} {mixer.horizon} is less than the {longest} tokens of a row: raise it"
                 )
 
     def _check_causal(self) -> None:
@@ -257,9 +257,9 @@ class RunConfig:
 
     def _check_language_model(self) -> None:
         for index, mixer in enumerate(self.model.mixers):
-            if isinstance(mixer, CrossAttentionConfig):
+            if mixer.reads_memory:
                 raise ValueError(
-                    f"model.mixers.{index}.kind is cross: it reads an encoder's memory, which a language "
+                    f"model.mixers.{index}.kind is {mixer.kind}: it reads an encoder's memory, which a language "
                     "model does not have; set objective: seq2seq and model.encoder"
                 )
         if self.model.encoder is not None:

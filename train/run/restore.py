@@ -96,7 +96,7 @@ def abstract_state(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
 
 def _fresh(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
     params = init_params(model, key)
-    return {"params": params, "opt_state": make_optimizer(config.optimizer).init(params)}
+    return {"params": params, "opt_state": make_optimizer(config.optimizer, config.steps).init(params)}
 
 
 def _first_device() -> jax.sharding.Sharding:

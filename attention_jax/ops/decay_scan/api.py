@@ -94,6 +94,48 @@ def decay_scan(
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
 
+def decay_weights(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    initial_state_BNHM: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+) -> jax.Array:
+    """W [B, N, T, T] with which `decay_scan` adds values, y_t = sum_s W_ts v_s, for inspection.
+
+    The arguments are the op's, and so are the ValueErrors. N is the largest head count among them; where v
+    has more heads, consecutive ones share a head of W. W is signed, float32 (float64 if q or k is) and
+    differentiable. It includes `scale` and, with `normalize`, the denominator. The part of y that the initial
+    state gives is not included; with `normalize` the state's last column is in the denominator.
+
+    Raises:
+      NotImplementedError: the array would be too large; its size and the limit are named.
+    """
+    v_BTNM = _any_values(q_BTNH, k_BTKH, log_decay, initial_state_BNHM, normalize)
+    call, _ = _checked_call(
+        q_BTNH, k_BTKH, v_BTNM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale
+    )
+    if why_not := quadratic.unsupported(call):
+        raise NotImplementedError(f"decay_weights cannot make this array: {why_not}")
+    W_BNTT = quadratic.weights(call)
+    return float(scale) * W_BNTT if normalize else W_BNTT
+
+
+def _any_values(q, k, log_decay, state, normalize) -> Any:
+    """Values of 0 that fit the other arguments: k, where they are so wrong that the checks refuse them."""
+    shapes = [getattr(x, "shape", ()) for x in (q, k, log_decay, state)]
+    heads = [shape[min(2, len(shape) - 1)] for shape in shapes[:3] if shape]
+    if len(shapes[1]) != 4:
+        return k
+    if len(shapes[3]) != 4:
+        return jnp.zeros((*shapes[1][:2], max(heads), 1), k.dtype)
+    return jnp.zeros((*shapes[1][:2], max(*heads, shapes[3][1]), max(1, shapes[3][3] - normalize)), k.dtype)
+
+
 def explain(*args, impl: str | ChunkedScanConfig | None = None, **kwargs) -> Explanation:
     """What `decay_scan` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 
@@ -138,6 +180,7 @@ def _checked_call(
         None if segments is None else document_runs(segments, valid),
         scale=1.0 if normalize else scale,
         out_dtype=out_dtype,
+        normalize=normalize,
     )  # fmt: skip
     return call, valid
 

@@ -21,7 +21,8 @@ class DecayScanCall:
     Heads of q, k, v and log_decay divide N, the heads of the state. Slots without a token are already 0 in
     q, k, v and log_decay, so that they neither add to the state nor decay it. `run_BT` (int32 [1 or B, T],
     or None) counts the documents before each slot's own: where it differs from a state's, nothing of that
-    state is seen. `log_decay` is None, [N], [B, T, N] or [B, T, N, H], in `state_BNHM`'s dtype.
+    state is seen. `log_decay` is None, [N], [B, T, N] or [B, T, N, H], in `state_BNHM`'s dtype. `normalize`:
+    the last columns of v and of the state are those of the denominator, by which the caller divides.
     """
 
     q_BTNH: jax.Array
@@ -32,6 +33,7 @@ class DecayScanCall:
     run_BT: jax.Array | None
     scale: float = dataclasses.field(metadata=_STATIC)
     out_dtype: Any = dataclasses.field(metadata=_STATIC)
+    normalize: bool = dataclasses.field(metadata=_STATIC)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

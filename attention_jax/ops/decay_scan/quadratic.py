@@ -33,25 +33,48 @@ def unsupported(call: DecayScanCall) -> str | None:
 
 def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
-    N = call.sizes[2]
-    q_BNTH, k_BNSH, v_BNSM = (
-        jnp.moveaxis(spread(x.astype(call.dtype), N, 2), 2, 1)
-        for x in (call.q_BTNH, call.k_BTNH, call.v_BTNM)
-    )
-    # H is 1 where all channels decay alike.
-    pairs_BNTSH, start_BNTH = _weights(call)
-    if pairs_BNTSH.shape[-1] == 1:
-        p_BNTS = einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH) * pairs_BNTSH[..., 0]
-    else:
-        p_BNTS = einsum("bnth,bnsh,bntsh->bnts", q_BNTH, k_BNSH, pairs_BNTSH)
+    q_BNTH, k_BNSH, v_BNSM = (_by_head(call, x) for x in (call.q_BTNH, call.k_BTNH, call.v_BTNM))
+    pairs_BNTSH, start_BNTH = _decays(call)
+    p_BNTS = _scores(q_BNTH, k_BNSH, pairs_BNTSH)
     y_BNTM = einsum("bnts,bnsm->bntm", p_BNTS, v_BNSM)
-    y_BNTM = call.scale * (y_BNTM + einsum("bnth,bnhm->bntm", q_BNTH * start_BNTH, call.state_BNHM))
+    y_BNTM = call.scale * (y_BNTM + _from_state(q_BNTH, start_BNTH, call.state_BNHM))
     added_BNHM = einsum("bnsh,bnsm->bnhm", k_BNSH * pairs_BNTSH[:, :, -1], v_BNSM)
     state_BNHM = call.state_BNHM * start_BNTH[:, :, -1, :, None] + added_BNHM
     return jnp.moveaxis(y_BNTM, 1, 2).astype(call.out_dtype), state_BNHM
 
 
-def _weights(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
+def weights(call: DecayScanCall) -> jax.Array:
+    """W_BNTS: y_t is sum_s W_ts v_s and the part of the initial state. v is not read.
+
+    With call.normalize W is divided by the denominator, the initial state's part of it included; where that
+    is 0, W is 0.
+    """
+    q_BNTH, k_BNSH = (_by_head(call, x) for x in (call.q_BTNH, call.k_BTNH))
+    pairs_BNTSH, start_BNTH = _decays(call)
+    p_BNTS = _scores(q_BNTH, k_BNSH, pairs_BNTSH)
+    if call.normalize:
+        den_BNT1 = p_BNTS.sum(-1, keepdims=True) + _from_state(q_BNTH, start_BNTH, call.state_BNHM[..., -1:])
+        some = den_BNT1 != 0
+        p_BNTS = jnp.where(some, p_BNTS / jnp.where(some, den_BNT1, 1.0), 0.0)
+    return call.scale * p_BNTS
+
+
+def _by_head(call: DecayScanCall, x_BTNH: jax.Array) -> jax.Array:
+    return jnp.moveaxis(spread(x_BTNH.astype(call.dtype), call.sizes[2], 2), 2, 1)
+
+
+def _scores(q_BNTH, k_BNSH, pairs_BNTSH) -> jax.Array:
+    """P [B, N, T, S]. The last axis of the decays is 1 where all channels decay alike."""
+    if pairs_BNTSH.shape[-1] == 1:
+        return einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH) * pairs_BNTSH[..., 0]
+    return einsum("bnth,bnsh,bntsh->bnts", q_BNTH, k_BNSH, pairs_BNTSH)
+
+
+def _from_state(q_BNTH, start_BNTH, state_BNHM) -> jax.Array:
+    return einsum("bnth,bnhm->bntm", q_BNTH * start_BNTH, state_BNHM)
+
+
+def _decays(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """exp(L_ts), 0 for hidden pairs, [1 or B, 1 or N, T, S, 1 or H], and exp(L_t), [.., T, 1 or H]."""
     _, T, N, _, _ = call.sizes
     t, s = jnp.arange(T)[:, None], jnp.arange(T)[None]

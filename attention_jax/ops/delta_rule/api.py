@@ -95,6 +95,29 @@ def delta_rule(
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
 
+def delta_weights(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    beta_BTN: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    scale: float = 1.0,
+) -> jax.Array:
+    """W [B, N, T, T] with which `delta_rule` adds values, y_t = sum_s W_ts v_s, for inspection.
+
+    The arguments are the op's, and so are the ValueErrors. W is signed, float32 (float64 if q and k are),
+    includes `scale` and is differentiable. The part of y that an initial state gives is not included.
+    """
+    # Values of 0 that fit; where k or beta has other axes, the checks refuse them.
+    fits = jnp.ndim(k_BTKH) == 4 and jnp.ndim(beta_BTN) == 3
+    v_BTNM = jnp.zeros((*k_BTKH.shape[:2], beta_BTN.shape[2], 1), k_BTKH.dtype) if fits else k_BTKH
+    call, _ = _checked_call(q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, None, segment_ids, positions, scale)
+    with jax.default_matmul_precision("highest"):
+        return quadratic.weights(call)
+
+
 def explain(*args, impl: str | ChunkedDeltaConfig | None = None, **kwargs) -> Explanation:
     """What `delta_rule` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 

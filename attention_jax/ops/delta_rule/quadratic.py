@@ -23,26 +23,46 @@ from attention_jax.ops.recurrences import spread
 
 def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
-    B, T, N, H, _ = call.sizes
     state_BNHM = call.state_BNHM
-    wide = state_BNHM.dtype
-    q_BNTH, k_BNTH, v_BNTM = (
-        jnp.swapaxes(spread(x.astype(wide), N, axis=2), 1, 2) for x in (call.q_BTQH, call.k_BTKH, call.v_BTNM)
-    )
-    q_BNTH = call.scale * q_BNTH
-    beta_BNT1 = jnp.swapaxes(call.beta_BTN, 1, 2).astype(wide)[..., None]
+    q_BNTH, k_BNTH, beta_BNT1 = _by_head(call)
+    v_BNTM = jnp.swapaxes(call.v_BTNM.astype(state_BNHM.dtype), 1, 2)
     between_BNTSH, before_BNTH, after_BNTH, whole_BNH = _decays(call)
-    scores_BNTS = beta_BNT1 * jnp.einsum("bnth,bnsh,bntsh->bnts", k_BNTH, k_BNTH, between_BNTSH)
-    reads_BNTS = jnp.einsum("bnth,bnsh,bntsh->bnts", q_BNTH, k_BNTH, between_BNTSH)
+    scores_BNTS, reads_BNTS = _pairs(q_BNTH, k_BNTH, beta_BNT1, between_BNTSH)
     held_BNTM = jnp.einsum("bnth,bnhm->bntm", before_BNTH * k_BNTH, state_BNHM)
-    u_BNTM = jax.scipy.linalg.solve_triangular(
-        scores_BNTS, beta_BNT1 * (v_BNTM - held_BNTM), lower=True, unit_diagonal=True
-    )
+    u_BNTM = _solve(scores_BNTS, beta_BNT1 * (v_BNTM - held_BNTM))
     y_BNTM = jnp.einsum("bnts,bnsm->bntm", reads_BNTS, u_BNTM)
     y_BNTM += jnp.einsum("bnth,bnhm->bntm", before_BNTH * q_BNTH, state_BNHM)
     state_BNHM = whole_BNH[..., None] * state_BNHM
     state_BNHM += jnp.einsum("bnth,bntm->bnhm", after_BNTH * k_BNTH, u_BNTM)
     return jnp.swapaxes(y_BNTM, 1, 2).astype(call.v_BTNM.dtype), state_BNHM
+
+
+def weights(call: DeltaRuleCall) -> jax.Array:
+    """W_BNTS: y_t is sum_s W_ts v_s and the part of the initial state. v and the state are not read."""
+    q_BNTH, k_BNTH, beta_BNT1 = _by_head(call)
+    scores_BNTS, reads_BNTS = _pairs(q_BNTH, k_BNTH, beta_BNT1, _decays(call)[0])
+    # u is linear in v: the solutions for v the identity.
+    identity_TS = jnp.eye(call.sizes[1], dtype=call.state_BNHM.dtype)
+    return jnp.einsum("bnti,bnis->bnts", reads_BNTS, _solve(scores_BNTS, beta_BNT1 * identity_TS))
+
+
+def _by_head(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q times scale, k and beta with their heads in front, in the dtype of the computation."""
+    N, wide = call.sizes[2], call.state_BNHM.dtype
+    q_BNTH, k_BNTH = (
+        jnp.swapaxes(spread(x.astype(wide), N, axis=2), 1, 2) for x in (call.q_BTQH, call.k_BTKH)
+    )
+    return call.scale * q_BNTH, k_BNTH, jnp.swapaxes(call.beta_BTN, 1, 2).astype(wide)[..., None]
+
+
+def _pairs(q_BNTH, k_BNTH, beta_BNT1, between_BNTSH) -> tuple[jax.Array, jax.Array]:
+    """beta_t (k_t . G_ti k_i), whose part below the diagonal counts, and scale * q_t . G_ti k_i."""
+    scores_BNTS = beta_BNT1 * jnp.einsum("bnth,bnsh,bntsh->bnts", k_BNTH, k_BNTH, between_BNTSH)
+    return scores_BNTS, jnp.einsum("bnth,bnsh,bntsh->bnts", q_BNTH, k_BNTH, between_BNTSH)
+
+
+def _solve(scores_BNTS: jax.Array, right_BNTM: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.solve_triangular(scores_BNTS, right_BNTM, lower=True, unit_diagonal=True)
 
 
 def _decays(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -83,6 +83,30 @@ def selected_attention(
     return choose(_IMPLEMENTATIONS, call, impl).run(call)
 
 
+def selected_weights(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    block_indices_BTKn: jax.Array,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    q_positions: jax.Array | None = None,
+    k_positions: jax.Array | None = None,
+) -> jax.Array:
+    """The weights with which `selected_attention` adds values, float32 [B, N, T, S], for inspection.
+
+    The arguments are the op's, and so are the ValueErrors. Each row sums to 1, or to 0 where no key is seen.
+    The array is made whole, whatever T and S are; it is differentiable in q and k.
+    """
+    return reference.weights(
+        _checked_call(
+            q_BTNH, k_BSKH, k_BSKH, block_indices_BTKn, block_size, scale, segment_ids,
+            q_positions, k_positions,
+        )
+    )  # fmt: skip
+
+
 def explain(*args, impl: str | GatheredConfig | None = None, **kwargs) -> Explanation:
     """What `selected_attention` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 

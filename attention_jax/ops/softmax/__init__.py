@@ -1,6 +1,6 @@
-"""Softmax attention: `dot_product_attention` and its implementations."""
+"""Softmax attention: `dot_product_attention`, its weights and its implementations."""
 
-from attention_jax.ops.softmax.api import dot_product_attention, explain
+from attention_jax.ops.softmax.api import attention_weights, dot_product_attention, explain
 from attention_jax.ops.softmax.mosaic_gpu.config import HopperTileSizes, MosaicGPUConfig
 from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
 from attention_jax.ops.softmax.tiles import ChunkedConfig
@@ -10,6 +10,7 @@ __all__ = [
     "HopperTileSizes",
     "MosaicGPUConfig",
     "MosaicTPUConfig",
+    "attention_weights",
     "dot_product_attention",
     "explain",
 ]

@@ -123,6 +123,34 @@ def dot_product_attention(
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
 
 
+def attention_weights(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    mask: Mask | jax.Array | None = None,
+    mask_BNTS: jax.Array | None = None,
+    bias: Bias | jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits_N: jax.Array | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    q_positions: jax.Array | None = None,
+    k_positions: jax.Array | None = None,
+) -> jax.Array:
+    """The weights with which `dot_product_attention` adds values, float32 [B, N, T, S], for inspection.
+
+    The arguments are the op's, and so are the ValueErrors. Each row sums to 1, to 1 minus the sink's share
+    where there are sink logits, and to 0 where no key is seen. Dropout, which the op applies to these, is not
+    included. The array is made whole, whatever T and S are; it is differentiable.
+    """
+    return reference.weights(
+        _checked_call(
+            q_BTNH, k_BSKH, k_BSKH, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
+            q_positions, k_positions,
+        )
+    )  # fmt: skip
+
+
 def explain(*args, impl: Impl = None, **kwargs) -> Explanation:
     """What `dot_product_attention` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 

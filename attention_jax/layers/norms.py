@@ -1,0 +1,83 @@
+"""Norms of heads and channels: RMS with and without a gate, group norm with one group per head.
+
+    RMSNorm(x) = x / sqrt(mean(x^2) + epsilon) * scale          Zhang & Sennrich 2019 (arXiv 1910.07467)
+
+All statistics are computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+
+def head_norm(kind: Literal["rms", "l2"] | None, head_dim: int, *, dtype: Any, rngs: nnx.Rngs) -> Any:
+    """The norm of a head's features [..., H]; None where `kind` is None.
+
+    rms: RMS norm with a learned scale. l2: unscaled RMS norm (Llama 4 calls it L2 norm).
+    """
+    if kind is None:
+        return None
+    return nnx.RMSNorm(head_dim, use_scale=kind == "rms", dtype=dtype, rngs=rngs)
+
+
+class GatedRMSNorm(nnx.Module):
+    """RMS norm over the last axis, with a gate.
+
+        after:  y = RMSNorm(x) scale * act(g)          before:  y = RMSNorm(x * act(g)) scale
+
+    after: GLA, Gated DeltaNet, lightning attention; before: Mamba-2. The axis is a head's features or those
+    of all heads; its mean square is taken over each of `groups` equal parts. Float32 inside.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        gate: Literal["silu", "sigmoid"] = "silu",
+        gated: Literal["before", "after"] = "after",
+        groups: int = 1,
+        epsilon: float = 1e-5,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del rngs  # the scale starts as ones
+        self.gate, self.gated, self.groups, self.epsilon, self.dtype = gate, gated, groups, epsilon, dtype
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        """x and gate [..., width]."""
+        x, gate = x.astype(jnp.float32), ACTIVATIONS[self.gate](gate.astype(jnp.float32))
+        if self.gated == "before":
+            x = x * gate
+        parts = x.reshape(*x.shape[:-1], self.groups, -1)
+        parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + self.epsilon)
+        x = parts.reshape(x.shape) * self.scale[...]
+        return (x if self.gated == "before" else x * gate).astype(self.dtype)
+
+
+class HeadGroupNorm(nnx.Module):
+    """Group norm with one group per head: (x - mean) / sqrt(var + eps) over its features, scale and bias.
+
+    A positive factor that all of a head's features share drops out of it, but for eps.
+    """
+
+    def __init__(
+        self, heads: int, width: int, *, epsilon: float = 1e-5, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        del rngs  # the scale starts as ones, the bias as zeros
+        self.epsilon, self.dtype = epsilon, dtype
+        self.scale = nnx.Param(jnp.ones((heads, width), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((heads, width), jnp.float32))
+
+    def __call__(self, x_BTNM: jax.Array) -> jax.Array:
+        """x [..., N, M]; float32 inside."""
+        x = x_BTNM.astype(jnp.float32)
+        x = x - jnp.mean(x, -1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)

@@ -1,0 +1,79 @@
+"""One layer of the language model.
+
+h' = h + mixer(norm(h)),   h'' = h' + mlp(norm(h'))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attention_jax.layers import FeedForward
+from attention_jax.mixers import Context, MixerConfig, MixerOutput
+from attention_jax.model.config import ModelConfig
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mixer: MixerConfig, *, causal: bool, rngs: nnx.Rngs):
+        common = {
+            "dtype": jnp.dtype(config.dtype),
+            "kernel_init": weight_init(config),
+            "out_init": residual_init(config),
+        }
+        self.norm1 = make_norm(config, rngs)
+        self.mixer = mixer.build(config.d_model, rngs, causal=causal, **common)
+        self.norm2 = make_norm(config, rngs)
+        self.mlp = FeedForward(
+            config.d_model,
+            config.hidden_width,
+            kind=config.mlp,
+            use_bias=config.use_bias,
+            rngs=rngs,
+            **common,
+        )
+        self.dropout = config.dropout
+
+    def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context) -> MixerOutput:
+        """x behind the layer, the mixer's state, and what `ctx.capture` asks for."""
+        y_BTD, state, aux = self.mixer.mix(self.norm1(x_BTD), state, ctx=ctx.fold_key(0))
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(1).dropout_key)
+        y_BTD = self.mlp(self.norm2(x_BTD))
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(2).dropout_key)
+        return MixerOutput(x_BTD, state, aux | ctx.captured(hidden=lambda: x_BTD))
+
+    def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
+        """x [B, T, D] behind the layer, of whole rows."""
+        return self.mix(x_BTD, None, ctx=ctx or Context()).y
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """x with entries dropped at `rate` and the rest scaled by 1 / (1 - rate); key None keeps all."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The norm before each mixer, each feed-forward and the head."""
+    dtype = jnp.dtype(config.dtype)
+    if config.norm == "rmsnorm":
+        return nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(
+        config.d_model, epsilon=config.norm_eps, use_bias=config.use_bias, dtype=dtype, rngs=rngs
+    )
+
+
+def weight_init(config: ModelConfig):
+    """Initialiser of embeddings and projections."""
+    return nnx.initializers.normal(config.init_std)
+
+
+def residual_init(config: ModelConfig):
+    """Initialiser of the projections back to the residual stream."""
+    return nnx.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
