@@ -1,4 +1,4 @@
-"""What is computed: a mask, sizes, and what each system must be told of them."""
+"""What is computed: a mask, sizes, and how each system is given them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A contestant is a name and a maker: maker(case, backward) gives a call, or a reason (str) why it cannot take
 part. A call returns when its result is there; `.device_time()` is milliseconds on a GPU, `.temporaries` the
-bytes that its compiler plans, `.note` what a reader of its time must know.
+bytes that its compiler plans, `.note` a remark on how its time is to be read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _ours(impl: Any, case: Case, backward: bool) -> Any:
 
 
 def masking(case: Case) -> dict[str, Any] | None:
-    """The mask as jax.nn and tokamax are told of it without an array, or None."""
+    """The mask as options of jax.nn and tokamax that need no array, or None."""
     if case.causal or case.full:
         return {"is_causal": case.causal}
     if case.window:  # they count the keys before a query's own
@@ -63,17 +63,17 @@ def masking(case: Case) -> dict[str, Any] | None:
 def _jax_nn(implementation: str, case: Case, backward: bool) -> Any:
     import jax
 
-    told = masking(case)
+    options = masking(case)
     if implementation == "cudnn":
         if jax.default_backend() != "gpu":
             return "needs an NVIDIA GPU"
-        if told is None:
+        if options is None:
             return "takes no such mask without a dense array"
     elif case.dense_too_large:
         return case.dense_too_large
     elif not (case.causal or case.full):
-        told = {"mask": case.dense()[None, None]}
-    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation, **told)
+        options = {"mask": case.dense()[None, None]}
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation, **options)
     return jitted(attend, *case.inputs, backward=backward)
 
 
@@ -84,11 +84,11 @@ def _tokamax(case: Case, backward: bool) -> Any:
         return "tokamax is not installed"
     if jax.default_backend() != "gpu":
         return "its Mosaic kernel needs an NVIDIA GPU"
-    if (told := masking(case)) is None:
+    if (options := masking(case)) is None:
         return "takes no such mask without a dense array"
     import tokamax
 
-    attend = functools.partial(tokamax.dot_product_attention, implementation="mosaic", **told)
+    attend = functools.partial(tokamax.dot_product_attention, implementation="mosaic", **options)
     return jitted(attend, *case.inputs, backward=backward)
 
 

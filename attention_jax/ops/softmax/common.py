@@ -56,6 +56,30 @@ class SoftmaxCall:
         _, S, K, M = self.v_BSKM.shape
         return B, T, S, N, K, H, M
 
+    def leaf_axes(self) -> list[str]:
+        """The axes of every array of the call, in the order of its leaves, as letters of its field's name.
+
+        "." is an axis that belongs to no batch row and no head: a bias is given global head numbers, so that
+        only its batch axis counts.
+        """
+        found = []
+        for field in dataclasses.fields(self):
+            x = getattr(self, field.name)
+            if x is None or field.metadata.get("static"):
+                continue
+            if field.name == "bias":
+                for leaf, axes in zip(jax.tree.leaves(x), x.axes(), strict=True):
+                    found.append("".join("B" if i == axes.batch else "." for i in range(leaf.ndim)))
+            else:
+                letters = field.name.rpartition("_")[2]
+                found.append(letters if letters.isupper() else "." * x.ndim)
+        return found
+
+    @property
+    def output_axes(self) -> tuple[str, str | None]:
+        """The axes of what `attend` returns, (out, lse); None for an lse that is not asked for."""
+        return "BTNM", "BTN" if self.lse else None
+
     @property
     def q_valid_BT(self) -> jax.Array | None:
         """Which query slots hold a token; None: all do."""
@@ -93,7 +117,7 @@ def platform(call: SoftmaxCall) -> str:
 
 
 def kernel_refusal(call: SoftmaxCall) -> str | None:
-    """Why no kernel can run the call on its mesh, or None: XLA cannot cut a kernel, nor number its heads."""
+    """Why no kernel can run the call on its mesh: XLA cannot partition one or number its heads; or None."""
     sharding = jax.typeof(call.q_BTNH).sharding
     mesh = sharding.mesh
     if any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in _axes(mesh)):

@@ -38,7 +38,7 @@ def unsupported(call: SoftmaxCall) -> str | None:
             return f"does not compute {what}"
     options = _options(call.mask)
     if options is None:
-        return f"has no mask {call.mask}; it knows Full(), Causal() and SlidingWindow(w)"
+        return f"has no mask {call.mask}; it has Full(), Causal() and SlidingWindow(w)"
     _, T, S, *_ = call.sizes
     if T != S and call.mask != Full():
         return f"aligns a mask of {T} queries and {S} keys otherwise"
@@ -68,7 +68,7 @@ def _run(call: SoftmaxCall, options: dict[str, Any], q, k, v) -> jax.Array:
 
 
 def _refusal(call: SoftmaxCall, options: dict[str, Any]) -> str | None:
-    """cuDNN's own word on the shapes, the backward's included; no computing."""
+    """Why cuDNN refuses the shapes, those of the backward included, or None; nothing is computed."""
 
     def both(q, k, v):
         out, pullback = jax.vjp(functools.partial(_run, call, options), q, k, v)

@@ -20,7 +20,7 @@ from attention_jax.ops.tokens import positions_or_arange
 def mask_bits(
     call: SoftmaxCall, table: bool, by_key: bool, own_pad: int, swept_pad: int
 ) -> jax.Array | np.ndarray:
-    """int32 [b, n, words, own_pad]: bit i of word w tells whether the pair with swept token 32 w + i is kept.
+    """int32 [b, n, words, own_pad]: bit i of word w is 1 where the pair with swept token 32 w + i is kept.
 
     table: `call.mask` is to be written out as well as `call.mask_BNTS`. by_key: keys are owned and queries
     swept. b and n are 1 where all batch rows or heads share the mask. Padding is hidden.
