@@ -211,9 +211,7 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
     assert train_step(model, whole.optimizer, whole.steps)._cache_size() == 1
 
     last, folder = rows(whole)[-1], Path(whole.run_dir)
-    assert (
-        last["val/tokens"] == 7 * 4
-    )  # a tenth of 64 pairs, each three letters and their end
+    assert last["val/tokens"] == 7 * 4  # a tenth of 64 pairs, each three letters and their end
     # Each letter is one of four: without its source a word costs 3 ln 4 nats, over four tokens.
     assert last["val/full_loss"] < 0.5 < 0.75 * math.log(4)
     bits = last["val/full_loss"] * 28 / math.log(2) / 21
