@@ -6,6 +6,7 @@ Mixers are read from the union `MixerConfig`, masks from `attention_jax.masks`, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import attention_jax.masks as masks
 from attention_jax.about import About
@@ -31,7 +32,10 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """All mechanisms: mixers by `kind`, masks by class, biases and position codes by name."""
-    entries = [_entry("mixer", kind, cls.about, _runs(cls)) for kind, cls in mixer_kinds().items()]
+    entries = [
+        _entry("mixer", kind, cls.about, cls.implementations(), causal=cls.direction != "bidirectional")
+        for kind, cls in mixer_kinds().items()
+    ]
     entries += [_entry("mask", name, cls.about, implementations()) for name, cls in _masks().items()]
     return entries + [
         _entry(group, name, dataclasses.replace(about, cache="-"), implementations())
@@ -89,12 +93,8 @@ _TERMS = (
 )  # fmt: skip
 
 
-def _entry(group: str, name: str, about: About, runs: tuple[str, ...]) -> Entry:
-    return Entry(group, name, **dataclasses.asdict(about), implementations=tuple(runs))
-
-
-def _runs(cls: type) -> tuple[str, ...]:
-    return getattr(cls, "implementations", implementations)()
+def _entry(group: str, name: str, about: About, runs: Iterable[str], *, causal: bool = True) -> Entry:
+    return Entry(group, name, **dataclasses.asdict(about), causal=causal, implementations=tuple(runs))
 
 
 def _masks() -> dict[str, type]:

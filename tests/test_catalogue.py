@@ -77,7 +77,7 @@ def test_python_m_attention_jax_prints_it():
 
 @pytest.mark.parametrize("kind", [kind for kind in mixer_kinds() if kind != "cross"])
 def test_the_factory_makes_every_kind(kind):
-    causal = mixer_kinds()[kind].about.causal
+    causal = mixer_kinds()[kind].direction != "bidirectional"
     mixer = nnx.eval_shape(lambda: make_mixer(kind, 64, rngs=nnx.Rngs(0), causal=causal))
     x = jax.ShapeDtypeStruct((2, 9, 64), jnp.float32)
     y = nnx.eval_shape(lambda mixer, x: mixer(x), mixer, x)

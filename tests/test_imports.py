@@ -235,7 +235,7 @@ def test_the_library_needs_no_training_packages():
     used = {name.split(".")[0] for path in (ROOT / "attention_jax").rglob("*.py")
             for name in _imports(path.read_text())}  # fmt: skip
     # Inside functions, so that only drawing and timing beside peers need them: matplotlib, torch, tokamax.
-    known = {"attention_jax", "jax", "flax", "numpy", "matplotlib", "torch", "tokamax"}
+    known = {"attention_jax", "jax", "flax", "numpy", "einops", "matplotlib", "torch", "tokamax"}
     assert used <= known | set(sys.stdlib_module_names)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from attention_jax.caches import KVCache
 from attention_jax.mixers.base import Context, Mixer, MixerConfig
+from attention_jax.ops import tokens
 from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
 
@@ -61,7 +63,7 @@ class KVView:
     @property
     def valid_BS(self) -> jax.Array | None:
         """True [B or 1, S] where a slot holds a key; None where all do."""
-        return valid_tokens(Context(self.k_positions_BS, self.segment_ids_BT))
+        return tokens.valid_tokens(self.k_positions_BS, self.segment_ids_BT)
 
     def attend(self, q_BTNH: jax.Array, ctx: Context, *, mask: Any, k=None, v=None, dropout=0.0, **options):
         """(y_BTNM, what `ctx.capture` names) of softmax attention to these keys.
@@ -154,7 +156,7 @@ def cached_positions(capacity: int, ctx: Context, B: int, T: int) -> jax.Array:
 
 def positions_of(ctx: Context, T: int) -> jax.Array:
     """The tokens' positions [B or 1, T]: the context's, or 0, 1, 2, ..."""
-    return jnp.arange(T)[None] if ctx.positions_BT is None else ctx.positions_BT
+    return tokens.positions_or_arange(ctx.positions_BT, T)
 
 
 def rotate(
@@ -176,27 +178,23 @@ def dropout_options(rate: float, ctx: Context) -> dict[str, Any]:
 
 def zero_invalid(y_BTD: jax.Array, ctx: Context) -> jax.Array:
     """y with the rows of invalid tokens selected to 0 (an output bias or their own NaN stays out)."""
-    valid_BT = valid_tokens(ctx)
-    if valid_BT is None:
-        return y_BTD
-    return jnp.where(valid_BT[..., None], y_BTD, jnp.zeros((), y_BTD.dtype))
+    return tokens.select_valid(y_BTD, valid_tokens(ctx))
 
 
 def valid_tokens(ctx: Context) -> jax.Array | None:
     """True [B or 1, T] where a slot holds a token; None where all do."""
-    parts = [ids >= 0 for ids in (ctx.positions_BT, ctx.segment_ids_BT) if ids is not None]
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
+    return tokens.valid_tokens(ctx.positions_BT, ctx.segment_ids_BT)
 
 
 def split_heads(y_BTE: jax.Array, head_dim: int, norm: Any = None) -> jax.Array:
     """A projection [B, T, heads * H] as [B, T, heads, H], normalised where a norm is given."""
-    y = y_BTE.reshape(*y_BTE.shape[:2], -1, head_dim)
+    y = rearrange(y_BTE, "b t (n h) -> b t n h", h=head_dim)
     return y if norm is None else norm(y)
 
 
 def merge_heads(y_BTNM: jax.Array) -> jax.Array:
     """[B, T, N, M] as [B, T, N * M]."""
-    return y_BTNM.reshape(*y_BTNM.shape[:2], -1)
+    return rearrange(y_BTNM, "b t n m -> b t (n m)")
 
 
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
