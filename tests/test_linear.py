@@ -288,7 +288,7 @@ def test_bad_calls(x):
     with pytest.raises(ValueError, match=r"needs ctx\.positions_BT"):
         harness.call(harness.params, x, harness.state(), Context())
     ids = jnp.zeros((B, T), int)
-    with pytest.raises(ValueError, match="one document a row"):
+    with pytest.raises(ValueError, match="one document per row"):
         harness.call(harness.params, x, harness.state(), Context(positions_BT=ids, segment_ids_BT=ids))
     with pytest.raises(ValueError, match="unknown impl 'fast'"):
         Harness(LinearAttentionConfig(), impl="fast").parallel(x)

@@ -248,7 +248,7 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(x):
         ({"qk_norm": "layer"}, "qk_norm must be one of rms, l2, None, got 'layer'"),
         ({"bias": "rpe"}, "bias must be one of alibi, t5, None, got 'rpe'"),
         ({"mask": np.ones((2, 2), bool)}, "mask must be a Mask or its expression, got ndarray"),
-        ({"softcap": 0.0}, "softcap must be finite and > 0, got 0.0; null switches it off"),
+        ({"softcap": 0.0}, "softcap must be finite and > 0, got 0.0; use null to disable it"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
     ],
 )
@@ -278,7 +278,7 @@ def test_bad_calls(x):
     with pytest.raises(ValueError, match="needs ctx.positions_BT"):
         harness.call(harness.params, x, state, Context())
     positions = jnp.tile(jnp.arange(T), (B, 1))
-    with pytest.raises(ValueError, match="one document a row"):
+    with pytest.raises(ValueError, match="one document per row"):
         harness.call(harness.params, x, state, Context(positions_BT=positions, segment_ids_BT=positions))
     long = jnp.zeros((B, CAPACITY + 1, D_MODEL))
     with pytest.raises(ValueError, match="do not fit a cache of capacity 24"):

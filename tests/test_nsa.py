@@ -185,7 +185,7 @@ def test_state_is_small_where_it_can_be():
         ({"select_count": 2}, "select_count must be >= 3, got 2: the first and the last two"),
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd"),
-        ({"impl": "cudnn"}, "unknown impl 'cudnn'; there are reference, chunked"),
+        ({"impl": "cudnn"}, "unknown impl 'cudnn'; choose from reference, chunked"),
     ],
 )
 def test_bad_configs(arguments, message):

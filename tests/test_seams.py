@@ -82,7 +82,7 @@ def test_capture_gives_what_the_output_is_made_of_and_changes_no_bit(kind, x):
 
 
 def test_an_unknown_capture_is_refused_by_name():
-    with pytest.raises(ValueError, match="capture: there is no 'maps'; there are attention, queries"):
+    with pytest.raises(ValueError, match="capture: unknown name 'maps'; choose from attention, queries"):
         Context(capture={"maps"})
 
 
