@@ -128,7 +128,10 @@ def test_a_model_that_is_not_causal_is_refused(kind):
             lambda: Mamba2Config(dt_limit_low=2.0, dt_limit_high=1.0),
             "dt_limit_low 2.0 must be >= 0 and below",
         ),
-        (lambda: RetentionConfig(impl="reference"), "unknown impl 'reference'; choose from recurrent, chunked"),
+        (
+            lambda: RetentionConfig(impl="reference"),
+            "unknown impl 'reference'; choose from recurrent, chunked",
+        ),
         (lambda: built(Mamba2Config(head_dim=48)), "head_dim 48 does not divide expand d_model = 64"),
         (lambda: built(Mamba2Config(head_dim=16, groups=3)), "groups 3 does not divide the 4 heads"),
     ],

@@ -69,7 +69,10 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: DeltaNetConfig(num_heads=0), "num_heads must be >= 1, got 0"),
         (lambda: DeltaNetConfig(convolution=0), "convolution must be >= 1, got 0"),
         (lambda: DeltaNetConfig(chunk_size=-1), "chunk_size must be >= 1, got -1"),
-        (lambda: DeltaNetConfig(impl="reference"), "unknown impl 'reference'; choose from recurrent, chunked"),
+        (
+            lambda: DeltaNetConfig(impl="reference"),
+            "unknown impl 'reference'; choose from recurrent, chunked",
+        ),
         (lambda: GatedDeltaNetConfig(num_qk_heads=3), "num_qk_heads 3 does not divide num_heads 4"),
         (lambda: KDAConfig(rank=0), "rank must be >= 1, got 0"),
         (lambda: KDAConfig(dt_min=0.0), "dt_min 0.0 and dt_max 0.1 must be 0 < dt_min <= dt_max"),
