@@ -111,7 +111,7 @@ def test_what_the_factory_refuses(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_shades_tell_full_partial_and_empty_blocks_apart():
+def test_shades_distinguish_full_partial_and_empty_blocks():
     found = shades(masks.Causal(), 12, 12, 4)
     kept = truth.table(truth.causal, np.arange(12), np.arange(12))
     assert (found[8:, :8] == 3).all() and (found[:4, 4:] == 0).all()

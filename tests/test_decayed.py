@@ -1,4 +1,4 @@
-"""Retention, GLA, lightning attention and Mamba-2: what the contract of all mixers does not show."""
+"""Retention, GLA, lightning attention and Mamba-2, beyond the contract of tests/test_mixers.py."""
 
 import functools
 
@@ -113,7 +113,10 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: RetentionConfig(value_dim=0), "value_dim must be >= 1, got 0"),
         (lambda: RetentionConfig(first_exponent=0.0), "first_exponent must be > 0 and <= 24, got 0.0"),
         (lambda: RetentionConfig(last_exponent=25.0), "last_exponent must be > 0 and <= 24, got 25.0"),
-        (lambda: RetentionConfig(num_heads=21), "num_heads 21 decay the last head .*; set last_exponent"),
+        (
+            lambda: RetentionConfig(num_heads=21),
+            "num_heads 21 give the last head a decay .*; set last_exponent",
+        ),
         (lambda: built(RetentionConfig(num_heads=5)), "d_model 32 is not divisible by num_heads 5"),
         (lambda: built(RetentionConfig(head_dim=5)), "head_dim 5 is odd"),
         (lambda: GLAConfig(decay_rank=0), "decay_rank must be >= 1, got 0"),

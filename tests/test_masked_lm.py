@@ -37,7 +37,7 @@ from train.step import make_eval_step, make_train_step
 ROOT = Path(__file__).parents[1]
 BYTES = ByteTokenizer()
 MARK, MASK = 256, 257
-TWO_SIDED = ModelConfig(
+MODEL = ModelConfig(
     vocab_size=258, d_model=16, num_layers=1, mixers=(AttentionConfig(num_heads=2, rope=RoPE()),),
     mlp_width=24, causal=False, init_std=0.3,
 )  # fmt: skip
@@ -173,12 +173,10 @@ def test_held_out_masks_are_the_same_in_every_evaluation_of_every_run(make_data,
 
 def test_the_scores_are_those_of_the_masked_tokens_alone(make_data):
     batch = make_data(packing="documents").train_batch(0)
-    params = random_params(TWO_SIDED)
-    nll, count, correct = make_eval_step(TWO_SIDED, accuracy=True)(params, batch)
+    params = random_params(MODEL)
+    nll, count, correct = make_eval_step(MODEL, accuracy=True)(params, batch)
     ctx = Context(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
-    logits = np.asarray(
-        jax.jit(lambda p: apply(TWO_SIDED, p, batch["tokens"], ctx=ctx)[0])(params), np.float64
-    )
+    logits = np.asarray(jax.jit(lambda p: apply(MODEL, p, batch["tokens"], ctx=ctx)[0])(params), np.float64)
     total = right = 0
     where = np.argwhere(batch["targets"] >= 0)
     for b, t in where:
@@ -189,11 +187,9 @@ def test_the_scores_are_those_of_the_masked_tokens_alone(make_data):
     assert (int(count), int(correct)) == (len(where), right)
 
 
-def test_a_prefix_mask_hides_no_target_of_a_two_sided_model(make_data):
+def test_a_bidirectional_model_keeps_the_targets_in_a_prefix(make_data):
     batch = make_data(packing="stream").train_batch(0)
-    prefix = dataclasses.replace(
-        TWO_SIDED, mixers=(AttentionConfig(num_heads=2, mask="Prefix(9) | Causal()"),)
-    )
+    prefix = dataclasses.replace(MODEL, mixers=(AttentionConfig(num_heads=2, mask="Prefix(9) | Causal()"),))
     assert prefix.prefix == 9
     assert int(make_eval_step(prefix)(random_params(prefix), batch)[1]) == (batch["targets"] >= 0).sum()
 
@@ -282,7 +278,7 @@ def test_a_trained_run_cannot_generate(config, monkeypatch):
         assert generate_script.main([run.run_dir, "--prompt", "def "]) == 2
     assert "error: the model is not causal" in err.getvalue() and err.getvalue().count("\n") == 1
     with pytest.raises(ValueError, match="^the model is not causal.*cannot continue a prompt"):
-        generate(TWO_SIDED, {}, [[1]], max_new_tokens=1, key=jax.random.key(0))
+        generate(MODEL, {}, [[1]], max_new_tokens=1, key=jax.random.key(0))
 
 
 def test_runs_of_other_objectives_keep_their_vocabulary_snapshot_and_identity(files, tmp_path):

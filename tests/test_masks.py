@@ -1,4 +1,4 @@
-"""The mask algebra against its truth formulas, on NumPy and on traced arrays."""
+"""The mask algebra against the formulas of the masks, with NumPy and traced arrays."""
 
 from __future__ import annotations
 

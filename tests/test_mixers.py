@@ -1,4 +1,4 @@
-"""One contract for every mixer of the table: parallel = blocked = token by token = in pieces, and so on."""
+"""The contract of every mixer in the table: parallel = blocked = token by token = in chunks, and so on."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from attention_jax.mixers import AttentionConfig, Context, make_mixer, mixer_kin
 from attention_jax.positions import RoPE
 from tests import marks
 from tests.harness import Harness
-from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, cross_reference, dense, mask_of
+from tests.mixers import BIDIRECTIONAL, CROSS, D_MODEL, MIXERS, cross_reference, dense, mask_of
 
 B, T, CAPACITY = 2, 19, 24
 # More than the windows and chunks of the table's rows. Few lengths: each is a program to compile.
@@ -154,7 +154,7 @@ def test_gradients_to_the_future_are_exactly_zero(name, form, x):
 # Recurrences and NSA have tests of their own, too.
 @pytest.mark.parametrize("name", marks.params(MIXERS, slow=lambda row: "empty slots" not in row.fast))
 def test_an_empty_slot_reaches_no_gradient(name, x):
-    """NaN in a slot without a token: gradients of parameters and of x are those of the tokens alone."""
+    """With NaN in invalid slots, the gradients of parameters and of x are those of the valid tokens."""
     harness, pad = Harness(MIXERS[name].config), 3
 
     @jax.jit
@@ -177,17 +177,17 @@ def test_an_empty_slot_reaches_no_gradient(name, x):
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-4), params, alone[0])
 
 
-@pytest.mark.parametrize("name", TWO_SIDED)
-def test_two_sided_masks(name, x):
-    row = TWO_SIDED[name]
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_bidirectional_masks(name, x):
+    row = BIDIRECTIONAL[name]
     harness = Harness(row.config, causal=False)
     params = nnx.to_pure_dict(harness.params)
     expected = row.reference(params, x[0], dense(mask_of(row.config), T))
     assert_allclose(harness.parallel(x)[0], expected, **TOLERANCE)
 
 
-def test_a_causal_model_restricts_a_two_sided_mask(x):
-    harness = Harness(TWO_SIDED["full"].config, causal=True)
+def test_a_causal_model_restricts_a_bidirectional_mask(x):
+    harness = Harness(BIDIRECTIONAL["full"].config, causal=True)
     changed = x + (np.arange(T) >= 9)[:, None].astype(np.float32)
     assert_array_equal(harness.parallel(changed)[:, :9], harness.parallel(x)[:, :9])
 

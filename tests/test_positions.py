@@ -1,4 +1,4 @@
-"""Position codes against the published formulas in float64, and at their limits."""
+"""Position encodings against the published formulas in float64, and at their limits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_layouts_differ_by_a_permutation_of_features():
     assert_allclose(np.asarray(half)[..., [0, 4, 1, 5, 2, 6, 3, 7]], interleaved, rtol=1e-6, atol=1e-6)
 
 
-def test_one_row_of_positions_serves_the_batch_and_position_0_turns_nothing():
+def test_one_row_of_positions_serves_the_batch_and_position_0_is_not_rotated():
     x = _x(3, 5, 2, 8)
     one, all_rows = (
         np.asarray(rotate(RoPE(), x, np.broadcast_to(np.arange(5), n))) for n in ((1, 5), (3, 5))
@@ -79,7 +79,7 @@ def test_one_row_of_positions_serves_the_batch_and_position_0_turns_nothing():
     assert_array_equal(one[:, 0], x[:, 0])
 
 
-def test_far_positions_are_told_apart_in_bfloat16():
+def test_far_positions_are_distinct_in_bfloat16():
     """bfloat16 holds no integer between 256 and 258: phases must not pass through it."""
     x = np.ones((1, 2, 1, 8), jnp.bfloat16)
     near, next_to_it = np.asarray(rotate(RoPE(), x, np.array([[100_000, 100_001]])))[0]

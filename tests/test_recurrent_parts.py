@@ -1,4 +1,4 @@
-"""What recurrent mixers share, against NumPy float64 loops."""
+"""The shared code of recurrent mixers against NumPy float64 loops."""
 
 import functools
 

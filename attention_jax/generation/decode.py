@@ -24,8 +24,8 @@ from attention_jax.model import ModelConfig, bind, init_state
 class DecodeState:
     """The state of decoding between two tokens.
 
-    caches: the states of all layers. positions_B: int32, the position of the next token of each row. logits_BV:
-    float32, the logits of that token.
+    caches: the states of all layers. positions_B: int32, the position of the next token of each row.
+    logits_BV: float32, the logits of that token.
     """
 
     caches: Any
@@ -76,8 +76,8 @@ def decode_step(
 ) -> DecodeState:
     """The state after one more token of each row.
 
-    active_B: boolean; the caches and the position of an inactive row do not change, and its logits are undefined.
-    A token at a position past the capacity gives NaN logits.
+    active_B: boolean; the caches and the position of an inactive row do not change, and its logits are
+    undefined. A token at a position past the capacity gives NaN logits.
     """
     positions_B = state.positions_B
     if active_B is not None:

@@ -1,8 +1,8 @@
 """Text generation: one jitted prefill, then a `lax.while_loop` that decodes with the state.
 
-Prompts of different lengths are left-padded to one batch; padding has position -1. The random key of a token is
-folded from (key, request id, position) only, so that a request gets the same tokens for any batch size and any
-row.
+Prompts of different lengths are left-padded to one batch; padding has position -1. The random key of a token
+is folded from (key, request id, position) only, so that a request gets the same tokens for any batch size and
+in any row.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def stream(
     """`generate` in chunks: yields the next tokens, at most `chunk`, of each request."""
     if not config.causal:
         raise ValueError(
-            "the model is not causal: it predicts masked tokens from bidirectional context and cannot continue a "
-            "prompt; use a model with causal: true"
+            "the model is not causal: it predicts masked tokens from bidirectional context and cannot "
+            "continue a prompt; use a model with causal: true"
         )
     prompts = [_checked_ids(config, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     if not prompts:
@@ -93,7 +93,8 @@ def stream(
         raise ValueError(f"max_new_tokens and chunk must be >= 1, got {max_new_tokens} and {chunk}")
     if sampling.temperature > 0 and key is None:
         raise ValueError(
-            f"sampling at temperature {sampling.temperature} needs a key: pass key=jax.random.key(0), or temperature 0"
+            f"sampling at temperature {sampling.temperature} needs a key: pass key=jax.random.key(0), or use "
+            "temperature 0"
         )
     capacity = _capacity(config, max(map(len, prompts)), max_new_tokens, capacity)
     ids = np.arange(len(prompts)) if request_ids is None else np.asarray(request_ids)

@@ -13,9 +13,9 @@ class Sampling:
     """Sampling options, applied in this order: temperature, top-k, top-p, min-p.
 
     temperature: divides the logits; 0 selects the largest logit (greedy).
-    top_k: keep the k most probable tokens. top_p: keep the fewest most probable tokens whose total probability
-    reaches p (Holtzman et al. 2020, arXiv 1904.09751). min_p: keep tokens of at least min_p times the largest
-    probability (arXiv 2407.01082).
+    top_k: keep the k most probable tokens. top_p: keep the fewest most probable tokens with a total
+    probability of at least p (Holtzman et al. 2020, arXiv 1904.09751). min_p: keep tokens of at least min_p
+    times the largest probability (arXiv 2407.01082).
     """
 
     temperature: float = 1.0

@@ -139,7 +139,7 @@ class Cosformer(LinearBase):
         T, horizon = x_BTD.shape[1], self.config.horizon
         if ctx.positions_BT is None:
             if T > horizon:
-                raise ValueError(f"{T} tokens exceed cosformer's horizon {horizon}; raise horizon")
+                raise ValueError(f"{T} tokens exceed cosformer's horizon {horizon}; increase horizon")
             return super().mix(x_BTD, state, ctx=ctx)
         # A traced position cannot raise an error: NaN makes it visible, unlike a weight of the wrong sign.
         beyond_BT = valid_tokens(ctx) & (ctx.positions_BT >= horizon)
