@@ -58,7 +58,7 @@ class AttentionConfig(SoftmaxMixerConfig):
     temperature: Temperature | None = None  #: scale queries by position, as Llama 4 does; null: off
     #: normalise queries and keys: rms (learned scale) or l2 (no scale); null: neither
     qk_norm: Literal["rms", "l2"] | None = None
-    softcap: float | None = None  #: c turns a score x into c tanh(x / c); null: off
+    softcap: float | None = None  #: cap c: replaces a score x by c tanh(x / c); null: off
     scale: float | None = None  #: multiplies q.k; null: 1 / sqrt(head_dim)
     sink_logits: bool = False  #: learn a logit per head that joins the softmax denominator only
     use_bias: bool = False  #: biases in the projections

@@ -330,12 +330,12 @@ class NSA(Mixer):
             tail, view, positions_BT, self.config.compress_block, self.config.compress_stride
         )
         k_BSKH, v_BSKH = (x.astype(k_BTKH.dtype) for x in (view.k_BSKH, view.v_BSKM))
-        made = self._compressed(k_BSKH, v_BSKH, blocks)
+        new_compressed = self._compressed(k_BSKH, v_BSKH, blocks)
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
         # The scatter drops out-of-range indices, those of incomplete blocks.
         into_BC = jnp.where(blocks.positions_BC >= 0, number_BC, held.positions_BC.shape[1])
         written = (
             old.at[rows_B1, into_BC].set(x.astype(old.dtype), mode="drop")
-            for old, x in zip(held, made, strict=True)
+            for old, x in zip(held, new_compressed, strict=True)
         )
         return tail.append(*new), Compressed(*written)

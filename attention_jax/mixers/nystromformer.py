@@ -128,12 +128,12 @@ class Nystromformer(Mixer):
         aux = ctx.captured(queries=lambda: q_BTNH, keys=lambda: k_BTNH, values=lambda: v_BTNH)
         q_BRNH, k_BRNH = (segment_means(y, valid_BT, config.landmarks) for y in (q_BTNH, k_BTNH))
         at = ctx.positions_BT
-        seen_BRNH = dot_product_attention(q_BRNH, k_BTNH, v_BTNH, k_positions=at, impl=config.impl)
+        landmark_BRNH = dot_product_attention(q_BRNH, k_BTNH, v_BTNH, k_positions=at, impl=config.impl)
         inverse_BNRR = pseudo_inverse(_landmark_kernel(q_BRNH, k_BRNH), config.iterations)
         values_BRNH = jnp.einsum(
             "bnrs,bsnh->brnh",
             inverse_BNRR,
-            seen_BRNH.astype(jnp.float32),
+            landmark_BRNH.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         ).astype(v_BTNH.dtype)
         y_BTNH = dot_product_attention(q_BTNH, k_BRNH, values_BRNH, q_positions=at, impl=config.impl)

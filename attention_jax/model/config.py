@@ -74,7 +74,7 @@ class ModelConfig:
     #: add sines and cosines of the position to sqrt(d_model) times the token embedding; any length
     sinusoidal: bool = False
     dropout: float = 0.0  #: dropout rate of the embeddings and of each residual branch
-    logit_softcap: float | None = None  #: c turns a logit x into c tanh(x / c); null: off
+    logit_softcap: float | None = None  #: cap c: replaces a logit x by c tanh(x / c); null: off
     init_std: float = (
         0.02  #: standard deviation of embeddings and projections; residual projections: divided by sqrt(2 L)
     )

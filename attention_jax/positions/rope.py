@@ -49,8 +49,10 @@ class XPos:
         scale_base 512 it is 29,178 positions.
         """
         limits = jnp.finfo(dtype if jnp.dtype(dtype).itemsize <= 4 else jnp.float32)
-        room = min(math.log(float(limits.max)), -math.log(float(limits.tiny))) + math.log(float(limits.eps))
-        return int(room * self.scale_base / math.log(1.4 / 0.4))
+        log_range = min(math.log(float(limits.max)), -math.log(float(limits.tiny))) + math.log(
+            float(limits.eps)
+        )
+        return int(log_range * self.scale_base / math.log(1.4 / 0.4))
 
     def gain(self, positions_BT: jax.Array, width: int, dtype: Any) -> jax.Array:
         """The factors of queries, float32 [B, T, width / 2]; NaN beyond `reach`. Keys use the inverse."""
@@ -141,16 +143,16 @@ class RoPE:
     def _rotate(self, x_BTNH: jax.Array, positions_BT: jax.Array, gain: Any) -> jax.Array:
         frequencies = self.frequencies(x_BTNH.shape[-1])
         width = 2 * frequencies.size
-        turned, rest = x_BTNH[..., :width].astype(jnp.float32), x_BTNH[..., width:]
+        rotated, rest = x_BTNH[..., :width].astype(jnp.float32), x_BTNH[..., width:]
         angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies.astype(np.float32)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if not (isinstance(gain, float) and gain == 1.0):
             cos, sin = gain * cos, gain * sin
         if self.layout == "half":
-            a, b = jnp.split(turned, 2, axis=-1)
-            turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+            a, b = jnp.split(rotated, 2, axis=-1)
+            rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
         else:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(turned.shape)
-        turned = turned.astype(x_BTNH.dtype)
-        return turned if width == x_BTNH.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
+            a, b = rotated[..., 0::2], rotated[..., 1::2]
+            rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(rotated.shape)
+        rotated = rotated.astype(x_BTNH.dtype)
+        return rotated if width == x_BTNH.shape[-1] else jnp.concatenate([rotated, rest], axis=-1)

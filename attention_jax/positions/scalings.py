@@ -161,8 +161,8 @@ class YaRN(BaseScaling):
     def _correction_range(self, theta: float, width: int) -> tuple[float, float]:
         check("YaRN", "RoPE theta", theta, theta > 1, "> 1")
         low, high = (
-            width * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
-            for turns in (self.beta_fast, self.beta_slow)
+            width * math.log(self.original_length / (2 * math.pi * rotations)) / (2 * math.log(theta))
+            for rotations in (self.beta_fast, self.beta_slow)
         )
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -202,9 +202,9 @@ class Llama3(BaseScaling):
 
     def frequencies(self, theta: float, width: int) -> np.ndarray:
         plain = plain_frequencies(theta, width)
-        turns = self.original_length * plain / (2 * np.pi)
+        rotations = self.original_length * plain / (2 * np.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
+        kept = np.clip((rotations - low) / (high - low), 0, 1)
         return plain * (kept + (1 - kept) / self.factor)
 
 
