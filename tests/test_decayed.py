@@ -126,7 +126,7 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: LightningConfig(slope_factor=0.0), "slope_factor must be > 0 and finite, got 0.0"),
         (lambda: built(LightningConfig(head_dim=4, rope=RoPE(width=6))), "RoPE width 6 exceeds head_dim 4"),
         (lambda: Mamba2Config(convolution=0), "convolution must be >= 1, got 0"),
-        (lambda: Mamba2Config(dt_min=0.2), "dt_min 0.2 and dt_max 0.1 must be"),
+        (lambda: Mamba2Config(dt_min=0.2), "dt_min 0.2 and dt_max 0.1 must satisfy"),
         (
             lambda: Mamba2Config(dt_limit_low=2.0, dt_limit_high=1.0),
             "dt_limit_low 2.0 must be >= 0 and below",

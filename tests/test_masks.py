@@ -344,9 +344,9 @@ def test_parse(text, mask):
         ("SlidingWindow(2147483648)", "SlidingWindow window must be <= 1073741824, got 2147483648"),
         ("Dilated(100000, 100000)", r"Dilated \(window - 1\) stride must be <= 1073741824, got 9999900000"),
         ("BigBird(8, seed=4294967296)", "BigBird seed must be <= 4294967295, got 4294967296"),
-        ("Causal() &", "cannot parse mask"),
-        ("", "cannot parse mask"),
-        ("Causal()\nSinks(1)", "cannot parse mask"),
+        ("Causal() &", "cannot be parsed: give an expression"),
+        ("", "cannot be parsed: give an expression"),
+        ("Causal()\nSinks(1)", "cannot be parsed: give an expression"),
         ("3", "combined with & | ~"),
     ],
 )

@@ -224,7 +224,10 @@ def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
         ({"mlp": "relu"}, "mlp must be one of swiglu, geglu, gelu, got 'relu'"),
         ({"norm": "rms"}, "norm must be one of rmsnorm, layernorm, got 'rms'"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
-        ({"mixers": ("softmax",)}, r"mixers.0 must be a config such as AttentionConfig\(\), got 'softmax'"),
+        (
+            {"mixers": ("softmax",)},
+            r"mixers.0 must be the config of a mixer, such as make_config\('softmax'\), got 'softmax'",
+        ),
     ],
 )
 def test_bad_configs(arguments, message):

@@ -300,7 +300,7 @@ TWICE = LENGTHS | {"factor": 2.0}
         (YaRN, TWICE | {"beta_slow": 0.0}, "YaRN beta_slow must be finite and > 0, got 0.0"),
         (YaRN, TWICE | {"mscale": -1.0}, "YaRN mscale must be finite and >= 0, got -1.0"),
         (YaRN, TWICE | {"attention_factor": 0.0}, "YaRN attention_factor must be finite and > 0, got 0.0"),
-        (YaRN, TWICE | {"attention_factor": 1.0, "mscale": 0.5}, "attention_factor replaces mscale"),
+        (YaRN, TWICE | {"attention_factor": 1.0, "mscale": 0.5}, "attention_factor excludes mscale"),
         (Llama3, {"low_freq_factor": 0.0}, "Llama3 low_freq_factor must be finite and > 0, got 0.0"),
         (Llama3, {"high_freq_factor": 1.0}, "must be finite and above low_freq_factor 1.0, got 1.0"),
         (LongRoPE, LISTS | {"length": 9, "original_length": 1}, "original_length must be >= 2, got 1"),
@@ -322,8 +322,8 @@ def test_bad_options(kind, arguments, message):
     [
         (LongRoPE(**LISTS, length=9), 1e4, "LongRoPE short_factor must be 2 numbers (RoPE width / 2), got 4"),
         (YaRN(factor=2.0, original_length=64), 1.0, "YaRN RoPE theta must be > 1, got 1.0"),
-        (YaRN(factor=2.0, original_length=6, truncate=False), 1e4, "over original_length 6 no pair of RoPE"),
-        (YaRN(factor=2.0, original_length=10**9), 10.0, "over original_length 1000000000 no pair of RoPE"),
+        (YaRN(factor=2.0, original_length=6, truncate=False), 1e4, "over original_length 6; change these"),
+        (YaRN(factor=2.0, original_length=10**9), 10.0, "over original_length 1000000000; change these"),
     ],
 )  # fmt: skip
 def test_scalings_that_do_not_fit_a_head(scaling, theta, message):

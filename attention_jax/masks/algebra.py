@@ -192,7 +192,7 @@ def parse(text: str) -> Mask:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
         raise ValueError(
-            f"cannot parse mask {text!r}: give an expression such as 'SlidingWindow(128) & Causal()'"
+            f"mask {text!r} cannot be parsed: give an expression such as 'SlidingWindow(128) & Causal()'"
         ) from None
     return build(tree)
 
