@@ -174,7 +174,7 @@ REFUSED = [
         "model: {mixers: [{kind: cross}]}",
         ["model.mixers.0.kind is cross", "encoder's output", "objective: seq2seq"],
     ),
-    ("model: {encoder: {}}", ["model.encoder: no mixer reads it", "cross"]),
+    ("model: {encoder: {}}", ["model.encoder: no mixer attends to it", "cross"]),
     ("objective: mlm", ['objective: expected "causal_lm" or "seq2seq" or "masked_lm", got', "'mlm'"]),
     ("objective: seq2seq", ["model.encoder is null: objective seq2seq", "kind cross"]),
     (
@@ -491,7 +491,7 @@ def test_a_users_mistake_exits_with_2_and_one_line(run_cli, tmp_path, argv, word
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["tiny.yaml"]
 
 
-def test_interrupts_and_our_own_defects_are_told_apart(run_cli, monkeypatch):
+def test_interrupts_and_internal_errors_are_distinguished(run_cli, monkeypatch):
     def raising(error):
         def load(*_):
             raise error

@@ -128,7 +128,7 @@ def test_sources_matter_and_padding_does_not():
     np.testing.assert_allclose(evaluate()(wider)[0], before, rtol=1e-6)
 
 
-def test_the_encoder_learns_and_slices_of_the_batch_weigh_alike():
+def test_the_encoder_learns_and_slices_of_the_batch_have_equal_weight():
     start, (params, one), (other, two) = drawn(MODEL), trained(), trained(parts=2)
     for name in ("encoder", "stacks", "embed"):
         for before, after in zip(jax.tree.leaves(start[name]), jax.tree.leaves(params[name]), strict=True):
