@@ -34,6 +34,8 @@ from attention_jax.ops.selected import selected_attention
 from attention_jax.ops.softmax import dot_product_attention, explain
 from attention_jax.positions import RoPE
 
+__version__ = "0.1.0"  # read by setup.cfg, too
+
 __all__ = [
     *_mixers,
     "ALiBi",

@@ -11,7 +11,6 @@ class About:
 
     time, memory: of one head over T tokens, memory beside inputs and outputs, in the symbols of the class.
     cache: what decoding keeps per layer.
-    causal: True where a causal model can use it, False where it cannot be made causal.
     """
 
     title: str
@@ -19,4 +18,3 @@ class About:
     time: str
     memory: str = "O(T)"
     cache: str = "all keys"
-    causal: bool = True

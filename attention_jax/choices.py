@@ -1,4 +1,7 @@
-"""Options of configs that take one of a few words, checked where Python makes the config, as YAML does."""
+"""Options of configs that are chosen by a word: one of a few values, or a config by its `kind`.
+
+Python's configs are checked as YAML's are.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,18 @@ import functools
 import types
 import typing
 from typing import Any, Literal, Union
+
+
+class ByKind:
+    """Annotation of a dataclass or a union of them: pydantic, where YAML enters, chooses by the key `kind`.
+
+    The library itself does not need pydantic: the schema is plain data.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        configs = typing.get_args(source) or (source,)
+        choices = {config.kind: handler.generate_schema(config) for config in configs}
+        return {"type": "tagged-union", "discriminator": "kind", "choices": choices}
 
 
 def check_choices(config: Any) -> None:

@@ -1,6 +1,6 @@
-"""Compiling for TPUs that are not there: `python -m tests.aot TOPOLOGY NAME ...` compiles REAL_SHAPES.
+"""Cross-compiles REAL_SHAPES for TPUs: `python -m tests.aot TOPOLOGY NAME ...`.
 
-libtpu brings the compiler. It refuses what a chip refuses: too much VMEM, illegal blocks, unknown dtypes.
+libtpu contains the compiler. It refuses what a chip refuses: too much VMEM, illegal blocks, unknown dtypes.
 Every run is a process of its own with a timeout, for a compiler may abort; it prints a line of JSON for each
 shape.
 """

@@ -1,6 +1,6 @@
-"""Compiles the Mosaic GPU kernels for an H100 where there is none, and reads what the compiler made of them.
+"""Cross-compiles the Mosaic GPU kernels for an H100 and reports registers, spills and instructions.
 
-    python -m tests.aot_gpu                  the table of docs/kernels.md, all configurations
+    python -m tests.aot_gpu                  the table of docs/results/h100-kernels.md, all configurations
     python -m tests.aot_gpu NAME ... --json  some of them, as JSON
 
 Needs the CUDA plug-in packages of the installed jax: jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc,

@@ -63,7 +63,7 @@ class MixerCase:
         assert set(self.fast) <= LONGER, self.fast
 
 
-# Gradients to the future, gradients beside empty slots, decoding 512 tokens: each is a program to compile.
+# Gradients to the future, gradients where slots are empty, decoding 512 tokens: each is a program to compile.
 LONGER = {"future", "empty slots", "decoding"}
 
 

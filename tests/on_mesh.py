@@ -1,4 +1,4 @@
-"""Attention on a mesh of eight virtual CPU devices beside one. JSON from `python -m tests.on_mesh NAME ...`.
+"""Compares attention on eight virtual CPU devices with attention on one: `python -m tests.on_mesh NAME ...`.
 
 NAME is `errors` or a case of CASES and an implementation, as in "heads: chunked". The kernels refuse biases
 and dropout of a sharded call.

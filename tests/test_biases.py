@@ -59,7 +59,7 @@ def test_alibi_needs_heads(heads):
 
 
 def test_t5_boundaries_of_the_published_setting():
-    """32 buckets up to 128: bucket 16 + 16/3 log2(d / 16) or, of two sides, 8 + 2 log2(d / 8)."""
+    """32 buckets up to 128: bucket 16 + 16/3 log2(d / 16) or, bidirectional, 8 + 2 log2(d / 8)."""
     coarse = (19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113)
     assert t5_boundaries(32, 128) == (*range(1, 17), *coarse)
     # sqrt(2), 2, 2 sqrt(2), ... times 8; 16, 32 and 64 are reached exactly.

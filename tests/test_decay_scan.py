@@ -213,7 +213,7 @@ def planted(problem: Problem, fill: float) -> dict[str, np.ndarray]:
 
 
 def assert_close(found, problem, case, impl):
-    """1e-5 of the largest; by the house's rule for narrow dtypes and a step per token over many tokens.
+    """1e-5 of the largest; the rule of tests.cases for narrow dtypes and a step per token over many tokens.
 
     It multiplies with a rounded exp(g) each time, which at 1 - 1e-6 adds up to more than 1e-5 in 1000 steps.
     """

@@ -19,19 +19,19 @@ from attention_jax.generation import generate
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
-from scripts import generate as generate_script
 from tests.params import random_params
 from tests.runs import interrupt, rows, saved
 from train import cli, loop
 from train import config as config_lib
+from train.commands import generate as generate_script
 from train.config.schema import DataConfig, OptimizerConfig
 from train.data import batches as data
 from train.data import masking
 from train.data.packing import Piece, assemble
 from train.data.tokenizers import ByteTokenizer, CharTokenizer
 from train.optimizer import make_optimizer
-from train.run import folder as run_folder
 from train.run import restore
+from train.run.folder import differences
 from train.step import make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[1]
@@ -252,7 +252,7 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
     result = json.loads((Path(whole.run_dir) / "result.json").read_text())
     assert "val/bits_per_byte" not in result and result["val/accuracy"] == before["val/accuracy"]
     assert "20 % masked, by id 257" in out and "masked tokens/s" in out
-    assert "(nats per masked token; share of masked tokens guessed right)" in out.splitlines()[-1]
+    assert "(nats per masked token; share of masked tokens predicted correctly)" in out.splitlines()[-1]
     assert "bits" not in out
     check_sample(whole, result["sample"])
 
@@ -290,15 +290,19 @@ def test_runs_of_other_objectives_keep_their_vocabulary_snapshot_and_identity(fi
     run = config_lib.from_dict(
         {"data": {"files": files, "sequence_length": 8}, "run_dir": str(tmp_path / "run")}
     )
-    identity = run_folder._identity(config_lib.to_dict(run))
-    assert "data.batch_size" in identity and not any(key.startswith("data.mask") for key in identity)
+    keys = config_lib.to_dict(run)
+    keys["data"] = {key: value for key, value in keys["data"].items() if not key.startswith("mask")}
+    assert len(keys["data"]) == len(config_lib.to_dict(run)["data"]) - 3
+    assert differences(keys, run, tmp_path) == []
     own = data.prepare(run.data, tmp_path)
     assert own.tokenizer.vocab_size == 257 and own.snapshot.meta["vocab_size"] == 257
     assert not any("mask" in key for key in own.snapshot.meta["config"])
     masked = dataclasses.replace(
         run, objective="masked_lm", model=dataclasses.replace(run.model, causal=False)
     )
-    assert run_folder._identity(config_lib.to_dict(masked))["data.mask_fraction"] == 0.15
+    other = dataclasses.replace(masked, data=dataclasses.replace(run.data, mask_fraction=0.2))
+    found = differences(config_lib.to_dict(masked), other, tmp_path)
+    assert found == ["data.mask_fraction 0.15 -> 0.2"]
 
 
 MASKED = "objective: masked_lm\nmodel: {causal: false%s}\n%s"
@@ -313,7 +317,7 @@ REFUSED = [
     (MASKED % ("", "data: {source_length: 8}"), ["data.source_length 8: objective masked_lm has no source"]),
     (MASKED % ("", "evaluation: {sample_prompt: a}"), ["evaluation.sample_prompt: objective masked_lm"]),
     (MASKED % (", mixers: [{kind: cross}]", ""), ["model.mixers.0.kind is cross", "objective: seq2seq"]),
-    (MASKED % (", mixers: [{kind: forgetting}]", ""), ["model.mixers.0: forgetting attention is causal"]),
+    (MASKED % (", mixers: [{kind: forgetting}]", ""), ["model.mixers.0: forgetting is causal only"]),
     ("model: {mixers: [{kind: linformer}]}", ["model.mixers.0: linformer cannot be causal", "to false"]),
     (
         MASKED % (", mixers: [{kind: nystromformer}]", ""),
@@ -321,7 +325,7 @@ REFUSED = [
     ),
     (
         MASKED % (", mixers: [{kind: linformer, length: 255}]", "data: {packing: stream}"),
-        ["model.mixers.0.length 255 is less than the 256 tokens of a row"],
+        ["data.sequence_length 256 exceeds model.mixers.0.length 255: lower it, or raise the other"],
     ),
 ]  # fmt: skip
 

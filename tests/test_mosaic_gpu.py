@@ -1,6 +1,6 @@
-"""The Hopper kernels without a Hopper: interpreted against float64, compiled to machine code; their lists.
+"""The Hopper kernels without a GPU: interpreted against float64, cross-compiled to machine code; block lists.
 
-What needs the card is marked `gpu`: numerics at real sizes, equal reruns, poison, odd lengths.
+Tests that need a Hopper GPU are marked `gpu`: numerics at real sizes, equal reruns, poison, odd lengths.
 """
 
 from __future__ import annotations
@@ -615,7 +615,10 @@ def test_interpreted_learned_biases_over_all_pairs(case):
 
 def compiled(*names: str, kernels: tuple[str, ...] = aot_gpu.KERNELS) -> list[dict]:
     lines = run("tests.aot_gpu", *names, "--json", "--kernels", *kernels, limit=1800).splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    asked = [(name, k) for name in names for k in aot_gpu.CONFIGS[name].kernels if k in kernels]
+    assert [(line["name"], line["kernel"]) for line in found] == asked
+    return found
 
 
 def assert_well_compiled(found: dict) -> None:

@@ -1,4 +1,4 @@
-"""The TPU kernels without a TPU: numerics in the interpreter, compilation ahead of time, refusals, lists."""
+"""The TPU kernels without a TPU: numerics in the interpreter, cross-compilation, refusals, block lists."""
 
 from __future__ import annotations
 

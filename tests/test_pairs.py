@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -92,10 +93,9 @@ def test_a_tables_lines_are_pairs():
 def test_a_line_that_is_no_pair_is_named(tmp_path, line, words):
     (tmp_path / "one.tsv").write_text("a\tb\n")
     (tmp_path / "two.tsv").write_text(f"a\tb\n\n{line}\n")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=rf"\Adata\.files: [^\n]*{re.escape(words)}[^\n]*\Z"):
         data.prepare(DataConfig(files=f"{tmp_path}/*.tsv"), tmp_path / "run", "seq2seq")
-    assert str(error.value).startswith("data.files: ") and words in str(error.value)
-    assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_pairs_that_stand_in_both_parts_are_counted(tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"sequence_length": 2}, "none of the 24 training pairs fits data.source_length 3 and data.sequence_l"),
     ({"source_length": 1}, "none of the 24 training pairs fits data.source_length 1"),
-    ({"validation_fraction": 0.999}, "the training part of the corpus holds no pair"),
+    ({"validation_fraction": 0.999}, "the training part of the corpus has no pair: give more pairs"),
 ])  # fmt: skip
 def test_a_corpus_without_a_pair_is_refused(table, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -235,6 +235,5 @@ def test_a_damaged_snapshot_is_named(table, tmp_path, name, damage):
     path.write_bytes(raw)
     if damage == "remove":
         path.unlink()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))} [^\n]*; restore the folder [^\n]*\Z"):
         data.prepare(small(table), tmp_path / "run", "seq2seq")
-    assert str(error.value).startswith(f"{path} ") and len(str(error.value).splitlines()) == 1

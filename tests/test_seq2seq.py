@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
-from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_params
+from attention_jax.model import EncoderConfig, ModelConfig, ModelOutput, apply, encode, init_params
 from attention_jax.positions import RoPE
-from scripts import generate as generate_script
 from tests.runs import interrupt, rows, saved
 from train import config as config_lib
 from train import loop
+from train.commands import generate as generate_script
 from train.config.schema import OptimizerConfig
 from train.data import batches as data
 from train.data import corpus
@@ -147,7 +147,7 @@ def test_the_encoder_has_dropout_in_training_alone(monkeypatch):
 
     def apply(model, params, tokens, *, ctx):
         assert ctx.memory_BSD.shape == (2, 5, 1) and ctx.memory_positions_BS.shape == (2, 5)
-        return jnp.zeros((*tokens.shape, 11)) * params["w"], None
+        return ModelOutput(jnp.zeros((*tokens.shape, 11)) * params["w"])
 
     monkeypatch.setattr("train.step.encode", encode)
     monkeypatch.setattr("train.step.apply", apply)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -55,7 +56,7 @@ class GatedRMSNorm(nnx.Module):
         x, gate = x.astype(jnp.float32), ACTIVATIONS[self.gate](gate.astype(jnp.float32))
         if self.gated == "before":
             x = x * gate
-        parts = x.reshape(*x.shape[:-1], self.groups, -1)
+        parts = rearrange(x, "... (g c) -> ... g c", g=self.groups)
         parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + self.epsilon)
         x = parts.reshape(x.shape) * self.scale[...]
         return (x if self.gated == "before" else x * gate).astype(self.dtype)

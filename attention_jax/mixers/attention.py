@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import MemoryCache
+from attention_jax.choices import ByKind
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -53,7 +54,7 @@ class AttentionConfig(SoftmaxMixerConfig):
     )  #: which pairs see each other, such as "SlidingWindow(128) | Sinks(4)"; a causal model adds Causal()
     rope: RoPE | None = None  #: rotary position embedding; null: none
     #: additive score term; alibi: fixed slopes over distance; t5: a learned table of relative positions
-    bias: Literal["alibi", "t5"] | T5 | None = None
+    bias: Literal["alibi", "t5"] | Annotated[T5, ByKind()] | None = None
     temperature: Temperature | None = None  #: sharper queries far into a text; null: off
     #: normalise queries and keys: rms (learned scale) or l2 (no scale); null: neither
     qk_norm: Literal["rms", "l2"] | None = None

@@ -18,6 +18,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+import flax.nnx.summary
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -83,6 +84,11 @@ class Context:
     def captured(self, **arrays: Callable[[], jax.Array]) -> dict[str, jax.Array]:
         """The arrays that `capture` names, by name; the others are not computed."""
         return {name: make() for name, make in arrays.items() if name in self.capture}
+
+
+# `nnx.tabulate` prints the arguments of every method as YAML, and fails on a pytree without arrays.
+if (_dumper := getattr(flax.nnx.summary, "NoneDumper", None)) is not None:
+    _dumper.add_representer(Context, lambda dumper, ctx: dumper.represent_str("Context()"))
 
 
 class MixerOutput(NamedTuple):

@@ -31,8 +31,7 @@ from attention_jax.layers import GatedRMSNorm, ShortConvolution, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import check_steps, convolve, initial_decays, scan_options
-from attention_jax.ops import delta_rule as delta_op
-from attention_jax.ops.delta_rule import delta_rule
+from attention_jax.ops.delta_rule import delta_rule, delta_weights
 from attention_jax.ops.delta_rule.api import implementations
 
 _CACHE = "O(1): a matrix H x M per head, the convolution's last inputs"
@@ -197,7 +196,7 @@ class _DeltaMixer(Mixer):
             queries=lambda: arrays[0],
             keys=lambda: arrays[1],
             values=lambda: arrays[2],
-            attention=lambda: delta_op.delta_weights(*arrays, **call),
+            attention=lambda: delta_weights(arrays[0], arrays[1], arrays[3], **call),
         )
         y_BTD = self.out(self._normed(y_BTNM, projections).reshape(B, T, self.values))
         state = None if state is None else state.append(matrix_BNHM, inputs_BUC)

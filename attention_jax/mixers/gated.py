@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
@@ -78,6 +79,6 @@ class GatedAttention(Mixer):
         view, state = update_cache(state, ctx, k_BTKH, split_heads(v, self.head_dim))
         y_BTNH, aux = view.attend(q_BTNH, ctx, mask=config.mask, impl=config.impl, dropout=config.dropout)
         # One gate per head broadcasts over its features.
-        gate_BTNG = nnx.sigmoid(gate).reshape(*gate.shape[:2], config.num_heads, -1)
+        gate_BTNG = rearrange(nnx.sigmoid(gate), "b t (n g) -> b t n g", n=config.num_heads)
         y_BTD = self.out(merge_heads(y_BTNH * gate_BTNG))
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)

@@ -27,7 +27,7 @@ from attention_jax.mixers.parts import (
     zero_invalid,
 )
 from attention_jax.mixers.recurrent import scan_options
-from attention_jax.ops.decay_scan import decay_scan
+from attention_jax.ops.decay_scan import decay_scan, decay_weights
 from attention_jax.ops.decay_scan.api import implementations
 
 
@@ -135,7 +135,7 @@ class LinearBase(Mixer):
         """y [B, T, D] and the LinearState with x appended.
 
         Captured queries and keys are their features; the captured weights are those of the new tokens among
-        themselves, without what the state brings, and for causal models only.
+        themselves, without what the state brings.
         """
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         options = scan_options(state, ctx, *x_BTD.shape[:2])
@@ -148,7 +148,7 @@ class LinearBase(Mixer):
             queries=lambda: phi.q_BTNF,
             keys=lambda: phi.k_BTKF,
             values=lambda: v_BTKM,
-            attention=lambda: self._weights(phi, v_BTKM, options),
+            attention=lambda: self._weights(phi, options),
         )
         if self.causal:
             y_BTNM, state = self._past(phi, v_BTKM, state, options)
@@ -157,6 +157,22 @@ class LinearBase(Mixer):
         y_BTNM = y_BTNM.astype(v_BTKM.dtype)
         y_BTNM = y_BTNM if self.y_norm is None else self.y_norm(y_BTNM)
         return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNM)), ctx), state, aux)
+
+    def _weights(self, phi: Features, options: dict) -> jax.Array:
+        """w_ts of the tokens among themselves, [B, N, T, S], as the values meet them."""
+        ids = {name: options.get(name) for name in ("positions", "segment_ids")}
+        pair = (phi.q_BTNF, phi.k_BTKF) if phi.rotated is None else phi.rotated
+        if not self.causal:
+            w_BNTS = _bidirectional_weights(*pair, ids)
+            if not self.normalize:
+                return self.scale * w_BNTS
+            whole = w_BNTS if phi.rotated is None else _bidirectional_weights(phi.q_BTNF, phi.k_BTKF, ids)
+            return _quotient(w_BNTS, whole.sum(-1, keepdims=True))
+        call = {"log_decay": phi.log_decay_BTK} | ids
+        if phi.rotated is None:
+            return decay_weights(*pair, normalize=self.normalize, scale=self.scale, **call)
+        whole = decay_weights(phi.q_BTNF, phi.k_BTKF, **call)
+        return _quotient(decay_weights(*pair, **call), whole.sum(-1, keepdims=True))
 
     def _past(self, phi: Features, v_BTKM: jax.Array, state: LinearState | None, options: dict):
         """Sums over s <= t, and the state after the last token (None for None)."""
@@ -207,6 +223,19 @@ def _bidirectional(q_BTNF: jax.Array, k_BTKF: jax.Array, v_BTKM: jax.Array, opti
     k_BTNF, v_BTNM = (jnp.repeat(x, groups, axis=2) for x in (k_BTKF, v_BTKM))
     own_BTN1 = jnp.sum(q_BTNF * k_BTNF, axis=-1, keepdims=True)
     return past_BTNM + future_BTNM - own_BTN1 * v_BTNM
+
+
+def _bidirectional_weights(q_BTNF: jax.Array, k_BTKF: jax.Array, ids: dict) -> jax.Array:
+    """q_t . k_s where s holds a token of t's document, else 0: [B, N, T, S]."""
+    k_BTNF = jnp.repeat(k_BTKF, q_BTNF.shape[2] // k_BTKF.shape[2], axis=2)
+    w_BNTS = jnp.einsum("btnf,bsnf->bnts", q_BTNF, k_BTNF, precision=jax.lax.Precision.HIGHEST)
+    for x_BT in ids.values():
+        if x_BT is not None:
+            valid_BT = x_BT >= 0
+            w_BNTS = jnp.where((valid_BT[:, None, :, None] & valid_BT[:, None, None, :]), w_BNTS, 0.0)
+    if (x_BT := ids["segment_ids"]) is not None:
+        w_BNTS = jnp.where(x_BT[:, None, :, None] == x_BT[:, None, None, :], w_BNTS, 0.0)
+    return w_BNTS
 
 
 def _quotient(y: jax.Array, z: jax.Array) -> jax.Array:

@@ -36,9 +36,7 @@ from attention_jax.ops.softmax import dot_product_attention
 class LinformerConfig(MixerConfig):
     """Attention over a projected sequence; `kind: linformer`. Models that are not causal only."""
 
-    about = About(
-        "Linformer", "arXiv 2006.04768", "O(T R)", "O(T + R), and E, F of [R, n]", cache="-", causal=False
-    )
+    about = About("Linformer", "arXiv 2006.04768", "O(T R)", "O(T + R), and E, F of [R, n]", cache="-")
     direction = "bidirectional"
     reason = "a projected key is a sum over the whole row, the future included"
     mixes_whole_row = True

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
@@ -144,20 +145,20 @@ class LatentAttention(Mixer):
         N, R = self.config.num_heads, self.config.latent_dim
         latent_BSR = self._latent_part(view)
         k_up, v_up = fused_linear([self.k_up, self.v_up], latent_BSR)
-        k_BSNH = k_up.reshape(*k_up.shape[:2], N, -1)
+        k_BSNH = rearrange(k_up, "b s (n h) -> b s n h", n=N)
         if self.config.rotary_dim:
             rotary_BS1P = view.k_BSKH[..., R:].astype(k_BSNH.dtype)
             shape = (*k_BSNH.shape[:3], rotary_BS1P.shape[-1])
             k_BSNH = jnp.concatenate([k_BSNH, jnp.broadcast_to(rotary_BS1P, shape)], axis=-1)
-        v_BSNM = v_up.reshape(*v_up.shape[:2], N, -1)
+        v_BSNM = rearrange(v_up, "b s (n m) -> b s n m", n=N)
         return view.attend(q_BTNH, ctx, k=k_BSNH, v=v_BSNM, **self._options())
 
     def _absorbed(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
         """Attention of absorbed queries with the latents themselves: K = 1, v a part of k."""
         config = self.config
-        N, R, H = config.num_heads, config.latent_dim, config.head_dim
-        k_up_RNH = self.k_up.kernel[...].astype(self.dtype).reshape(R, N, H)
-        v_up_RNM = self.v_up.kernel[...].astype(self.dtype).reshape(R, N, -1)
+        N, H = config.num_heads, config.head_dim
+        k_up_RNH = rearrange(self.k_up.kernel[...].astype(self.dtype), "r (n h) -> r n h", n=N)
+        v_up_RNM = rearrange(self.v_up.kernel[...].astype(self.dtype), "r (n m) -> r n m", n=N)
         q_BTNR = jnp.einsum("btnh,rnh->btnr", q_BTNH[..., :H], k_up_RNH)
         q_BTNE = jnp.concatenate([q_BTNR, q_BTNH[..., H:]], axis=-1)
         latent_BS1R = self._latent_part(view)[:, :, None]

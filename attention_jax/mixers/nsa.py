@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
@@ -180,7 +181,7 @@ class Compress(nnx.Module):
     def __call__(self, x_BCKlH: jax.Array) -> jax.Array:
         """[B, C, K, H]."""
         x_BCKlH = x_BCKlH + self.places[...].astype(x_BCKlH.dtype)
-        return self.down(gelu(self.up(x_BCKlH.reshape(*x_BCKlH.shape[:3], -1))))
+        return self.down(gelu(self.up(rearrange(x_BCKlH, "b c k l h -> b c k (l h)"))))
 
 
 class NSA(Mixer):
@@ -243,7 +244,7 @@ class NSA(Mixer):
                 0
             ],
         )
-        gates_BTcN = jax.nn.sigmoid(gates.astype(jnp.float32)).reshape(*gates.shape[:2], 3, -1)
+        gates_BTcN = rearrange(jax.nn.sigmoid(gates.astype(jnp.float32)), "b t (c n) -> b t c n", c=3)
         y_BTNH = sum(gates_BTcN[:, :, c, :, None] * by_branch[c].astype(jnp.float32) for c in range(3))
         y_BTD = self.out(merge_heads(y_BTNH.astype(q_BTNH.dtype)))
         aux = ctx.captured(

@@ -38,7 +38,7 @@ from attention_jax.ops.softmax import dot_product_attention
 class NystromformerConfig(MixerConfig):
     """Attention through landmarks; `kind: nystromformer`. Models that are not causal only."""
 
-    about = About("Nystromformer", "arXiv 2102.03902", "O(T R + R^3)", "O(T + R^2)", cache="-", causal=False)
+    about = About("Nystromformer", "arXiv 2102.03902", "O(T R + R^3)", "O(T + R^2)", cache="-")
     direction = "bidirectional"
     reason = "a landmark is a mean of tokens, the future included"
     mixes_whole_row = True

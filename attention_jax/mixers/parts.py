@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from attention_jax.caches import KVCache
 from attention_jax.mixers.base import Context, Mixer, MixerConfig
-from attention_jax.ops import softmax
-from attention_jax.ops.softmax import dot_product_attention
+from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
 
 
@@ -89,7 +89,7 @@ class KVView:
             queries=lambda: q_BTNH,
             keys=lambda: k,
             values=lambda: v,
-            attention=lambda: softmax.attention_weights(q_BTNH, k, **call),
+            attention=lambda: attention_weights(q_BTNH, k, **call),
         )
         return y_BTNM, aux
 
@@ -191,13 +191,13 @@ def valid_tokens(ctx: Context) -> jax.Array | None:
 
 def split_heads(y_BTE: jax.Array, head_dim: int, norm: Any = None) -> jax.Array:
     """A projection [B, T, heads * H] as [B, T, heads, H], normalised where a norm is given."""
-    y = y_BTE.reshape(*y_BTE.shape[:2], -1, head_dim)
+    y = rearrange(y_BTE, "b t (n h) -> b t n h", h=head_dim)
     return y if norm is None else norm(y)
 
 
 def merge_heads(y_BTNM: jax.Array) -> jax.Array:
     """[B, T, N, M] as [B, T, N * M]."""
-    return y_BTNM.reshape(*y_BTNM.shape[:2], -1)
+    return rearrange(y_BTNM, "b t n m -> b t (n m)")
 
 
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:

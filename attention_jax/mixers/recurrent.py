@@ -19,8 +19,7 @@ from attention_jax.caches import RecurrentState
 from attention_jax.layers import ShortConvolution
 from attention_jax.mixers.base import Context, MixerConfig
 from attention_jax.mixers.parts import cached_positions, valid_tokens
-from attention_jax.ops import decay_scan as decay_op
-from attention_jax.ops.decay_scan import decay_scan
+from attention_jax.ops.decay_scan import decay_scan, decay_weights
 from attention_jax.ops.decay_scan.api import implementations
 
 
@@ -81,13 +80,12 @@ def decayed(
     short convolution.
     """
     ids = scan_options(state, ctx, *v_BTNM.shape[:2])
-    call = ids | options
-    call.pop("impl", None)
+    weighed = ids | {name: x for name, x in options.items() if name in ("log_decay", "scale")}
     aux = ctx.captured(
         queries=lambda: q_BTNH,
         keys=lambda: k_BTKH,
         values=lambda: v_BTNM,
-        attention=lambda: decay_op.decay_weights(q_BTNH, k_BTKH, v_BTNM, **call),
+        attention=lambda: decay_weights(q_BTNH, k_BTKH, **weighed),
     )
     if state is None:
         return decay_scan(q_BTNH, k_BTKH, v_BTNM, **ids, **options), None, aux

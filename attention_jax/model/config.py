@@ -132,7 +132,9 @@ class ModelConfig:
 def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, name: str) -> None:
     for index, mixer in enumerate(mixers):
         if not isinstance(mixer, MixerConfig):
-            raise ValueError(f"{name}.{index} must be a config such as AttentionConfig(), got {mixer!r}")
+            raise ValueError(
+                f"{name}.{index} must be the config of a mixer, such as make_config('softmax'), got {mixer!r}"
+            )
         try:
             mixer.check(d_model, causal=causal)
         except ValueError as error:

@@ -99,7 +99,7 @@ class LanguageModel(nnx.Module):
         if self.config.encoder is None:
             raise ValueError("the model has no encoder: set ModelConfig.encoder")
         ctx = (ctx or Context()).fold_key(self.config.num_layers + 1)
-        return self.encoder(self._embed(source_BS, ctx), ctx)
+        return self.encoder.run(self._embed(source_BS, ctx), ctx)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: logits_BTV float32 of normalised features."""
@@ -149,7 +149,7 @@ class Encoder(nnx.Module):
         )
         self.final_norm = make_norm(config, rngs)
 
-    def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
+    def run(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
         """memory_BSD of embedded source tokens."""
         layers = self.config.encoder.num_layers
         return self.final_norm(run_stacks(self.config, self.stacks, layers, x_BSD, None, ctx).y)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+
+from attention_jax.choices import ByKind
 
 FORBID = {"extra": "forbid", "strict": True}
 INFINITY = float("inf")
@@ -249,4 +251,4 @@ class LongRoPE(BaseScaling):
         return plain_frequencies(theta, width) / np.array(self.long_factor if long else self.short_factor)
 
 
-Scaling = LinearScaling | DynamicNTK | YaRN | Llama3 | LongRoPE
+Scaling = Annotated[LinearScaling | DynamicNTK | YaRN | Llama3 | LongRoPE, ByKind()]

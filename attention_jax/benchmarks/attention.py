@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.case import Case
-from scripts.benchmarks.contestants import ON_GPU, SLOW, contestants
-from scripts.benchmarks.timing import (
+from attention_jax.benchmarks.case import Case
+from attention_jax.benchmarks.contestants import ON_GPU, SLOW, contestants
+from attention_jax.benchmarks.timing import (
     SETTLE,
     at_once,
     device_clock,
@@ -118,7 +118,7 @@ def compare(case: Case, takers: list[str], beside: list[str], method: Method) ->
 def _calls(
     case: Case, names: list[str], what: str, errors: dict[str, str], printed: set[tuple[str, str]]
 ) -> dict[str, Callable[[], Any]]:
-    """The calls of those who can take part; why one cannot is printed once, and an error noted."""
+    """The calls of those who can take part. A reason why not is printed once, and an error noted."""
     known = contestants()
     case.inputs  # noqa: B018 (drawn before threads ask for them)
     makers = {name: functools.partial(known[name], case, what != "forward") for name in names}

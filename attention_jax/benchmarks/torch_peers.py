@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.case import Case
-from scripts.benchmarks.timing import event_time
+from attention_jax.benchmarks.case import Case
+from attention_jax.benchmarks.timing import event_time
 
 _ABSENT = "torch is not installed (extra `parity`)"
 

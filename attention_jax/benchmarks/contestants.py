@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks import torch_peers
-from scripts.benchmarks.calls import jitted, ours
-from scripts.benchmarks.case import Case
+from attention_jax.benchmarks import torch_peers
+from attention_jax.benchmarks.calls import jitted, ours
+from attention_jax.benchmarks.case import Case
 
 Maker = Callable[[Case, bool], Any]
 
@@ -52,7 +52,7 @@ def _ours(impl: Any, case: Case, backward: bool) -> Any:
 
 
 def masking(case: Case) -> dict[str, Any] | None:
-    """The mask as options of jax.nn and tokamax that need no array, or None."""
+    """The mask as arguments of jax.nn and tokamax without an array, or None."""
     if case.causal or case.full:
         return {"is_causal": case.causal}
     if case.window:  # they count the keys before a query's own
@@ -63,17 +63,17 @@ def masking(case: Case) -> dict[str, Any] | None:
 def _jax_nn(implementation: str, case: Case, backward: bool) -> Any:
     import jax
 
-    options = masking(case)
+    arguments = masking(case)
     if implementation == "cudnn":
         if jax.default_backend() != "gpu":
             return "needs an NVIDIA GPU"
-        if options is None:
+        if arguments is None:
             return "takes no such mask without a dense array"
     elif case.dense_too_large:
         return case.dense_too_large
     elif not (case.causal or case.full):
-        options = {"mask": case.dense()[None, None]}
-    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation, **options)
+        arguments = {"mask": case.dense()[None, None]}
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation, **arguments)
     return jitted(attend, *case.inputs, backward=backward)
 
 
@@ -84,11 +84,11 @@ def _tokamax(case: Case, backward: bool) -> Any:
         return "tokamax is not installed"
     if jax.default_backend() != "gpu":
         return "its Mosaic kernel needs an NVIDIA GPU"
-    if (options := masking(case)) is None:
+    if (arguments := masking(case)) is None:
         return "takes no such mask without a dense array"
     import tokamax
 
-    attend = functools.partial(tokamax.dot_product_attention, implementation="mosaic", **options)
+    attend = functools.partial(tokamax.dot_product_attention, implementation="mosaic", **arguments)
     return jitted(attend, *case.inputs, backward=backward)
 
 

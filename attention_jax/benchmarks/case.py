@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.calls import qkv
-from scripts.benchmarks.timing import flops
+from attention_jax.benchmarks.calls import qkv
+from attention_jax.benchmarks.timing import flops
 
 _DENSE_LIMIT = 2**26  # scores of all heads; more is the dense forms' memory, not their speed
 
