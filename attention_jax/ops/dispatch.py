@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from attention_jax.ops import varying
+
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
@@ -20,6 +22,10 @@ class Implementation:
     attend: Callable[[Any], tuple[jax.Array, jax.Array]]
     unsupported: Callable[[Any], str | None]
     unwanted: Callable[[Any], str | None] = lambda call: None
+
+    def run(self, call: Any) -> Any:
+        """`attend`, the arrays of the call made to vary over the same mesh axes."""
+        return self.attend(varying.aligned(call))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[j
         out, lse = attend(dataclasses.replace(local, first_row=first_row, first_head=first_head))
         return (out, lse) if call.lse else out
 
-    # The loops of `chunked` start from constants, which every shard has alike: no check of varying axes.
+    # Unchecked, since JAX's interpreter of kernels indexes by no scalars that vary, such as block lists.
     out_specs = P(rows, None, heads, None), P(rows, None, heads)
     found = jax.shard_map(
         part, mesh=split.mesh, in_specs=tuple(specs), check_vma=False,

@@ -89,7 +89,7 @@ def decay_scan(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
         chunk_size,
     )  # fmt: skip
-    y_BTNM, state_BNHM = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend(call)
+    y_BTNM, state_BNHM = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].run(call)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)

@@ -89,7 +89,7 @@ def delta_rule(
         q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, initial_state_BNHM, segment_ids, positions, scale,
         chunk_size,
     )  # fmt: skip
-    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend
+    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].run
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
         y_BTNM, state_BNHM = attend(call)

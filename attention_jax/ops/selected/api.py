@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops import varying
 from attention_jax.ops.arguments import per_token, segment_pair
 from attention_jax.ops.selected import gathered, reference
 from attention_jax.ops.selected.common import Call
@@ -73,7 +74,7 @@ def selected_attention(
         impl = "reference" if T * S <= _DENSE_UP_TO else "gathered"
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; there are {', '.join(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[impl](call)
+    return _IMPLEMENTATIONS[impl](varying.aligned(call))
 
 
 def selected_weights(

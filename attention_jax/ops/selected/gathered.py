@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops import varying
 from attention_jax.ops.selected.common import Call, chunk_length, cut, join, over_chunks
 
 
@@ -60,6 +61,7 @@ def _attend_bwd(given: Call, dout_BTNM: jax.Array):
         return totals, dq_BTNH
 
     totals = [jnp.zeros(x.shape, jnp.float32) for x in (call.k_BSKH, call.v_BSKM)]
+    totals = varying.like(call.q_BTNH, totals)
     (dk_BSKH, dv_BSKM), dq = jax.lax.scan(body, totals, cut((rows, dout_BTNM), length))
     # None stands for the zero cotangents of integer arrays.
     gradient = dataclasses.replace(

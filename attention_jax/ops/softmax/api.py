@@ -114,7 +114,7 @@ def dot_product_attention(
         q_BTNH, k_BSKH, v_BSKM, mask, bias, scale, softcap, sink_logits_N, segment_ids,
         q_positions, k_positions, dropout_rate, dropout_key, return_lse,
     )  # fmt: skip
-    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].attend
+    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].run
     shards = sharded.shards(call)
     out_BTNM, lse_BTN = attend(call) if shards is None else sharded.per_shard(attend, call, shards)
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
