@@ -1,4 +1,4 @@
-"""`python -m attention_jax` and `attention-jax`: the catalogue, and which commands there are."""
+"""`python -m attention_jax` and `attention-jax` print the catalogue and the list of commands."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from attention_jax.catalogue import table
 COMMANDS = {
     "train": "trains a language model from a YAML configuration",
     "generate": "continues a prompt with a trained model",
-    "compare": "trains mechanisms as the same model on the same text and prints one table",
+    "compare": "trains the same model with different mechanisms on the same text and prints a table",
     "recall": "trains mechanisms on associative recall and prints their accuracies",
     "visualize": "draws masks",
-    "benchmark": "times attention beside other systems",
+    "benchmark": "times attention against other implementations",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the catalogue and the commands; the exit status."""
+    """Print the catalogue and the commands; return the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words and set(words) != {"--help"} and set(words) != {"-h"}:
         print(f"error: attention-jax takes no arguments, got {' '.join(words)}", file=sys.stderr)
         return 2
     try:
         print(help_text() if words else f"{table()}\n\n{commands()}", flush=True)
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -37,9 +37,9 @@ def help_text() -> str:
 
 
 def commands() -> str:
-    """The commands of an installed package, a line each."""
+    """The commands of an installed package, one per line."""
     lines = [f"attention-jax-{name:<10} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["commands, which need the extra `train`; each has --help", *lines])
+    return "\n".join(["commands (they need the extra `train`; each takes --help)", *lines])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every mechanism with its paper, cost, cache and implementations: `catalogue()`, `python -m attention_jax`.
 
-Mixers are read from the union `MixerConfig`, masks from `attention_jax.masks`, each with its class's `about`.
+Mixers come from the registry of `MixerConfig` and masks from `attention_jax.masks`, each with the `about` of
+its class.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from attention_jax.ops.softmax.api import implementations
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A mechanism: how it is named in code and YAML, and what its `About` tells."""
+    """A mechanism: its name in code and YAML, and the fields of its `About`."""
 
     group: str
     name: str
@@ -70,7 +71,7 @@ _HEADINGS = {
     "position": "positions",
 }
 
-# What is an option of a mixer and no class of masks or mixers.
+# Mechanisms that are options of a mixer, without a mask or mixer class of their own.
 _TERMS = (
     ("bias", "alibi", About("ALiBi", "arXiv 2108.12409", "O(1) per pair")),
     ("bias", "t5", About("T5 relative position bias", "arXiv 1910.10683", "O(1) per pair")),

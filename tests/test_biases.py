@@ -154,9 +154,9 @@ def test_t5_refuses(arguments, message):
         ((32, 4), int, False, 128, "T5Bias table must be floating point, got int32"),
         ((6, 4), float, True, 128, None),
         ((7, 4), float, False, 128, None),
-        ((7, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table of 7"),
-        ((2, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table of 2"),
-        ((1, 4), float, False, 128, "T5Bias buckets must be >= 2, got a table of 1"),
+        ((7, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table with 7 rows"),
+        ((2, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table with 2 rows"),
+        ((1, 4), float, False, 128, "T5Bias buckets must be >= 2, got a table with 1 rows"),
         ((32, 4), float, False, 16, "T5Bias max_distance must exceed 16, got 16"),
     ],
 )
@@ -220,6 +220,6 @@ def test_a_leaf_of_the_wrong_length_is_refused(leaf):
     bias = _gate(np.random.default_rng(0))
     object.__setattr__(bias, leaf, getattr(bias, leaf)[..., :2])
     q, k = jnp.zeros((3, 10, 4, 8)), jnp.zeros((3, 12, 4, 8))
-    with pytest.raises(ValueError, match="Gate: a leaf .* axis .*, must be .* or 1") as error:
+    with pytest.raises(ValueError, match="Gate: a leaf of shape .* axis .*; it must be .* or 1") as error:
         explain(q, k, k, bias=bias)
     assert "\n" not in str(error.value)

@@ -96,7 +96,7 @@ def test_a_made_mixer_runs():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("softmx", 32), "no mixer 'softmx'; did you mean 'softmax'"),
+        (("softmx", 32), "unknown mixer 'softmx'; did you mean 'softmax'"),
         (
             ("mla", 32, {"latent_dims": 3}),
             "mixer 'mla' has no option 'latent_dims'; did you mean 'latent_dim'",
@@ -111,7 +111,7 @@ def test_what_the_factory_refuses(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_shades_tell_full_partial_and_empty_blocks_apart():
+def test_shades_distinguish_full_partial_and_empty_blocks():
     found = shades(masks.Causal(), 12, 12, 4)
     kept = truth.table(truth.causal, np.arange(12), np.arange(12))
     assert (found[8:, :8] == 3).all() and (found[:4, 4:] == 0).all()
@@ -137,8 +137,8 @@ def test_the_gallery_draws_every_pattern(tmp_path):
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["mask", "Causl()"], "no mask 'Causl'"),
-        (["mask", "Causal()", "--length", "5000"], "lengths from 1 to 4096, got 5000"),
+        (["mask", "Causl()"], "unknown mask 'Causl'"),
+        (["mask", "Causal()", "--length", "5000"], "T and S must be 1 to 4096, got 5000"),
         (["mask", "Causal()", "--block", "0"], "--block: must be an integer >= 1, got 0"),
     ],
 )

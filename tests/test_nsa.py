@@ -1,4 +1,4 @@
-"""Native sparse attention beyond the contract of tests/test_mixers.py: choices, branches, refusals."""
+"""Native sparse attention beyond the contract of tests/test_mixers.py: selection, branches, errors."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def test_parallel_equals_reference_and_chunked(harness, chunked, x):
     assert_allclose(chunked.parallel(x), y, **TOLERANCE)
 
 
-def test_rows_of_a_batch_stand_at_different_positions(harness, x):
+def test_rows_of_a_batch_have_different_positions(harness, x):
     """Row 0 goes on while row 1 is padded, and the other way round."""
     positions = np.stack([np.arange(T), np.where(np.arange(T) < 4, -1, np.arange(T) - 4)])
     moved = jnp.stack([x[0], jnp.roll(x[1], 4, axis=0)])
@@ -185,7 +185,7 @@ def test_state_is_small_where_it_can_be():
         ({"select_count": 2}, "select_count must be >= 3, got 2: the first and the last two"),
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd"),
-        ({"impl": "cudnn"}, "unknown impl 'cudnn'; there are reference, chunked"),
+        ({"impl": "cudnn"}, "unknown impl 'cudnn'; choose from reference, chunked"),
     ],
 )
 def test_bad_configs(arguments, message):
@@ -197,7 +197,7 @@ def test_bad_configs(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_two_sided_model_is_refused():
+def test_nsa_rejects_a_bidirectional_model():
     with pytest.raises(ValueError, match="nsa is causal only: .*; use kind softmax"):
         NSAConfig().build(D_MODEL, nnx.Rngs(0), causal=False)
 

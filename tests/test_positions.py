@@ -1,4 +1,4 @@
-"""Position codes against the published formulas in float64, and at their limits."""
+"""Position encodings against the published formulas in float64, and at their limits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_layouts_differ_by_a_permutation_of_features():
     assert_allclose(np.asarray(half)[..., [0, 4, 1, 5, 2, 6, 3, 7]], interleaved, rtol=1e-6, atol=1e-6)
 
 
-def test_one_row_of_positions_serves_the_batch_and_position_0_turns_nothing():
+def test_one_row_of_positions_serves_the_batch_and_position_0_is_not_rotated():
     x = _x(3, 5, 2, 8)
     one, all_rows = (
         np.asarray(rotate(RoPE(), x, np.broadcast_to(np.arange(5), n))) for n in ((1, 5), (3, 5))
@@ -79,7 +79,7 @@ def test_one_row_of_positions_serves_the_batch_and_position_0_turns_nothing():
     assert_array_equal(one[:, 0], x[:, 0])
 
 
-def test_far_positions_are_told_apart_in_bfloat16():
+def test_far_positions_are_distinct_in_bfloat16():
     """bfloat16 holds no integer between 256 and 258: phases must not pass through it."""
     x = np.ones((1, 2, 1, 8), jnp.bfloat16)
     near, next_to_it = np.asarray(rotate(RoPE(), x, np.array([[100_000, 100_001]])))[0]
@@ -300,7 +300,7 @@ TWICE = LENGTHS | {"factor": 2.0}
         (YaRN, TWICE | {"beta_slow": 0.0}, "YaRN beta_slow must be finite and > 0, got 0.0"),
         (YaRN, TWICE | {"mscale": -1.0}, "YaRN mscale must be finite and >= 0, got -1.0"),
         (YaRN, TWICE | {"attention_factor": 0.0}, "YaRN attention_factor must be finite and > 0, got 0.0"),
-        (YaRN, TWICE | {"attention_factor": 1.0, "mscale": 0.5}, "attention_factor replaces mscale"),
+        (YaRN, TWICE | {"attention_factor": 1.0, "mscale": 0.5}, "attention_factor excludes mscale"),
         (Llama3, {"low_freq_factor": 0.0}, "Llama3 low_freq_factor must be finite and > 0, got 0.0"),
         (Llama3, {"high_freq_factor": 1.0}, "must be finite and above low_freq_factor 1.0, got 1.0"),
         (LongRoPE, LISTS | {"length": 9, "original_length": 1}, "original_length must be >= 2, got 1"),
@@ -322,8 +322,8 @@ def test_bad_options(kind, arguments, message):
     [
         (LongRoPE(**LISTS, length=9), 1e4, "LongRoPE short_factor must be 2 numbers (RoPE width / 2), got 4"),
         (YaRN(factor=2.0, original_length=64), 1.0, "YaRN RoPE theta must be > 1, got 1.0"),
-        (YaRN(factor=2.0, original_length=6, truncate=False), 1e4, "over original_length 6 no pair of RoPE"),
-        (YaRN(factor=2.0, original_length=10**9), 10.0, "over original_length 1000000000 no pair of RoPE"),
+        (YaRN(factor=2.0, original_length=6, truncate=False), 1e4, "over original_length 6; change these"),
+        (YaRN(factor=2.0, original_length=10**9), 10.0, "over original_length 1000000000; change these"),
     ],
 )  # fmt: skip
 def test_scalings_that_do_not_fit_a_head(scaling, theta, message):

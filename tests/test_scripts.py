@@ -101,7 +101,7 @@ def test_documented_command_lines_are_understood():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attention", "--masks", "foo"], "--masks: mask 'foo': no mask 'foo'"),
+        (["attention", "--masks", "foo"], "--masks: mask 'foo': unknown mask 'foo'"),
         (["attention", "--dtype", "foo"], "--dtype: must be one of float32, bfloat16, float16, got foo"),
         (["attention", "--heads", "0"], "--heads: must be an integer >= 1, got 0"),
         (["attention", "--lengths", "64", "-3"], "--lengths: must be an integer >= 1, got -3"),

@@ -1,4 +1,4 @@
-"""What other code builds on: capture, masks of a call, states from configs, direct construction, tabulate."""
+"""Interfaces for other code: capture, masks of a call, states from configs, direct construction, tabulate."""
 
 import dataclasses
 import pathlib
@@ -82,7 +82,7 @@ def test_capture_gives_what_the_output_is_made_of_and_changes_no_bit(kind, x):
 
 
 def test_an_unknown_capture_is_refused_by_name():
-    with pytest.raises(ValueError, match="capture: there is no 'maps'; there are attention, queries"):
+    with pytest.raises(ValueError, match="capture: unknown name 'maps'; choose from attention, queries"):
         Context(capture={"maps"})
 
 
@@ -265,13 +265,13 @@ def test_the_memory_is_filled_by_the_prefill():
         ),
     ],
 )
-def test_the_direct_door_makes_the_checks_of_the_config(options, message):
+def test_direct_construction_makes_the_checks_of_the_config(options, message):
     with pytest.raises(ValueError, match=message) as error:
         Attention(32, rngs=nnx.Rngs(0), **options)
     assert "\n" not in str(error.value)
 
 
-def test_the_direct_door_and_the_config_make_the_same_mixer():
+def test_direct_construction_and_the_config_make_the_same_mixer():
     direct = Attention(32, num_heads=2, mask="SlidingWindow(3)", rngs=nnx.Rngs(0))
     built = AttentionConfig(num_heads=2, mask="SlidingWindow(3)").build(32, nnx.Rngs(0))
     assert direct.config == built.config
