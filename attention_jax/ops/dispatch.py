@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-
-from attention_jax.ops import varying
 
 
 def runs_every_call(call: Any, config: Any = None) -> str | None:
@@ -34,10 +33,10 @@ class Implementation:
     #: Its config, a frozen dataclass of tile sizes and the like; None where it has none.
     config: Any = None
 
-    def run(self, call: Any) -> Any:
-        """`attend` with the config, the arrays of the call made to vary over the same mesh axes."""
-        call = varying.aligned(call)
-        return self.attend(call) if self.config is None else self.attend(call, self.config)
+    @property
+    def run(self) -> Callable[[Any], Any]:
+        """`attend` with the config: a function of a call whose arrays vary alike (`varying.aligned`)."""
+        return self.attend if self.config is None else functools.partial(self.attend, config=self.config)
 
     def refusal(self, call: Any) -> str | None:
         """`unsupported` with the config."""

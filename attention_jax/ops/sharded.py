@@ -17,6 +17,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attention_jax.ops import varying
+
 
 class Shards(NamedTuple):
     """The mesh axes that batch rows and heads are split over (None, a name or several)."""
@@ -78,7 +80,7 @@ def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[j
         B, _, _, N, *_ = local.sizes
         first_row = None if split.rows is None else jax.lax.axis_index(split.rows) * B
         first_head = None if split.heads is None else jax.lax.axis_index(split.heads) * N
-        outs = attend(dataclasses.replace(local, first_row=first_row, first_head=first_head))
+        outs = attend(varying.aligned(dataclasses.replace(local, first_row=first_row, first_head=first_head)))
         return [x for x, axes in zip(outs, call.output_axes, strict=True) if axes is not None]
 
     # Unchecked, since JAX's interpreter of kernels indexes by no scalars that vary, such as block lists.

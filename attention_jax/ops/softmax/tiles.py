@@ -8,6 +8,7 @@ key units between their first and last live one. `chunked` says what happens on 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -96,6 +97,11 @@ class ChunkedPlan:
     @property
     def S_pad(self) -> int:
         return _round_up(self.S, self.key_tile)
+
+    @property
+    def key_tiles(self) -> tuple[jax.Array, jax.Array]:
+        """The bounds of a loop over the key tiles."""
+        return jnp.int32(0), jnp.int32(self.S_pad // self.key_tile)
 
     @property
     def G(self) -> int:
@@ -335,38 +341,46 @@ class ChunkedTile:
         return ~(kept.T if transposed else kept)
 
 
-def key_tiles(plan: ChunkedPlan, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
-    return lax.fori_loop(jnp.int32(0), jnp.int32(plan.S_pad // plan.key_tile), body, state)
+def sweep(head: KVHead, step: Callable[..., Any], j: jax.Array, state: Any) -> Any:
+    """`state = step(tile_of, at, state)` for every live strip of key tile j and each query head of the group.
 
-
-def sweep(head: KVHead, j: jax.Array, step: Callable[[ChunkedTile, Any], Any], state: Any) -> Any:
-    """`step` over every live strip of key tile j, for each query head of the group."""
-    plan = head.plan
-    tile_start = j * plan.key_tile
-    k_KH, v_KM = (
-        _load(x, plan.k, head.batch, head.kv_head, 1, tile_start, plan.key_tile)[0]
-        for x in (plan.call.k_BSKH, plan.call.v_BSKM)
-    )
-    k_HK = k_KH.T
-
-    def one(piece: Piece, g: jax.Array, at: jax.Array, state: Any) -> Any:
-        item = piece.csr.item(head.batch, at)
-        strip, unit = item // plan.units, item % plan.units
-        keys, offset = piece.units * plan.k_unit, unit * plan.k_unit
-        held = [x if keys == plan.key_tile else cut(x, offset, keys, axis)
-                for x, axis in ((k_KH, 0), (k_HK, 1), (v_KM, 0))]  # fmt: skip
-        tile = ChunkedTile(head, g, strip * plan.q_block, tile_start + offset, keys, piece.masked, *held)
-        return step(tile, state)
+    tile_of(at) is the tile of an entry of the block list.
+    """
+    plan, tile_start = head.plan, j * head.plan.key_tile
+    keys = _load_key_tile(head, tile_start)
 
     def query_head(g: jax.Array, state: Any) -> Any:
         for piece in plan.pieces:
             start, stop = piece.csr.row(head.batch, j)
-            state = lax.fori_loop(start, stop, lambda at, state, piece=piece: one(piece, g, at, state), state)
+            tile_of = functools.partial(_tile, head, keys, piece, g, tile_start)
+            state = lax.fori_loop(start, stop, functools.partial(step, tile_of), state)
         return state
 
     if plan.G == 1:
         return query_head(jnp.int32(0), state)
     return lax.fori_loop(jnp.int32(0), jnp.int32(plan.G), query_head, state)
+
+
+def _load_key_tile(head: KVHead, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """k [keys, H], its transpose, and v [keys, M] of the key tile that begins at `start`."""
+    plan = head.plan
+    k_KH, v_KM = (
+        _load(x, plan.k, head.batch, head.kv_head, 1, start, plan.key_tile)[0]
+        for x in (plan.call.k_BSKH, plan.call.v_BSKM)
+    )
+    return k_KH, k_KH.T, v_KM
+
+
+def _tile(
+    head: KVHead, keys, piece: Piece, g: jax.Array, tile_start: jax.Array, at: jax.Array
+) -> ChunkedTile:
+    """The tile of entry `at` of the piece's list."""
+    plan, item = head.plan, piece.csr.item(head.batch, at)
+    strip, unit = item // plan.units, item % plan.units
+    count, offset = piece.units * plan.k_unit, unit * plan.k_unit
+    held = [x if count == plan.key_tile else cut(x, offset, count, axis)
+            for x, axis in zip(keys, (0, 1, 0), strict=True)]  # fmt: skip
+    return ChunkedTile(head, g, strip * plan.q_block, tile_start + offset, count, piece.masked, *held)
 
 
 def _padded(call: SoftmaxCall, T_pad: int, S_pad: int) -> SoftmaxCall:
