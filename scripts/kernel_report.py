@@ -138,11 +138,7 @@ def _ours(q, k, v):
     from attention_jax.masks import Causal
     from attention_jax.ops.softmax import api, mosaic_tpu
 
-    options = dict.fromkeys(
-        ("bias", "scale", "softcap", "sinks", "segment_ids", "q_positions", "k_positions")
-    )
-    call = api._checked_call(q, k, v, mask=Causal(), **options, rate=0.0, key=None)
-    return mosaic_tpu.attend(call)[0]
+    return mosaic_tpu.attend(api._checked_call(q, k, v, Causal()))[0]
 
 
 def _splash(length: int, width: int, fused: bool) -> Any:
@@ -150,10 +146,9 @@ def _splash(length: int, width: int, fused: bool) -> Any:
     import jax
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    from attention_jax.ops.softmax.mosaic_tpu import steps
+    from attention_jax.ops.softmax import MosaicTPUConfig
 
-    blocks = steps.blocks_for(width, 2)
-    (q, k), (q_back, k_back) = blocks.forward, blocks.backward
+    (q, k), (q_back, k_back) = (MosaicTPUConfig().blocks(width, 2, backward) for backward in (False, True))
     sizes = splash.BlockSizes(
         block_q=q, block_kv=k, block_kv_compute=k, block_q_dkv=q_back, block_kv_dkv=k_back,
         block_kv_dkv_compute=k_back, block_q_dq=None if fused else q_back,

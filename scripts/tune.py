@@ -146,19 +146,20 @@ def kernel_call(H: int, mask: str, kernel: str, size: tuple[int, int, int]) -> C
 def kernel_program(mask: str, kernel: str, size: tuple[int, int, int], q, k, v, do, saved) -> Any:
     """What one kernel computes of q, k, v, dO and what the forward saves of each row."""
     from attention_jax.masks import parse
-    from attention_jax.ops.softmax.common import Call
+    from attention_jax.ops.softmax.common import SoftmaxCall
     from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu.config import HopperTileSizes
 
     given = {"q_BTNH": q, "k_BSKH": k, "v_BSKM": v, "mask": parse(mask)}
     given |= {"scale": q.shape[-1] ** -0.5, "dropout_rate": 0.0}
-    call = Call(**dict.fromkeys(f.name for f in dataclasses.fields(Call)) | given)
-    tiles, rest = plan.Tiles(*size), (do, saved, saved)
+    call = SoftmaxCall(**dict.fromkeys(f.name for f in dataclasses.fields(SoftmaxCall)) | given)
+    tiles, rest = HopperTileSizes(*size), (do, saved, saved)
     if kernel == "forward":
         return forward.forward(plan.forward_plan(call, tiles))
     if kernel == "q":
         return backward_q.gradient_q(plan.backward_q_plan(call, tiles), *rest)
     if kernel == "kv":
-        return backward_kv.gradient_kv(plan.backward_k_plan(call, tiles), *rest)
+        return backward_kv.gradient_kv(plan.backward_kv_plan(call, tiles), *rest)
     return backward_fused.gradients_fused(plan.fused_plan(call, tiles), *rest)
 
 

@@ -70,9 +70,7 @@ def program(shape, mesh, spec=None):
     spec = PartitionSpec() if spec is None else spec
 
     def attend(q, k, v):
-        call = _checked_call(
-            q, k, v, shape.mask, None, None, shape.softcap, None, None, None, None, 0.0, None
-        )
+        call = _checked_call(q, k, v, shape.mask, softcap=shape.softcap)
         why_not = mosaic_tpu.unsupported(call)
         assert why_not is None, why_not
         return mosaic_tpu.attend(call)[0]

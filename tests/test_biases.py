@@ -21,7 +21,7 @@ from attention_jax.biases import (
     slice_leaves,
     t5_boundaries,
 )
-from attention_jax.ops.softmax import dot_product_attention, explain, tiles
+from attention_jax.ops.softmax import ChunkedConfig, dot_product_attention, explain
 from tests.cases import Gate
 from tests.reference import softmax as truth
 from tests.reference.positions import ALIBI_SLOPES, t5_bucket
@@ -94,10 +94,10 @@ def test_t5_buckets_follow_the_published_formula(buckets, max_distance, bidirect
         pytest.param("chunked", False, marks=pytest.mark.slow),
     ],
 )
-def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional, monkeypatch):
+def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional):
     """Shuffled positions, grouped heads, several tiles, empty slots."""
-    monkeypatch.setattr(tiles, "Q_BLOCK", 16)
-    monkeypatch.setattr(tiles, "KEY_UNIT", 8)
+    if impl == "chunked":
+        impl = ChunkedConfig(query_tile=16, key_tile=32, key_unit=8)
     rng = np.random.default_rng(0)
     B, T, S, N, K, H = 2, 21, 35, 4, 2, 8
     q, do = (rng.normal(size=(B, T, N, H)).astype(np.float32) for _ in range(2))

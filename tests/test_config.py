@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import random
 import re
 import subprocess
 import sys
@@ -230,6 +232,7 @@ REFUSED = [
     ("{a: " * 3000, ["nested more than 50 levels"]),
     (_BOMB, ["tiny.yaml:5:55: more than 10000 values"]),
     ("9" * 5000, ["is not a finite decimal number"]),
+    ('seed: 1\nrun_dir: "a\\uD800"', ["tiny.yaml:2:10: text must not hold the code of a surrogate"]),
     ("%YAML 1.1\n---\ncheckpoint: {keep_best: no}", ["expected true or false, got 'no'"]),
     ("steps: 1\n---\nsteps: 2", ["document"]),
 ]
@@ -249,6 +252,47 @@ def test_an_override_of_one_alias_leaves_the_others(load):
     text = "model: {num_layers: 2, mixers: [&m {kind: softmax, num_heads: 4}, *m]}"
     run = load(text, "model.mixers.1.num_heads=2")
     assert [mixer.num_heads for mixer in run.model.mixers] == [4, 2]
+
+
+MUTANTS = [
+    None, True, 0, -1, 1.5, 10**40, "x", "", "Causal()", "t5", [], {}, [1], [[[]]], [{}], {"a": 1},
+    {"kind": "softmax"}, {"kind": "yarn"}, {"kind": "none"}, {"kind": 3}, {"kind": None}, {"kind": []},
+]  # fmt: skip
+
+
+def test_any_value_anywhere_is_read_or_refused_in_one_line():
+    """Real configurations with one or two values of another type, a key too many or one missing."""
+
+    def places(tree):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+        for key, below in items:
+            yield tree, key
+            yield from places(below)
+
+    names = ("tiny", "seq2seq", "llama4_shaped", "mechanisms/t5_bias", "mechanisms/rope_yarn", "mqar/gla")
+    originals = [config.to_dict(config.load(name)) for name in names]
+    draw, refused = random.Random(0), 0
+    for number in range(600):
+        raw = copy.deepcopy(originals[number % len(originals)])
+        for _ in range(draw.choice([1, 1, 2])):
+            tree, key = draw.choice(list(places(raw)))
+            action = draw.choice(["replace", "replace", "add", "remove"])
+            if action == "remove":
+                del tree[key]
+            elif action == "add" and isinstance(tree, dict):
+                tree[draw.choice(["kind", "rope", "softmax", "T5", "head"])] = copy.deepcopy(
+                    draw.choice(MUTANTS)
+                )
+            else:
+                tree[key] = copy.deepcopy(draw.choice(MUTANTS))
+        try:
+            run = config.from_dict(raw)
+        except ConfigError as error:
+            refused += 1
+            assert re.fullmatch(r"(unknown key )?[a-z][\w.]*\b[^\n]+", str(error)), error
+        else:
+            assert config.from_dict(config.to_dict(run)) == run
+    assert 300 < refused < 600
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

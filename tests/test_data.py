@@ -52,7 +52,7 @@ def small(folder: Path, **changes) -> DataConfig:
     return DataConfig(**(values | changes))
 
 
-# The tokens of these splits are their own indices, so a batch tells where each of its slots came from.
+# The tokens of these splits are their own indices, so a batch shows where each of its slots came from.
 @st.composite
 def splits(draw, least: int = 1):
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=12))
@@ -72,7 +72,7 @@ def spans_of(split: Split) -> list[tuple[int, int]]:
 
 
 def check_batch(split: Split, batch: dict[str, np.ndarray]) -> None:
-    """Each slot of the batch is what its contract says, told from the arrays alone."""
+    """Each slot of the batch is what its contract says, by the arrays alone."""
     assert all(array.dtype == np.int32 and array.shape == batch["tokens"].shape for array in batch.values())
     span_of = np.searchsorted(split.starts + split.counts, np.arange(len(split.tokens) + 1), side="right")
     empty = batch["positions"] < 0
@@ -372,7 +372,7 @@ def test_an_id_beyond_the_vocabulary_is_never_stored():
         snapshot.encode([Document("a", "x")], Broken())
 
 
-def test_marks_stand_in_front_of_every_document_and_at_the_end():
+def test_end_of_document_tokens_stand_before_every_document_and_at_the_end():
     split = snapshot.encode([Document("a", "hi"), Document("b", "€")], tokenizers.ByteTokenizer())
     assert split.tokens.tolist() == [256, *b"hi", 256, *"€".encode(), 256]
     assert split.starts.tolist() == [0, 3] and split.counts.tolist() == [3, 4]
@@ -394,7 +394,7 @@ def made(folder, tmp_path):
 
 
 def indexed(some: data.Data) -> data.Data:
-    """The same data with every token replaced by its index, so that batches tell where they come from."""
+    """The same data with every token replaced by its index, so that batches show where they come from."""
     snap = some.snapshot
 
     def own(split: Split) -> Split:

@@ -13,7 +13,7 @@ import pytest
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.ops.decay_scan import decay_scan, explain, quadratic
+from attention_jax.ops.decay_scan import ChunkedScanConfig, decay_scan, explain, quadratic
 from attention_jax.ops.decay_scan.api import implementations
 from tests import cases
 from tests.covering import pairwise
@@ -418,6 +418,7 @@ ONES = np.ones((2, 6, 4, 3), np.float32)
         ({"scale": jnp.ones(())}, "scale must be a finite Python number"),
         ({"scale": np.inf}, "scale must be a finite Python number"),
         ({"chunk_size": 0}, "chunk_size must be an integer >= 1, got 0"),
+        ({"chunk_size": 8, "impl": ChunkedScanConfig()}, "both set the chunk: give one of them"),
         ({"impl": "fast"}, "unknown impl 'fast'; there are recurrent, chunked, quadratic"),
     ],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def test_one_compilation_however_the_run_goes(config, monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Replaces both steps by trivial ones and tells in which order things happened."""
+    """Replaces both steps by trivial ones and records the order of events."""
     events, bad = [], {}
 
     def make_train(model, optimizer, steps):
@@ -101,13 +101,13 @@ def stand_in(monkeypatch):
 
     arrived = loop.Run._arrived
 
-    def told(self, step, metrics):
+    def recorded(self, step, metrics):
         events.append(("arrived", step))
         return arrived(self, step, metrics)
 
     monkeypatch.setattr(loop, "make_train_step", make_train)
     monkeypatch.setattr(loop, "make_eval_step", make_eval)
-    monkeypatch.setattr(loop.Run, "_arrived", told)
+    monkeypatch.setattr(loop.Run, "_arrived", recorded)
     return events, bad
 
 

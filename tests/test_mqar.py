@@ -203,7 +203,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("overrides, words", REFUSED, ids=[" ".join(o) for o, _ in REFUSED])
-def test_a_mistake_is_reported_in_one_line(load, overrides, words):
+def test_a_mistake_is_one_line(load, overrides, words):
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as error:
         load(TASK + QUIET, *overrides)
     assert all(word in str(error.value) for word in words), error.value

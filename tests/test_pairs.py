@@ -17,7 +17,7 @@ from train.data.corpus import Corpus, Document
 from train.data.pairs import Pair
 from train.data.tokenizers import ByteTokenizer
 
-MARK = ByteTokenizer.end_of_document
+END = ByteTokenizer.end_of_document
 
 MODULE = '''
 """Of the module: no function."""
@@ -120,7 +120,7 @@ def small(table: Path, **changes) -> DataConfig:
 
 
 def read_row(batch, row) -> Pair | None:
-    """The pair of a row, told from the arrays alone; None for an empty one."""
+    """The pair of a row, from the arrays alone; None for an empty one."""
     tokens, targets = batch["tokens"][row], batch["targets"][row]
     real = batch["positions"][row] >= 0
     n, m = int(real.sum()), int((batch["source_positions"][row] >= 0).sum())
@@ -132,7 +132,7 @@ def read_row(batch, row) -> Pair | None:
     if n == 0:
         assert m == 0
         return None
-    assert tokens[0] == MARK and targets[n - 1] == MARK and (tokens[1:n] == targets[: n - 1]).all()
+    assert tokens[0] == END and targets[n - 1] == END and (tokens[1:n] == targets[: n - 1]).all()
     return Pair(bytes(batch["sources"][row, :m].tolist()).decode(), bytes(tokens[1:n].tolist()).decode())
 
 
@@ -154,8 +154,8 @@ def test_a_pair_is_a_row(table, tmp_path):
         "tokens": (4, 4), "targets": (4, 4), "positions": (4, 4), "segment_ids": (4, 4),
         "sources": (4, 3), "source_positions": (4, 3),
     }  # fmt: skip
-    assert batch["tokens"][0].tolist() == [MARK, *first.target.encode()]
-    assert batch["targets"][0].tolist() == [*first.target.encode(), MARK]
+    assert batch["tokens"][0].tolist() == [END, *first.target.encode()]
+    assert batch["targets"][0].tolist() == [*first.target.encode(), END]
     assert batch["sources"][0].tolist() == [*first.source.encode(), 0]
     assert batch["source_positions"][0].tolist() == [0, 1, -1]
 

@@ -2,8 +2,9 @@
 
 tests/fixtures/saved_runs/NAME is a folder that was interrupted after step 4 of 8, NAME.json what the same
 run without interruption measured in its 8 steps and then sampled. A process that is started as by a user
-gives exactly those rows under jax 0.10.2 on a processor with the instruction sets of the one that recorded
-them. Elsewhere, and with the quick compilation of the tests, they are compared to a relative 1e-5.
+gives those rows to one unit in the last place under jax 0.10.2 on a processor with the instruction sets of
+the one that recorded them: all is the same to the bit but the unscaled norm of q and k, which has been flax's
+since. Elsewhere, and with the quick compilation of the tests, they are compared to a relative 1e-5.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ def check_rows(folder, expected, *, exactly=False):
     rows = read_rows(folder / "metrics.jsonl")
     rows = [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
     if exactly and (jax.__version__, processor()) == _RECORDED:
-        assert rows == expected
+        assert rows == [pytest.approx(row, rel=2**-23) for row in expected]
     assert rows == [pytest.approx(row, rel=1e-5) for row in expected]
 
 

@@ -40,7 +40,7 @@ class Case:
         """The share of 128 x 128 blocks with a kept pair."""
         from attention_jax.ops.softmax.blocks import static_map
 
-        return float(static_map(self.mask, self.T, self.T, 128, 128).some.mean())
+        return float(static_map(self.mask, self.T, self.T, 128, 128).any_kept.mean())
 
     def teraflops(self, ms: float, what: str) -> float:
         return flops(self.B, self.N, self.T, self.H, self.density)[what] / ms / 1e9

@@ -111,7 +111,7 @@ def _walk(mask: Any, looked_up: Callable[[Any, int], Callable]) -> Callable:
 
     try:  # as FlexAttention evaluates it
         flex.create_mask(keep, None, None, 2, 2, device="cpu")
-    except Exception:  # what a predicate does with torch's tensors, nobody knows
+    except Exception:  # a predicate may do anything with torch's tensors
         return looked_up(mask, 1)
     return keep
 

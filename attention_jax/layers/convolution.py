@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.layers.norms import ACTIVATIONS
-from attention_jax.ops.recurrences import select_valid
+from attention_jax.ops.tokens import select_valid
 
 
 class ShortConvolution(nnx.Module):

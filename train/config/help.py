@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -62,10 +63,17 @@ def _keys(cls: type, path: str) -> Iterator[Key]:
 
 
 def _own_keys(cls: type, path: str) -> Iterator[Key]:
-    for name, annotation in hints(cls).items():
-        place = f"{path}.{name}" if path else name
-        default = default_of(cls, name)
-        yield Key(place, _type(annotation), _default(default), meanings(cls).get(name))
+    for key in _described(cls):
+        yield dataclasses.replace(key, path=f"{path}.{key.path}" if path else key.path)
+
+
+@functools.cache
+def _described(cls: type) -> tuple[Key, ...]:
+    """The keys of a section by their names."""
+    return tuple(
+        Key(name, _type(annotation), _default(default_of(cls, name)), meanings(cls).get(name))
+        for name, annotation in hints(cls).items()
+    )
 
 
 def _sections_below(annotation: Any, path: str) -> list[tuple[type, str]]:
@@ -102,11 +110,8 @@ def _lines(cls: type, path: str, described_at: dict[type, str]) -> Iterator[str]
 
 def _adds_nothing(cls: type, base: type) -> bool:
     """Whether `cls` has the keys of `base`, `kind` apart, with the same defaults and meanings."""
-
-    def described(section: type) -> list[Key]:
-        return [key for key in _own_keys(section, "") if key.path != "kind"]
-
-    return described(cls) == described(base)
+    own, known = ([key for key in _described(section) if key.path != "kind"] for section in (cls, base))
+    return own == known
 
 
 def _summary(cls: type) -> str:

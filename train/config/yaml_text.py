@@ -180,6 +180,8 @@ def _check_node(event: Event, stack: list[_Open]) -> None:
         _refuse(event, f"type {str(event.ctag).removeprefix(_TAG)!r} is not supported: remove the tag")
     if len(stack) >= _DEPTH:
         _refuse(event, f"nested more than {_DEPTH} levels deep")
+    if isinstance(event, ScalarEvent) and any("\ud800" <= character <= "\udfff" for character in event.value):
+        _refuse(event, "text must not hold the code of a surrogate, which no encoding can write")
     number = isinstance(event, ScalarEvent) and event.implicit[0] and _FLOAT.match(event.value)
     if _is_key(stack):
         _check_key(event, stack[-1])

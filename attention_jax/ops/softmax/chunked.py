@@ -15,6 +15,7 @@ accumulators pass by.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,11 +24,12 @@ import numpy as np
 from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
     LOG2E,
-    Head,
-    Tile,
+    ChunkedConfig,
+    ChunkedTile,
+    KVHead,
     cut,
     key_tiles,
     load_head,
@@ -38,36 +40,36 @@ from attention_jax.ops.softmax.tiles import (
     sweep,
 )
 
+DEFAULT = ChunkedConfig()
+
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - _LOWEST) cannot be reached
 # by a masked z = -inf, whose probability is exactly 0.
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def unsupported(call: Call) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
-
-
-@jax.custom_vjp
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
-    return _forward(call)
+    return _attend(config, call)
 
 
-def _attend_fwd(call: Call):
-    out_BTNM, lse_BTN = _forward(call)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(config: ChunkedConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    return _forward(config, call)
+
+
+def _attend_fwd(config: ChunkedConfig, call: SoftmaxCall):
+    out_BTNM, lse_BTN = _forward(config, call)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 
 
-def _attend_bwd(residuals, cotangents):
-    return (_backward(*residuals, *cotangents),)
+def _attend_bwd(config: ChunkedConfig, residuals, cotangents):
+    return (_backward(config, *residuals, *cotangents),)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _exponents(tile: Tile, z: jax.Array, transposed: bool) -> tuple[jax.Array, jax.Array | None]:
+def _exponents(tile: ChunkedTile, z: jax.Array, transposed: bool) -> tuple[jax.Array, jax.Array | None]:
     """Base-2 exponents from q . k, and tanh of the softcap: softcap, bias, mask, in that order."""
     call = tile.head.plan.call
     tanh = None
@@ -87,8 +89,8 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
 
 
-def _forward(call: Call) -> tuple[jax.Array, jax.Array]:
-    plan = make_plan(call)
+def _forward(config: ChunkedConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    plan = make_plan(call, config)
     B, T, _, N, K, _, M = call.sizes
     out_BTNM = jnp.zeros((B, T, N, M), call.q_BTNH.dtype)
     lse_BTN1 = jnp.zeros((B, T, N, 1), jnp.float32)
@@ -106,7 +108,7 @@ def _forward(call: Call) -> tuple[jax.Array, jax.Array]:
     return out_BTNM, lse_BTN1[..., 0]
 
 
-def _forward_head(head: Head) -> tuple[jax.Array, jax.Array]:
+def _forward_head(head: KVHead) -> tuple[jax.Array, jax.Array]:
     plan, call, G = head.plan, head.plan.call, head.plan.G
     M = call.sizes[6]
     # The sink is a key without a value that every row has seen before the first tile.
@@ -129,7 +131,7 @@ def _forward_head(head: Head) -> tuple[jax.Array, jax.Array]:
     return tuple(x.reshape(G, plan.T_pad, -1)[:, : plan.T] for x in (out_RM, lse_R))
 
 
-def _forward_step(tile: Tile, state):
+def _forward_step(tile: ChunkedTile, state):
     m_R, l_R, acc_RM = state
     m_Q, l_Q, acc_QM = (tile.take(x) for x in state)
     z_QK, _ = _exponents(tile, _dot(tile.take(tile.head.q_RH), tile.k_HK, (1, 0)), transposed=False)
@@ -171,8 +173,10 @@ def _exp2(x: jax.Array) -> jax.Array:
 _exp2.defjvps(lambda dx, y, x: dx * y * (1 / LOG2E))
 
 
-def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
-    plan = make_plan(call)
+def _backward(
+    config: ChunkedConfig, call: SoftmaxCall, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN
+) -> SoftmaxCall:
+    plan = make_plan(call, config)
     B, _, S, _, K, _, _ = call.sizes
     totals = (
         jnp.zeros_like(call.q_BTNH),
@@ -208,7 +212,7 @@ def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
     )
 
 
-def _backward_head(head: Head, saved, totals):
+def _backward_head(head: KVHead, saved, totals):
     plan, call, G = head.plan, head.plan.call, head.plan.G
     *_, H, M = call.sizes
     b, kv = head.batch, head.kv_head
@@ -249,7 +253,7 @@ def _backward_head(head: Head, saved, totals):
     return dq_BTNH, dk_BSKH, dv_BSKM, dsinks_N, dbias
 
 
-def _backward_step(tile: Tile, rows, tile_start, state):
+def _backward_step(tile: ChunkedTile, rows, tile_start, state):
     """Scores are transposed, [keys, queries], and so is dq: then no product transposes a tile."""
     call = tile.head.plan.call
     do_QM, lse_Q, delta_Q = (tile.take(x) for x in rows)
@@ -292,7 +296,7 @@ def _bias_zeros(bias: Any) -> Any:
     )
 
 
-def _add_bias_gradient(tile: Tile, dbias: Any, ds_KQ: jax.Array) -> Any:
+def _add_bias_gradient(tile: ChunkedTile, dbias: Any, ds_KQ: jax.Array) -> Any:
     """dbias plus the tile's share: the block's score is differentiated, its leaves added where cut."""
     leaves, treedef = jax.tree.flatten(slice_leaves(tile.head.plan.call.bias, **tile.windows()))
     learned = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
