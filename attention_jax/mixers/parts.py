@@ -11,6 +11,7 @@ from einops import rearrange
 
 from attention_jax.caches import KVCache
 from attention_jax.mixers.base import Context, Mixer, MixerConfig
+from attention_jax.ops import tokens
 from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
 
@@ -62,7 +63,7 @@ class KVView:
     @property
     def valid_BS(self) -> jax.Array | None:
         """True [B or 1, S] for slots that hold a key; None if all do."""
-        return valid_tokens(Context(self.k_positions_BS, self.segment_ids_BT))
+        return tokens.valid_tokens(self.k_positions_BS, self.segment_ids_BT)
 
     def attend(self, q_BTNH: jax.Array, ctx: Context, *, mask: Any, k=None, v=None, dropout=0.0, **options):
         """Softmax attention to these keys: y_BTNM and the arrays named in `ctx.capture`.
@@ -156,7 +157,7 @@ def cached_positions(capacity: int, ctx: Context, B: int, T: int) -> jax.Array:
 
 def positions_of(ctx: Context, T: int) -> jax.Array:
     """The positions of the tokens [B or 1, T]: those of the context, or 0, 1, 2, ..."""
-    return jnp.arange(T)[None] if ctx.positions_BT is None else ctx.positions_BT
+    return tokens.positions_or_arange(ctx.positions_BT, T)
 
 
 def rotate(
@@ -178,16 +179,12 @@ def dropout_options(rate: float, ctx: Context) -> dict[str, Any]:
 
 def zero_invalid(y_BTD: jax.Array, ctx: Context) -> jax.Array:
     """y with invalid tokens set to 0, which also removes an output bias and NaN."""
-    valid_BT = valid_tokens(ctx)
-    if valid_BT is None:
-        return y_BTD
-    return jnp.where(valid_BT[..., None], y_BTD, jnp.zeros((), y_BTD.dtype))
+    return tokens.select_valid(y_BTD, valid_tokens(ctx))
 
 
 def valid_tokens(ctx: Context) -> jax.Array | None:
     """True [B or 1, T] for slots that hold a token; None if all do."""
-    parts = [ids >= 0 for ids in (ctx.positions_BT, ctx.segment_ids_BT) if ids is not None]
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
+    return tokens.valid_tokens(ctx.positions_BT, ctx.segment_ids_BT)
 
 
 def split_heads(y_BTE: jax.Array, head_dim: int, norm: Any = None) -> jax.Array:
