@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from attention_jax.ops import varying
+
 
 def runs_every_call(call: Any, config: Any = None) -> str | None:
     """The `unsupported` of an implementation without limits: None."""
@@ -33,7 +35,8 @@ class Implementation:
     config: Any = None
 
     def run(self, call: Any) -> Any:
-        """`attend` with the config."""
+        """`attend` with the config, the arrays of the call made to vary over the same mesh axes."""
+        call = varying.aligned(call)
         return self.attend(call) if self.config is None else self.attend(call, self.config)
 
     def refusal(self, call: Any) -> str | None:

@@ -81,7 +81,7 @@ def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[j
         outs = attend(dataclasses.replace(local, first_row=first_row, first_head=first_head))
         return [x for x, axes in zip(outs, call.output_axes, strict=True) if axes is not None]
 
-    # The loops of `chunked` start from constants, which every shard has alike: no check of varying axes.
+    # Unchecked, since JAX's interpreter of kernels indexes by no scalars that vary, such as block lists.
     found = jax.shard_map(
         part, mesh=split.mesh, in_specs=tuple(specs), check_vma=False,
         out_specs=[P(*map(by_axis.get, axes)) for axes in call.output_axes if axes is not None],

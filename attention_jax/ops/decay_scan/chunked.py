@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention_jax.ops import varying
 from attention_jax.ops.arguments import positive_integer
 from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
@@ -129,7 +130,7 @@ def _forward(
     def body(carry, i):
         return chunk(*carry, i * C, C, weights), carry[0]
 
-    carry = (call.state_BNHM, jnp.zeros((B, T, N, M), call.out_dtype))
+    carry = varying.like(call.q_BTNH, (call.state_BNHM, jnp.zeros((B, T, N, M), call.out_dtype)))
     (state_BNHM, y_BTNM), states = lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
     before_rest = state_BNHM
     if rest:
@@ -161,7 +162,7 @@ def _backward(
         return jax.vjp(lambda log_decay: _constant_weights(log_decay, C), call.log_decay)
 
     before, before_rest = states
-    dinputs = jax.tree.map(jnp.zeros_like, inputs)
+    dinputs = varying.like(call.q_BTNH, jax.tree.map(jnp.zeros_like, inputs))
     dconstant = jnp.zeros_like(call.log_decay) if constant else None
     if rest:
         weights, pull = constant_weights(rest)
@@ -174,7 +175,7 @@ def _backward(
         dstate_BNHM, dinputs, more = chunk(dstate_BNHM, dinputs, x[1], x[0] * C, C, weights)
         return (dstate_BNHM, dinputs, jax.tree.map(jnp.add, dweights, more)), None
 
-    carry = (dstate_BNHM, dinputs, jax.tree.map(jnp.zeros_like, weights))
+    carry = varying.like(call.q_BTNH, (dstate_BNHM, dinputs, jax.tree.map(jnp.zeros_like, weights)))
     steps = (jnp.arange(count, dtype=jnp.int32), before)
     (dstate_BNHM, dinputs, dweights), _ = lax.scan(body, carry, steps, reverse=True)
     if constant:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention_jax.ops import varying
 from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
 
@@ -40,6 +41,7 @@ def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
         return (state_BNHM, run_B), y_BNM.astype(call.out_dtype)
 
     start = (call.state_BNHM, None if run_BT is None else jnp.zeros(B, jnp.int32))
+    start = varying.like(call.q_BTNH, start)
     (state_BNHM, _), y_TBNM = lax.scan(step, start, tokens)
     return jnp.moveaxis(y_TBNM, 0, 1), state_BNHM
 

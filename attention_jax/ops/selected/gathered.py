@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops import varying
 from attention_jax.ops.arguments import positive_integer
 from attention_jax.ops.selected.common import (
     CHUNK_ELEMENTS,
@@ -85,6 +86,7 @@ def _attend_bwd(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Arra
         return totals, dq_BTNH
 
     totals = [jnp.zeros(x.shape, jnp.float32) for x in (call.k_BSKH, call.v_BSKM)]
+    totals = varying.like(call.q_BTNH, totals)
     (dk_BSKH, dv_BSKM), dq = jax.lax.scan(body, totals, cut((rows, dout_BTNM), length))
     # None stands for the zero cotangents of integer arrays.
     gradient = dataclasses.replace(

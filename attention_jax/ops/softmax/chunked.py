@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
+from attention_jax.ops import varying
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
     LOG2E,
@@ -92,8 +93,8 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 def _forward(config: ChunkedConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     plan = make_plan(call, config)
     B, T, _, N, K, _, M = call.sizes
-    out_BTNM = jnp.zeros((B, T, N, M), call.q_BTNH.dtype)
-    lse_BTN1 = jnp.zeros((B, T, N, 1), jnp.float32)
+    out_BTNM = varying.like(call.q_BTNH, jnp.zeros((B, T, N, M), call.q_BTNH.dtype))
+    lse_BTN1 = varying.like(call.q_BTNH, jnp.zeros((B, T, N, 1), jnp.float32))
 
     def body(i, carry):
         out_BTNM, lse_BTN1 = carry
@@ -119,6 +120,7 @@ def _forward_head(head: KVHead) -> tuple[jax.Array, jax.Array]:
         m_GT = jnp.maximum(m_GT, sinks_G[:, None] * LOG2E)
         l_GT = l_GT + jnp.where(sinks_G == -jnp.inf, 0.0, 1.0)[:, None]
     state = (m_GT.reshape(-1), l_GT.reshape(-1), jnp.zeros((G * plan.T_pad, M), jnp.float32))
+    state = varying.like(call.q_BTNH, state)
 
     def key_tile(j, state):
         return sweep(head, j, _forward_step, state)
@@ -185,6 +187,7 @@ def _backward(
         None if call.sink_logits_N is None else jnp.zeros(call.sink_logits_N.shape, jnp.float32),
         _bias_zeros(plan.call.bias),
     )
+    totals = varying.like(call.q_BTNH, totals)
     saved = (out_BTNM, lse_BTN[..., None], dout_BTNM, dlse_BTN[..., None])
 
     def body(i, totals):
@@ -234,6 +237,7 @@ def _backward_head(head: KVHead, saved, totals):
     def key_tile(j, carry):
         dq_HR, dk_BSKH, dv_BSKM, dbias = carry
         zeros = (jnp.zeros((plan.key_tile, H), jnp.float32), jnp.zeros((plan.key_tile, M), jnp.float32))
+        zeros = varying.like(call.q_BTNH, zeros)
         start = j * plan.key_tile
 
         def step(tile, state):
@@ -246,7 +250,7 @@ def _backward_head(head: KVHead, saved, totals):
         dk_BSKH = store(dk_BSKH, dk_KH[None], b, kv, start)
         return dq_HR, dk_BSKH, store(dv_BSKM, dv_KM[None], b, kv, start), dbias
 
-    dq_HR = jnp.zeros((H, G * plan.T_pad), jnp.float32)
+    dq_HR = varying.like(call.q_BTNH, jnp.zeros((H, G * plan.T_pad), jnp.float32))
     dq_HR, dk_BSKH, dv_BSKM, dbias = key_tiles(plan, key_tile, (dq_HR, dk_BSKH, dv_BSKM, dbias))
     dq_RH = dq_HR.T * (call.scale if call.softcap is None else call.scale / call.softcap)
     dq_BTNH = store(dq_BTNH, dq_RH.reshape(G, plan.T_pad, H)[:, : plan.T], b, kv)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops import varying
 from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, accumulating, over_keys
 from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
@@ -44,7 +45,9 @@ def gradients_fused(
     kernel = _PairKernel if plan.key_rows == 2 * GROUP else _RelayKernel
     # Each warpgroup reads half the columns of K: the tiles in shared memory split there.
     dk, dv, _ = over_keys(kernel, plan, H // 2, dout=dout, lse=lse, delta=delta, dq=dq)
-    return jax.freeze(dq)[:, :T] * plan.scores.scale, dk, dv
+    # A kernel takes no reference that varies over mesh axes; what it wrote there does.
+    dq = varying.like(call.q_BTNH, jax.freeze(dq))
+    return dq[:, :T] * plan.scores.scale, dk, dv
 
 
 class _FusedKernel(KeyKernel):

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops import varying
 from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
@@ -228,6 +229,8 @@ def launch(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*arrays)
+    # `plgpu.kernel` leaves out which mesh axes its results vary over.
+    found = varying.like([x for x in flat if isinstance(x, jax.Array)], found)
     return out_treedef.unflatten([x[:, : y.shape[1]] for x, y in zip(found, wanted, strict=True)])
 
 

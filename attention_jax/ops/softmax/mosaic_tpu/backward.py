@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attention_jax.ops import varying
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
 from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
@@ -119,7 +120,7 @@ class _CutGradient:
         else:
             spec = pl.BlockSpec((None, None, g.G, 1, g.q_block), lambda *at: (at[0], at[1], 0, 0, 0))
             shape = (B, K, g.G, 1, g.q_block)
-        return spec, jax.ShapeDtypeStruct(shape, jnp.float32)
+        return spec, varying.shape_like(plan.call.q_BTNH, shape, jnp.float32)
 
     def whole(self, plan: TPUPlan, found: jax.Array) -> jax.Array:
         """The kernel's output as the gradient of the value, [B, N, T or 1, S or 1]."""
@@ -144,7 +145,7 @@ def _bias_gradient(plan: TPUPlan, found: list[jax.Array]) -> Any:
     _, T, S, N, *_ = call.sizes
     q_pos, k_pos = positions_or_arange(call.q_positions_BT, T), positions_or_arange(call.k_positions_BS, S)
     values, vjp = jax.vjp(lambda bias: plan.split.outside(bias, N, q_pos, k_pos), call.bias)
-    cotangents = [jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating)
+    cotangents = [varying.like(x, jnp.zeros_like(x)) if jnp.issubdtype(x.dtype, jnp.floating)
                   else np.zeros(x.shape, jax.dtypes.float0) for x in values]  # fmt: skip
     for gradient, x in zip(_cut_gradients(plan), found, strict=True):
         x = gradient.whole(plan, x)
@@ -199,9 +200,9 @@ def _backward_call(plan: TPUPlan, dout_BTNM: jax.Array) -> list[jax.Array]:
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, N, geometry.T_pad, H), dtype),
-            jax.ShapeDtypeStruct((geometry.parts, B, K, geometry.S_pad, H), key_dtype),
-            jax.ShapeDtypeStruct((geometry.parts, B, K, geometry.S_pad, M), key_dtype),
+            varying.shape_like(call.q_BTNH, (B, N, geometry.T_pad, H), dtype),
+            varying.shape_like(call.q_BTNH, (geometry.parts, B, K, geometry.S_pad, H), key_dtype),
+            varying.shape_like(call.q_BTNH, (geometry.parts, B, K, geometry.S_pad, M), key_dtype),
             *cut_shapes,
         ],
         name="attention_backward",

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attention_jax.ops import varying
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
 from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
@@ -54,8 +55,8 @@ def forward(config: MosaicTPUConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, N, geometry.T_pad, geometry.M), dtype),
-            jax.ShapeDtypeStruct((B, N, 1, geometry.T_pad), jnp.float32),
+            varying.shape_like(call.q_BTNH, (B, N, geometry.T_pad, geometry.M), dtype),
+            varying.shape_like(call.q_BTNH, (B, N, 1, geometry.T_pad), jnp.float32),
         ],
         name="attention_forward",
         **params(plan),
