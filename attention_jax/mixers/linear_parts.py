@@ -247,5 +247,5 @@ def _bidirectional_weights(q_BTNF: jax.Array, k_BTKF: jax.Array, ids: dict) -> j
 def _quotient(y: jax.Array, z: jax.Array) -> jax.Array:
     """y / z, and 0 if all weights are 0 (relu features may have no support in common with any key)."""
     y, z = y.astype(jnp.float32), z.astype(jnp.float32)
-    some = z > 0
-    return jnp.where(some, y / jnp.where(some, z, 1.0), 0.0)
+    positive = z > 0
+    return jnp.where(positive, y / jnp.where(positive, z, 1.0), 0.0)
