@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -316,3 +317,28 @@ def test_a_mechanism_is_known_to_its_own_file_and_one_registration():
 def test_a_kind_is_registered_by_its_definition():
     assert all(isinstance(config(), MixerConfig) for config in mixer_kinds().values())
     assert len({config.module for config in mixer_kinds().values()}) == len(mixer_kinds())
+
+
+@pytest.mark.parametrize(("length", "frames"), [(256, 12), (32, 9)], ids=["blocked", "dense"])
+def test_few_functions_lie_between_apply_and_the_first_product_of_attention(monkeypatch, length, frames):
+    """Who follows a batch with a debugger passes this many functions of the library, `apply` included."""
+    root = str(pathlib.Path(__file__).parent.parent / "attention_jax")
+    config = ModelConfig(
+        vocab_size=31, d_model=32, num_layers=2, mixers=(make_config("softmax", num_kv_heads=2, rope=RoPE()),)
+    )
+    stacks = []
+
+    def record(function):
+        def called(*args, **options):
+            own = [f.name for f in traceback.extract_stack() if f.filename.startswith(root)]
+            if "dot_product_attention" in own:
+                stacks.append(own)
+            return function(*args, **options)
+
+        return called
+
+    monkeypatch.setattr(jax.lax, "dot_general", record(jax.lax.dot_general))
+    monkeypatch.setattr(jnp, "einsum", record(jnp.einsum))
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    jax.eval_shape(lambda p, t: apply(config, p, t), params, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    assert len(stacks[0]) == frames, stacks[0]
