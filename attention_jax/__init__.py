@@ -1,9 +1,9 @@
 """attention_jax: attention mechanisms in JAX.
 
-One alphabet, in names, einsums and annotations: B batch, T query length, S key length, N query heads, K kv
-heads, G = N/K, H head width, M value width, D model width, F feed-forward width, V vocabulary, C chunk,
-L layers, R latent width, P rotary width, U inputs kept for a convolution; any other letter is told where it
-is used. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
+Axis letters, in names, einsums and annotations: B batch, T query length, S key length, N query heads, K kv
+heads, G = N/K, H head width, M value width, D model width, F feed-forward or feature-map width, V vocabulary,
+C chunk, L layers, R latent width, P rotary width, U cached inputs of a convolution. Any other letter is
+defined where it is used. An array's name ends in its axes: `q_BTNH`, `logits_BTV`.
 """
 
 from attention_jax import biases, caches, drop_in, feature_maps, masks, positions
@@ -33,6 +33,8 @@ from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply
 from attention_jax.ops.selected import selected_attention
 from attention_jax.ops.softmax import dot_product_attention, explain
 from attention_jax.positions import RoPE
+
+__version__ = "0.1.0"  # read by setup.cfg, too
 
 __all__ = [
     *_mixers,

@@ -1,11 +1,46 @@
-"""`python -m attention_jax` prints the catalogue."""
+"""`python -m attention_jax` and `attention-jax` print the catalogue and the list of commands."""
+
+from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from attention_jax.catalogue import table
 
-try:
-    print(table(), flush=True)
-except BrokenPipeError:  # `| head` has read enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+COMMANDS = {
+    "train": "trains a language model from a YAML configuration",
+    "generate": "continues a prompt with a trained model",
+    "compare": "trains the same model with different mechanisms on the same text and prints a table",
+    "recall": "trains mechanisms on associative recall and prints their accuracies",
+    "visualize": "draws masks",
+    "benchmark": "times attention against other implementations",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the catalogue and the commands; return the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and set(words) != {"--help"} and set(words) != {"-h"}:
+        print(f"error: attention-jax takes no arguments, got {' '.join(words)}", file=sys.stderr)
+        return 2
+    try:
+        print(help_text() if words else f"{table()}\n\n{commands()}", flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def help_text() -> str:
+    """The text of --help."""
+    return f"usage: attention-jax\n\nPrints every mechanism with its paper, cost and cache.\n\n{commands()}"
+
+
+def commands() -> str:
+    """The commands of an installed package, one per line."""
+    lines = [f"attention-jax-{name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["commands (they need the extra `train`; each takes --help)", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

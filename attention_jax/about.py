@@ -1,4 +1,4 @@
-"""What the catalogue tells of a mechanism; every class that is one carries an `about`."""
+"""The catalogue entry of a mechanism, stored in the class attribute `about`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """A line of the catalogue.
+    """The catalogue entry of one mechanism.
 
-    time, memory: of one head over T tokens, memory beside inputs and outputs, in the symbols of the class.
-    cache: what decoding keeps per layer.
-    causal: True where a causal model can use it, False where it cannot be made causal.
+    time, memory: asymptotic cost of one head over T tokens, in the symbols of the class; memory excludes
+      inputs and outputs.
+    cache: the decoding state of one layer.
     """
 
     title: str
@@ -19,4 +19,3 @@ class About:
     time: str
     memory: str = "O(T)"
     cache: str = "all keys"
-    causal: bool = True

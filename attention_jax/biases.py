@@ -1,9 +1,9 @@
 """Biases: additive score terms as functions of (head, query position, key position).
 
-A `Bias` is a pytree. Its leaves are of three kinds, told apart by `axes()`: parameters (shared by all
-pairs), per-query leaves [B, T, ...] and per-key leaves [B, S, ...]. Implementations slice the leaves of a
-block, call `score`, and differentiate that call, so a bias costs O(block) memory in every implementation
-and its gradient is exact.
+A `Bias` is a pytree with three kinds of leaves, which `axes()` distinguishes: parameters (shared by all
+pairs), per-query leaves [B, T, ...] and per-key leaves [B, S, ...]. An implementation slices the leaves of
+each block, calls `score`, and differentiates that call. A bias therefore takes O(block) memory in every
+implementation, and its gradient is exact.
 
 ALiBi: Press et al. 2022, "Train Short, Test Long" (arXiv 2108.12409).
 T5's relative bias: Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (arXiv 1910.10683).
@@ -22,7 +22,7 @@ import numpy as np
 
 
 class Axes(NamedTuple):
-    """Which axis of a leaf runs over batch rows, queries and keys; None where it has no such axis."""
+    """The indices of a leaf's batch, query and key axes; None for an axis that the leaf does not have."""
 
     batch: int | None = None
     query: int | None = None
@@ -30,21 +30,21 @@ class Axes(NamedTuple):
 
 
 class Bias:
-    """Base of all biases: frozen dataclasses registered as pytrees."""
+    """Base class of all biases. Subclasses are frozen dataclasses registered as pytrees."""
 
     def axes(self) -> tuple[Axes, ...]:
         """One `Axes` per leaf, in `jax.tree.leaves` order."""
         return tuple(Axes() for _ in jax.tree.leaves(self))
 
     def check(self, sizes: tuple[int, int, int, int]) -> None:
-        """ValueError where the bias does not fit scores of sizes (B, N, T, S)."""
+        """Raise ValueError if the bias does not fit scores of sizes (B, N, T, S)."""
         B, _, T, S = sizes
         for leaf, axes in zip(jax.tree.leaves(self), self.axes(), strict=True):
             for name, axis, size in zip(Axes._fields, axes, (B, T, S), strict=True):
                 if axis is not None and leaf.shape[axis] not in (1, size):
                     raise ValueError(
-                        f"{type(self).__name__}: a leaf {leaf.shape} has {leaf.shape[axis]} entries on its "
-                        f"{name} axis {axis}, must be {size} or 1"
+                        f"{type(self).__name__}: a leaf of shape {leaf.shape} has size {leaf.shape[axis]} on "
+                        f"its {name} axis {axis}; it must be {size} or 1"
                     )
 
     def score(self, heads_N: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array) -> jax.Array:
@@ -52,15 +52,15 @@ class Bias:
 
         heads_N: the global indices of the query heads of this block, int32 [n].
         q_pos_BT, k_pos_BS: the positions of this block, int32 [b, t] and [b, s] (b may be 1).
-        Leaves have been sliced to the block by `slice_leaves`.
+        The caller has already sliced the leaves to the block with `slice_leaves`.
         """
         raise NotImplementedError
 
 
 def slice_leaves(bias: Bias, *, batch=None, query=None, key=None) -> Bias:
-    """The bias with its leaves cut to a block; each of batch, query, key is (start, size) or None.
+    """The bias with its leaves sliced to a block; each of batch, query, key is (start, size) or None.
 
-    Starts may be traced. Axes of length 1 broadcast and are left alone.
+    Starts may be traced. Axes of length 1 broadcast and are not sliced.
     """
     leaves, treedef = jax.tree.flatten(bias)
     cut = []
@@ -73,7 +73,7 @@ def slice_leaves(bias: Bias, *, batch=None, query=None, key=None) -> Bias:
 
 
 def add_to_slices(total: Bias, block: Bias, *, batch=None, query=None, key=None) -> Bias:
-    """The transpose of `slice_leaves`: `total` with `block` added where the slice was taken."""
+    """The transpose of `slice_leaves`: `total` with `block` added at the location of the slice."""
     leaves, treedef = jax.tree.flatten(total)
     added = []
     for leaf, part, axes in zip(leaves, jax.tree.leaves(block), total.axes(), strict=True):
@@ -99,7 +99,7 @@ class ArrayBias(Bias):
     def check(self, sizes):
         shape = self.array_BNTS.shape
         if len(shape) != 4 or any(n not in (1, size) for n, size in zip(shape, sizes, strict=False)):
-            raise ValueError(f"ArrayBias {shape} does not broadcast to [B, N, T, S] = {sizes}")
+            raise ValueError(f"ArrayBias of shape {shape} does not broadcast to [B, N, T, S] = {sizes}")
 
     def score(self, heads_N, q_pos_BT, k_pos_BS):
         array = self.array_BNTS
@@ -111,7 +111,7 @@ class ArrayBias(Bias):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ALiBi(Bias):
-    """-slope(head) * |q_pos - k_pos|, the slopes fixed by the total number of heads."""
+    """-slope(head) * |q_pos - k_pos|, with slopes determined by the total number of heads."""
 
     num_heads: int = dataclasses.field(metadata={"static": True})
 
@@ -121,20 +121,23 @@ class ALiBi(Bias):
 
     def check(self, sizes):
         if sizes[1] != self.num_heads:
-            raise ValueError(f"ALiBi is made for {self.num_heads} heads, the queries have {sizes[1]}")
+            raise ValueError(
+                f"ALiBi has num_heads {self.num_heads}, but the queries have {sizes[1]} heads: use "
+                f"ALiBi({sizes[1]})"
+            )
 
     def score(self, heads_N, q_pos_BT, k_pos_BS):
         slopes_N = jnp.asarray(alibi_slopes(self.num_heads), jnp.float32)[heads_N]
-        # |.| of floats, which costs a GPU nothing: it is a flag of the multiplication that follows.
+        # abs of floats is free on a GPU, where it is a modifier of the following multiplication.
         distance_BTS = jnp.abs((q_pos_BT[:, :, None] - k_pos_BS[:, None, :]).astype(jnp.float32))
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """The published slopes: 2^(-8 i / n) for n a power of two; any other count interleaves.
+    """The published slopes: 2^(-8 i / n), i = 1 .. n, if the number of heads n is a power of two.
 
-    For n heads with m the largest power of two <= n: the m slopes of m heads, then the first n - m of
-    the odd-numbered slopes of 2m heads, as in the authors' code.
+    For any other n, with m the largest power of two <= n: the m slopes of m heads, followed by the first
+    n - m odd-numbered slopes of 2m heads, as in the authors' code.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
@@ -144,14 +147,14 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class T5:
-    """A learned score per head and bucket of relative positions: T5's bias, as an option of a mixer."""
+    """Options of T5's relative position bias: a learned score per head and bucket of relative positions."""
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     kind: Literal["t5"] = "t5"  #: the bias
-    buckets: int = 32  #: rows of each layer's table, even; bidirectional: half of them for later keys
-    max_distance: int = 128  #: all distances from here on share the last bucket
-    #: own buckets for keys after the query; null: where the mask, with a causal model's, may show such keys
+    buckets: int = 32  #: rows of each layer's table, even; if bidirectional, half of them are for later keys
+    max_distance: int = 128  #: all distances >= this share the last bucket
+    #: separate buckets for keys after the query; null: only if the layer's mask is not causal
     bidirectional: bool | None = None
 
     def __post_init__(self):
@@ -163,13 +166,13 @@ class T5:
             )
 
     def over(self, causal: bool) -> T5:
-        """The same with `bidirectional` decided: by itself, else by whether all keys are past ones."""
+        """A copy with `bidirectional` resolved: its own value, or `not causal` if that is None."""
         known = not causal if self.bidirectional is None else self.bidirectional
         return dataclasses.replace(self, bidirectional=known)
 
     def of(self, table: Any) -> T5Bias:
-        """The bias that holds a table [buckets, N]."""
-        assert self.bidirectional is not None, "decide by `over` first"
+        """The T5Bias with the given table [buckets, N]."""
+        assert self.bidirectional is not None, "call `over` first"
         return T5Bias(table, self.bidirectional, self.max_distance)
 
 
@@ -178,9 +181,9 @@ class T5:
 class T5Bias(Bias):
     """table[bucket(q_pos - k_pos), head]; `table` is float [buckets, N].
 
-    With n buckets for a side and e = n // 2, distance d >= 0 falls into bucket d below e and into
-    e + floor(ln(d / e) / ln(max_distance / e) * (n - e)), at most n - 1, from there on. Keys after the query
-    have distance 0, or the second half of the buckets where `bidirectional`.
+    With n buckets per direction and e = n // 2, a distance 0 <= d < e has bucket d, and a distance d >= e has
+    bucket min(n - 1, e + floor(ln(d / e) / ln(max_distance / e) * (n - e))). Keys after the query use the
+    second half of the buckets if `bidirectional`, else distance 0.
     """
 
     table: Any
@@ -196,7 +199,7 @@ class T5Bias(Bias):
         side = shape[0] // 2 if self.bidirectional else shape[0]
         if side < 2 or (self.bidirectional and shape[0] % 2):
             need = "an even number >= 4" if self.bidirectional else ">= 2"
-            raise ValueError(f"T5Bias buckets must be {need}, got a table of {shape[0]}")
+            raise ValueError(f"T5Bias buckets must be {need}, got a table with {shape[0]} rows")
         if self.max_distance <= side // 2:
             raise ValueError(f"T5Bias max_distance must exceed {side // 2}, got {self.max_distance}")
 
@@ -213,10 +216,11 @@ class T5Bias(Bias):
 
 
 def t5_boundaries(side: int, max_distance: int) -> tuple[int, ...]:
-    """The smallest distance of each of the buckets 1 .. side - 1 of one side, in ascending order.
+    """The smallest distance of each of the buckets 1 .. side - 1 of one direction, in ascending order.
 
-    Bucket e + i (e = side // 2) starts where (d / e)^(side - e) >= (max_distance / e)^i. Both sides are
-    integers once multiplied out, so that no rounding of a logarithm moves a distance across a boundary.
+    side: the number of buckets per direction. Bucket e + i (e = side // 2) starts at the first d with
+    (d / e)^(side - e) >= (max_distance / e)^i. The comparison is evaluated in integers, so that rounding of a
+    logarithm cannot move a distance across a boundary.
     """
     exact = side // 2
     rest = side - exact
@@ -236,6 +240,6 @@ def t5_boundaries(side: int, max_distance: int) -> tuple[int, ...]:
 
 @functools.cache
 def _t5_buckets(side: int, max_distance: int) -> np.ndarray:
-    """The bucket of distances 0 .. max_distance, int32."""
+    """The buckets of the distances 0 .. max_distance, int32 [max_distance + 1]."""
     starts = np.array(t5_boundaries(side, max_distance))
     return np.searchsorted(starts, np.arange(max_distance + 1), side="right").astype(np.int32)

@@ -1,11 +1,13 @@
 """Every mechanism with its paper, cost, cache and implementations: `catalogue()`, `python -m attention_jax`.
 
-Mixers are read from the union `MixerConfig`, masks from `attention_jax.masks`, each with its class's `about`.
+Mixers come from the registry of `MixerConfig` and masks from `attention_jax.masks`, each with the `about` of
+its class.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import attention_jax.masks as masks
 from attention_jax.about import About
@@ -16,7 +18,7 @@ from attention_jax.ops.softmax.api import implementations
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A mechanism: how it is named in code and YAML, and what its `About` tells."""
+    """A mechanism: its name in code and YAML, and the fields of its `About`."""
 
     group: str
     name: str
@@ -31,7 +33,10 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """All mechanisms: mixers by `kind`, masks by class, biases and position codes by name."""
-    entries = [_entry("mixer", kind, cls.about, _runs(cls)) for kind, cls in mixer_kinds().items()]
+    entries = [
+        _entry("mixer", kind, cls.about, cls.implementations(), causal=cls.direction != "bidirectional")
+        for kind, cls in mixer_kinds().items()
+    ]
     entries += [_entry("mask", name, cls.about, implementations()) for name, cls in _masks().items()]
     return entries + [
         _entry(group, name, dataclasses.replace(about, cache="-"), implementations())
@@ -66,13 +71,13 @@ _HEADINGS = {
     "position": "positions",
 }
 
-# What is an option of a mixer and no class of masks or mixers.
+# Mechanisms that are options of a mixer, without a mask or mixer class of their own.
 _TERMS = (
     ("bias", "alibi", About("ALiBi", "arXiv 2108.12409", "O(1) per pair")),
     ("bias", "t5", About("T5 relative position bias", "arXiv 1910.10683", "O(1) per pair")),
     ("bias", "an array", About("Additive bias, differentiated", "", "O(1) per pair", "the array")),
     ("score", "softcap", About("c tanh(x / c)", "arXiv 2408.00118", "O(1) per pair")),
-    ("score", "sinks", About("Learned sink logit per head", "arXiv 2508.10925", "O(1) per row")),
+    ("score", "sink_logits", About("Learned sink logit per head", "arXiv 2508.10925", "O(1) per row")),
     ("score", "qk_norm: rms", About("RMS norm of q and k", "arXiv 2302.05442", "O(1) per token")),
     ("score", "qk_norm: l2", About("L2 norm of q and k", "Llama 4 model card", "O(1) per token")),
     ("score", "temperature", About("Query temperature", "Llama 4 model card", "O(1) per token")),
@@ -89,12 +94,8 @@ _TERMS = (
 )  # fmt: skip
 
 
-def _entry(group: str, name: str, about: About, runs: tuple[str, ...]) -> Entry:
-    return Entry(group, name, **dataclasses.asdict(about), implementations=tuple(runs))
-
-
-def _runs(cls: type) -> tuple[str, ...]:
-    return getattr(cls, "implementations", implementations)()
+def _entry(group: str, name: str, about: About, runs: Iterable[str], *, causal: bool = True) -> Entry:
+    return Entry(group, name, **dataclasses.asdict(about), causal=causal, implementations=tuple(runs))
 
 
 def _masks() -> dict[str, type]:

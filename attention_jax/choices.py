@@ -1,4 +1,7 @@
-"""Options of configs that take one of a few words, checked where Python makes the config, as YAML does."""
+"""Validation of config fields that take one of several values, or one of several configs selected by `kind`.
+
+Configs built in Python get the same checks as configs read from YAML.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,20 @@ import typing
 from typing import Any, Literal, Union
 
 
+class ByKind:
+    """Annotation of a dataclass or a union of dataclasses that pydantic discriminates by the key `kind`.
+
+    The library itself does not import pydantic: the schema is plain data.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        configs = typing.get_args(source) or (source,)
+        choices = {config.kind: handler.generate_schema(config) for config in configs}
+        return {"type": "tagged-union", "discriminator": "kind", "choices": choices}
+
+
 def check_choices(config: Any) -> None:
-    """ValueError for a field of a dataclass whose `Literal` type does not list its value."""
+    """Raise ValueError if a field of `config` has a value that its `Literal` type does not list."""
     for name, (words, others) in _choices(type(config)).items():
         value = getattr(config, name)
         if not (isinstance(value, others) or any(value is word or value == word for word in words)):
@@ -19,7 +34,7 @@ def check_choices(config: Any) -> None:
 
 @functools.cache
 def _choices(cls: type) -> dict[str, tuple[tuple[Any, ...], tuple[type, ...]]]:
-    """The words of each field that has some, and the classes that its type also allows."""
+    """For each field with a `Literal` type: its allowed values and the classes that the type also allows."""
     hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]

@@ -1,17 +1,17 @@
-"""`dot_product_attention` for callers of JAX and Flax: their signatures, computed by this library.
+"""Drop-in replacements for the `dot_product_attention` functions of JAX and Flax.
 
 - `dot_product_attention` has the signature of `jax.nn.dot_product_attention`.
 - `nnx_attention_fn` is an `attention_fn` of `flax.nnx.MultiHeadAttention`.
 - `linen_attention_fn` is an `attention_fn` of `flax.linen.MultiHeadDotProductAttention`.
 
-All three differ from the originals in this:
+All three differ from the originals as follows:
 
-- A query that sees no key gives 0 and passes no gradient; the originals give the mean of all values.
-- Scores, softmax and sums are float32 whatever the inputs are, and the weights are not rounded to the dtype
-  of the inputs before they meet the values. float64 inputs are computed in float32 too.
-- A key that the key lengths, or a mask that is the same for all heads and queries, hide is never read: it
-  may hold NaN or Inf.
-- An axis of length 0 is refused.
+- A query without any visible key returns 0 with gradient 0; the originals return the mean of all values.
+- Scores, softmax and sums are float32 for any input dtype, float64 included, and the weights are not rounded
+  to the dtype of the inputs before they are multiplied with the values.
+- A key that is masked out by the key lengths, or by a mask that is the same for all heads and queries, is
+  never read: it may hold NaN or Inf.
+- An axis of length 0 raises ValueError.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from attention_jax.masks import Causal, Full, Mask, SlidingWindow
 from attention_jax.ops import softmax
 from attention_jax.ops.softmax.api import implementations
 
-# JAX's name of a plain XLA program is ours for the blocked form: no kernel, no library.
+# JAX calls its plain XLA implementation "xla"; the equivalent here is "chunked".
 _IMPLEMENTATIONS = {None: None, "xla": "chunked"}
 
 
@@ -51,37 +51,39 @@ def dot_product_attention(
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention with the arguments of `jax.nn.dot_product_attention`; what differs is said above.
+    """Attention with the arguments of `jax.nn.dot_product_attention`; the module docstring lists differences.
 
     Args:
       query: [B, T, N, H] or [T, N, H].
       key: [B, S, K, H] or [S, K, H]; K divides N.
-      value: [B, S, K, M] or [S, K, M]; M may differ from H, which JAX refuses.
+      value: [B, S, K, M] or [S, K, M]; unlike in JAX, M may differ from H.
       bias: added to the scores, of any numeric dtype, broadcastable to [B, N, T, S].
-      mask: boolean, broadcastable to [B, N, T, S]; True takes part.
-      scale: multiplies the scores, 1 / sqrt(H) by default. A traced one multiplies the query, rounded to the
-        query's dtype, so that it is differentiable as in JAX.
-      is_causal: query t sees keys up to t (the first query and the first key stand at the same place).
-      query_seq_lengths: int [B]; queries from that one on give 0.
-      key_value_seq_lengths: int [B]; keys from that one on are not seen.
-      local_window_size: (left, right) keys before and after the query's own, or one int for both.
+      mask: boolean, broadcastable to [B, N, T, S]; True means that the pair takes part in attention.
+      scale: multiplies the scores, 1 / sqrt(H) by default. A traced scale is rounded to the query's dtype and
+        multiplies the query, so that it is differentiable as in JAX.
+      is_causal: query t attends to keys 0 .. t; query 0 and key 0 have the same position.
+      query_seq_lengths: int [B]; queries at or past the length return 0.
+      key_value_seq_lengths: int [B]; keys at or past the length are masked out.
+      local_window_size: (left, right), the numbers of keys before and after the query's own position, or one
+        int for both.
       implementation: None chooses by platform and size. "xla" is a plain XLA program with O(T) memory
-        (impl="chunked"), "cudnn" is NVIDIA's library. Any other `impl` of this library's op may be named too.
+        (impl="chunked"), "cudnn" is NVIDIA's library. Any `impl` of this library's op is accepted too.
       return_residual: also return the log-sum-exp of each query's scores, [B, T, N] or [T, N] in the key's
-        dtype, without a gradient. It is -inf where no key is seen, a large negative number in JAX.
+        dtype, without a gradient. For a query without a visible key it is -inf (in JAX, a large negative
+        number).
 
     Returns:
-      [B, T, N, M] or [T, N, M] in the query's dtype, or (that, the residual).
+      [B, T, N, M] or [T, N, M] in the query's dtype, or (output, residual) with `return_residual`.
 
     Raises:
-      ValueError: arguments that do not fit together.
-      NotImplementedError: a named implementation cannot do this call; it never falls back.
+      ValueError: inconsistent arguments.
+      NotImplementedError: the named implementation does not support this call; there is no fallback.
     """
     impl = _implementation(implementation)
     shape = jnp.shape(query)
     query, key, value = (_four_axes(*x) for x in (("query", query), ("key", key), ("value", value)))
     scale, query = _scale(scale, query)
-    arguments = _seen(
+    arguments = _op_arguments(
         query, key, bias, mask, _pattern(is_causal, local_window_size),
         _lengths("query_seq_lengths", query_seq_lengths, query.shape[0]),
         _lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0]),
@@ -115,15 +117,16 @@ def nnx_attention_fn(
     """`flax.nnx.dot_product_attention` as `nnx.MultiHeadAttention(attention_fn=nnx_attention_fn)` calls it.
 
     query [batch..., T, N, H], key [batch..., S, K, H] and value [batch..., S, K, M] have any number of batch
-    axes; bias and mask broadcast to [batch..., N, T, S]; the result is [batch..., T, N, M]. Dropout draws
-    other bits than Flax's, for each entry on its own. `precision` changes nothing: float32 products always
-    have the highest.
+    axes; bias and mask broadcast to [batch..., N, T, S]; the result is [batch..., T, N, M]. Dropout is
+    independent for each entry and uses different random bits than Flax. `precision` is ignored: float32
+    products always use the highest precision.
 
-    `module` (sow_weights=True) sows the weights before dropout, [batch..., N, T, S], made for that alone.
+    With `module` (sow_weights=True) the weights before dropout, [batch..., N, T, S], are computed separately
+    and sown.
 
     Raises:
       NotImplementedError: dropout with broadcast_dropout=True.
-      ValueError: arguments that do not fit together.
+      ValueError: inconsistent arguments.
     """
     del precision
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
@@ -152,12 +155,12 @@ def linen_attention_fn(
 ) -> jax.Array:
     """`flax.linen.dot_product_attention` as `nn.MultiHeadDotProductAttention(attention_fn=...)` calls it.
 
-    Shapes, dropout, `precision` and `module` are as in `nnx_attention_fn`. The softmax is float32 whatever
-    `force_fp32_for_softmax` says.
+    Shapes, dropout, `precision` and `module` are as in `nnx_attention_fn`. The softmax is always float32;
+    `force_fp32_for_softmax` is ignored.
 
     Raises:
-      NotImplementedError: dropout with broadcast_dropout=True; an einsum or a dot_general of the caller's.
-      ValueError: arguments that do not fit together.
+      NotImplementedError: dropout with broadcast_dropout=True; a custom einsum or dot_general.
+      ValueError: inconsistent arguments.
     """
     del precision, force_fp32_for_softmax
     products = {
@@ -167,7 +170,7 @@ def linen_attention_fn(
     }
     for name, given in products.items():
         if given is not None:
-            raise NotImplementedError(f"{name} is not supported: the scores are never one product; pass None")
+            raise NotImplementedError(f"{name} is not supported: scores are computed by blocks; pass None")
     query, key, value = promote_linen(query, key, value, dtype=dtype)
     sow = None if module is None else functools.partial(module.sow, "intermediates")
     dropout = _dropout(dropout_rate, dropout_rng, deterministic, broadcast_dropout)
@@ -184,7 +187,7 @@ def _implementation(name: str | None) -> str | None:
 
 
 def _four_axes(name: str, x: Any) -> jax.Array:
-    """x with axes of length 1 in front, up to four."""
+    """x with leading axes of length 1 added, up to four axes."""
     x = jnp.asarray(x)
     if x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 axes, got {x.shape}")
@@ -192,7 +195,7 @@ def _four_axes(name: str, x: Any) -> jax.Array:
 
 
 def _scale(scale: Any, query: jax.Array) -> tuple[Any, jax.Array]:
-    """The scale for the op, a Python number, and the query, which takes up a traced scale."""
+    """The scale for the op, a Python number, and the query, which is multiplied by a traced scale."""
     if not isinstance(scale, jax.core.Tracer):
         return scale, query
     if scale.ndim:
@@ -201,7 +204,7 @@ def _scale(scale: Any, query: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def _pattern(is_causal: bool, window: Any) -> Mask:
-    """What is_causal and local_window_size keep, as a function of positions."""
+    """The mask of is_causal and local_window_size."""
     pattern = Causal() if is_causal else Full()
     if window is None:
         return pattern
@@ -227,17 +230,17 @@ def _lengths(name: str, x: Any, B: int) -> jax.Array | None:
     return x
 
 
-def _seen(query, key, bias, mask, pattern: Mask, q_lengths, k_lengths) -> dict[str, Any]:
-    """mask, bias and positions for the op, from four-axis queries and keys and what restricts them.
+def _op_arguments(query, key, bias, mask, pattern: Mask, q_lengths, k_lengths) -> dict[str, Any]:
+    """mask, bias and positions for the op, from four-axis queries and keys and the caller's mask arguments.
 
-    A mask that is one for all heads and queries says which keys exist, as lengths do: slots of their own, so
-    that it costs no [T, S] array. Any other mask is an array, and takes up the pattern.
+    A mask that is the same for all heads and queries marks valid keys, like lengths. It is converted to key
+    positions, so that no [T, S] array is needed. Any other mask becomes an array that includes the pattern.
     """
     sizes = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
     bias, mask = _scores("bias", bias, sizes), _scores("mask", mask, sizes)
     q_positions, k_positions = _positions(q_lengths, sizes[2]), _positions(k_lengths, sizes[3])
     if mask is not None and mask.dtype != bool:
-        raise ValueError(f"mask must be boolean, got {mask.dtype}; use bias to add")
+        raise ValueError(f"mask must be boolean, got {mask.dtype}; pass an additive mask as bias")
     if mask is not None and mask.shape[1:3] == (1, 1):
         known = jnp.arange(sizes[3], dtype=jnp.int32) if k_positions is None else k_positions
         k_positions, mask = jnp.where(mask[:, 0, 0], known, -1), None
@@ -263,7 +266,7 @@ def _scores(name: str, x: Any, sizes: tuple[int, int, int, int]) -> jax.Array | 
 
 
 def _positions(lengths_B: jax.Array | None, length: int) -> jax.Array | None:
-    """0, 1, 2, ... with -1, which is no token, from each row's length on; None where every slot is one."""
+    """Positions 0, 1, 2, ..., and -1 (invalid) at or past each row's length; None if all slots are valid."""
     if lengths_B is None:
         return None
     slots = jnp.arange(length, dtype=jnp.int32)
@@ -276,7 +279,7 @@ def _dropout(rate: float, rng: Any, deterministic: bool, broadcast: bool) -> dic
         return {}
     if broadcast:
         raise NotImplementedError(
-            "broadcast_dropout=True (the same dropout in all rows and heads) is not supported: pass "
+            "broadcast_dropout=True (the same dropout for all rows and heads) is not supported: pass "
             "broadcast_dropout=False"
         )
     if rng is None:
@@ -285,16 +288,16 @@ def _dropout(rate: float, rng: Any, deterministic: bool, broadcast: bool) -> dic
 
 
 def _any_batch(query, key, value, bias, mask, pattern: Mask, dropout: dict[str, Any], sow) -> jax.Array:
-    """Attention over any number of batch axes; sow(name, weights) where that is not None."""
+    """Attention over any number of batch axes; calls sow(name, weights) if `sow` is not None."""
     batch = query.shape[:-3]
     if key.shape[:-3] != batch or value.shape[:-3] != batch:
         raise ValueError(
-            f"batch axes of query {query.shape}, key {key.shape} and value {value.shape} must be the same"
+            f"batch axes of query {query.shape}, key {key.shape} and value {value.shape} must be equal"
         )
     q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
     mask = None if mask is None else jnp.asarray(mask).astype(bool)
     bias, mask = (_one_batch_axis(x, batch) for x in (bias, mask))
-    arguments = _seen(q, k, bias, mask, pattern, None, None)
+    arguments = _op_arguments(q, k, bias, mask, pattern, None, None)
     if sow is not None:
         weights = softmax.attention_weights(q, k, **arguments).astype(query.dtype)
         sow("attention_weights", weights.reshape(*batch, *weights.shape[1:]))
@@ -303,7 +306,7 @@ def _any_batch(query, key, value, bias, mask, pattern: Mask, dropout: dict[str, 
 
 
 def _one_batch_axis(x: Any, batch: tuple[int, ...]) -> jax.Array | None:
-    """x, broadcastable to [batch..., N, T, S], with its batch axes as one."""
+    """x, broadcastable to [batch..., N, T, S], with its batch axes merged into one."""
     if x is None:
         return None
     x = jnp.asarray(x)

@@ -1,10 +1,9 @@
-"""Feature maps of linear attention: phi with phi(q) . phi(k) in the place of exp(q . k / sqrt(H)).
+"""Feature maps of linear attention: phi(q) . phi(k) replaces exp(q . k / sqrt(H)).
 
     y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = phi(q_t) . phi(k_s)
 
-A map is a function of a token's own features alone, so that nothing of the future reaches the past and a
-decoded token meets what the parallel form gave it. All compute in float32, whatever they are given, and
-return float32 [..., F].
+Each map is a function of a single token's features. It is therefore causal, and decoding gives the same
+features as the parallel form. All maps compute in float32 for any input dtype and return float32 [..., F].
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMap:
-    """phi without parameters, [..., H] -> [..., H]; never_negative: weights may be divided by their sum."""
+    """A feature map without parameters, [..., H] -> [..., H].
+
+    never_negative: all features are >= 0, so the weights can be normalised by their sum.
+    """
 
     phi: Callable[[jax.Array], jax.Array]
     never_negative: bool = True
@@ -29,7 +31,7 @@ class FeatureMap:
 def elu1(x: jax.Array) -> jax.Array:
     """elu(x) + 1: x + 1 where x > 0, else e^x (Katharopoulos et al. 2020, arXiv 2006.16236, equation 7)."""
     x = x.astype(jnp.float32)
-    # expm1 + 1 would lose a small feature to rounding; the inner selection keeps Inf out of the gradient.
+    # expm1(x) + 1 would round small features to 0. The inner `where` keeps Inf out of the gradient.
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
@@ -51,7 +53,7 @@ def identity(x: jax.Array) -> jax.Array:
 def softmax(x: jax.Array) -> jax.Array:
     """softmax over a token's features, efficient attention's queries (Shen et al. 2018, arXiv 1812.01243).
 
-    There, keys are normalised over all positions, which no causal model can do; here they are as queries.
+    The paper normalises keys over all positions, which is not causal; here keys are treated like queries.
     """
     return jax.nn.softmax(x.astype(jnp.float32), axis=-1)
 
@@ -66,18 +68,18 @@ FEATURE_MAPS = {
 
 
 def random_directions(key: jax.Array, features: int, width: int, *, orthogonal: bool = True) -> jax.Array:
-    """The directions w_i of random features: float32 [features, width], each one N(0, I) by itself.
+    """The directions w_i of random features: float32 [features, width], each with marginal N(0, I).
 
-    orthogonal: within blocks of `width` rows they are orthogonal, a uniformly drawn rotation whose rows get
-    the lengths of independent normal vectors. The estimate stays unbiased and varies less (Choromanski et
-    al. 2021, arXiv 2009.14794, section 2.4).
+    orthogonal: make the directions orthogonal within blocks of `width` rows: a uniformly random orthogonal
+    matrix whose rows are scaled to the norms of independent normal vectors. The estimate stays unbiased and
+    has lower variance (Choromanski et al. 2021, arXiv 2009.14794, section 2.4).
     """
     blocks = -(-features // width)
     direction_key, length_key = jax.random.split(key)
     if not orthogonal:
         return jax.random.normal(direction_key, (features, width), jnp.float32)
     q, r = jnp.linalg.qr(jax.random.normal(direction_key, (blocks, width, width), jnp.float32))
-    # The Q of a QR is uniform only once R's diagonal is positive.
+    # The Q factor of a QR decomposition is uniformly distributed only if the diagonal of R is positive.
     sign_bj = jnp.where(jnp.diagonal(r, axis1=1, axis2=2) < 0, -1.0, 1.0)
     rows = (q * sign_bj[:, None]).reshape(-1, width)[:features]
     lengths = jnp.linalg.norm(jax.random.normal(length_key, (features, width), jnp.float32), axis=1)
@@ -87,8 +89,9 @@ def random_directions(key: jax.Array, features: int, width: int, *, orthogonal: 
 def log_positive_random(x: jax.Array, w_FH: jax.Array) -> jax.Array:
     """ln of FAVOR+'s positive random features: w_i . x - |x|^2 / 2 (arXiv 2009.14794, lemma 1).
 
-    With w_i ~ N(0, I), the mean over i of exp(that of q + that of k) estimates exp(q . k) without bias. The
-    logarithm is returned because exp of it needs a stabiliser, which the caller chooses so that it cancels.
+    With w_i ~ N(0, I), the mean over i of exp(log feature of q + log feature of k) is an unbiased estimate of
+    exp(q . k). The logarithm is returned because exponentiation needs a stabiliser, which the caller chooses
+    so that it cancels.
     """
     x = x.astype(jnp.float32)
     projected = jnp.einsum("...h,fh->...f", x, w_FH.astype(jnp.float32))
@@ -98,7 +101,7 @@ def log_positive_random(x: jax.Array, w_FH: jax.Array) -> jax.Array:
 def positive_random(x: jax.Array, w_FH: jax.Array) -> jax.Array:
     """FAVOR+'s features exp(w_i . x - |x|^2 / 2) / sqrt(F), without a stabiliser.
 
-    Each is at most exp(|w_i|^2 / 2), which float32 cannot hold from |w_i|^2 = 177 on.
+    Each feature is at most exp(|w_i|^2 / 2), which overflows float32 for |w_i|^2 >= 177.
     """
     return jnp.exp(log_positive_random(x, w_FH)) / math.sqrt(w_FH.shape[0])
 
@@ -106,8 +109,9 @@ def positive_random(x: jax.Array, w_FH: jax.Array) -> jax.Array:
 def cos_reweighted(x_BTNH: jax.Array, positions_BT: jax.Array, horizon: int) -> jax.Array:
     """cosFormer's [relu(x) cos(a_t), relu(x) sin(a_t)], a_t = pi t / (2 horizon): [B, T, N, 2 H].
 
-    Their products are relu(q) . relu(k) cos(pi (t - s) / (2 horizon)) (Qin et al. 2022, arXiv 2202.08791,
-    equation 10): never negative for positions 0 <= t < horizon, and meaningless beyond.
+    The product for a query at t and a key at s is relu(q) . relu(k) cos(pi (t - s) / (2 horizon)) (Qin et al.
+    2022, arXiv 2202.08791, equation 10). It is nonnegative for positions in [0, horizon) and not meaningful
+    beyond.
     """
     angle_BT11 = positions_BT.astype(jnp.float32)[..., None, None] * np.float32(0.5 * math.pi / horizon)
     x_BTNH = relu(x_BTNH)
@@ -117,9 +121,9 @@ def cos_reweighted(x_BTNH: jax.Array, positions_BT: jax.Array, horizon: int) -> 
 def taylor2(x: jax.Array) -> jax.Array:
     """phi with phi(q) . phi(k) = 1 + q.k + (q.k)^2 / 2, the second-order Taylor polynomial of exp(q.k).
 
-    F = 1 + H + H (H + 1) / 2 features: 1, x_i, x_i^2 / sqrt(2), and x_i x_j for i < j, which stands for
+    F = 1 + H + H (H + 1) / 2 features: 1, x_i, x_i^2 / sqrt(2), and x_i x_j for i < j, which combines
     x_i x_j / sqrt(2) and x_j x_i / sqrt(2) of the full outer product (Based: Arora et al. 2024, arXiv
-    2402.18668, section 4.1; there the argument is divided by H^(1/4)).
+    2402.18668, section 4.1, which divides the argument by H^(1/4)).
     """
     x = x.astype(jnp.float32)
     i, j = np.triu_indices(x.shape[-1])
@@ -128,15 +132,15 @@ def taylor2(x: jax.Array) -> jax.Array:
 
 
 def taylor2_features(width: int) -> int:
-    """How many features `taylor2` makes of `width` ones."""
+    """The number of features that `taylor2` returns for inputs of `width` features."""
     return 1 + width + width * (width + 1) // 2
 
 
 def hedgehog(x_BTNH: jax.Array, w_NHF: jax.Array) -> jax.Array:
-    """softmax over [x W_n, -x W_n], W learned by each head: [B, T, N, 2 F].
+    """softmax over [x W_n, -x W_n] with a learned W per head: [B, T, N, 2 F].
 
-    Zhang et al. 2024, "The Hedgehog & the Porcupine" (arXiv 2402.04347, section 4.2). With W the identity the
-    weights are spiky, as exp is, from the first step on.
+    Zhang et al. 2024, "The Hedgehog & the Porcupine" (arXiv 2402.04347, section 4.2). If W starts as the
+    identity, the weights are spiky, like those of softmax, from the first step on.
     """
     y_BTNF = jnp.einsum("btnh,nhf->btnf", x_BTNH.astype(jnp.float32), w_NHF.astype(jnp.float32))
     return jax.nn.softmax(jnp.concatenate([y_BTNF, -y_BTNF], axis=-1), axis=-1)

@@ -1,18 +1,21 @@
-"""What the TPU compiler makes of our attention kernels and of splash attention at equal shape and block.
+"""What the TPU compiler makes of our kernels and of JAX's splash attention.
 
-python scripts/kernel_report.py [--topology v5e:2x2] [--widths 64 128] [--length 2048] [--json FILE]
+    python scripts/kernel_report.py --topology v5e:2x2 --widths 64 128
 
-No TPU is needed, only libtpu. A bundle is what a TPU core issues in a cycle. Cycles without an instruction
-are scheduled too and then folded into delays, so that code has fewer bundles than cycles: cycles are the cost
-of a live block as the compiler sees it, bundles count its instructions. For the backward JAX's splash
-attention has two forms: kernels for dQ and for dK with dV, whose costs add up, and one for all that writes a
-partial dQ per key block to HBM. Busy is the share of the cycles in which the matrix units are taken. Where a
-kernel has two bodies, the first is that of full blocks, the second that of partial ones.
+Shapes and blocks are equal. No TPU is needed, only libtpu. A bundle is what a
+TPU core issues in a cycle. Cycles without an instruction are scheduled and then
+folded into delays, so code has fewer bundles than cycles: cycles are the cost
+of a live block as the compiler sees it, bundles count its instructions. Busy is
+the share of cycles in which the matrix units are taken. Where a kernel has two
+bodies, the first is that of full blocks, the second that of partial ones.
+
+The backward of splash attention has two forms: one kernel for dQ and one for
+dK and dV, whose costs add up, and one kernel for all three that writes a
+partial dQ per key block to HBM.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -22,9 +25,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-ROOT = Path(__file__).parent.parent
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from train import command_line
+from train.commands.types import Count, Counts, MaybePath, MaybeText
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +138,7 @@ def _ours(q, k, v):
     from attention_jax.masks import Causal
     from attention_jax.ops.softmax import api, mosaic_tpu
 
-    options = dict.fromkeys(
-        ("bias", "scale", "softcap", "sinks", "segment_ids", "q_positions", "k_positions")
-    )
-    call = api._checked_call(q, k, v, mask=Causal(), **options, rate=0.0, key=None)
-    return mosaic_tpu.attend(call)[0]
+    return mosaic_tpu.attend(api._checked_call(q, k, v, Causal()))[0]
 
 
 def _splash(length: int, width: int, fused: bool) -> Any:
@@ -140,10 +146,9 @@ def _splash(length: int, width: int, fused: bool) -> Any:
     import jax
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    from attention_jax.ops.softmax.mosaic_tpu import steps
+    from attention_jax.ops.softmax import MosaicTPUConfig
 
-    blocks = steps.blocks_for(width, 2)
-    (q, k), (q_back, k_back) = blocks.forward, blocks.backward
+    (q, k), (q_back, k_back) = (MosaicTPUConfig().blocks(width, 2, backward) for backward in (False, True))
     sizes = splash.BlockSizes(
         block_q=q, block_kv=k, block_kv_compute=k, block_q_dkv=q_back, block_kv_dkv=k_back,
         block_kv_dkv_compute=k_back, block_q_dq=None if fused else q_back,
@@ -186,18 +191,27 @@ def report(topology: str, length: int, width: int) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line gives."""
+
+    topology: str = "v5e:2x2"  #: the TPU to compile for
+    widths: Counts = (64, 128)  #: head widths
+    length: Count = 2048  #: tokens
+    json: MaybePath = None  #: also write the rows to this file
+    #: compile one system and stop; the report calls itself with it
+    compile: Annotated[MaybeText, tyro.conf.Suppress] = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
+    """Run a command line, the process's own if None; the exit status."""
+    return command_line.run(Options, _main, __doc__, argv)
+
+
+def _main(given: Options) -> None:
     if given.compile:
         _compile(given.compile, given.topology, given.length, given.widths[0])
-        return 0
+        return
     rows = [row for width in given.widths for row in report(given.topology, given.length, width)]
     names = ("bundles", "cycles", "spills", "busy")
     print(f"{'chip':9} {'width':>5} {'kernel':20}", *(f"{x:>13}" for x in names), "  per live block")
@@ -207,7 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{row['topology']:9} {row['width']:5} {name:20}", *(f"{x:>13}" for x in cells))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Times the tile sizes of the Hopper kernels on a card. Without a card it only compiles them.
+"""Times the tile sizes of the Hopper kernels, or only compiles them.
 
-python scripts/tune.py tiles --rehearse --json FILE   without a card: compiles the candidates for an H100
-python scripts/tune.py tiles [--compiled FILE]        times those that do not spill, best first
+    python scripts/tune.py tiles --rehearse --json FILE    compiles candidates
+    python scripts/tune.py tiles --compiled FILE           times what fits
 
-Random normal inputs; candidates in turn, after a warm-up; medians of device times. Beside other systems
-`benchmark.py attention` times the kernels.
+The candidates take turns after a warm-up, on random normal inputs; the figures
+are medians of device times, the fastest first. `benchmark.py attention` times
+the kernels beside other systems.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -19,14 +19,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarks.calls import jitted
-from scripts.benchmarks.timing import SETTLE, at_once, device_clock, interleave, save
+from attention_jax.benchmarks.calls import jitted
+from attention_jax.benchmarks.timing import SETTLE, at_once, device_clock, interleave, save
+from train import command_line
+from train.commands.types import Count, Counts, MaybePath, Positional, words
 
 _ROUNDS = 15
 _SHAPE = (4, 4096, 16)  # rows, tokens, heads of a timed call
@@ -34,24 +36,34 @@ _KERNELS = ("forward", "q", "kv", "fused")
 _SIZE = ("block", "stages", "warpgroups")
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line gives."""
+
+    what: Positional[Literal["tiles"]]  #: what to tune
+    widths: Counts = (64, 128, 256)  #: head widths
+    kernels: words("NAME", _KERNELS) = _KERNELS  #: the kernels
+    rounds: Count = _ROUNDS  #: how often the candidates take turns
+    rehearse: bool = False  #: compile for an H100, time nothing
+    compiled: MaybePath = None  #: the candidates, as --rehearse --json wrote them
+    json: MaybePath = None  #: also write the rows to this file
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["tiles"])
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--kernels", nargs="+", choices=_KERNELS, default=list(_KERNELS))
-    parser.add_argument("--rounds", type=int, default=_ROUNDS)
-    parser.add_argument("--rehearse", action="store_true", help="compile for an H100, time nothing")
-    parser.add_argument("--compiled", type=Path, help="the candidates, as --rehearse wrote them")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    args = parser.parse_args(argv)
-    if args.compiled and not args.compiled.exists():
-        parser.error(f"--compiled {args.compiled}: no such file; --rehearse --json writes it, without a card")
+    """Run a command line, the process's own if None; the exit status: 1 where a candidate failed."""
+    return command_line.run(Options, _main, __doc__, argv)
+
+
+def _main(options: Options) -> int:
+    if options.compiled and not options.compiled.exists():
+        raise ValueError(
+            f"--compiled {options.compiled}: no such file; --rehearse --json writes it, without a GPU"
+        )
     rows = []
-    for row in tiles(args):
+    for row in tiles(options):
         rows.append(row)
-        if args.json:  # after every row: a card's time may end at any of them
-            save(args.json, rows)
+        if options.json:  # after every row: a card's time may end at any of them
+            save(options.json, rows)
     return int(any("error" in row for row in rows))
 
 
@@ -80,11 +92,11 @@ def _compiled(name: str, kernel: str, H: int, size: tuple[int, int, int]) -> dic
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def compiled_tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def compiled_tiles(options: Options) -> Iterator[dict[str, Any]]:
     """The candidates that an H100's compiler takes, with what it says of them."""
-    for H in args.widths:
+    for H in options.widths:
         for mask in ("Full()", "Causal()"):
-            for kernel in args.kernels:
+            for kernel in options.kernels:
                 for size in candidates(kernel):
                     found = _compiled(mask, kernel, H, size)
                     if found is not None:
@@ -95,21 +107,21 @@ def compiled_tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         yield row
 
 
-def tiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def tiles(options: Options) -> Iterator[dict[str, Any]]:
     """Every candidate without a spill, timed at 4096 tokens, best first."""
-    rows = json.loads(args.compiled.read_text())["rows"] if args.compiled else compiled_tiles(args)
-    if args.rehearse:
+    rows = json.loads(options.compiled.read_text())["rows"] if options.compiled else compiled_tiles(options)
+    if options.rehearse:
         yield from rows
         return
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        if not row["spills"] and row["width"] in args.widths and row["kernel"] in args.kernels:
+        if not row["spills"] and row["width"] in options.widths and row["kernel"] in options.kernels:
             groups.setdefault((row["width"], row["mask"], row["kernel"]), []).append(row)
     for group, found in groups.items():
         errors: dict[Any, str] = {}
         sizes = [tuple(row[name] for name in _SIZE) for row in found]
         calls = at_once({size: functools.partial(kernel_call, *group, size) for size in sizes}, errors)
-        times = interleave(calls, args.rounds, clock=device_clock, settle=SETTLE, errors=errors)
+        times = interleave(calls, options.rounds, clock=device_clock, settle=SETTLE, errors=errors)
         timed = []
         for row, size in zip(found, sizes, strict=True):
             ms = {"error": errors[size]} if size in errors else {"ms": float(np.median(times[size]))}
@@ -134,19 +146,20 @@ def kernel_call(H: int, mask: str, kernel: str, size: tuple[int, int, int]) -> C
 def kernel_program(mask: str, kernel: str, size: tuple[int, int, int], q, k, v, do, saved) -> Any:
     """What one kernel computes of q, k, v, dO and what the forward saves of each row."""
     from attention_jax.masks import parse
-    from attention_jax.ops.softmax.common import Call
+    from attention_jax.ops.softmax.common import SoftmaxCall
     from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu.config import HopperTileSizes
 
     given = {"q_BTNH": q, "k_BSKH": k, "v_BSKM": v, "mask": parse(mask)}
     given |= {"scale": q.shape[-1] ** -0.5, "dropout_rate": 0.0}
-    call = Call(**dict.fromkeys(f.name for f in dataclasses.fields(Call)) | given)
-    tiles, rest = plan.Tiles(*size), (do, saved, saved)
+    call = SoftmaxCall(**dict.fromkeys(f.name for f in dataclasses.fields(SoftmaxCall)) | given)
+    tiles, rest = HopperTileSizes(*size), (do, saved, saved)
     if kernel == "forward":
         return forward.forward(plan.forward_plan(call, tiles))
     if kernel == "q":
         return backward_q.gradient_q(plan.backward_q_plan(call, tiles), *rest)
     if kernel == "kv":
-        return backward_kv.gradient_kv(plan.backward_k_plan(call, tiles), *rest)
+        return backward_kv.gradient_kv(plan.backward_kv_plan(call, tiles), *rest)
     return backward_fused.gradients_fused(plan.fused_plan(call, tiles), *rest)
 
 

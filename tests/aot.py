@@ -1,6 +1,6 @@
-"""Compiling for TPUs that are not there: `python -m tests.aot TOPOLOGY NAME ...` compiles REAL_SHAPES.
+"""Cross-compiles REAL_SHAPES for TPUs: `python -m tests.aot TOPOLOGY NAME ...`.
 
-libtpu brings the compiler. It refuses what a chip refuses: too much VMEM, illegal blocks, unknown dtypes.
+libtpu contains the compiler. It refuses what a chip refuses: too much VMEM, illegal blocks, unknown dtypes.
 Every run is a process of its own with a timeout, for a compiler may abort; it prints a line of JSON for each
 shape.
 """
@@ -70,9 +70,7 @@ def program(shape, mesh, spec=None):
     spec = PartitionSpec() if spec is None else spec
 
     def attend(q, k, v):
-        call = _checked_call(
-            q, k, v, shape.mask, None, None, shape.softcap, None, None, None, None, 0.0, None
-        )
+        call = _checked_call(q, k, v, shape.mask, softcap=shape.softcap)
         why_not = mosaic_tpu.unsupported(call)
         assert why_not is None, why_not
         return mosaic_tpu.attend(call)[0]

@@ -1,6 +1,6 @@
-"""Compiles the Mosaic GPU kernels for an H100 where there is none, and reads what the compiler made of them.
+"""Cross-compiles the Mosaic GPU kernels for an H100 and reports registers, spills and instructions.
 
-    python -m tests.aot_gpu                  the table of docs/kernels.md, all configurations
+    python -m tests.aot_gpu                  the table of docs/results/h100-kernels.md, all configurations
     python -m tests.aot_gpu NAME ... --json  some of them, as JSON
 
 Needs the CUDA plug-in packages of the installed jax: jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc,
@@ -123,7 +123,7 @@ def missing() -> str | None:
 
 
 def _call(config: Config, dtype: Any):
-    """(a function of arrays that makes the Call, the shapes of those arrays)."""
+    """(a function of arrays that makes the SoftmaxCall, the shapes of those arrays)."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -131,7 +131,7 @@ def _call(config: Config, dtype: Any):
     from attention_jax.biases import ALiBi
     from attention_jax.masks import Dense, Predicate, parse
     from attention_jax.mixers.forgetting import ForgetBias
-    from attention_jax.ops.softmax.common import Call
+    from attention_jax.ops.softmax.common import SoftmaxCall
     from tests.cases import Gate
 
     (T, S), (H, M), (N, K) = config.lengths, config.widths, config.heads
@@ -159,7 +159,7 @@ def _call(config: Config, dtype: Any):
         "dense": lambda: Dense(np.random.default_rng(0).random((T, S)) < 0.5),
         "where": lambda: Predicate(lambda q, k: jnp.where(k < 4, 0, k - q) > MARK),
     }
-    names = {f.name for f in dataclasses.fields(Call)}
+    names = {f.name for f in dataclasses.fields(SoftmaxCall)}
     fixed = dict.fromkeys(names - shapes.keys()) | {
         "mask": masks.get(config.mask, lambda: parse(config.mask))(),
         "scale": H**-0.5,
@@ -168,17 +168,18 @@ def _call(config: Config, dtype: Any):
     }
     if "alibi" in config.extras:
         fixed["bias"] = ALiBi(N)
-    return lambda arrays: Call(**fixed | arrays), shapes
+    return lambda arrays: SoftmaxCall(**fixed | arrays), shapes
 
 
 def _program(config: Config, kernel: str):
     import jax.numpy as jnp
 
     from attention_jax.ops.softmax.mosaic_gpu import backward_fused, backward_kv, backward_q, forward, plan
+    from attention_jax.ops.softmax.mosaic_gpu.config import HopperTileSizes
 
     dtype = jnp.dtype(config.dtype)
     make, shapes = _call(config, dtype)
-    tiles = plan.Tiles(*config.tiles[kernel]) if config.tiles and kernel in config.tiles else None
+    tiles = HopperTileSizes(*config.tiles[kernel]) if config.tiles and kernel in config.tiles else None
 
     plans = {"forward": plan.forward_plan, "q": plan.backward_q_plan, "fused": plan.fused_plan}
     run = {
@@ -193,7 +194,7 @@ def _program(config: Config, kernel: str):
         call = plan.clean(make(arrays))
         B, T, _, N, _, _, M = call.sizes
         saved = jnp.zeros((B, N, plan.round_up(T, 128)), jnp.float32)
-        cut = plans.get(kernel, plan.backward_k_plan)(call, tiles)
+        cut = plans.get(kernel, plan.backward_kv_plan)(call, tiles)
         chosen[:] = [cut.tiles]
         return run(cut, jnp.zeros((B, T, N, M), dtype), saved, saved)
 

@@ -171,7 +171,7 @@ class OpCase:
     lengths: tuple[int, int] = (33, 33)  # T, S
     widths: tuple[int, int] = (24, 24)  # H, M
     heads: tuple[int, int] = (2, 2)  # N, K
-    mask: str | None = "causal"  # a row of MASKS, "array <shape>", None
+    mask: str | None = "causal"  # a row of MASKS, "array <shape>", "<row> & array <shape>", None
     bias: str | None = None  # "alibi", "gate", "forget", "array <shape>", None
     softcap: float | None = None
     sinks: bool = False
@@ -270,7 +270,8 @@ FACTORS_TPU = {
 _TPU = [
     OpCase((130, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3),
     OpCase(
-        (130, 130), (64, 59), (2, 1), "array BNTS", "alibi", None, False, "ragged", dtype="bfloat16", batch=1
+        (130, 130), (64, 59), (2, 1), "window 9 & array BNTS", "alibi", None, False, "ragged",
+        dtype="bfloat16", batch=1,
     ),
     OpCase(
         (150, 260), (24, 40), (2, 1), "window 7 right 4", "gate", 2.0, True, "packed", "left padded", 0.3,

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax import AttentionConfig, Context, ModelConfig, RoPE, SlidingWindow, apply
-from attention_jax.ops.softmax import mosaic_tpu
-from attention_jax.ops.softmax.mosaic_tpu import plan, steps
+from attention_jax.ops.softmax import MosaicTPUConfig, mosaic_tpu
 from tests import problems, promises
 from tests.cases import tpu_cases
 from tests.params import random_params
@@ -35,18 +34,20 @@ PARAMS = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan", dma_execution_mode="on_wait"
 )
 
+# The smallest blocks: 128 lanes both ways.
+SMALL = MosaicTPUConfig((128, 128), (128, 128))
+
 
 def check_promises() -> None:
     """What every implementation promises beyond numbers."""
-    impl = "mosaic_tpu"
-    promises.a_large_common_score_changes_nothing(impl)
+    promises.a_large_common_score_changes_nothing(SMALL)
     for sinks in (False, True):
-        promises.rows_without_a_key_give_zero(impl, sinks)
+        promises.rows_without_a_key_give_zero(SMALL, sinks)
     for case in (promises.HOLES, promises.RING):
-        promises.an_invalid_slot_changes_no_bit(impl, case)
+        promises.an_invalid_slot_changes_no_bit(SMALL, case)
     for case in promises.SEEN:
-        promises.a_hidden_key_changes_no_bit(impl, case)
-    promises.a_hidden_key_may_be_as_large_as_its_dtype(impl)
+        promises.a_hidden_key_changes_no_bit(SMALL, case)
+    promises.a_hidden_key_may_be_as_large_as_its_dtype(SMALL)
 
 
 def model() -> None:
@@ -74,20 +75,17 @@ def model() -> None:
 
 
 def main(*what: str) -> None:
-    # The smallest blocks: 128 lanes both ways.
-    small = steps.Blocks((128, 128), (128, 128))
-    steps._BLOCKS = dict.fromkeys(steps._BLOCKS, small)
+    config = SMALL
     for name in what:
         if name.startswith("--vmem="):
-            vmem = int(name.removeprefix("--vmem="))
-            plan.vmem = lambda: vmem  # noqa: B023 (given once)
+            config = dataclasses.replace(SMALL, vmem_bytes=int(name.removeprefix("--vmem=")))
             continue
         started = time.monotonic()
         with mosaic_tpu.forced(PARAMS):
             if name in ("promises", "model"):
                 {"promises": check_promises, "model": model}[name]()
             else:
-                problems.check(tpu_cases()[int(name)], "mosaic_tpu")
+                problems.check(tpu_cases()[int(name)], config)
         races = interpret_pallas_call.races
         assert races is not None and not races.races_found, f"races in {name}"
         print(json.dumps({"checked": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)

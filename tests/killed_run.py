@@ -14,7 +14,7 @@ import sys
 
 from train import cli, loop
 from train.data import batches as data
-from train.run import checkpoint, metrics
+from train.run import checkpoint, files, metrics
 
 
 def die():
@@ -34,7 +34,7 @@ def before(owner, name, step, when=lambda *args: True):
 
 
 def in_the_middle_of_deleting(step):
-    real = checkpoint.shutil.rmtree
+    real = files.shutil.rmtree
 
     def replaced(path, *args, **kwargs):
         if reached["step"] == step:
@@ -42,7 +42,7 @@ def in_the_middle_of_deleting(step):
             die()
         return real(path, *args, **kwargs)
 
-    checkpoint.shutil.rmtree = replaced
+    files.shutil.rmtree = replaced
 
 
 def in_the_middle_of_a_row(step):
@@ -75,7 +75,7 @@ def in_the_middle_of_evaluating(step):
 
 _POINTS = {
     # orbax is done, the manifest is not written
-    "save": lambda step: before(checkpoint, "_digests", step),
+    "save": lambda step: before(checkpoint, "digests", step),
     # orbax has begun to write in its own background
     "orbax": lambda step: before(checkpoint.ocp._src.saving.execution._SaveResponse, "result", step),
     "saved": lambda step: before(checkpoint.Checkpoints, "collect", step),

@@ -44,13 +44,13 @@ ALIBI_4 = (0.25, 0.0625, 0.015625, 0.00390625)
 
 @dataclasses.dataclass(frozen=True)
 class MixerCase:
-    """A mixer's config, its NumPy twin `reference(params, x_TD, keep_TS) -> y_TD`, and what computes it.
+    """A mixer config, its NumPy `reference(params, x_TD, keep_TS) -> y_TD`, and its implementations.
 
-    impls: the form of its op that runs rows this short by itself, then another one.
-    slow: it differs from another row by an option alone: its reference is checked in `make test`, the rest of
-      the contract with the slow tests.
-    fast: the longer tests, by their names in LONGER, that it runs in `make test`: one row for each op, and
-      those with parts of their own behind it. Other rows run them with the slow tests.
+    impls: the implementation that is the default for rows of this length, then another one.
+    slow: the config differs from another row by one option. `make test` checks it against its reference, and
+      the slow tests check the rest of the contract.
+    fast: the longer tests, by their names in LONGER, that `make test` runs for this row: one row per op, and
+      rows with code of their own after it. The slow tests run them for the other rows.
     """
 
     config: MixerConfig
@@ -63,7 +63,7 @@ class MixerCase:
         assert set(self.fast) <= LONGER, self.fast
 
 
-# Gradients to the future, gradients beside empty slots, decoding 512 tokens: each is a program to compile.
+# Gradients to future tokens, gradients at invalid slots, decoding 512 tokens: each compiles a program.
 LONGER = {"future", "empty slots", "decoding"}
 
 
@@ -110,7 +110,7 @@ MIXERS = {
 
 
 def _variant(formula: Callable, config: MixerConfig, *names: str, slow=False, fast=(), **given) -> MixerCase:
-    """A row whose reference takes the config's fields of these names."""
+    """A row whose reference takes the config fields of these names."""
     options = {name: getattr(config, name) for name in names} | given
     return MixerCase(
         config, lambda params, x, keep: formula(params, x, keep, heads=config.num_heads, **options),
@@ -158,7 +158,7 @@ MIXERS |= {
 
 
 def nsa_reference(config: NSAConfig, params, x_TD, **options) -> np.ndarray:
-    """The NumPy twin of an NSA config; it is causal by itself."""
+    """The NumPy reference of an NSA config; it is always causal."""
     names = ("rope", "compress_block", "compress_stride", "select_block", "select_count", "window")
     given = {name: getattr(config, name) for name in names} | options
     kv_heads = config.num_kv_heads or config.num_heads
@@ -184,7 +184,7 @@ MIXERS |= {
 
 
 def _decayed(formula: Callable, config: MixerConfig, *names: str, slow=False, fast=(), **given) -> MixerCase:
-    """A row of a recurrence with decay, causal by itself; the reference takes the config's fields named."""
+    """A row of a recurrence with decay, always causal; its reference takes the config fields named."""
     options = {name: getattr(config, name) for name in names} | given
     return MixerCase(
         config, lambda params, x, keep: formula(params, x, **options), ("chunked", "recurrent"), slow, fast
@@ -226,7 +226,7 @@ MIXERS |= {
 
 
 def _delta(config: MixerConfig, slow=False, fast=()) -> MixerCase:
-    """A row of a delta rule, causal by itself."""
+    """A row of a delta rule, always causal."""
     options = {
         "kind": config.kind, "heads": config.num_heads, "largest_beta": 1 + config.negative_eigenvalues,
         "qk_heads": getattr(config, "num_qk_heads", None) or config.num_heads,
@@ -288,7 +288,7 @@ MIXERS |= {
     "hedgehog": _linear(linear.hedgehog, HedgehogConfig(num_kv_heads=1, chunk_size=8)),
 }  # fmt: skip
 
-TWO_SIDED = {
+BIDIRECTIONAL = {
     "full": _softmax(Full(), rope=RoPE()),
     "window-both": _softmax(SlidingWindow(4, right=3)),
     "t5-both": _softmax(Full(), t5=T5(buckets=8, max_distance=14)),
@@ -313,18 +313,18 @@ CROSS = CrossAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(xpos=XPos(sc
 
 
 def mask_of(config: MixerConfig) -> Mask:
-    """What a causal model's mixer may see; a mixer without a mask sees all before."""
+    """The mask of a mixer in a causal model; Causal() for a mixer without a mask."""
     return getattr(config, "mask", Causal())
 
 
 def dense(mask: Mask, T: int, S: int | None = None) -> np.ndarray:
-    """The truth table of a mask as loops over `keep`, one pair at a time."""
+    """The boolean array of a mask, by loops over `keep`, one pair at a time."""
     S = T if S is None else S
     return np.array([[bool(mask.keep(np.int64(q), np.int64(k))) for k in range(S)] for q in range(T)])
 
 
 def _bidirectional(formula: Callable, config: MixerConfig, *names: str, slow=False) -> MixerCase:
-    """A row whose reference takes (params, x of valid tokens) and the config's fields of these names."""
+    """A row whose reference takes (params, x of valid tokens) and the config fields of these names."""
     options = {name: getattr(config, name) for name in names}
     return MixerCase(
         config, lambda params, x: formula(params, x, heads=config.num_heads, **options), slow=slow
@@ -332,7 +332,7 @@ def _bidirectional(formula: Callable, config: MixerConfig, *names: str, slow=Fal
 
 
 # Never causal: tests/test_lowrank.py is their contract.
-BIDIRECTIONAL = {
+BIDIRECTIONAL_ONLY = {
     f"linformer-{sharing}": _bidirectional(
         lowrank.linformer,
         LinformerConfig(length=24, projected_length=6, sharing=sharing, use_bias=sharing == "kv"),

@@ -9,7 +9,6 @@ starts it sets a limit.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -25,21 +24,19 @@ def main(words: dict, kind: str) -> None:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from attention_jax.ops.dispatch import Implementation
-    from attention_jax.ops.softmax import api, mosaic_gpu
+    from attention_jax.ops.softmax import MosaicGPUConfig, mosaic_gpu
     from attention_jax.ops.softmax.mosaic_gpu import backward_fused
     from tests.cases import OpCase
     from tests.problems import check
 
     case = OpCase(**{name: tuple(x) if isinstance(x, list) else x for name, x in words.items()})
     mosaic_gpu_shim.install()
-    attend = functools.partial(mosaic_gpu.attend, deterministic=kind != "fused")
-    api._IMPLEMENTATIONS["mosaic_gpu"] = Implementation(attend, mosaic_gpu.unsupported)
+    config = MosaicGPUConfig(deterministic=kind != "fused")
     fused, calls = backward_fused.gradients_fused, []
     backward_fused.gradients_fused = lambda *arguments: calls.append("fused") or fused(*arguments)
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with mosaic_gpu.any_platform(), plgpu.force_gpu_interpret_mode(params):
-        check(case, "mosaic_gpu")
+        check(case, config)
     assert not gpu_callbacks.get_races().races_found, "the interpreter found races"
     print(*set(calls))
 

@@ -1,4 +1,4 @@
-"""Teaches JAX's interpreter of Mosaic GPU kernels what these kernels use and it lacks.
+"""Adds to JAX's interpreter of Mosaic GPU kernels the operations that our kernels use and it lacks.
 
 `wgmma` with its first operand in registers, and `pl.run_state` over accumulators that start from a value:
 both become what the interpreter knows, a buffer in register memory. And copies that add to their destination.

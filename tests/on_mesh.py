@@ -1,4 +1,4 @@
-"""Attention on a mesh of eight virtual CPU devices beside one. JSON from `python -m tests.on_mesh NAME ...`.
+"""Compares attention on eight virtual CPU devices with attention on one: `python -m tests.on_mesh NAME ...`.
 
 NAME is `errors` or a case of CASES and an implementation, as in "heads: chunked". The kernels refuse biases
 and dropout of a sharded call.
@@ -21,16 +21,22 @@ from attention_jax.biases import ALiBi
 from attention_jax.ops.softmax import mosaic_tpu
 
 B, T, N, H = 2, 40, 8, 16
+KEPT = np.random.default_rng(0).random((1, N, T, T)) < 0.7
 
 # name: (kv heads, axes of rows, axes of heads, options)
 CASES = {
     "rows": (2, "data", None, {"mask": SlidingWindow(7), "bias": ALiBi(N)}),
     "heads": (4, None, "model", {"mask": Causal(), "bias": ALiBi(N), "softcap": 5.0}),
-    "rows and heads, dropout": (4, "data", "model", {"mask": Causal(), "dropout_rate": 0.2}),
+    "rows and heads, dropout": (
+        4,
+        "data",
+        "model",
+        {"mask": Causal(), "mask_BNTS": KEPT, "dropout_rate": 0.2},
+    ),
     "one kv head": (1, None, ("data", "model"), {"mask": Causal(), "bias": ALiBi(N), "softcap": 5.0}),
     "rows and heads": (4, "data", "model", {"mask": SlidingWindow(9), "softcap": 5.0, "bias": False}),
     "rows over all": (8, ("data", "model"), None, {}),
-}
+}  # fmt: skip
 
 
 def main(*names: str) -> None:

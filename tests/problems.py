@@ -52,7 +52,7 @@ class Problem:
     bias_gradient: Callable[[np.ndarray], list[np.ndarray]] | None
     dtype: Any
 
-    def attend(self, learned: dict[str, Any], impl: str | None, **changes):
+    def attend(self, learned: dict[str, Any], impl: Any, **changes):
         """The library's (out, lse)."""
         arguments = self.fixed | {"bias": learned.get("bias", self.fixed.get("bias"))} | changes
         return dot_product_attention(
@@ -60,7 +60,7 @@ class Problem:
             return_lse=True, impl=impl, **arguments,
         )  # fmt: skip
 
-    def program(self, impl: str | None, quick: bool = True):
+    def program(self, impl: Any, quick: bool = True):
         """A jitted function of (learned, do, dlse), by default the problem's own: (out, lse, gradients)."""
 
         @functools.partial(jax.jit, compiler_options=None if quick else USERS)
@@ -102,12 +102,12 @@ def make(case: cases.OpCase) -> Problem:
         learned["sinks"] = normal(N, dtype=np.float32)
     q_pos, k_pos, given = _positions(case, rng)
     q_seg, k_seg, segments = _segments(case, rng)
-    keep, mask = _mask(case, rng, q_pos, k_pos)
+    keep, masks = _mask(case, rng, q_pos, k_pos)
     q_valid, k_valid = (q_pos >= 0) & (q_seg >= 0), (k_pos >= 0) & (k_seg >= 0)
     keep = keep & q_valid[:, None, :, None] & k_valid[:, None, None, :]
     keep = keep & (q_seg[:, None, :, None] == k_seg[:, None, None, :])
     bias, scores, bias_gradient = _bias(case, rng, q_pos, k_pos)
-    fixed = {"mask": mask, "scale": case.scale, "softcap": case.softcap, "segment_ids": segments, **given}
+    fixed = {**masks, "scale": case.scale, "softcap": case.softcap, "segment_ids": segments, **given}
     if isinstance(bias, ALiBi):
         fixed["bias"] = bias
     elif bias is not None:
@@ -162,16 +162,20 @@ def _segments(case, rng):
 
 
 def _mask(case, rng, q_pos, k_pos):
-    """(keep [B or 1, N or 1, T, S], the argument)."""
+    """(keep [B or 1, N or 1, T, S], the arguments); "MASK & array SHAPE" gives a Mask and an array."""
     (T, S), N, B = case.lengths, case.heads[0], case.batch
-    if case.mask is None:
-        return np.ones((1, 1, T, S), bool), None
-    if case.mask.startswith("array"):
-        shape = cases.ARRAY_SHAPES[case.mask.split()[1]](B, N, T, S)
-        array = rng.random(shape) < 0.7
-        return np.broadcast_to(array, (B, N, T, S)), array
-    row = cases.MASKS[case.mask]
-    return truth_masks.table(row.truth, q_pos, k_pos)[:, None], row.mask
+    keep, given = np.ones((1, 1, T, S), bool), {}
+    for name in () if case.mask is None else case.mask.split(" & "):
+        if name.startswith("array"):
+            shape = cases.ARRAY_SHAPES[name.split()[1]](B, N, T, S)
+            array = rng.random(shape) < 0.7
+            keep = keep & np.broadcast_to(array, (B, N, T, S))
+            given["mask_BNTS" if "mask" in given else "mask"] = array
+        else:
+            row = cases.MASKS[name]
+            keep = keep & truth_masks.table(row.truth, q_pos, k_pos)[:, None]
+            given["mask"] = row.mask
+    return keep, given
 
 
 def _bias(case, rng, q_pos, k_pos):
@@ -264,7 +268,7 @@ def expected(case: cases.OpCase, orders: int = 2) -> dict[str, tuple[np.ndarray,
     return found
 
 
-def check(case: cases.OpCase, impl: str, quick: bool = True) -> None:
+def check(case: cases.OpCase, impl: Any, quick: bool = True) -> None:
     """Output, lse and all gradients of an implementation are those of float64, within the tolerance."""
     problem = make(case)
     out, lse, grads = problem.program(impl, quick)()

@@ -1,14 +1,15 @@
 """What every implementation of dot_product_attention promises beyond numbers.
 
-Each promise is a function of the implementation's name that asserts it. tests/test_softmax.py calls them for
-`reference` and `chunked`, tests/interpret_tpu.py for the interpreted TPU kernels. Both set small tiles first:
-short rows then have empty, full and partial ones.
+Each promise is a function of the op's argument `impl` that asserts it. tests/test_softmax.py calls them for
+`reference` and `chunked`, tests/interpret_tpu.py for the interpreted TPU kernels. Both give configs with
+small tiles: short rows then have empty, full and partial ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from tests import problems
 from tests.cases import OpCase
 
 
-def a_large_common_score_changes_nothing(impl: str) -> None:
+def a_large_common_score_changes_nothing(impl: Any) -> None:
     """Also in rows of padding, which must not overflow into anybody's gradient: 2^128 and beyond."""
     program = problems.make(OpCase((37, 37), (8, 8), (2, 2), None, "array N11", batch=1)).program(impl)
     learned = dict(problems.make(OpCase((37, 37), (8, 8), (2, 2), None, "array N11", batch=1)).learned)
@@ -47,12 +48,12 @@ RING = OpCase(
 
 
 @functools.cache
-def small_program(case: OpCase, impl: str):
-    """The problem's program, compiled once for the promises below: a caller sets one size of tiles."""
+def small_program(case: OpCase, impl: Any):
+    """The problem's program, compiled once for the promises below."""
     return problems.make(case).program(impl)
 
 
-def rows_without_a_key_give_zero(impl: str, sinks: bool) -> None:
+def rows_without_a_key_give_zero(impl: Any, sinks: bool) -> None:
     """Output 0, lse -inf or the sink alone, gradient 0, and no gradient to anything else."""
     case = dataclasses.replace(HOLES, sinks=sinks)
     problem, program = problems.make(case), small_program(case, impl)
@@ -71,7 +72,7 @@ def rows_without_a_key_give_zero(impl: str, sinks: bool) -> None:
         assert_array_equal(louder[name], grads[name], err_msg=name)
 
 
-def an_invalid_slot_changes_no_bit(impl: str, case: OpCase) -> None:
+def an_invalid_slot_changes_no_bit(impl: Any, case: OpCase) -> None:
     """NaN, infinities and the largest number in a slot without a token reach nothing."""
     problem, program = problems.make(case), small_program(case, impl)
     clean = program()
@@ -90,7 +91,7 @@ SEEN = [
 ]
 
 
-def a_hidden_key_changes_no_bit(impl: str, case: OpCase) -> None:
+def a_hidden_key_changes_no_bit(impl: Any, case: OpCase) -> None:
     """Gradients are exactly 0 between queries, and to keys from queries that do not see them."""
     problem = problems.make(case)
     program = problem.program(impl)
@@ -122,7 +123,7 @@ def a_hidden_key_changes_no_bit(impl: str, case: OpCase) -> None:
             assert (grads[name][seen] != 0).any()
 
 
-def a_hidden_key_may_be_as_large_as_its_dtype(impl: str) -> None:
+def a_hidden_key_may_be_as_large_as_its_dtype(impl: Any) -> None:
     """The products that overflow belong to pairs nobody sees, in the backward too."""
     problem = problems.make(OpCase((36, 37), (8, 8), (2, 2), "causal", softcap=2.0, batch=1))
     program = problem.program(impl)

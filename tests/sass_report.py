@@ -1,4 +1,4 @@
-"""What the machine code of the Mosaic GPU kernels does in a step, beside JAX's own attention for Hopper.
+"""Compares a step of the Mosaic GPU kernels, in machine code, with one of JAX's own attention for Hopper.
 
 python -m tests.sass_report [NAME ...] [--kernels forward q kv fused] [--jax] [--json FILE]
 

@@ -21,7 +21,7 @@ from attention_jax.biases import (
     slice_leaves,
     t5_boundaries,
 )
-from attention_jax.ops.softmax import dot_product_attention, explain, tiles
+from attention_jax.ops.softmax import ChunkedConfig, dot_product_attention, explain
 from tests.cases import Gate
 from tests.reference import softmax as truth
 from tests.reference.positions import ALIBI_SLOPES, t5_bucket
@@ -59,7 +59,7 @@ def test_alibi_needs_heads(heads):
 
 
 def test_t5_boundaries_of_the_published_setting():
-    """32 buckets up to 128: bucket 16 + 16/3 log2(d / 16) or, of two sides, 8 + 2 log2(d / 8)."""
+    """32 buckets up to 128: bucket 16 + 16/3 log2(d / 16) or, bidirectional, 8 + 2 log2(d / 8)."""
     coarse = (19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113)
     assert t5_boundaries(32, 128) == (*range(1, 17), *coarse)
     # sqrt(2), 2, 2 sqrt(2), ... times 8; 16, 32 and 64 are reached exactly.
@@ -94,10 +94,10 @@ def test_t5_buckets_follow_the_published_formula(buckets, max_distance, bidirect
         pytest.param("chunked", False, marks=pytest.mark.slow),
     ],
 )
-def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional, monkeypatch):
+def test_t5_output_and_the_tables_gradient_against_float64(impl, bidirectional):
     """Shuffled positions, grouped heads, several tiles, empty slots."""
-    monkeypatch.setattr(tiles, "Q_BLOCK", 16)
-    monkeypatch.setattr(tiles, "KEY_UNIT", 8)
+    if impl == "chunked":
+        impl = ChunkedConfig(query_tile=16, key_tile=32, key_unit=8)
     rng = np.random.default_rng(0)
     B, T, S, N, K, H = 2, 21, 35, 4, 2, 8
     q, do = (rng.normal(size=(B, T, N, H)).astype(np.float32) for _ in range(2))
@@ -154,9 +154,9 @@ def test_t5_refuses(arguments, message):
         ((32, 4), int, False, 128, "T5Bias table must be floating point, got int32"),
         ((6, 4), float, True, 128, None),
         ((7, 4), float, False, 128, None),
-        ((7, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table of 7"),
-        ((2, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table of 2"),
-        ((1, 4), float, False, 128, "T5Bias buckets must be >= 2, got a table of 1"),
+        ((7, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table with 7 rows"),
+        ((2, 4), float, True, 128, "T5Bias buckets must be an even number >= 4, got a table with 2 rows"),
+        ((1, 4), float, False, 128, "T5Bias buckets must be >= 2, got a table with 1 rows"),
         ((32, 4), float, False, 16, "T5Bias max_distance must exceed 16, got 16"),
     ],
 )
@@ -220,6 +220,6 @@ def test_a_leaf_of_the_wrong_length_is_refused(leaf):
     bias = _gate(np.random.default_rng(0))
     object.__setattr__(bias, leaf, getattr(bias, leaf)[..., :2])
     q, k = jnp.zeros((3, 10, 4, 8)), jnp.zeros((3, 12, 4, 8))
-    with pytest.raises(ValueError, match="Gate: a leaf .* axis .*, must be .* or 1") as error:
+    with pytest.raises(ValueError, match="Gate: a leaf of shape .* axis .*; it must be .* or 1") as error:
         explain(q, k, k, bias=bias)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""KVCache against a Python dict of everything ever appended."""
+"""KVCache against a Python dict of all appended tokens."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_invalid_tokens_change_no_bit(name):
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_tokens_past_the_capacity_are_told_and_not_written(name):
+def test_tokens_past_the_capacity_are_reported_and_not_written(name):
     rng = np.random.default_rng(0)
     mask = CACHED[name]
     cache, model = empty(mask), Model()
@@ -189,7 +189,7 @@ def test_append_in_pieces_is_append_at_once():
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
-def test_a_cache_needs_room(capacity):
+def test_a_cache_needs_a_positive_capacity(capacity):
     with pytest.raises(ValueError, match=f"cache capacity must be >= 1, got {capacity}"):
         empty(Full(), capacity=capacity)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from pathlib import Path
 
 import jax
@@ -69,10 +71,11 @@ def test_twenty_steps_lower_the_loss(path, batches):
     )  # fmt: skip
     optimizer = dataclasses.replace(
         config.optimizer, learning_rate=3e-3, final_learning_rate=3e-3, schedule="constant", warmup_steps=2,
-        decay_steps=None,
+        decay_steps=None, weight_decay=0.0,
     )  # fmt: skip
     step = make_train_step(model, optimizer, STEPS)
-    params = jax.tree.map(jax.numpy.asarray, random_params(model))
+    start = random_params(model)
+    params = jax.tree.map(jax.numpy.asarray, start)
     opt_state, losses = make_optimizer(optimizer, STEPS).init(params), []
     for i in range(STEPS):
         batch = batches[i % len(batches)]
@@ -80,6 +83,10 @@ def test_twenty_steps_lower_the_loss(path, batches):
         losses.append(float(metrics["train/loss"]))
         assert bool(metrics["finite"])
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5, losses
+    # Without weight decay, what has not moved has had no gradient.
+    before, after = jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(params)
+    still = {path[-1].key for (path, x), y in zip(before, after, strict=True) if np.array_equal(x, y)}
+    assert still <= {"random_directions"}, still
 
 
 def test_every_kind_of_mixer_has_a_config():
@@ -89,4 +96,9 @@ def test_every_kind_of_mixer_has_a_config():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_config_says_what_it_is(path):
-    assert path.read_text().startswith("# ")
+    """A sentence of several words stands first, and the commands in its comment name this very file."""
+    lines = path.read_text().splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert len(" ".join(line.removeprefix("#") for line in comment).split()) >= 5
+    commands = re.findall(r"python -m train (\S+)", "\n".join(comment))
+    assert set(commands) <= {str(path.relative_to(ROOT)), _name(path)}

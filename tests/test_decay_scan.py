@@ -13,7 +13,7 @@ import pytest
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.ops.decay_scan import decay_scan, explain, quadratic
+from attention_jax.ops.decay_scan import ChunkedScanConfig, decay_scan, explain, quadratic
 from attention_jax.ops.decay_scan.api import implementations
 from tests import cases
 from tests.covering import pairwise
@@ -213,7 +213,7 @@ def planted(problem: Problem, fill: float) -> dict[str, np.ndarray]:
 
 
 def assert_close(found, problem, case, impl):
-    """1e-5 of the largest; by the house's rule for narrow dtypes and a step per token over many tokens.
+    """1e-5 of the largest; the rule of tests.cases for narrow dtypes and a step per token over many tokens.
 
     It multiplies with a rounded exp(g) each time, which at 1 - 1e-6 adds up to more than 1e-5 in 1000 steps.
     """
@@ -418,6 +418,7 @@ ONES = np.ones((2, 6, 4, 3), np.float32)
         ({"scale": jnp.ones(())}, "scale must be a finite Python number"),
         ({"scale": np.inf}, "scale must be a finite Python number"),
         ({"chunk_size": 0}, "chunk_size must be an integer >= 1, got 0"),
+        ({"chunk_size": 8, "impl": ChunkedScanConfig()}, "both set the chunk: give one of them"),
         ({"impl": "fast"}, "unknown impl 'fast'; there are recurrent, chunked, quadratic"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Retention, GLA, lightning attention and Mamba-2: what the contract of all mixers does not show."""
+"""Retention, GLA, lightning attention and Mamba-2, beyond the contract of tests/test_mixers.py."""
 
 import functools
 
@@ -113,7 +113,10 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: RetentionConfig(value_dim=0), "value_dim must be >= 1, got 0"),
         (lambda: RetentionConfig(first_exponent=0.0), "first_exponent must be > 0 and <= 24, got 0.0"),
         (lambda: RetentionConfig(last_exponent=25.0), "last_exponent must be > 0 and <= 24, got 25.0"),
-        (lambda: RetentionConfig(num_heads=21), "num_heads 21 decay the last head .*; set last_exponent"),
+        (
+            lambda: RetentionConfig(num_heads=21),
+            "num_heads 21 give the last head a decay .*; set last_exponent",
+        ),
         (lambda: built(RetentionConfig(num_heads=5)), "d_model 32 is not divisible by num_heads 5"),
         (lambda: built(RetentionConfig(head_dim=5)), "head_dim 5 is odd"),
         (lambda: GLAConfig(decay_rank=0), "decay_rank must be >= 1, got 0"),
@@ -123,12 +126,15 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: LightningConfig(slope_factor=0.0), "slope_factor must be > 0 and finite, got 0.0"),
         (lambda: built(LightningConfig(head_dim=4, rope=RoPE(width=6))), "RoPE width 6 exceeds head_dim 4"),
         (lambda: Mamba2Config(convolution=0), "convolution must be >= 1, got 0"),
-        (lambda: Mamba2Config(dt_min=0.2), "dt_min 0.2 and dt_max 0.1 must be"),
+        (lambda: Mamba2Config(dt_min=0.2), "dt_min 0.2 and dt_max 0.1 must satisfy"),
         (
             lambda: Mamba2Config(dt_limit_low=2.0, dt_limit_high=1.0),
             "dt_limit_low 2.0 must be >= 0 and below",
         ),
-        (lambda: RetentionConfig(impl="reference"), "unknown impl 'reference'; there are recurrent, chunked"),
+        (
+            lambda: RetentionConfig(impl="reference"),
+            "unknown impl 'reference'; choose from recurrent, chunked",
+        ),
         (lambda: built(Mamba2Config(head_dim=48)), "head_dim 48 does not divide expand d_model = 64"),
         (lambda: built(Mamba2Config(head_dim=16, groups=3)), "groups 3 does not divide the 4 heads"),
     ],
@@ -151,4 +157,4 @@ def test_bad_calls():
             jax.eval_shape(lambda: shapes(*arguments))
 
     refused("needs ctx.positions_BT", SMALL_MAMBA2, True, Context())
-    refused("one document a row", SMALL_MAMBA2, True, Context(positions_BT=ids, segment_ids_BT=ids))
+    refused("one document per row", SMALL_MAMBA2, True, Context(positions_BT=ids, segment_ids_BT=ids))

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.ops.delta_rule import chunked, delta_rule
+from attention_jax.ops.delta_rule import ChunkedDeltaConfig, delta_rule
 from attention_jax.ops.delta_rule.api import explain, implementations
 from tests.covering import pairwise
 from tests.reference import delta_rule as truth
@@ -180,13 +180,10 @@ def test_long_rows_equal_float64(T, decay):
 
 
 @pytest.mark.parametrize("decay", [pytest.param("head", marks=pytest.mark.slow), "channel"])
-def test_groups_of_chunks_and_single_ones_agree(decay, monkeypatch):
+def test_groups_of_chunks_and_single_ones_agree(decay):
     """How many chunks are prepared at once changes nothing."""
     given = arrays(70, decay=decay)
-    monkeypatch.setattr(chunked, "_heads_at_once", lambda: 12)
-    compiled.cache_clear()
-    compare("chunked", 16, given, "packed")
-    compiled.cache_clear()
+    compare(ChunkedDeltaConfig(chunk_size=16, heads_at_once=12), None, given, "packed")
 
 
 def test_the_reference_gradient_is_the_slope_of_its_forward():
@@ -357,6 +354,7 @@ def test_numpy_float64_is_float32_to_jax():
         ({"log_decay": -0.5}, "log_decay must be an array or None, got float"),
         ({"impl": "fast"}, "unknown impl 'fast'; there are recurrent, chunked, quadratic"),
         ({"chunk_size": 0}, "chunk_size must be an integer >= 1, got 0"),
+        ({"chunk_size": 8, "impl": ChunkedDeltaConfig()}, "both set the chunk: give one of them"),
         ({"scale": float("inf")}, "scale must be a finite Python number"),
         ({"q": np.zeros((B, 7, 3, 6), np.float32)}, "3 heads of q do not divide 2 heads of v"),
         ({"k": np.zeros((B, 7, 1, 5), np.float32)}, "do not fit"),

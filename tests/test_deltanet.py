@@ -1,4 +1,4 @@
-"""DeltaNet, Gated DeltaNet and KDA: what the contract of all mixers does not show."""
+"""DeltaNet, Gated DeltaNet and KDA, beyond the contract of tests/test_mixers.py."""
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +69,17 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: DeltaNetConfig(num_heads=0), "num_heads must be >= 1, got 0"),
         (lambda: DeltaNetConfig(convolution=0), "convolution must be >= 1, got 0"),
         (lambda: DeltaNetConfig(chunk_size=-1), "chunk_size must be >= 1, got -1"),
-        (lambda: DeltaNetConfig(impl="reference"), "unknown impl 'reference'; there are recurrent, chunked"),
+        (
+            lambda: DeltaNetConfig(impl="reference"),
+            "unknown impl 'reference'; choose from recurrent, chunked",
+        ),
         (lambda: GatedDeltaNetConfig(num_qk_heads=3), "num_qk_heads 3 does not divide num_heads 4"),
         (lambda: KDAConfig(rank=0), "rank must be >= 1, got 0"),
-        (lambda: KDAConfig(dt_min=0.0), "dt_min 0.0 and dt_max 0.1 must be 0 < dt_min <= dt_max"),
-        (lambda: GatedDeltaNetConfig(dt_max=1e-4), "dt_min 0.001 and dt_max 0.0001 must be 0 < dt_min"),
+        (lambda: KDAConfig(dt_min=0.0), "dt_min 0.0 and dt_max 0.1 must satisfy 0 < dt_min <= dt_max"),
+        (lambda: GatedDeltaNetConfig(dt_max=1e-4), "dt_min 0.001 and dt_max 0.0001 must satisfy 0 < dt_min"),
         (lambda: built(KDAConfig(num_heads=5)), "d_model 32 is not divisible by num_heads 5; set head_dim"),
     ],
 )
-def test_what_is_refused(make, message):
+def test_rejected_calls(make, message):
     with pytest.raises(ValueError, match=message):
         make()

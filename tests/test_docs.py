@@ -1,7 +1,7 @@
-"""The documentation is true: its Python runs, its YAML loads and builds, its links and pictures exist.
+"""The documentation agrees with the code: Python runs, YAML loads, links exist, tables equal their JSON.
 
-A line `print(...)  # -> text` of a page promises what it prints; where a block promises anything, all it
-prints must be promised.
+A line `print(...)  # -> text` of a page states what it prints; where a block states anything, it must state
+all that it prints.
 """
 
 import ast
@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -20,9 +21,9 @@ from flax import nnx
 
 from attention_jax import LanguageModel, catalogue
 from attention_jax.masks import parse
-from attention_jax.mixers import Context
+from attention_jax.mixers import Context, base
 from train import config as configuration
-from train.config import plain_yaml
+from train.config import yaml_text
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -36,7 +37,7 @@ _SMALLER = {
     "README.md": {"4096": "512", "num_layers=4": "num_layers=2", "max_new_tokens=20": "max_new_tokens=5"}
 }
 
-_PROMISE = re.compile(r"^\s*print\(.*\)  # -> (.*)$")
+_STATED = re.compile(r"^\s*print\(.*\)  # -> (.*)$")
 
 
 def blocks(path: Path, language: str) -> list[tuple[int, str]]:
@@ -54,6 +55,7 @@ def run_page(name: str, path: Path) -> None:
     smaller = _SMALLER.get(name, {})
     assert all(shown in path.read_text("utf-8") for shown in smaller), f"_SMALLER[{name!r}] is outdated"
     module = types.ModuleType(re.sub(r"\W", "_", name))
+    kinds = base.mixer_kinds()
     sys.modules[module.__name__] = module  # where dataclasses look up what annotations mean
     try:
         for line, text in blocks(path, "python"):
@@ -63,19 +65,22 @@ def run_page(name: str, path: Path) -> None:
             with contextlib.redirect_stdout(printed):
                 # Blank lines in front: a traceback names the page's own line.
                 exec(compile("\n" * line + text, str(path), "exec"), vars(module))
-            promised = [match[1] for row in text.splitlines() if (match := _PROMISE.match(row))]
-            if promised:
-                assert printed.getvalue().splitlines() == promised, f"{name}:{line + 1}"
+            stated = [match[1] for row in text.splitlines() if (match := _STATED.match(row))]
+            if stated:
+                assert printed.getvalue().splitlines() == stated, f"{name}:{line + 1}"
     finally:
         del sys.modules[module.__name__]
+        base._KINDS.clear()  # a page's own mixers are not the library's
+        base._KINDS.update(kinds)
 
 
+MECHANISMS = [name for name in PAGES if re.match("docs/(mixers|masks|scores|positions)/", name)]
 PYTHON = [name for name, path in PAGES.items() if blocks(path, "python")]
 # What these run takes seconds to compile.
 _LONG = {f"docs/mixers/{name}.md" for name in (
     "deltanet", "gated_deltanet", "gla", "hedgehog", "kda", "linformer", "mamba2", "mla", "nsa",
     "nystromformer", "performer",
-)} | {"docs/extend.md"}  # fmt: skip
+)} | {f"docs/{name}.md" for name in ("drop_in", "extend", "generation", "linen")}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_long_pages_exist():
 def test_yaml_loads_and_its_model_runs(name):
     for line, text in blocks(PAGES[name], "yaml"):
         # A fragment is a whole configuration whose other keys have their defaults.
-        run = configuration.from_dict(plain_yaml.parse(text, f"{name}:{line + 1}"))
+        run = configuration.from_dict(yaml_text.parse(text, f"{name}:{line + 1}"))
         assert configuration.from_dict(configuration.to_dict(run)) == run
         # One layer of each mixer tells what four do.
         encoder = run.model.encoder
@@ -143,13 +148,34 @@ def test_links_lead_somewhere(name):
             assert anchor in anchors(found), f"{name} links to {target}: no such heading"
 
 
-def test_every_page_and_picture_is_linked():
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_mechanism_links_its_source_and_its_configuration(name):
+    text = PAGES[name].read_text("utf-8")
+    targets = _LINK.findall(text)
+    assert any("/attention_jax/" in target for target in targets), f"{name} links no source file"
+    if "| configuration | none: " not in text:  # which says why
+        assert any(re.search(r"/configs/.*\.yaml$", target) for target in targets), f"{name} links no YAML"
+    assert blocks(PAGES[name], "python"), f"{name} has no code"
+    for what in ("paper", "time", "memory", "decoding keeps", "**When to use it.**"):
+        assert what in text, f"{name} does not say: {what}"
+
+
+_TABLES = runpy.run_path(str(DOCS / "results" / "generate.py"))
+
+
+@pytest.mark.parametrize("name", _TABLES["TABLES"])
+def test_tables_equal_their_json(name):
+    written = (DOCS / "results" / f"{name}.md").read_text("utf-8")
+    assert written == _TABLES["page"](name), "run `python docs/results/generate.py`"
+
+
+def test_every_page_picture_and_result_is_linked():
     linked = {
         (path.parent / target.partition("#")[0]).resolve()
         for path in PAGES.values()
         for target in _LINK.findall(path.read_text("utf-8"))
     }
-    for path in [*DOCS.rglob("*.md"), *DOCS.rglob("*.png")]:
+    for path in [path for kind in ("md", "png", "json") for path in DOCS.rglob(f"*.{kind}")]:
         assert path.resolve() in linked or path.name == "index.md", f"nothing links to {path}"
 
 
@@ -181,7 +207,7 @@ def _cited(paper: str, page: Path) -> bool:
     return all(number in text for number in re.findall(r"\d{4}\.\d{5}", paper) or [paper])
 
 
-def test_what_a_page_promises_is_checked(tmp_path):
+def test_a_wrong_statement_of_a_page_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 2\n```\n\n```python\nprint(x)  # -> 3\n```\n")
     with pytest.raises(AssertionError, match="page.md:6"):

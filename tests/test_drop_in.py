@@ -1,4 +1,4 @@
-"""What takes the place of JAX's and Flax's attention computes the same, and says where it does not."""
+"""The drop-in functions compute the same as those of JAX and Flax, and reject unsupported arguments."""
 
 from __future__ import annotations
 

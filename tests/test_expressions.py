@@ -13,7 +13,7 @@ from attention_jax.caches import KVCache
 from attention_jax.masks import Causal
 from attention_jax.mixers import Context
 from attention_jax.mixers.parts import update_cache
-from attention_jax.ops.softmax import dot_product_attention, tiles
+from attention_jax.ops.softmax import ChunkedConfig, dot_product_attention
 from tests.reference import masks as truth
 from tests.strategies import expressions
 
@@ -40,11 +40,9 @@ def dense(table: np.ndarray) -> np.ndarray:
 
 @given(expressions)
 @quietly
-def test_the_blocked_form(monkeypatch, row):
-    with monkeypatch.context() as patch:
-        for name, value in {"Q_BLOCK": 8, "KEY_UNIT": 8, "UNITS": 2}.items():
-            patch.setattr(tiles, name, value)
-        out = jax.jit(lambda q, k, v: dot_product_attention(q, k, v, mask=row.mask, impl="chunked"))(Q, K, V)
+def test_the_blocked_form(row):
+    small = ChunkedConfig(query_tile=8, key_tile=16, key_unit=8)
+    out = jax.jit(lambda q, k, v: dot_product_attention(q, k, v, mask=row.mask, impl=small))(Q, K, V)
     assert_allclose(out[0], dense(truth.table(row.truth, np.arange(T), np.arange(T))), **TOLERANCE)
 
 

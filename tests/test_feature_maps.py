@@ -1,4 +1,4 @@
-"""Feature maps against the similarities they stand for, and random features against what they estimate."""
+"""Feature maps against the similarities they approximate, and random features against their expectation."""
 
 import math
 

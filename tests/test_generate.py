@@ -88,7 +88,7 @@ def test_sources_and_prefixes_are_checked(small):
     options = {"max_new_tokens": 4, "sampling": GREEDY}
     with pytest.raises(ValueError, match="with an encoder needs sources, one per prompt"):
         generate(config, params, [[1]], **options)
-    with pytest.raises(ValueError, match="2 sources for 1 prompts; give one each"):
+    with pytest.raises(ValueError, match="2 sources for 1 prompts; give one per prompt"):
         generate(config, params, [[1]], sources=[[1], [2]], **options)
     with pytest.raises(ValueError, match="source 0: token id 61 is outside 0..60"):
         generate(config, params, [[1]], sources=[[61]], **options)
@@ -213,7 +213,7 @@ def test_capacity_is_checked_before_compiling(small, monkeypatch):
         ([], {}, "no prompts"),
         ([[1]], {"max_new_tokens": 0}, "must be >= 1"),
         ([[1]], {"sampling": Sampling(1.0)}, "needs a key"),
-        ([[1]], {"request_ids": [1, 2]}, "request_ids must name each"),
+        ([[1]], {"request_ids": [1, 2]}, "request_ids must have one id for each of 1 prompts"),
     ],
 )
 def test_bad_calls(small, prompts, options, message):

@@ -25,6 +25,7 @@ LAYERS = [
     ["attention_jax.model"],
     ["attention_jax.generation", "attention_jax.catalogue"],
     ["attention_jax"],
+    ["attention_jax.benchmarks"],
     ["train"],
     ["scripts"],
     ["tests"],
@@ -212,12 +213,29 @@ def test_mixers_do_not_import_one_another():
         assert MIXERS_SHARED >= others, (module, others)
 
 
+def test_no_other_file_knows_a_mechanism():
+    """Outside `mixers/` library and trainer import the contract alone; `import *` passes the names on."""
+    registry = "attention_jax.mixers"
+    names = _imports(MODULES[registry].read_text())
+    contract = {name.rpartition(".")[2] for name in names if name.startswith(f"{registry}.base.")}
+    assert "MixerConfig" in contract
+    known = {registry, *(f"{registry}.{name}" for name in (*contract, "*", "__all__"))}
+    found = {
+        f"{module} imports {name}"
+        for module, path in MODULES.items()
+        if module.startswith(("attention_jax", "train")) and not module.startswith(registry)
+        for name in _imports(path.read_text())
+        if name.startswith(registry) and name not in known
+    }
+    assert not found
+
+
 def test_the_library_needs_no_training_packages():
     """`import attention_jax` pulls in jax, flax and numpy, but nothing of the `train` extra by itself."""
     used = {name.split(".")[0] for path in (ROOT / "attention_jax").rglob("*.py")
             for name in _imports(path.read_text())}  # fmt: skip
-    # matplotlib: inside the function that draws, so that only drawing needs it.
-    known = {"attention_jax", "jax", "flax", "numpy", "matplotlib"}
+    # Inside functions, so that only drawing and timing beside peers need them: matplotlib, torch, tokamax.
+    known = {"attention_jax", "jax", "flax", "numpy", "einops", "matplotlib", "torch", "tokamax"}
     assert used <= known | set(sys.stdlib_module_names)
 
 

@@ -23,7 +23,7 @@ from attention_jax.mixers.performer import redraw
 from attention_jax.model import ModelConfig, init_params
 from attention_jax.positions import RoPE
 from tests.harness import Harness
-from tests.mixers import D_MODEL, MIXERS, TWO_SIDED
+from tests.mixers import BIDIRECTIONAL, D_MODEL, MIXERS
 from tests.params import random_params
 from tests.reference import linear as reference
 from train.config.schema import OptimizerConfig
@@ -40,13 +40,13 @@ def x():
     return jax.random.normal(jax.random.key(1), (B, T, D_MODEL))
 
 
-# The sums with a turned numerator, without a denominator, and with a stabiliser of the document.
+# A numerator of rotated features, no denominator, and a stabiliser per document.
 @pytest.mark.parametrize(
     "name", ["linear-both", pytest.param("linear-identity-both", marks=pytest.mark.slow), "performer-both"]
 )
-def test_both_sides_of_packed_documents(name, x):
+def test_bidirectional_packed_documents(name, x):
     """A document sees itself, whole, and nothing else; NaN in slots without a token reaches nothing."""
-    harness = Harness(TWO_SIDED[name].config, causal=False)
+    harness = Harness(BIDIRECTIONAL[name].config, causal=False)
     segments = jnp.array([0] * 7 + [-1] * 2 + [1] * 9 + [-1])
     positions = jnp.array([*range(7), -1, -1, *range(9), -1])
     ctx = Context(positions_BT=jnp.tile(positions, (B, 1)), segment_ids_BT=jnp.tile(segments, (B, 1)))
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_reference(name, causal, x):
 
     No gradient passes through Performer's stabilisers: the quotient does not depend on them.
     """
-    row = MIXERS[name] if causal else TWO_SIDED[f"{name}-both"]
+    row = MIXERS[name] if causal else BIDIRECTIONAL[f"{name}-both"]
     harness = Harness(row.config, causal=causal)
     x = x[:1, :9]
     rng = np.random.default_rng(0)
@@ -94,9 +94,9 @@ def test_gradients_are_those_of_the_reference(name, causal, x):
         assert_allclose((grad * direction).sum(), (values[0] - values[1]) / 2e-5, rtol=2e-4, atol=2e-4)
 
 
-def test_a_two_sided_mixer_keeps_no_state():
+def test_a_bidirectional_mixer_has_no_state():
     mixer = nnx.eval_shape(lambda: LinearAttentionConfig().build(D_MODEL, nnx.Rngs(0), causal=False))
-    with pytest.raises(ValueError, match="linear keeps no state where causal is false"):
+    with pytest.raises(ValueError, match="linear has no state in a bidirectional model"):
         mixer.init_state(1, 8)
 
 
@@ -104,7 +104,7 @@ def test_a_two_sided_mixer_keeps_no_state():
 def test_the_state_does_not_grow(name):
     mixer = nnx.eval_shape(lambda: MIXERS[name].config.build(D_MODEL, nnx.Rngs(0), causal=True))
     short, long = (jax.eval_shape(lambda size=size: mixer.init_state(1, size)) for size in (1, 10**9))
-    assert short == long
+    assert short == long and jax.tree.leaves(long)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(long))
 
 
@@ -204,7 +204,7 @@ def test_cosformer_has_a_fixed_horizon(x):
     harness = Harness(config)
     y = harness.parallel(x[:, :12])
     assert_allclose(harness.parallel(x[:, :5]), y[:, :5], **TOLERANCE)
-    with pytest.raises(ValueError, match="19 tokens exceed cosformer's horizon 12; raise horizon"):
+    with pytest.raises(ValueError, match="19 tokens exceed cosformer's horizon 12; increase horizon"):
         harness.parallel(x)
     positions = jnp.tile(jnp.arange(T), (B, 1))
     lost = harness.parallel(x, Context(positions_BT=positions))
@@ -223,7 +223,7 @@ def test_cosformer_has_a_fixed_horizon(x):
     assert_array_equal(both[1, 12:], 0)
 
 
-def test_rope_turns_relative_positions(x):
+def test_rope_encodes_relative_positions(x):
     harness = Harness(MIXERS["linear-rope"].config)
     ctx = Context(positions_BT=jnp.tile(jnp.arange(T) + 100, (B, 1)))
     assert_allclose(harness.parallel(x, ctx), harness.parallel(x), rtol=1e-4, atol=1e-4)
@@ -288,7 +288,7 @@ def test_bad_calls(x):
     with pytest.raises(ValueError, match=r"needs ctx\.positions_BT"):
         harness.call(harness.params, x, harness.state(), Context())
     ids = jnp.zeros((B, T), int)
-    with pytest.raises(ValueError, match="one document a row"):
+    with pytest.raises(ValueError, match="one document per row"):
         harness.call(harness.params, x, harness.state(), Context(positions_BT=ids, segment_ids_BT=ids))
     with pytest.raises(ValueError, match="unknown impl 'fast'"):
         Harness(LinearAttentionConfig(), impl="fast").parallel(x)

@@ -1,4 +1,4 @@
-"""Mixers that are never causal, over the table BIDIRECTIONAL: formulas, padding, what is refused."""
+"""Mixers for bidirectional models only, over the table BIDIRECTIONAL_ONLY: formulas, padding, errors."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from attention_jax.mixers import Context, LinformerConfig, NystromformerConfig, 
 from attention_jax.mixers.nystromformer import DepthwiseConv, pseudo_inverse, segment_means
 from attention_jax.model import ModelConfig, apply
 from tests import marks
-from tests.mixers import BIDIRECTIONAL, D_MODEL
+from tests.mixers import BIDIRECTIONAL_ONLY, D_MODEL
 from tests.params import random_params
 from tests.reference import lowrank
 
@@ -51,9 +51,9 @@ class Harness:
         return self.call(self.params, x, ctx or Context())
 
 
-@pytest.fixture(scope="module", params=marks.params(BIDIRECTIONAL))
+@pytest.fixture(scope="module", params=marks.params(BIDIRECTIONAL_ONLY))
 def case(request):
-    row = BIDIRECTIONAL[request.param]
+    row = BIDIRECTIONAL_ONLY[request.param]
     return row, Harness(row.config)
 
 
@@ -78,9 +78,9 @@ def test_equals_the_reference(case, x):
         assert_allclose(y[b], row.reference(params, x[b]), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [name for name, row in BIDIRECTIONAL.items() if row.slow])
+@pytest.mark.parametrize("name", [name for name, row in BIDIRECTIONAL_ONLY.items() if row.slow])
 def test_a_variant_equals_its_reference(name, x):
-    row = BIDIRECTIONAL[name]
+    row = BIDIRECTIONAL_ONLY[name]
     harness = Harness(row.config)
     assert_allclose(harness(x)[0], row.reference(nnx.to_pure_dict(harness.params), x[0]), **TOLERANCE)
 
@@ -213,7 +213,7 @@ def test_the_banded_convolution_is_a_convolution(width, length):
 
 
 @pytest.mark.parametrize("kind", ["linformer", "nystromformer"])
-def test_what_is_refused(kind, x):
+def test_rejected_calls(kind, x):
     with pytest.raises(ValueError, match=f"^mixers.0: {kind} cannot be causal: .*the future included"):
         ModelConfig(
             d_model=D_MODEL,
@@ -250,7 +250,7 @@ def test_bad_configs(cls, arguments, message):
 
 def test_linformer_beyond_its_length(x):
     harness = Harness(LinformerConfig(length=T - 1, projected_length=4))
-    with pytest.raises(ValueError, match=f"{T} tokens exceed its length {T - 1}; raise length"):
+    with pytest.raises(ValueError, match=f"{T} tokens exceed its length {T - 1}; increase length"):
         harness(x)
     # A traced position cannot raise: the row that holds it is NaN, its neighbour is not.
     positions = np.tile(np.arange(8), (B, 1))
@@ -272,7 +272,7 @@ def test_attention_dropout_follows_the_key(x):
 @pytest.mark.parametrize("name", ["linformer-head", "nystromformer"])
 def test_a_bfloat16_model_computes_near_float32(name):
     config = ModelConfig(
-        vocab_size=31, d_model=D_MODEL, num_layers=1, mixers=(BIDIRECTIONAL[name].config,), causal=False,
+        vocab_size=31, d_model=D_MODEL, num_layers=1, mixers=(BIDIRECTIONAL_ONLY[name].config,), causal=False,
         init_std=0.2,
     )  # fmt: skip
     params, tokens = random_params(config), np.arange(T)[None] % 31

@@ -19,35 +19,35 @@ from attention_jax.generation import generate
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
-from scripts import generate as generate_script
 from tests.params import random_params
 from tests.runs import interrupt, rows, saved
 from train import cli, loop
 from train import config as config_lib
+from train.commands import generate as generate_script
 from train.config.schema import DataConfig, OptimizerConfig
 from train.data import batches as data
 from train.data import masking
 from train.data.packing import Piece, assemble
 from train.data.tokenizers import ByteTokenizer, CharTokenizer
 from train.optimizer import make_optimizer
-from train.run import folder as run_folder
 from train.run import restore
+from train.run.folder import differences
 from train.step import make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[1]
 BYTES = ByteTokenizer()
-MARK, MASK = 256, 257
-TWO_SIDED = ModelConfig(
+END, MASK = 256, 257
+BIDIRECTIONAL = ModelConfig(
     vocab_size=258, d_model=16, num_layers=1, mixers=(AttentionConfig(num_heads=2, rope=RoPE()),),
     mlp_width=24, causal=False, init_std=0.3,
 )  # fmt: skip
 
 
 def text_batch(B=64, T=100, seed=0):
-    """Rows of letters with a mark here and there and, in the first row, room left at the end."""
+    """Rows of letters with some ends of documents; the first row is partly empty."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(97, 123, B * T + 1)
-    tokens[rng.random(tokens.size) < 0.1] = MARK
+    tokens[rng.random(tokens.size) < 0.1] = END
     rows = [(Piece(T * b, T),) for b in range(B)]
     return assemble(tokens, [(Piece(0, 7),), *rows[1:]], T, segments=True)
 
@@ -55,7 +55,7 @@ def text_batch(B=64, T=100, seed=0):
 def test_an_exact_share_of_each_row_is_hidden_and_marks_never_are():
     clean = text_batch()
     hidden = masking.hide(clean, DataConfig(mask_fraction=0.3), BYTES, (1, 2))
-    is_text = (clean["tokens"] != MARK) & (clean["segment_ids"] >= 0)
+    is_text = (clean["tokens"] != END) & (clean["segment_ids"] >= 0)
     chosen = hidden["targets"] >= 0
     assert hidden["tokens"].dtype == hidden["targets"].dtype == np.int32
     assert not (chosen & ~is_text).any()
@@ -97,12 +97,12 @@ def test_a_row_knows_neither_the_batch_nor_the_rows_below():
 
 
 def test_rows_with_little_text():
-    """A row of marks hides nothing, a row of one letter hides it."""
-    tokens = np.array([MARK, MARK, 97, MARK, MARK])
+    """In a row of ends of documents nothing is masked, in a row with one letter that letter."""
+    tokens = np.array([END, END, 97, END, END])
     clean = assemble(tokens, [(Piece(0, 2),), (Piece(1, 3),), ()], 3, segments=True)
     hidden = masking.hide(clean, DataConfig(mask_replaced=1.0, mask_random=0.0), BYTES, (0,))
     np.testing.assert_array_equal(hidden["targets"], [[-1, -1, -1], [-1, 97, -1], [-1, -1, -1]])
-    np.testing.assert_array_equal(hidden["tokens"], [[MARK, MARK, 0], [MARK, MASK, MARK], [0, 0, 0]])
+    np.testing.assert_array_equal(hidden["tokens"], [[END, END, 0], [END, MASK, END], [0, 0, 0]])
 
 
 def test_the_mask_is_the_id_after_the_tokenizers():
@@ -166,18 +166,18 @@ def test_held_out_masks_are_the_same_in_every_evaluation_of_every_run(make_data,
         assert (batch["targets"][~holds] == -1).all()
         read += clean[holds].tolist()
     tokens = own.snapshot.validation.tokens.tolist()
-    assert sorted(read) == sorted(tokens[:-1])  # the last mark is never read
+    assert sorted(read) == sorted(tokens[:-1])  # the last end of document is never read
     if packing == "stream":
         assert read == tokens[:-1]
 
 
 def test_the_scores_are_those_of_the_masked_tokens_alone(make_data):
     batch = make_data(packing="documents").train_batch(0)
-    params = random_params(TWO_SIDED)
-    nll, count, correct = make_eval_step(TWO_SIDED, accuracy=True)(params, batch)
+    params = random_params(BIDIRECTIONAL)
+    nll, count, correct = make_eval_step(BIDIRECTIONAL, accuracy=True)(params, batch)
     ctx = Context(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
     logits = np.asarray(
-        jax.jit(lambda p: apply(TWO_SIDED, p, batch["tokens"], ctx=ctx)[0])(params), np.float64
+        jax.jit(lambda p: apply(BIDIRECTIONAL, p, batch["tokens"], ctx=ctx)[0])(params), np.float64
     )
     total = right = 0
     where = np.argwhere(batch["targets"] >= 0)
@@ -189,10 +189,10 @@ def test_the_scores_are_those_of_the_masked_tokens_alone(make_data):
     assert (int(count), int(correct)) == (len(where), right)
 
 
-def test_a_prefix_mask_hides_no_target_of_a_two_sided_model(make_data):
+def test_a_prefix_mask_hides_no_target_of_a_bidirectional_model(make_data):
     batch = make_data(packing="stream").train_batch(0)
     prefix = dataclasses.replace(
-        TWO_SIDED, mixers=(AttentionConfig(num_heads=2, mask="Prefix(9) | Causal()"),)
+        BIDIRECTIONAL, mixers=(AttentionConfig(num_heads=2, mask="Prefix(9) | Causal()"),)
     )
     assert prefix.prefix == 9
     assert int(make_eval_step(prefix)(random_params(prefix), batch)[1]) == (batch["targets"] >= 0).sum()
@@ -252,7 +252,7 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
     result = json.loads((Path(whole.run_dir) / "result.json").read_text())
     assert "val/bits_per_byte" not in result and result["val/accuracy"] == before["val/accuracy"]
     assert "20 % masked, by id 257" in out and "masked tokens/s" in out
-    assert "(nats per masked token; share of masked tokens guessed right)" in out.splitlines()[-1]
+    assert "(nats per masked token; share of masked tokens predicted correctly)" in out.splitlines()[-1]
     assert "bits" not in out
     check_sample(whole, result["sample"])
 
@@ -282,7 +282,7 @@ def test_a_trained_run_cannot_generate(config, monkeypatch):
         assert generate_script.main([run.run_dir, "--prompt", "def "]) == 2
     assert "error: the model is not causal" in err.getvalue() and err.getvalue().count("\n") == 1
     with pytest.raises(ValueError, match="^the model is not causal.*cannot continue a prompt"):
-        generate(TWO_SIDED, {}, [[1]], max_new_tokens=1, key=jax.random.key(0))
+        generate(BIDIRECTIONAL, {}, [[1]], max_new_tokens=1, key=jax.random.key(0))
 
 
 def test_runs_of_other_objectives_keep_their_vocabulary_snapshot_and_identity(files, tmp_path):
@@ -290,15 +290,19 @@ def test_runs_of_other_objectives_keep_their_vocabulary_snapshot_and_identity(fi
     run = config_lib.from_dict(
         {"data": {"files": files, "sequence_length": 8}, "run_dir": str(tmp_path / "run")}
     )
-    identity = run_folder._identity(config_lib.to_dict(run))
-    assert "data.batch_size" in identity and not any(key.startswith("data.mask") for key in identity)
+    keys = config_lib.to_dict(run)
+    keys["data"] = {key: value for key, value in keys["data"].items() if not key.startswith("mask")}
+    assert len(keys["data"]) == len(config_lib.to_dict(run)["data"]) - 3
+    assert differences(keys, run, tmp_path) == []
     own = data.prepare(run.data, tmp_path)
     assert own.tokenizer.vocab_size == 257 and own.snapshot.meta["vocab_size"] == 257
     assert not any("mask" in key for key in own.snapshot.meta["config"])
     masked = dataclasses.replace(
         run, objective="masked_lm", model=dataclasses.replace(run.model, causal=False)
     )
-    assert run_folder._identity(config_lib.to_dict(masked))["data.mask_fraction"] == 0.15
+    other = dataclasses.replace(masked, data=dataclasses.replace(run.data, mask_fraction=0.2))
+    found = differences(config_lib.to_dict(masked), other, tmp_path)
+    assert found == ["data.mask_fraction 0.15 -> 0.2"]
 
 
 MASKED = "objective: masked_lm\nmodel: {causal: false%s}\n%s"
@@ -313,7 +317,7 @@ REFUSED = [
     (MASKED % ("", "data: {source_length: 8}"), ["data.source_length 8: objective masked_lm has no source"]),
     (MASKED % ("", "evaluation: {sample_prompt: a}"), ["evaluation.sample_prompt: objective masked_lm"]),
     (MASKED % (", mixers: [{kind: cross}]", ""), ["model.mixers.0.kind is cross", "objective: seq2seq"]),
-    (MASKED % (", mixers: [{kind: forgetting}]", ""), ["model.mixers.0: forgetting attention is causal"]),
+    (MASKED % (", mixers: [{kind: forgetting}]", ""), ["model.mixers.0: forgetting is causal only"]),
     ("model: {mixers: [{kind: linformer}]}", ["model.mixers.0: linformer cannot be causal", "to false"]),
     (
         MASKED % (", mixers: [{kind: nystromformer}]", ""),
@@ -321,7 +325,7 @@ REFUSED = [
     ),
     (
         MASKED % (", mixers: [{kind: linformer, length: 255}]", "data: {packing: stream}"),
-        ["model.mixers.0.length 255 is less than the 256 tokens of a row"],
+        ["data.sequence_length 256 exceeds model.mixers.0.length 255: lower it, or raise the other"],
     ),
 ]  # fmt: skip
 

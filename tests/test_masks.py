@@ -1,4 +1,4 @@
-"""The mask algebra against its truth formulas, on NumPy and on traced arrays."""
+"""The mask algebra against the formulas of the masks, with NumPy and traced arrays."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_parse(text, mask):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("Casual()", "no mask 'Casual'; there are .*Causal"),
+        ("Casual()", "unknown mask 'Casual'; choose from .*Causal"),
         ("SlidingWindow(0)", "window must be an integer >= 1, got 0"),
         ("SlidingWindow(-3)", "window must be an integer >= 1, got -3"),
         ("SlidingWindow(True)", "got True"),
@@ -333,21 +333,21 @@ def test_parse(text, mask):
         ("Longformer(0, (1,))", "Longformer window must be an integer >= 1"),
         ("Dense([[1, 0]])", "Dense needs a boolean array .T, S., got int64"),
         ("Predicate(3)", "Predicate needs a function"),
-        ("Recipe()", "no mask 'Recipe'"),
-        ("And((Causal(),))", "no mask 'And'"),
-        ("Causal() and Sinks(2)", "joined by & | ~"),
-        ("Causal() ^ Sinks(2)", "joined by & | ~"),
-        ("Causal().keep(1, 2)", "joined by & | ~"),
-        ("__import__('os')", "no mask '__import__'"),
-        ("SlidingWindow(open('x'))", r"arguments are plain numbers, or tuples of them, got open\('x'\)"),
-        ("SlidingWindow(10**9)", r"arguments are plain numbers, or tuples of them, got 10 \*\* 9"),
+        ("Recipe()", "unknown mask 'Recipe'"),
+        ("And((Causal(),))", "unknown mask 'And'"),
+        ("Causal() and Sinks(2)", "combined with & | ~"),
+        ("Causal() ^ Sinks(2)", "combined with & | ~"),
+        ("Causal().keep(1, 2)", "combined with & | ~"),
+        ("__import__('os')", "unknown mask '__import__'"),
+        ("SlidingWindow(open('x'))", r"arguments must be numbers or tuples of numbers, got open\('x'\)"),
+        ("SlidingWindow(10**9)", r"arguments must be numbers or tuples of numbers, got 10 \*\* 9"),
         ("SlidingWindow(2147483648)", "SlidingWindow window must be <= 1073741824, got 2147483648"),
         ("Dilated(100000, 100000)", r"Dilated \(window - 1\) stride must be <= 1073741824, got 9999900000"),
         ("BigBird(8, seed=4294967296)", "BigBird seed must be <= 4294967295, got 4294967296"),
-        ("Causal() &", "is no expression"),
-        ("", "is no expression"),
-        ("Causal()\nSinks(1)", "is no expression"),
-        ("3", "joined by & | ~"),
+        ("Causal() &", "cannot be parsed: give an expression"),
+        ("", "cannot be parsed: give an expression"),
+        ("Causal()\nSinks(1)", "cannot be parsed: give an expression"),
+        ("3", "combined with & | ~"),
     ],
 )
 def test_what_is_no_mask_is_a_one_line_error(text, message):
@@ -449,7 +449,7 @@ def test_density_of_many_undecided_blocks_is_sampled_and_says_so():
     assert not sampled.exact and str(sampled).startswith("~25.0")
     assert Causal().density(T).exact and str(Causal().density(T)) == "50.00%"
     assert Causal().density(T) == (T + 1) / (2 * T)
-    with pytest.raises(ValueError, match="lengths >= 1, got 0"):
+    with pytest.raises(ValueError, match="T and S must be >= 1, got 0"):
         Causal().density(0)
 
 

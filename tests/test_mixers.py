@@ -1,4 +1,4 @@
-"""One contract for every mixer of the table: parallel = blocked = token by token = in pieces, and so on."""
+"""The contract of every mixer in the table: parallel = blocked = token by token = in chunks, and so on."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from attention_jax.mixers import AttentionConfig, Context, make_mixer, mixer_kin
 from attention_jax.positions import RoPE
 from tests import marks
 from tests.harness import Harness
-from tests.mixers import CROSS, D_MODEL, MIXERS, TWO_SIDED, cross_reference, dense, mask_of
+from tests.mixers import BIDIRECTIONAL, CROSS, D_MODEL, MIXERS, cross_reference, dense, mask_of
 
 B, T, CAPACITY = 2, 19, 24
 # More than the windows and chunks of the table's rows. Few lengths: each is a program to compile.
@@ -154,7 +154,7 @@ def test_gradients_to_the_future_are_exactly_zero(name, form, x):
 # Recurrences and NSA have tests of their own, too.
 @pytest.mark.parametrize("name", marks.params(MIXERS, slow=lambda row: "empty slots" not in row.fast))
 def test_an_empty_slot_reaches_no_gradient(name, x):
-    """NaN in a slot without a token: gradients of parameters and of x are those of the tokens alone."""
+    """With NaN in invalid slots, the gradients of parameters and of x are those of the valid tokens."""
     harness, pad = Harness(MIXERS[name].config), 3
 
     @jax.jit
@@ -177,17 +177,17 @@ def test_an_empty_slot_reaches_no_gradient(name, x):
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-4), params, alone[0])
 
 
-@pytest.mark.parametrize("name", TWO_SIDED)
-def test_two_sided_masks(name, x):
-    row = TWO_SIDED[name]
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_bidirectional_masks(name, x):
+    row = BIDIRECTIONAL[name]
     harness = Harness(row.config, causal=False)
     params = nnx.to_pure_dict(harness.params)
     expected = row.reference(params, x[0], dense(mask_of(row.config), T))
     assert_allclose(harness.parallel(x)[0], expected, **TOLERANCE)
 
 
-def test_a_causal_model_restricts_a_two_sided_mask(x):
-    harness = Harness(TWO_SIDED["full"].config, causal=True)
+def test_a_causal_model_restricts_a_bidirectional_mask(x):
+    harness = Harness(BIDIRECTIONAL["full"].config, causal=True)
     changed = x + (np.arange(T) >= 9)[:, None].astype(np.float32)
     assert_array_equal(harness.parallel(changed)[:, :9], harness.parallel(x)[:, :9])
 
@@ -241,14 +241,14 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(x):
         ({"num_heads": 0}, "num_heads must be >= 1"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
         ({"num_heads": 5}, "d_model 32 is not divisible by num_heads 5; set head_dim"),
-        ({"num_heads": 4, "head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd; set an even rope.width"),
+        ({"num_heads": 4, "head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd: set an even rope.width"),
         ({"num_heads": 4, "rope": RoPE(width=16)}, "RoPE width 16 exceeds head_dim 8"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"mask": "SlidingWindow(0)"}, "window must be an integer >= 1"),
         ({"qk_norm": "layer"}, "qk_norm must be one of rms, l2, None, got 'layer'"),
         ({"bias": "rpe"}, "bias must be one of alibi, t5, None, got 'rpe'"),
-        ({"mask": np.ones((2, 2), bool)}, "mask must be a Mask or its expression, got ndarray"),
-        ({"softcap": 0.0}, "softcap must be finite and > 0, got 0.0; null switches it off"),
+        ({"mask": np.ones((2, 2), bool)}, "mask must be a Mask or a mask expression, got ndarray"),
+        ({"softcap": 0.0}, "softcap must be finite and > 0, got 0.0; use null to disable it"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
     ],
 )
@@ -278,7 +278,7 @@ def test_bad_calls(x):
     with pytest.raises(ValueError, match="needs ctx.positions_BT"):
         harness.call(harness.params, x, state, Context())
     positions = jnp.tile(jnp.arange(T), (B, 1))
-    with pytest.raises(ValueError, match="one document a row"):
+    with pytest.raises(ValueError, match="one document per row"):
         harness.call(harness.params, x, state, Context(positions_BT=positions, segment_ids_BT=positions))
     long = jnp.zeros((B, CAPACITY + 1, D_MODEL))
     with pytest.raises(ValueError, match="do not fit a cache of capacity 24"):

@@ -77,7 +77,7 @@ def test_parameters_are_stacked_per_place_in_the_period(params):
     assert count_params(params) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def test_layers_differ_at_birth(params):
+def test_layers_are_initialised_differently(params):
     kernels = params["stacks"]["0"]["mixer"]["q"]["kernel"]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1
 
@@ -220,11 +220,14 @@ def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
         ({"mixers": ()}, "mixers: 0 given"),
         ({"vocab_size": 0}, "vocab_size must be >= 1"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
-        ({"remat": "dots_savable"}, "no policy 'dots_savable'; did you mean 'dots_saveable'"),
+        ({"remat": "dots_savable"}, "unknown policy 'dots_savable'; did you mean 'dots_saveable'"),
         ({"mlp": "relu"}, "mlp must be one of swiglu, geglu, gelu, got 'relu'"),
         ({"norm": "rms"}, "norm must be one of rmsnorm, layernorm, got 'rms'"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
-        ({"mixers": ("softmax",)}, r"mixers.0 must be a config such as AttentionConfig\(\), got 'softmax'"),
+        (
+            {"mixers": ("softmax",)},
+            r"mixers.0 must be the config of a mixer, such as make_config\('softmax'\), got 'softmax'",
+        ),
     ],
 )
 def test_bad_configs(arguments, message):

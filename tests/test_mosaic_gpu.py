@@ -1,6 +1,6 @@
-"""The Hopper kernels without a Hopper: interpreted against float64, compiled to machine code; their lists.
+"""The Hopper kernels without a GPU: interpreted against float64, cross-compiled to machine code; block lists.
 
-What needs the card is marked `gpu`: numerics at real sizes, equal reruns, poison, odd lengths.
+Tests that need a Hopper GPU are marked `gpu`: numerics at real sizes, equal reruns, poison, odd lengths.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attention_jax.biases import ALiBi, ArrayBias, Axes, Bias, T5Bias
 from attention_jax.masks import BigBird, Causal, Dense, Full, Predicate, SlidingWindow
 from attention_jax.mixers.forgetting import ForgetBias
-from attention_jax.ops.softmax import mosaic_gpu
+from attention_jax.ops.softmax import HopperTileSizes, MosaicGPUConfig, mosaic_gpu
 from attention_jax.ops.softmax.blocks import static_map
-from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 from attention_jax.ops.softmax.mosaic_gpu.bias import trace_bias
 from attention_jax.ops.softmax.mosaic_gpu.bits import mask_bits
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
@@ -41,6 +41,7 @@ def _floats(shape):
     return np.random.default_rng(len(shape) + shape[-1]).normal(size=shape).astype(np.float32)
 
 
+FUSED = MosaicGPUConfig(deterministic=False)
 _NEW = jax.version.__version_info__ >= (0, 11, 2)
 needs_kernels = pytest.mark.skipif(
     not _NEW, reason=f"the kernels need jax >= 0.11.2, this is {jax.__version__}"
@@ -61,12 +62,12 @@ def run(*arguments: str, limit: int = 500) -> str:
     return done.stdout
 
 
-def call_of(T=130, S=200, N=4, K=2, H=64, M=64, mask=None, dtype=jnp.bfloat16, **given) -> Call:
-    names = {f.name for f in dataclasses.fields(Call)}
+def call_of(T=130, S=200, N=4, K=2, H=64, M=64, mask=None, dtype=jnp.bfloat16, **given) -> SoftmaxCall:
+    names = {f.name for f in dataclasses.fields(SoftmaxCall)}
     arrays = {"q_BTNH": (1, T, N, H), "k_BSKH": (1, S, K, H), "v_BSKM": (1, S, K, M)}
     arrays = {name: jnp.zeros(shape, dtype) for name, shape in arrays.items()}
     fixed = {"mask": mask or Full(), "scale": 0.1, "softcap": None, "dropout_rate": 0.0}
-    return Call(**dict.fromkeys(names) | arrays | fixed | given)
+    return SoftmaxCall(**dict.fromkeys(names) | arrays | fixed | given)
 
 
 @pytest.mark.parametrize("name", sorted(MASKS.keys() - {"dense"}))
@@ -150,7 +151,7 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
     kernels = {
         "forward": (plan.forward_plan, lambda cut, *rest: forward.forward(cut)),
         "q": (plan.backward_q_plan, backward_q.gradient_q),
-        "kv": (plan.backward_k_plan, backward_kv.gradient_kv),
+        "kv": (plan.backward_kv_plan, backward_kv.gradient_kv),
         "fused": (plan.fused_plan, backward_fused.gradients_fused),
     }
     ids = jnp.zeros((1, 128), jnp.int32)
@@ -174,6 +175,28 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
             sums = name == "forward" or (name in ("q", "kv") and "bias" in given)
             reduction = plan.REDUCTION if sums else 0
             assert shared_bytes(launched.value.args[0]) + reduction <= plan.SHARED, (name, mask, list(given))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: HopperTileSizes(48, 2), "block must be a multiple of 32, got 48"),
+        (lambda: HopperTileSizes(64, 0), "stages must be an integer >= 1"),
+        (lambda: HopperTileSizes(64, 2, 4), "warpgroups must be 2 or 3, got 4"),
+        (lambda: MosaicGPUConfig(fused=HopperTileSizes(64, 2, 3)), "fused takes 2 warpgroups"),
+    ],
+)
+def test_tile_sizes_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@needs_kernels
+def test_given_tile_sizes_are_those_of_the_plan():
+    from attention_jax.ops.softmax.mosaic_gpu import plan
+
+    for make in (plan.forward_plan, plan.backward_q_plan, plan.backward_kv_plan, plan.fused_plan):
+        assert make(call_of(), HopperTileSizes(32, 5)).tiles == HopperTileSizes(32, 5)
 
 
 @needs_kernels
@@ -247,7 +270,7 @@ def test_blocks_of_a_boolean_array_count_over_heads():
     for b, i, j in np.ndindex(2, 3, 6):
         block = array[b, :, i * q_block : (i + 1) * q_block, j * k_block : (j + 1) * k_block]
         whole = block.shape[2] == k_block
-        assert bool(found.some[b, i, j]) == block.any() and bool(found.every[b, i, j]) == (
+        assert bool(found.any_kept[b, i, j]) == block.any() and bool(found.all_kept[b, i, j]) == (
             block.all() and whole
         )
 
@@ -411,8 +434,8 @@ def test_the_fused_backward_refuses_to_learn_a_bias():
     call = call_of(bias=ArrayBias(jnp.zeros((1, 1, 1, 200))))
     with mosaic_gpu.any_platform():
         assert mosaic_gpu.unsupported(call) is None
-        assert "the gradient of bias ArrayBias" in mosaic_gpu.unsupported(call, deterministic=False)
-        assert mosaic_gpu.unsupported(call_of(bias=ALiBi(4)), deterministic=False) is None
+        assert "the gradient of bias ArrayBias" in mosaic_gpu.unsupported(call, FUSED)
+        assert mosaic_gpu.unsupported(call_of(bias=ALiBi(4)), FUSED) is None
 
 
 @needs_kernels
@@ -436,7 +459,7 @@ def test_a_cuda_that_miscompiles_is_refused(version, runs):
 @needs_kernels
 def test_a_grid_has_so_many_rows():
     shape = jax.ShapeDtypeStruct((1, 65_535 * 64 + 1, 4, 64), jnp.bfloat16)
-    assert "up to 4,194,240 tokens" in mosaic_gpu._inputs(call_of(q_BTNH=shape), True)
+    assert "up to 4,194,240 tokens" in mosaic_gpu._inputs(call_of(q_BTNH=shape), MosaicGPUConfig())
 
 
 def test_tanh_runs_without_the_instruction_of_that_name():
@@ -467,7 +490,9 @@ _ALL = OpCase(
 
 @pytest.mark.kernels
 @needs_kernels
-@pytest.mark.parametrize("kind, mask", [("two kernels", "sink window"), ("fused", "array BNTS")])
+@pytest.mark.parametrize(
+    "kind, mask", [("two kernels", "sink window"), ("fused", "sink window & array BNTS")]
+)
 def test_interpreted_with_everything_at_once(kind, mask):
     changes = {"widths": (40, 64), "dtype": "float16"} if mask == "sink window" else {}
     found = interpret(dataclasses.replace(_ALL, mask=mask, **changes), kind)
@@ -590,7 +615,10 @@ def test_interpreted_learned_biases_over_all_pairs(case):
 
 def compiled(*names: str, kernels: tuple[str, ...] = aot_gpu.KERNELS) -> list[dict]:
     lines = run("tests.aot_gpu", *names, "--json", "--kernels", *kernels, limit=1800).splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    asked = [(name, k) for name in names for k in aot_gpu.CONFIGS[name].kernels if k in kernels]
+    assert [(line["name"], line["kernel"]) for line in found] == asked
+    return found
 
 
 def assert_well_compiled(found: dict) -> None:
@@ -644,13 +672,13 @@ def _normal(shape, seed, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
-def _real(T=4096, S=4096, N=16, K=4, H=128, mask=None, **given) -> Call:
+def _real(T=4096, S=4096, N=16, K=4, H=128, mask=None, **given) -> SoftmaxCall:
     call = call_of(8, 8, N, K, H, H, mask or Causal(), scale=H**-0.5, **given)
     q, k, v = _normal((2, T, N, H), 0), _normal((2, S, K, H), 1), _normal((2, S, K, H), 2)
     return dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v)
 
 
-def _both_ways(attend, call: Call, do: jax.Array):
+def _both_ways(attend, call: SoftmaxCall, do: jax.Array):
     def run(q, k, v, bias):
         return attend(dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v, bias=bias))
 
@@ -688,12 +716,12 @@ def test_the_cards_tolerance_takes_what_cancels_and_no_error():
             assert_near(wrong, y, "dq")
 
 
-def assert_as_in_float32(call: Call, deterministic: bool = True) -> None:
+def assert_as_in_float32(call: SoftmaxCall, deterministic: bool = True) -> None:
     from attention_jax.ops.softmax import chunked
 
     B, T, _, N, _, _, M = call.sizes
     do = _normal((B, T, N, M), 3)
-    attend = functools.partial(mosaic_gpu.attend, deterministic=deterministic)
+    attend = functools.partial(mosaic_gpu.attend, config=MosaicGPUConfig(deterministic=deterministic))
     found = jax.jit(functools.partial(_both_ways, attend))(call, do)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == call.q_BTNH.dtype else x, call)
     wanted = jax.jit(functools.partial(_both_ways, chunked.attend))(wide, do.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""The TPU kernels without a TPU: numerics in the interpreter, compilation ahead of time, refusals, lists."""
+"""The TPU kernels without a TPU: numerics in the interpreter, cross-compilation, refusals, block lists."""
 
 from __future__ import annotations
 
@@ -104,10 +104,7 @@ def make_call(T=256, S=256, N=4, K=2, H=64, M=64, dtype=jnp.bfloat16, **options)
     arrays = [jax.ShapeDtypeStruct(x, dtype) for x in ((1, T, N, H), (1, S, K, H), (1, S, K, M))]
 
     def check(q, k, v):
-        given = dict.fromkeys(
-            ("mask", "bias", "scale", "softcap", "sinks", "segment_ids", "q_positions", "k_positions")
-        )
-        found.append(api._checked_call(q, k, v, **(given | options), rate=0.0, key=None))
+        found.append(api._checked_call(q, k, v, **options))
         return 0
 
     jax.eval_shape(check, *arrays)
@@ -159,17 +156,17 @@ def test_steps_visit_every_live_block_once(static, G, parts):
     if not static:
         forward_steps, backward_steps = map(_as_a_program, (forward_steps, backward_steps))
     for share in (0.0, 0.2, 0.7, 1.0):
-        some = rng.random((1 if static else 3, 4, 5)) < share
-        every = some & (rng.random(some.shape) < 0.5)
-        block_map = blocks.BlockMap(*(x if static else jnp.asarray(x) for x in (some, every)))
+        any_kept = rng.random((1 if static else 3, 4, 5)) < share
+        all_kept = any_kept & (rng.random(any_kept.shape) < 0.5)
+        block_map = blocks.BlockMap(*(x if static else jnp.asarray(x) for x in (any_kept, all_kept)))
         forward, backward = forward_steps(block_map), backward_steps(block_map)
-        for b in range(len(some)):
+        for b in range(len(any_kept)):
             rows = _read(forward, b)
-            _check_rows(rows, some[b], every[b], [row[0] for row in rows], range(4))
+            _check_rows(rows, any_kept[b], all_kept[b], [row[0] for row in rows], range(4))
             rows = _read(backward, b)
             per_part = 4 * G // parts
             keys = [(q // per_part, k) for q, k, *_ in rows]
-            tiled = [np.tile(x, (G, 1)) for x in (some[b], every[b])]
+            tiled = [np.tile(x, (G, 1)) for x in (any_kept[b], all_kept[b])]
             _check_rows(rows, *tiled, keys, [(p, k) for p in range(parts) for k in range(5)])
             _check_closing(rows, range(4 * G))
         assert steps.forward_length(block_map) == forward.length
@@ -181,12 +178,12 @@ def _as_a_program(make):
     length = []
 
     @jax.jit
-    def lists(some, every):
-        found = make(blocks.BlockMap(some, every))
+    def lists(any_kept, all_kept):
+        found = make(blocks.BlockMap(any_kept, all_kept))
         length[:] = [found.length]
         return found.q_blocks, found.k_blocks, found.flags, found.closing
 
-    return lambda block_map: steps.Steps(*lists(block_map.some, block_map.every), *length)
+    return lambda block_map: steps.Steps(*lists(block_map.any_kept, block_map.all_kept), *length)
 
 
 def _read(found: steps.Steps, b: int) -> list[tuple[int, ...]]:
@@ -199,9 +196,9 @@ def _read(found: steps.Steps, b: int) -> list[tuple[int, ...]]:
     return alive
 
 
-def _check_rows(rows, some, every, accumulators, wanted) -> None:
+def _check_rows(rows, any_kept, all_kept, accumulators, wanted) -> None:
     """Live blocks once each, by kind; every accumulator opened and closed once, in one run of steps."""
-    for kind, chosen in ((steps.FULL, every), (steps.PARTIAL, some & ~every)):
+    for kind, chosen in ((steps.FULL, all_kept), (steps.PARTIAL, any_kept & ~all_kept)):
         visited = sorted((q, k) for q, k, flags, *_ in rows if flags & kind)
         assert visited == sorted(zip(*map(np.ndarray.tolist, np.nonzero(chosen)), strict=True))
     assert list(dict.fromkeys(accumulators)) == list(wanted)

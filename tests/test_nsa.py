@@ -1,4 +1,4 @@
-"""Native sparse attention beyond the contract of tests/test_mixers.py: choices, branches, refusals."""
+"""Native sparse attention beyond the contract of tests/test_mixers.py: selection, branches, errors."""
 
 import dataclasses
 import functools
@@ -14,43 +14,13 @@ from attention_jax.mixers.base import Context
 from attention_jax.mixers.nsa import NSAConfig
 from attention_jax.positions import RoPE
 from tests import marks
-from tests.mixers import MIXERS
+from tests.harness import Harness
+from tests.mixers import D_MODEL, MIXERS
 from tests.mixers import nsa_reference as reference
 
-D_MODEL, B, T, CAPACITY = 32, 2, 19, 24
+B, T, CAPACITY = 2, 19, 24
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 CASES = {name: row for name, row in MIXERS.items() if isinstance(row.config, NSAConfig)}
-
-
-class Harness:
-    """A built mixer with random parameters (biases and places too) behind one jitted function."""
-
-    def __init__(self, config, impl=None):
-        self.config = dataclasses.replace(config, impl=impl)
-
-        module = nnx.eval_shape(lambda: self.config.build(D_MODEL, nnx.Rngs(0), causal=True))
-        self.graphdef, shapes = nnx.split(module)
-        rng = np.random.default_rng(7)
-        self.params = jax.tree.map(lambda p: jnp.float32(0.3 * rng.standard_normal(p.shape)), shapes)
-        self.apply = lambda p, x, s, ctx: tuple(nnx.merge(self.graphdef, p).mix(x, s, ctx=ctx)[:2])
-        self.call = jax.jit(self.apply)
-
-    def parallel(self, x, ctx=None):
-        return self.call(self.params, x, None, ctx or Context())[0]
-
-    def state(self):
-        return nnx.merge(self.graphdef, self.params).init_state(B, CAPACITY)
-
-    def cached(self, x, cuts, positions=None):
-        state, out, start = self.state(), [], 0
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        for cut in cuts:
-            ctx = Context(positions_BT=positions[:, start:cut])
-            y, state = self.call(self.params, x[:, start:cut], state, ctx)
-            out.append(y)
-            start = cut
-        return jnp.concatenate(out, axis=1), state
 
 
 @pytest.fixture(scope="module", params=marks.params(CASES))
@@ -82,7 +52,7 @@ def test_parallel_equals_reference_and_chunked(harness, chunked, x):
     assert_allclose(chunked.parallel(x), y, **TOLERANCE)
 
 
-def test_rows_of_a_batch_stand_at_different_positions(harness, x):
+def test_rows_of_a_batch_have_different_positions(harness, x):
     """Row 0 goes on while row 1 is padded, and the other way round."""
     positions = np.stack([np.arange(T), np.where(np.arange(T) < 4, -1, np.arange(T) - 4)])
     moved = jnp.stack([x[0], jnp.roll(x[1], 4, axis=0)])
@@ -117,7 +87,7 @@ def test_explicit_positions_are_the_implicit_ones(harness, x):
     ctx = Context(positions_BT=jnp.tile(positions, (B, 1)))
 
     def loss(p, x):
-        y, _ = harness.apply(p, x, None, ctx)
+        y, _ = harness.run(p, x, None, ctx)
         return (y**2).sum(), y
 
     grad = jax.jit(jax.grad(loss, has_aux=True))
@@ -141,7 +111,7 @@ def test_state_holds_complete_blocks_only(harness, x):
 
 def test_gradients_to_the_future_are_exactly_zero_in_blocks(chunked, x):
     t = 8
-    grad = jax.jit(jax.grad(lambda x: chunked.apply(chunked.params, x, None, Context())[0][:, t].sum()))(x)
+    grad = jax.jit(jax.grad(lambda x: chunked.run(chunked.params, x, None, Context())[0][:, t].sum()))(x)
     assert_array_equal(grad[:, t + 1 :], 0)
     assert np.abs(grad[:, : t + 1]).max((0, 2)).min() > 0
 
@@ -161,7 +131,7 @@ def test_gradients_are_those_of_the_reference(form, harness, chunked, x):
             y = reference(harness.config, jax.tree.unflatten(treedef, moved), x[0])
             values.append((y * weight).sum())
         slopes.append((direction, (values[0] - values[1]) / 2e-6))
-    grads = jax.jit(jax.grad(lambda p: (harness.apply(p, x, None, Context())[0][0] * weight).sum()))(
+    grads = jax.jit(jax.grad(lambda p: (harness.run(p, x, None, Context())[0][0] * weight).sum()))(
         harness.params
     )
     for grad, (direction, slope) in zip(jax.tree.leaves(nnx.to_pure_dict(grads)), slopes, strict=True):
@@ -180,13 +150,13 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(harness, x):
 
 
 def test_rows_shorter_than_a_block(x):
-    """Nothing is compressed yet: the branch is silent, in both forms, and its gradient is 0, not NaN."""
+    """Nothing is compressed yet: the branch gives 0, in both forms, and its gradient is 0, not NaN."""
     config = dataclasses.replace(CASES["nsa-rope"].config, compress_block=32, select_block=32)
     harness = Harness(config)
     y = harness.parallel(x)
     assert_allclose(y[0], reference(config, nnx.to_pure_dict(harness.params), x[0]), **TOLERANCE)
     assert_allclose(harness.cached(x, (T,))[0], y, **TOLERANCE)
-    loss = jax.grad(lambda p: harness.apply(p, x, None, Context())[0].sum())
+    loss = jax.grad(lambda p: harness.run(p, x, None, Context())[0].sum())
     grads = jax.jit(loss)(harness.params)
     for leaf in jax.tree.leaves(nnx.to_pure_dict(grads)["phi_k"]):
         assert_array_equal(leaf, 0)
@@ -215,7 +185,7 @@ def test_state_is_small_where_it_can_be():
         ({"select_count": 2}, "select_count must be >= 3, got 2: the first and the last two"),
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd"),
-        ({"impl": "cudnn"}, "unknown impl 'cudnn'; there are reference, chunked"),
+        ({"impl": "cudnn"}, "unknown impl 'cudnn'; choose from reference, chunked"),
     ],
 )
 def test_bad_configs(arguments, message):
@@ -227,7 +197,7 @@ def test_bad_configs(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_two_sided_model_is_refused():
+def test_nsa_rejects_a_bidirectional_model():
     with pytest.raises(ValueError, match="nsa is causal only: .*; use kind softmax"):
         NSAConfig().build(D_MODEL, nnx.Rngs(0), causal=False)
 

@@ -1,4 +1,4 @@
-"""Position codes against the published formulas in float64, and at their limits."""
+"""Position encodings against the published formulas in float64, and at their limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attention_jax.positions import (
 from tests.reference import positions as truth
 
 LAYOUTS = ("half", "interleaved")
-turn = jax.jit(RoPE.__call__, static_argnums=0)
+rotate = jax.jit(RoPE.__call__, static_argnums=0)
 
 
 def _x(*shape, dtype=np.float32):
@@ -40,7 +40,7 @@ def test_rope(layout, width, theta, dtype):
     dtype = jnp.dtype(dtype)
     x = _x(2, 9, 3, 16, dtype=dtype)
     positions = np.stack([np.arange(9), np.arange(9) * 37 - 1])
-    found = turn(RoPE(theta, width, layout), x, positions)
+    found = rotate(RoPE(theta, width, layout), x, positions)
     assert found.dtype == dtype
     wanted = truth.rope(x, positions, theta=theta, width=width or 16, layout=layout)
     # Phases are float32: an angle of size a is known to eps a.
@@ -57,7 +57,7 @@ def test_scores_depend_on_the_difference_of_positions(layout):
 
     def scores(shift):
         at = np.arange(6)[None] + shift
-        return np.einsum("btnh,bsnh->bnts", turn(rope, q, at), turn(rope, k, at))
+        return np.einsum("btnh,bsnh->bnts", rotate(rope, q, at), rotate(rope, k, at))
 
     assert_allclose(scores(0), scores(200), atol=2e-4)
     assert not np.allclose(scores(0), np.einsum("btnh,bsnh->bnts", q, k), atol=0.1)
@@ -65,22 +65,24 @@ def test_scores_depend_on_the_difference_of_positions(layout):
 
 def test_layouts_differ_by_a_permutation_of_features():
     x, at = _x(1, 5, 1, 8), np.arange(5)[None]
-    interleaved = turn(RoPE(layout="interleaved"), x, at)
-    half = turn(RoPE(layout="half"), x[..., [0, 2, 4, 6, 1, 3, 5, 7]], at)
+    interleaved = rotate(RoPE(layout="interleaved"), x, at)
+    half = rotate(RoPE(layout="half"), x[..., [0, 2, 4, 6, 1, 3, 5, 7]], at)
     assert_allclose(np.asarray(half)[..., [0, 4, 1, 5, 2, 6, 3, 7]], interleaved, rtol=1e-6, atol=1e-6)
 
 
-def test_one_row_of_positions_serves_the_batch_and_position_0_turns_nothing():
+def test_one_row_of_positions_serves_the_batch_and_position_0_is_not_rotated():
     x = _x(3, 5, 2, 8)
-    one, all_rows = (np.asarray(turn(RoPE(), x, np.broadcast_to(np.arange(5), n))) for n in ((1, 5), (3, 5)))
+    one, all_rows = (
+        np.asarray(rotate(RoPE(), x, np.broadcast_to(np.arange(5), n))) for n in ((1, 5), (3, 5))
+    )
     assert_allclose(one, all_rows, rtol=1e-6, atol=1e-6)
     assert_array_equal(one[:, 0], x[:, 0])
 
 
-def test_far_positions_are_told_apart_in_bfloat16():
+def test_far_positions_are_distinct_in_bfloat16():
     """bfloat16 holds no integer between 256 and 258: phases must not pass through it."""
     x = np.ones((1, 2, 1, 8), jnp.bfloat16)
-    near, next_to_it = np.asarray(turn(RoPE(), x, np.array([[100_000, 100_001]])))[0]
+    near, next_to_it = np.asarray(rotate(RoPE(), x, np.array([[100_000, 100_001]])))[0]
     wanted = truth.rope(np.ones((1, 2, 1, 8)), [[100_000, 100_001]], theta=1e4, width=8, layout="half")[0]
     assert_allclose(np.asarray(near, float), wanted[0], atol=0.03)
     assert_allclose(np.asarray(next_to_it, float), wanted[1], atol=0.03)
@@ -172,12 +174,12 @@ def test_deepseek_and_gpt_oss_by_hand():
     ids=["none", "deepseek", "gpt"],
 )
 def test_scaled_rotation(scaling):
-    """Features turn by the scaled frequencies, times the attention factor; the rest of the head stays."""
+    """Features rotate by the scaled frequencies, times the attention factor; the rest of the head stays."""
     x, at = _x(2, 9, 2, 18), np.arange(9)[None] * 31
     rope = RoPE(1e4, 16, "interleaved", scaling)
     given = dataclasses.asdict(scaling) if scaling else None
     wanted = truth.rope(x, at, theta=1e4, width=16, layout="interleaved", scaling=given)
-    found = turn(rope, x, at)
+    found = rotate(rope, x, at)
     assert_allclose(found, wanted, atol=2e-4)
     assert_array_equal(found[..., 16:], x[..., 16:])
     assert_array_equal(rope.queries(x, at), rope.keys(x, at))
@@ -298,7 +300,7 @@ TWICE = LENGTHS | {"factor": 2.0}
         (YaRN, TWICE | {"beta_slow": 0.0}, "YaRN beta_slow must be finite and > 0, got 0.0"),
         (YaRN, TWICE | {"mscale": -1.0}, "YaRN mscale must be finite and >= 0, got -1.0"),
         (YaRN, TWICE | {"attention_factor": 0.0}, "YaRN attention_factor must be finite and > 0, got 0.0"),
-        (YaRN, TWICE | {"attention_factor": 1.0, "mscale": 0.5}, "attention_factor replaces mscale"),
+        (YaRN, TWICE | {"attention_factor": 1.0, "mscale": 0.5}, "attention_factor excludes mscale"),
         (Llama3, {"low_freq_factor": 0.0}, "Llama3 low_freq_factor must be finite and > 0, got 0.0"),
         (Llama3, {"high_freq_factor": 1.0}, "must be finite and above low_freq_factor 1.0, got 1.0"),
         (LongRoPE, LISTS | {"length": 9, "original_length": 1}, "original_length must be >= 2, got 1"),
@@ -320,8 +322,8 @@ def test_bad_options(kind, arguments, message):
     [
         (LongRoPE(**LISTS, length=9), 1e4, "LongRoPE short_factor must be 2 numbers (RoPE width / 2), got 4"),
         (YaRN(factor=2.0, original_length=64), 1.0, "YaRN RoPE theta must be > 1, got 1.0"),
-        (YaRN(factor=2.0, original_length=6, truncate=False), 1e4, "over original_length 6 no pair of RoPE"),
-        (YaRN(factor=2.0, original_length=10**9), 10.0, "over original_length 1000000000 no pair of RoPE"),
+        (YaRN(factor=2.0, original_length=6, truncate=False), 1e4, "over original_length 6; change these"),
+        (YaRN(factor=2.0, original_length=10**9), 10.0, "over original_length 1000000000; change these"),
     ],
 )  # fmt: skip
 def test_scalings_that_do_not_fit_a_head(scaling, theta, message):

@@ -1,4 +1,4 @@
-"""What recurrent mixers share, against NumPy float64 loops."""
+"""The shared code of recurrent mixers against NumPy float64 loops."""
 
 import functools
 
@@ -201,7 +201,7 @@ def test_group_norm_of_heads():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="width >= 1, got 0"):
+    with pytest.raises(ValueError, match="width of a short convolution must be >= 1, got 0"):
         ShortConvolution(C, 0, rngs=nnx.Rngs(0))
     make_config("gla").check(32, causal=True)
     with pytest.raises(ValueError, match="gla is causal only: its state decays .*; use kind softmax"):

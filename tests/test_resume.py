@@ -120,8 +120,8 @@ def assert_same_run(folder, whole):
     for step in checkpoints(whole):
         assert arrays(folder, step) == arrays(whole, step)
         info = [json.loads((run / "checkpoints" / step / "info.json").read_text()) for run in (folder, whole)]
-        config = [entry.pop("config_sha256") for entry in info]
-        assert info[0] == info[1] and config[0] == config[1]
+        run_dirs = [entry["config"].pop("run_dir") for entry in info]
+        assert info[0] == info[1] and run_dirs == [str(folder), str(whole)]
     assert rows_without_times(folder) == rows_without_times(whole)
     assert sorted(events(folder)) == sorted(events(whole))
     for sample in (whole / "samples").iterdir():

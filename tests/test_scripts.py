@@ -1,27 +1,116 @@
-"""Mistakes in the command lines of scripts: told in one line, exit status 2."""
+"""Command lines: a mistake gives one line and exit status 2, and what the tables of comparisons hold."""
 
+import dataclasses
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
 from attention_jax import AttentionConfig, ModelConfig
 from attention_jax.mixers import DeltaNetConfig
-from scripts import benchmark, compare, generate, trials
+from scripts import kernel_report, tune
+from train import command_line
+from train.commands import benchmark, compare, generate, recall, visualize
+from train.config import shipped
 
-MECHANISMS = trials.ROOT / "configs" / "mechanisms"
+MECHANISMS = shipped.FOLDER / "mechanisms"
+
+
+COMMANDS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (benchmark, compare, generate, kernel_report, recall, tune, visualize)
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_explains_every_option_within_80_columns(capsys, monkeypatch, name, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert COMMANDS[name].main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ") and max(map(len, text.splitlines())) <= 80
+    assert COMMANDS[name].__doc__.strip() in text
+    for field in dataclasses.fields(COMMANDS[name].Options):
+        if "Suppress" not in str(field.type) and "Positional" not in str(field.type):
+            assert f"--{field.name.replace('_', '-')} " in text
+    rows = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
+    assert not [row for row in rows if re.fullmatch(r"(--\S+ .*|)\(default: .*\)", row) and "  (" in row]
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys):
+    assert compare.main(["--seed", "0"]) == 2
+    assert capsys.readouterr().err == "error: Unrecognized options: --seed, 0; did you mean --seeds?\n"
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert visualize.main(["mask", "Causal()"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error
+        == 'error: the package matplotlib is not installed: pip install "attention_jax[train]" brings it\n'
+    )
+
+
+def test_defects_keep_their_traceback():
+    def broken():
+        np.zeros(3).reshape(2)
+
+    def missing():
+        importlib.import_module("train.no_such_module")
+
+    with pytest.raises(ValueError, match="cannot reshape"):
+        command_line.guard(broken)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        command_line.guard(missing)
+
+
+@pytest.mark.parametrize("name", ["benchmark", "compare", "generate", "recall", "visualize"])
+def test_a_script_runs_from_another_folder(tmp_path, name):
+    """As the documentation has it, without an installation; a closed pipe is no failure."""
+    script = shipped.FOLDER.resolve().parent / "scripts" / f"{name}.py"
+    command = f'"{sys.executable}" -W error "{script}" --help | head -n 1'
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: {name}.py")
+
+
+def _documented():
+    """(program, words) of every command line `python scripts/NAME.py ...` in the documentation."""
+    root = shipped.FOLDER.resolve().parent
+    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        for name, rest in re.findall(r"python scripts/(\w+)\.py\b([^`\n]*)", text):
+            if "$(" not in rest:  # a loop of the shell
+                yield name, shlex.split(rest, comments=True)
+
+
+def test_documented_command_lines_are_understood():
+    seen = set()
+    for name, words in _documented():
+        seen.add(name)
+        command_line.parse(COMMANDS[name].Options, words)  # raises for what it does not understand
+    assert seen >= {"benchmark", "compare", "generate", "recall", "visualize"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attention", "--masks", "foo"], "--masks: mask 'foo': no mask 'foo'"),
-        (["attention", "--dtype", "foo"], "--dtype: invalid choice: 'foo'"),
+        (["attention", "--masks", "foo"], "--masks: mask 'foo': unknown mask 'foo'"),
+        (["attention", "--dtype", "foo"], "--dtype: must be one of float32, bfloat16, float16, got foo"),
         (["attention", "--heads", "0"], "--heads: must be an integer >= 1, got 0"),
         (["attention", "--lengths", "64", "-3"], "--lengths: must be an integer >= 1, got -3"),
     ],
 )
 def test_benchmark(capsys, arguments, message):
-    with pytest.raises(SystemExit, match="^2$"):
-        benchmark.main(arguments)
-    assert message in capsys.readouterr().err
+    assert benchmark.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -29,7 +118,7 @@ def test_benchmark(capsys, arguments, message):
     [
         (["--seed", str(10**23)], f"--seed must be in [0, 4294967296), got {10**23}"),
         (["--step", "\u00b2"], "--step must be a number, latest or best, got \u00b2"),
-        ([], "is no run folder"),
+        ([], "is not a run folder"),
     ],
 )
 def test_generate(capsys, tmp_path, arguments, message):
@@ -48,7 +137,7 @@ def test_what_the_comparison_takes_by_itself_is_on_equal_terms():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("linformer", ["seed=1"], "linformer.yaml trains masked_lm, whose loss is no bits per byte"),
+        ("linformer", ["seed=1"], "linformer.yaml trains masked_lm, which is not scored in bits per byte"),
         ("../mqar/linear", ["seed=1"], "linear.yaml trains data.task mqar"),
         ("../tiny", ["seed=1"], "is not on equal terms with"),
         ("mqa", ["evaluation.final_full=false", "data.tokenizer=chars"], "final_full must be true"),

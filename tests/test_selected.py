@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.ops.selected import choose_blocks, common, selected_attention
+from attention_jax.ops.selected import GatheredConfig, choose_blocks, explain, selected_attention
 from attention_jax.ops.selected.api import implementations
 from tests.reference import nsa as truth
 
@@ -21,14 +21,11 @@ BLOCKS = RNG.integers(-1, 7, (B, T, K, 4)).astype(np.int32)
 BLOCKS[0, 3:7] = [[[0, 0, 0, 0], [-1, -1, -1, -1]]]
 BLOCKS[1, 5, 0] = [1, 1, 2**30, -(2**31)]
 
-each_implementation = pytest.mark.parametrize("impl", implementations())
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Five queries at a time: several chunks, the last of them not full."""
-    per_query = B * K * BLOCKS.shape[-1] * BLOCK * (H + M)
-    monkeypatch.setattr(common, "_CHUNK_ELEMENTS", 5 * per_query)
+# Five queries at a time: several chunks, the last of them not full.
+SMALL = GatheredConfig(chunk_elements=5 * B * K * BLOCKS.shape[-1] * BLOCK * (H + M))
+each_implementation = pytest.mark.parametrize(
+    "impl", [SMALL if x == "gathered" else x for x in implementations()], ids=implementations()
+)
 
 
 def arrays(T=T):
@@ -157,14 +154,25 @@ def test_bfloat16_accumulates_in_float32(impl):
 def test_gathered_gives_nan_where_a_document_is_not_contiguous():
     q, k, v, do = arrays()
     positions = np.stack([np.arange(T), np.arange(T)[::-1]])
-    out, *_ = run("gathered", q, k, v, do, q_positions=positions, k_positions=positions)
+    out, *_ = run(SMALL, q, k, v, do, q_positions=positions, k_positions=positions)
     assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
+
+
+def test_the_choice_is_by_size_and_explained():
+    q, k, v, _ = arrays()
+    found = explain(q, k, v, BLOCKS, block_size=BLOCK)
+    assert found.chosen == "reference" and "reference comes first" in found.reasons["gathered"]
+    shape = jax.ShapeDtypeStruct
+    long = [shape((B, 2048, *x.shape[2:]), x.dtype) for x in (q, k, v, BLOCKS)]
+    assert explain(*long, block_size=BLOCK).chosen == "gathered"
+    assert explain(*long, block_size=BLOCK, impl="reference").chosen == "reference"
 
 
 def test_choose_blocks_is_equations_9_to_11():
     """Also in a row of two documents, where compressed blocks of both stand in one list."""
     C, sizes = 10, {"compress_block": 4, "compress_stride": 2, "select_block": 6, "select_count": 4}
-    q, k = (RNG.standard_normal((1, n, heads, H)).astype(np.float32) for n, heads in ((40, N), (2 * C, K)))
+    rng = np.random.default_rng(0)  # its own: the data must hold no near tie
+    q, k = (rng.standard_normal((1, n, heads, H)).astype(np.float32) for n, heads in ((40, N), (2 * C, K)))
     segments = (np.repeat([[0, 1]], 20, axis=1), np.repeat([[0, 1]], C, axis=1))
     t_pos, c_end = np.tile(np.arange(20), 2)[None] + 20, np.tile(np.arange(C), 2)[None] * 2 + 3
     s = np.einsum("tkgh,ckh->tkgc", q[0].reshape(40, K, N // K, H).astype(float), k[0]) / np.sqrt(H)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
-from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_params
+from attention_jax.model import EncoderConfig, ModelConfig, ModelOutput, apply, encode, init_params
 from attention_jax.positions import RoPE
-from scripts import generate as generate_script
 from tests.runs import interrupt, rows, saved
 from train import config as config_lib
 from train import loop
+from train.commands import generate as generate_script
 from train.config.schema import OptimizerConfig
 from train.data import batches as data
 from train.data import corpus
@@ -31,7 +31,7 @@ from train.run import restore
 from train.step import make_eval_step, make_train_step
 
 ROOT = Path(__file__).parents[1]
-MARK = ByteTokenizer.end_of_document
+END = ByteTokenizer.end_of_document
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -45,7 +45,7 @@ PLAIN = OptimizerConfig(
     learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, schedule="constant",
     epsilon=1.0, clip_norm=None, weight_decay=0.0,
 )  # fmt: skip
-MARKED = 10  # the mark of this vocabulary
+END_ID = 10  # the end-of-document token of this vocabulary
 PAIRS = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])]
 
 
@@ -62,14 +62,14 @@ def drawn(model, key=None, scale=0.3):
 
 
 def padded(pairs=PAIRS, T=6, S=5):
-    """The batch of PAIRS: [mark] + target, targets, the sources beside them."""
+    """The batch of PAIRS: [end of document] + target, targets, sources."""
     B = len(pairs)
     batch = {name: np.full((B, T), -1, np.int32) for name in ("targets", "positions", "segment_ids")}
     batch |= {"tokens": np.zeros((B, T), np.int32), "sources": np.zeros((B, S), np.int32)}
     batch["source_positions"] = np.full((B, S), -1, np.int32)
     for row, (source, target) in enumerate(pairs):
         n, m = len(target) + 1, len(source)
-        batch["tokens"][row, :n], batch["targets"][row, :n] = [MARKED, *target], [*target, MARKED]
+        batch["tokens"][row, :n], batch["targets"][row, :n] = [END_ID, *target], [*target, END_ID]
         batch["positions"][row, :n], batch["segment_ids"][row, :n] = range(n), 0
         batch["sources"][row, :m], batch["source_positions"][row, :m] = source, range(m)
     return batch
@@ -97,14 +97,14 @@ def alone(params):
     logits = []
     for source, target in PAIRS:
         ctx = Context(memory_BSD=encode(MODEL, params, jnp.array([source])))
-        logits.append(apply(MODEL, params, jnp.array([[MARKED, *target]]), ctx=ctx)[0][0])
+        logits.append(apply(MODEL, params, jnp.array([[END_ID, *target]]), ctx=ctx)[0][0])
     return logits
 
 
 def test_the_loss_is_that_of_each_target_alone_behind_its_source():
     total = 0.0
     for (_, target), logits_TV in zip(PAIRS, alone(drawn(MODEL)), strict=True):
-        for z, token in zip(np.asarray(logits_TV, np.float64), [*target, MARKED], strict=True):
+        for z, token in zip(np.asarray(logits_TV, np.float64), [*target, END_ID], strict=True):
             total += math.log(sum(math.exp(x) for x in z)) - z[token]
     nll, count = evaluate()(padded())
     np.testing.assert_allclose(nll, total, rtol=1e-6)
@@ -128,7 +128,7 @@ def test_sources_matter_and_padding_does_not():
     np.testing.assert_allclose(evaluate()(wider)[0], before, rtol=1e-6)
 
 
-def test_the_encoder_learns_and_slices_of_the_batch_weigh_alike():
+def test_the_encoder_learns_and_slices_of_the_batch_have_equal_weight():
     start, (params, one), (other, two) = drawn(MODEL), trained(), trained(parts=2)
     for name in ("encoder", "stacks", "embed"):
         for before, after in zip(jax.tree.leaves(start[name]), jax.tree.leaves(params[name]), strict=True):
@@ -147,7 +147,7 @@ def test_the_encoder_has_dropout_in_training_alone(monkeypatch):
 
     def apply(model, params, tokens, *, ctx):
         assert ctx.memory_BSD.shape == (2, 5, 1) and ctx.memory_positions_BS.shape == (2, 5)
-        return jnp.zeros((*tokens.shape, 11)) * params["w"], None
+        return ModelOutput(jnp.zeros((*tokens.shape, 11)) * params["w"])
 
     monkeypatch.setattr("train.step.encode", encode)
     monkeypatch.setattr("train.step.apply", apply)
@@ -211,7 +211,7 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
     assert train_step(model, whole.optimizer, whole.steps)._cache_size() == 1
 
     last, folder = rows(whole)[-1], Path(whole.run_dir)
-    assert last["val/tokens"] == 7 * 4  # a tenth of 64 pairs, of three letters and a mark each
+    assert last["val/tokens"] == 7 * 4  # a tenth of 64 pairs, each three letters and their end
     # Each letter is one of four: without its source a word costs 3 ln 4 nats, over four tokens.
     assert last["val/full_loss"] < 0.5 < 0.75 * math.log(4)
     bits = last["val/full_loss"] * 28 / math.log(2) / 21
@@ -244,7 +244,7 @@ def test_a_prompt_is_the_source(config, monkeypatch):
     status, out, _ = printed(*command, "--prompt", "abc")
     assert status == 0 and out.startswith("abc -> ")
     requests = restore.load_run(run.run_dir).requests(["abc"])
-    assert [ids.tolist() for ids in (*requests.prompts, *requests.sources)] == [[MARK], [97, 98, 99]]
+    assert [ids.tolist() for ids in (*requests.prompts, *requests.sources)] == [[END], [97, 98, 99]]
     status, _, err = printed(*command)
     assert status == 2 and "the source is empty" in err and err.count("\n") == 1
 

@@ -14,7 +14,7 @@ from numpy.testing import assert_array_equal
 
 from attention_jax.biases import ALiBi
 from attention_jax.masks import Causal, Full, SlidingWindow
-from attention_jax.ops.softmax import api, dot_product_attention, explain, tiles
+from attention_jax.ops.softmax import ChunkedConfig, MosaicGPUConfig, api, dot_product_attention, explain
 from attention_jax.ops.softmax.common import dropout_keep
 from tests import marks, problems, promises
 from tests.cases import (
@@ -27,19 +27,16 @@ from tests.cases import (
 from tests.covering import pairwise
 from tests.reference import softmax as truth
 
-each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+# Tiles of 16 queries x 1 or 2 units of 8 keys: short rows then have tiles of every kind.
+SMALL = ChunkedConfig(query_tile=16, key_tile=16, key_unit=8)
+SMALL_IMPLEMENTATIONS = tuple(SMALL if x == "chunked" else x for x in IMPLEMENTATIONS)
+each_implementation = pytest.mark.parametrize("impl", SMALL_IMPLEMENTATIONS, ids=IMPLEMENTATIONS)
 # The reference has no tiles, lists or backward of its own that a transformation could meet.
 chunked_first = pytest.mark.parametrize(
-    "impl", [x if x == "chunked" else pytest.param(x, marks=pytest.mark.slow) for x in IMPLEMENTATIONS]
+    "impl",
+    [x if x == SMALL else pytest.param(x, marks=pytest.mark.slow) for x in SMALL_IMPLEMENTATIONS],
+    ids=IMPLEMENTATIONS,
 )
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 16 queries x 1 or 2 units of 8 keys: short rows then have tiles of every kind."""
-    monkeypatch.setattr(tiles, "Q_BLOCK", 16)
-    monkeypatch.setattr(tiles, "KEY_UNIT", 8)
-    monkeypatch.setattr(tiles, "UNITS", 2)
 
 
 def _covering(factors, tries=30, seed=0):
@@ -51,8 +48,8 @@ SLOW = _covering(FACTORS_SLOW, tries=4)
 
 
 @pytest.mark.parametrize("case", FAST, ids=str)
-def test_forward_lse_and_gradients(case, small_tiles):
-    problems.check(case, "chunked")
+def test_forward_lse_and_gradients(case):
+    problems.check(case, SMALL)
 
 
 # Without tiles lengths matter little: every value is there, not every pair.
@@ -68,7 +65,7 @@ def test_forward_lse_and_gradients_of_the_reference(case):
 @pytest.mark.slow
 @each_implementation
 @pytest.mark.parametrize("case", SLOW, ids=str)
-def test_forward_lse_and_gradients_exhaustively(case, impl, small_tiles):
+def test_forward_lse_and_gradients_exhaustively(case, impl):
     problems.check(case, impl)
 
 
@@ -111,30 +108,30 @@ def test_the_covering_arrays_cover_every_pair():
 
 
 @each_implementation
-def test_a_large_score_common_to_all_keys_changes_nothing(impl, small_tiles):
+def test_a_large_score_common_to_all_keys_changes_nothing(impl):
     promises.a_large_common_score_changes_nothing(impl)
 
 
 @each_implementation
 @pytest.mark.parametrize("sinks", [False, True])
-def test_rows_without_a_key_give_zero_and_pass_no_gradient(impl, sinks, small_tiles):
+def test_rows_without_a_key_give_zero_and_pass_no_gradient(impl, sinks):
     promises.rows_without_a_key_give_zero(impl, sinks)
 
 
 @each_implementation
 @pytest.mark.parametrize("case", [promises.HOLES, promises.RING], ids=["holes", "ring"])
-def test_what_an_invalid_slot_holds_changes_no_bit(case, impl, small_tiles):
+def test_what_an_invalid_slot_holds_changes_no_bit(case, impl):
     promises.an_invalid_slot_changes_no_bit(impl, case)
 
 
 @each_implementation
 @pytest.mark.parametrize("case", promises.SEEN, ids=lambda case: case.mask)
-def test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl, small_tiles):
+def test_a_hidden_key_changes_no_bit_and_gets_no_gradient(case, impl):
     promises.a_hidden_key_changes_no_bit(impl, case)
 
 
 @each_implementation
-def test_a_hidden_key_may_be_as_large_as_its_dtype(impl, small_tiles):
+def test_a_hidden_key_may_be_as_large_as_its_dtype(impl):
     promises.a_hidden_key_may_be_as_large_as_its_dtype(impl)
 
 
@@ -164,12 +161,12 @@ def _probabilities(impl, *, batch=2, rate=0.5):
 
 
 @pytest.mark.parametrize("tile", [8, pytest.param(16, marks=pytest.mark.slow), 256])
-@each_implementation
-def test_dropout_bits_are_a_fixed_hash_of_key_row_head_and_positions(impl, tile, monkeypatch):
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropout_bits_are_a_fixed_hash_of_key_row_head_and_positions(impl, tile):
     if impl == "reference" and tile != 8:
         pytest.skip("has no tiles")
-    monkeypatch.setattr(tiles, "Q_BLOCK", tile)
-    monkeypatch.setattr(tiles, "KEY_UNIT", tile)
+    if impl == "chunked":
+        impl = ChunkedConfig(query_tile=tile, key_tile=4 * tile, key_unit=tile)
     found, bits = _probabilities(impl)
     assert_array_equal(found > 0, bits)
     alone, _ = _probabilities(impl, batch=1)
@@ -226,6 +223,8 @@ BAD_CALLS = {
     "a tuple of masks": ({"mask": (Causal(), Full())}, "mask must be a Mask or a boolean array"),
     "a mask's shape": ({"mask": np.ones((5, 6), bool)}, r"does not broadcast to .* \(2, 4, 6, 6\)"),
     "a mask of rank 5": ({"mask": np.ones((1, 1, 1, 6, 6), bool)}, "does not broadcast"),
+    "a Mask for an array": ({"mask_BNTS": Causal()}, "mask_BNTS must be a boolean array, got Causal"),
+    "the array's shape": ({"mask": Causal(), "mask_BNTS": np.ones((5, 6), bool)}, "mask_BNTS .* does not"),
     "a boolean bias": ({"bias": np.ones((6, 6), bool)}, "use mask= for booleans"),
     "a bias class": ({"bias": ALiBi}, "bias must be a Bias or an array"),
     "a bias's shape": ({"bias": np.ones((3, 6, 6), np.float32)}, "does not broadcast"),
@@ -299,7 +298,8 @@ def test_the_choice_is_by_size_and_explained():
     found = explain(*large, mask=Causal())
     assert found.chosen == "chunked"
     assert "1048576" in found.reasons["reference"] and "order" in found.reasons["chunked"]
-    assert str(found).splitlines()[0] == "forward and backward: chunked" and len(str(found).splitlines()) == 7
+    lines = str(found).splitlines()
+    assert lines[0] == "forward and backward: chunked" and len(lines) == 1 + len(api.implementations())
     # One query a call (decoding) is dense at any length.
     assert explain(*arrays(T=1, S=2**17)).chosen == "reference"
 
@@ -320,13 +320,81 @@ def test_explain_takes_shapes_in_place_of_arrays():
 
 
 def test_a_named_implementation_never_falls_back(monkeypatch):
-    never = dataclasses.replace(api._IMPLEMENTATIONS["chunked"], unsupported=lambda call: "it is Tuesday")
+    never = dataclasses.replace(
+        api._IMPLEMENTATIONS["chunked"], unsupported=lambda call, config: "it is Tuesday"
+    )
     monkeypatch.setitem(api._IMPLEMENTATIONS, "chunked", never)
     for call in (dot_product_attention, explain):
         with pytest.raises(NotImplementedError, match="'chunked' cannot run this call: it is Tuesday"):
             call(*arrays(), impl="chunked")
     found = explain(*arrays())
     assert found.chosen == "reference" and found.reasons["chunked"] == "it is Tuesday"
+
+
+def test_a_config_names_its_implementation_and_sets_its_tiles():
+    q, k, v = arrays(T=64, S=64)
+    programs = [
+        str(jax.make_jaxpr(functools.partial(dot_product_attention, mask=Causal(), impl=impl))(q, k, v))
+        for impl in ("chunked", ChunkedConfig(), SMALL)
+    ]
+    assert programs[0] == programs[1] != programs[2]
+    assert "f32[16,8]" in programs[2] and "f32[16,8]" not in programs[0]
+    found = explain(q, k, v, impl=SMALL)
+    assert found.chosen == "chunked" and found.reasons["reference"] == "not asked for"
+    with pytest.raises(NotImplementedError, match=r"impl=MosaicGPUConfig\(deterministic=False.* cannot run"):
+        dot_product_attention(q, k, v, impl=MosaicGPUConfig(deterministic=False))
+    with pytest.raises(ValueError, match="unknown impl 3; there are cudnn, .*chunked, .*ChunkedConfig"):
+        dot_product_attention(q, k, v, impl=3)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"query_tile": 0}, "query_tile must be an integer >= 1, got 0"),
+        ({"key_tile": 2.0}, "key_tile must be an integer >= 1, got 2.0"),
+        ({"key_tile": 300}, "key_tile 300 is no multiple of key_unit 256"),
+        ({"max_waste": float("inf")}, "max_waste must be a finite"),
+    ],
+)
+def test_tile_sizes_that_cannot_be(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        ChunkedConfig(**sizes)
+
+
+def test_the_choice_asks_no_implementation_behind_the_chosen_one(monkeypatch):
+    asked = []
+    for name, x in api._IMPLEMENTATIONS.items():
+
+        def refusal(*call, name=name, x=x):
+            asked.append(name)
+            return x.unsupported(*call)
+
+        monkeypatch.setitem(api._IMPLEMENTATIONS, name, dataclasses.replace(x, unsupported=refusal))
+    dot_product_attention(*arrays())
+    assert asked == ["cudnn", "mosaic_tpu", "reference"]  # mosaic_gpu is never chosen
+    asked.clear()
+    explain(*arrays())
+    assert asked == list(api._IMPLEMENTATIONS)
+
+
+BOTH = [
+    OpCase((40, 56), (8, 8), (4, 2), "sink window & array BNTS", segments="ragged", softcap=2.0, batch=2),
+    OpCase((40, 40), (8, 8), (2, 2), "causal & array B11S", "gate", positions="left padded", batch=2),
+]
+
+
+@each_implementation
+@pytest.mark.parametrize("case", BOTH, ids=str)
+def test_a_mask_and_a_boolean_array_are_intersected(case, impl):
+    problems.check(case, impl)
+
+
+def test_two_boolean_arrays_are_intersected():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 6, 2, 4)) for i in range(3))
+    a, b = (jax.random.bernoulli(jax.random.key(i), 0.6, shape) for i, shape in ((3, (6, 6)), (4, (2, 6, 6))))
+    found = dot_product_attention(q, k, v, mask=a, mask_BNTS=b)
+    assert_array_equal(found, dot_product_attention(q, k, v, mask=a & b))
+    assert (found != dot_product_attention(q, k, v, mask=a)).any()
 
 
 @each_implementation
@@ -338,7 +406,7 @@ def test_lse_is_returned_on_request_and_changes_nothing(impl):
 
 
 @chunked_first
-def test_vmap_over_calls(impl, small_tiles):
+def test_vmap_over_calls(impl):
     """Masked with positions that differ by call, differentiated: equal to a loop."""
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (np.asarray(jax.random.normal(key, (3, 1, 20, 2, 8))) for key in keys)
@@ -367,7 +435,7 @@ def test_vmap_over_calls(impl, small_tiles):
 
 
 @chunked_first
-def test_scan_and_checkpoint(impl, small_tiles):
+def test_scan_and_checkpoint(impl):
     """Layers in a scan, rematerialised, under grad under jit: equal to plain layers one by one."""
     x = jax.random.normal(jax.random.key(0), (1, 20, 2, 8))
     scales = jnp.array([0.5, 1.0, 2.0])
@@ -387,7 +455,7 @@ def test_scan_and_checkpoint(impl, small_tiles):
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
 
 
-def test_hessian_vector_products(small_tiles):
+def test_hessian_vector_products():
     """Forward-mode over the gradient differentiates both passes of `chunked`, its 2^x of bits included."""
     shapes = ((1, 20, 2, 8), (1, 20, 1, 8), (1, 20, 1, 8), (1, 2, 20, 20), (2,))
     keys = jax.random.split(jax.random.key(0), 2 * len(shapes))
@@ -407,5 +475,5 @@ def test_hessian_vector_products(small_tiles):
         gradient = jax.grad(functools.partial(loss, impl))
         return jax.jit(lambda x, dx: jax.jvp(gradient, (x,), (dx,))[1])(point, direction)
 
-    for found, wanted in zip(product("chunked"), product("reference"), strict=True):
+    for found, wanted in zip(product(SMALL), product("reference"), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from attention_jax.mixers import AttentionConfig, Context
-from attention_jax.model import ModelConfig, apply, init_params
+from attention_jax.model import ModelConfig, ModelOutput, apply, init_params
 from attention_jax.positions import RoPE
 from train.config.schema import OptimizerConfig
 from train.objective import mean_nll
@@ -108,7 +108,7 @@ def test_dropout_depends_on_key_step_and_micro_batch_alone(monkeypatch):
         del model
         logit = jnp.log(jnp.expm1(0.5 + jax.random.uniform(ctx.dropout_key)))
         logits = jnp.stack([params["w"], params["w"] + logit])
-        return jnp.broadcast_to(logits, (*tokens.shape, 2)), None
+        return ModelOutput(jnp.broadcast_to(logits, (*tokens.shape, 2)))
 
     def seen(parts, step=0, key=KEY):
         optimizer = dataclasses.replace(OPTIMIZER, accumulation_steps=parts)

@@ -1,7 +1,7 @@
-"""The host's side of training: data -> train_step -> rows, evaluation, samples, checkpoints.
+"""The training loop: data -> train_step -> metrics, evaluation, samples, checkpoints.
 
-At step n the order is: train, evaluate, write the row, sample, save. So what a checkpoint of step n claims
-to have happened is on the disk before it, and a run that goes on from it first cuts what came after.
+At step n the order is: train, evaluate, write the row, sample, save. So everything up to step n is on disk
+before its checkpoint, and a run that resumes from it first removes later rows.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from train.objective import check_ids
 from train.run.checkpoint import Checkpoints
 from train.run.console import Console, printable
 from train.run.files import write_atomically
-from train.run.folder import RunFolder, config_hash, package_versions
+from train.run.folder import RunFolder, package_versions, saved_keys
 from train.run.metrics import BITS, FINAL, MetricsWriter, draw_losses
 from train.run.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
 from train.step import Batch, make_eval_step, make_fill_in, make_train_step
 
 _SAMPLING = Sampling(temperature=0.8)
 _SAMPLED_SOURCES = 4
-_MASK = "█"  # a masked token in a sample
+_MASK = "█"  # stands for a masked token in a sample
 
 
 class Scores(NamedTuple):
-    """Sums over scored tokens: nll in nats, their number, for masked_lm and tasks those guessed right."""
+    """Sums over scored tokens: nll in nats, count, and for masked_lm and tasks the correct predictions."""
 
     nll: float
     count: int
     correct: int | None = None
 
-    def means(self, place: str) -> dict[str, float]:
-        """The loss and, where it is known, the accuracy, each name behind `place`."""
-        accuracy = {} if self.correct is None else {f"{place}accuracy": self.correct / self.count}
-        return {f"{place}loss": self.nll / self.count} | accuracy
+    def means(self, prefix: str) -> dict[str, float]:
+        """The loss and, where it is known, the accuracy, each name preceded by `prefix`."""
+        accuracy = {} if self.correct is None else {f"{prefix}accuracy": self.correct / self.count}
+        return {f"{prefix}loss": self.nll / self.count} | accuracy
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient that is NaN or infinite; nothing was changed by it."""
+    """A loss or gradient that is NaN or infinite; the parameters are unchanged."""
 
 
 def train(config: RunConfig) -> int:
-    """Train, or go on training, what `config` describes in the folder config.run_dir; the exit status.
+    """Train the run that `config` describes in config.run_dir, or resume it; return the exit status.
 
     ValueError, in one line: a mistake of the user, or a loss that is not finite.
     """
@@ -71,7 +71,7 @@ def train(config: RunConfig) -> int:
 
 
 class Run:
-    """One process's part of a run: its state on the device, and what goes to the disk."""
+    """A run in this process: its state on the device, and what it writes to disk."""
 
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
@@ -92,7 +92,7 @@ class Run:
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
         self._start(init_key)
         if not folder.begun:
-            # What cannot run here, such as a named `impl`, is refused before the folder is this config's.
+            # What cannot run here, such as a named `impl`, is refused before the folder is set up.
             jax.eval_shape(self.eval_step, self.params, next(self.data.validation_batches(1)))
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
         notes = folder.begin(facts)
@@ -110,22 +110,20 @@ class Run:
             self.console.line(f"note: {note}")
 
     def _start(self, init_key: jax.Array) -> None:
-        """Fresh parameters, or those of the newest checkpoint."""
-
+        """Set the parameters: new ones, or those of the newest checkpoint."""
         saved = self.checkpoints.steps()
         self.done, self.tokens, self.best = saved[-1] if saved else 0, 0, None
         if saved:
             like = abstract_state(self.config, self.model)
             state, info = self.checkpoints.restore(self.done, like)
             self.tokens, self.best = info["tokens"], info["best"]
-            if info["config_sha256"] != config_hash(self.config):
-                raise ValueError(f"checkpoint {self.checkpoints.path(self.done)} was made by another config")
+            self.folder.check_checkpoint(info, self.checkpoints.path(self.done))
         else:
             state = fresh_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
 
     def steps(self) -> None:
-        """Train from where the run stands to its last step."""
+        """Train up to the last step."""
         pending = None
         with self.console:
             self._reset_clock()
@@ -134,7 +132,7 @@ class Run:
                 self.params, self.opt_state, metrics = self.train_step(
                     self.params, self.opt_state, batch, np.int32(step - 1), self.dropout_key
                 )
-                # One step late: while the device works on this step, the host reads the one before.
+                # One step late: the device computes this step while the host reads the last one's metrics.
                 if pending is not None:
                     self._arrived(*pending)
                 pending = (step, metrics)
@@ -144,7 +142,7 @@ class Run:
         assert pending is None
 
     def _arrived(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """All that follows step `step`. Where it evaluates or saves, self.params are still that step's."""
+        """Handle the metrics of a step; where it evaluates or saves, self.params are still that step's."""
         arrays = jax.device_get(metrics)
         finite = arrays.pop("finite")
         names = ("train/loss", "tokens", "grad_norm", "learning_rate")
@@ -152,15 +150,15 @@ class Run:
         if not finite:
             raise NonFiniteError(
                 f"step {step}: the loss is {values['train/loss']} and the gradient's norm"
-                f" {values['grad_norm']}; nothing was changed by it. Lower optimizer.learning_rate, lengthen"
-                " optimizer.warmup_steps or set optimizer.clip_norm, in another run_dir"
+                f" {values['grad_norm']}; the parameters are unchanged. Lower optimizer.learning_rate,"
+                " lengthen optimizer.warmup_steps or set optimizer.clip_norm, in another run_dir"
             )
         self.tokens += values["tokens"]
         values["tokens"] = self.tokens
         speed = (self.tokens - self._clock[1]) / (time.perf_counter() - self._clock[0])
         self.console.step(step, values["train/loss"], speed)
         if step == self.done + 1:
-            self._reset_clock()  # the compilation is no step
+            self._reset_clock()  # the first step includes compilation
         if self._evaluates(step):
             values |= self._evaluate(step)
         if self._evaluates(step) or step % self.config.log_every == 0:
@@ -189,7 +187,7 @@ class Run:
         return scores.means("val/")
 
     def _score(self, batches: Iterable[Batch]) -> Scores:
-        """The sums of what `eval_step` gives over the batches, read one late as in training."""
+        """The sums of `eval_step` over the batches, read one batch late as in training."""
         parts, pending = [], []
         for batch in batches:
             pending.append(self.eval_step(self.params, self._checked(batch)))
@@ -207,7 +205,7 @@ class Run:
         write_atomically(path, "\n".join(texts))
 
     def _filled_in(self) -> list[str]:
-        """Some held-out text with its masks, and with what the model puts in their places."""
+        """Held-out text with masked tokens, and with the model's predictions in their places."""
         batch = next(self.data.validation_batches(self.config.evaluation.batches))
         batches = (batch["tokens"], self.fill_in(self.params, self._checked(batch)))
         length = self.config.evaluation.sample_tokens
@@ -215,7 +213,7 @@ class Run:
         return [f"--- masked\n{masked}", f"--- filled in\n{filled}"]
 
     def _written(self, step: int) -> list[str]:
-        """What the model writes after each prompt."""
+        """The prompts, each with its generated text."""
         evaluation, tokenizer = self.config.evaluation, self.data.tokenizer
         rows = generate(
             self.model,
@@ -227,7 +225,7 @@ class Run:
             key=jax.random.fold_in(self.sample_key, step),
             eos_id=tokenizer.end_of_document,
         )
-        return [head + tokenizer.decode(ids) for head, ids in zip(self.requests.heads, rows, strict=True)]
+        return [echo + tokenizer.decode(ids) for echo, ids in zip(self.requests.echo, rows, strict=True)]
 
     def _sample_path(self, step: int) -> Path:
         return self.folder.path / "samples" / f"step_{step:06d}.txt"
@@ -239,7 +237,7 @@ class Run:
         info = {
             "tokens": self.tokens,
             "best": self.best,
-            "config_sha256": config_hash(self.config),
+            "config": saved_keys(self.config),
             "corpus_sha256": self.data.corpus_sha256,
             "versions": package_versions(),
         }
@@ -263,7 +261,7 @@ class Run:
             self.console.line("scoring every held-out token")
             scores = self._score(self.data.scoring_batches())
             values = scores.means("val/full_") | {"val/tokens": scores.count}
-            # A loss of some tokens, given all others, is no code length of the text, and a task has no text.
+            # A loss of some tokens given all others is not a code length of the text, and a task has no text.
             if not (self.masked or self.config.data.task is not None):
                 values[BITS] = self._bits_per_byte(scores)
             self.metrics.write(steps, values)
@@ -276,7 +274,7 @@ class Run:
 
     def _bits_per_byte(self, scores: Scores) -> float:
         scored = self.data.validation_bytes
-        if self.model.prefix:  # what a prefix shows is not scored: count the bytes of the rest alone
+        if self.model.prefix:  # targets within the prefix are not scored: count the bytes of the others
             every = sum(int((batch["targets"] >= 0).sum()) for batch in self.data.scoring_batches())
             scored = scored * scores.count / every
         return scores.nll / math.log(2) / scored
@@ -286,7 +284,7 @@ class Run:
         self.metrics.close()
 
     def _readable(self, ids: np.ndarray) -> str:
-        """The text of some ids, each mask a block."""
+        """The text of some ids, with a block for each masked token."""
         masks = np.flatnonzero(ids == self.data.mask_id)
         parts = np.split(ids, masks)
         texts = [self.data.tokenizer.decode(part[part != self.data.mask_id]) for part in parts]
@@ -301,7 +299,7 @@ class Run:
 
 
 def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | None:
-    """What texts are written from, None if none are: the prompt, or a few held-out sources."""
+    """The inputs of samples, the prompt or a few held-out sources; None where nothing is sampled."""
     evaluation = config.evaluation
     if evaluation.sample_tokens == 0 or config.objective == "masked_lm":
         return None
@@ -315,8 +313,8 @@ def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | No
     prompt = len(requests.prompts[0])
     if prompt < model.prefix:
         raise ValueError(
-            f"evaluation.sample_prompt has {prompt} tokens, fewer than the prefix of {model.prefix} that the "
-            "mask shows: give a longer one, or set evaluation.sample_tokens to 0"
+            f"evaluation.sample_prompt has {prompt} tokens, fewer than the mask's prefix of {model.prefix}: "
+            "give a longer one, or set evaluation.sample_tokens to 0"
         )
     limit, key = model.limit or (math.inf, "")
     if prompt + evaluation.sample_tokens > limit:
@@ -328,7 +326,7 @@ def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | No
 
 
 def scored_unit(config: RunConfig) -> str:
-    """What losses are the mean over, in the singular."""
+    """The unit that losses are averaged over, in the singular."""
     if config.data.task is not None:
         return "queried token"
     return "masked token" if config.objective == "masked_lm" else "token"
@@ -340,5 +338,5 @@ def _print_result(path: Path, result: dict[str, Any], unit: str) -> None:
     names = ("val/loss", "val/accuracy", FINAL, "val/full_accuracy", BITS)
     figures = "  ".join(f"{name} {result[name]:.4f}" for name in names if name in result)
     if "val/accuracy" in result:
-        figures += f"  (nats per {unit}; share of {unit}s guessed right)"
+        figures += f"  (nats per {unit}; share of {unit}s predicted correctly)"
     print(f"{path}: step {result['step']}  {figures}", flush=True)

@@ -15,13 +15,13 @@ import numpy as np
 def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sum of the negative log-likelihoods in nats: float32 [], number of scored targets: int32 []).
 
-    Both are 0 if no target is scored. What an unscored position's logits hold, NaN included, reaches
-    neither the sum nor a gradient. Targets must lie below V: see `check_ids`.
+    Both are 0 if no target is scored. The logits of an unscored position, even NaN, affect neither the sum
+    nor a gradient. Targets must lie below V: see `check_ids`.
     """
     scored_BT = targets_BT >= 0
-    # Selecting the logits, not only the result: the gradient of logsumexp at NaN is NaN, and 0 * NaN too.
+    # Select the logits, not only the result: the gradient of logsumexp at NaN is NaN, and so is 0 * NaN.
     logits_BTV = jnp.where(scored_BT[..., None], logits_BTV.astype(jnp.float32), 0.0)
-    # A comparison instead of a gather: it fuses, and its transpose is no scatter.
+    # A comparison instead of a gather: it fuses, and its transpose is not a scatter.
     is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
     target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit_BT
@@ -56,5 +56,5 @@ def check_ids(batch: dict[str, np.ndarray], vocab_size: int) -> None:
         if wrong.any():
             raise ValueError(
                 f"{name} holds the id {ids[wrong][0]}, outside [{lowest}, {vocab_size}):"
-                " the data and model.vocab_size do not belong together"
+                " raise model.vocab_size to the vocabulary of the data, or set it to null"
             )

@@ -80,8 +80,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def skip_non_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The optimiser, for the training step: where `finite` is false its state and the parameters stay.
 
-    Unlike `optax.apply_if_finite` it never gives up, and it takes the caller's word for what is finite: the
-    loss counts too.
+    Unlike `optax.apply_if_finite` it has no limit of skipped steps, and the caller decides what is finite,
+    since the loss has to be finite, too.
     """
     inner = optax.with_extra_args_support(optimizer)
 
@@ -135,8 +135,8 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 def clip_by_global_norm(grads: Any, limit: float | None) -> tuple[Any, jax.Array]:
     """(gradients scaled to a norm of at most `limit`, their norm before that).
 
-    A non-finite gradient gives a non-finite norm, for the caller to refuse; so does one whose squares
-    overflow float32. A norm of 0 divides nothing.
+    A non-finite gradient gives a non-finite norm, which the caller checks; so does one whose squares
+    overflow float32. A norm of 0 leaves the gradients as they are.
     """
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
     if limit is None:

@@ -27,14 +27,14 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
     step: int32 [], the number of updates done before; key: dropout depends on (key, step, micro-batch).
     params and opt_state are donated: the caller must not use them again. metrics: `finite` (bool), and
     train/loss (nats), grad_norm (before clipping), learning_rate, tokens (scored ones). Where the loss or
-    the gradient is not finite, params and opt_state come back as they were.
+    the gradient is not finite, params and opt_state are returned unchanged.
     """
     transform = make_optimizer(optimizer, steps)
     schedule = make_schedule(optimizer, steps)
     gradient = jax.value_and_grad(functools.partial(_loss, model))
 
     def train_step(params, opt_state, batch, step, key):
-        batch = _unseen(model, batch)
+        batch = drop_prefix_targets(model, batch)
         count = jnp.sum(batch["targets"] >= 0, dtype=jnp.int32)
         key = jax.random.fold_in(key, step)
         if optimizer.accumulation_steps == 1:
@@ -58,7 +58,7 @@ def make_eval_step(model: ModelConfig, *, accuracy: bool = False) -> Callable[..
     """
 
     def eval_step(params, batch):
-        batch = _unseen(model, batch)
+        batch = drop_prefix_targets(model, batch)
         logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None)).logits
         scores = token_nll(logits_BTV, batch["targets"])
         return (*scores, count_correct(logits_BTV, batch["targets"])) if accuracy else scores
@@ -67,7 +67,7 @@ def make_eval_step(model: ModelConfig, *, accuracy: bool = False) -> Callable[..
 
 
 def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
-    """`fill_in(params, batch) -> int32 [B, T]`, jitted: the tokens, where one is hidden the likeliest."""
+    """`fill_in(params, batch) -> int32 [B, T]`, jitted: the tokens, the most likely ones where masked."""
 
     def fill_in(params, batch):
         logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, None)).logits
@@ -83,10 +83,10 @@ def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: 
     return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1)
 
 
-def _unseen(model: ModelConfig, batch: Batch) -> Batch:
-    """The batch without the targets that a prefix shows: those at positions below `model.prefix`.
+def drop_prefix_targets(model: ModelConfig, batch: Batch) -> Batch:
+    """The batch without the targets at positions below `model.prefix`, which their queries attend to.
 
-    A two-sided model shows none: what it has to tell is hidden in the tokens.
+    A bidirectional model keeps all targets: they are masked in the tokens.
     """
     if not model.causal or not model.prefix:
         return batch
@@ -96,7 +96,7 @@ def _unseen(model: ModelConfig, batch: Batch) -> Batch:
 
 
 def _context(model: ModelConfig, params: Any, batch: Batch, key: jax.Array | None) -> Context:
-    """What the layers know beside the tokens: where they stand and, with sources, the encoder's memory."""
+    """The layers' context: positions, segments and, with sources, the encoder's memory."""
     memory_BSD, positions_BS = None, batch.get("source_positions")
     if "sources" in batch:
         memory_BSD = encode(model, params, batch["sources"], positions_BS, dropout_key=key)

@@ -1,4 +1,4 @@
-"""The states that mixers keep while decoding. A mixer's own composite state stands beside the mixer."""
+"""Decoding states of the mixers. A state that only one mixer uses is defined in the mixer's module."""
 
 from attention_jax.caches.base import Cache, State
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache

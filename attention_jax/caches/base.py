@@ -1,7 +1,7 @@
-"""What every state that a mixer keeps of a stream can do.
+"""The interface of decoding states.
 
-A state is a frozen pytree whose leaves all have the batch rows as their first axis. It is an argument and a
-return value: nothing is changed in place.
+A state is a frozen pytree whose leaves all have the batch as their first axis. It is an argument and a return
+value: nothing is changed in place.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 @runtime_checkable
 class Cache(Protocol):
-    """append: the state after more tokens. view: what a layer reads. fork: rows repeated or reordered."""
+    """The protocol of all decoding states."""
 
     def append(self, *new: Any) -> Self:
-        """The state with what new tokens add to it; slots without a token change nothing."""
+        """The state after new tokens; invalid slots leave it unchanged."""
         ...
 
     def view(self) -> Any:
@@ -26,7 +26,7 @@ class Cache(Protocol):
         ...
 
     def fork(self, rows: jax.Array) -> Self:
-        """The state whose row i continues row rows[i]; rows: int [B']."""
+        """The state whose row i is a copy of row rows[i]; rows: int [B']."""
         ...
 
     @property
@@ -36,12 +36,12 @@ class Cache(Protocol):
 
 
 class State:
-    """`fork` and `nbytes` of a state, from its leaves; a base class of every `Cache`."""
+    """Base class of all states: implements `fork` and `nbytes` for any pytree."""
 
     def fork(self, rows: jax.Array) -> Self:
-        """The state whose row i continues row rows[i]; rows: int [B'], each in [0, B).
+        """The state whose row i is a copy of row rows[i]; rows: int [B'], each in [0, B).
 
-        Raises: ValueError for a concrete row outside the batch, which indexing would clamp or wrap.
+        Raises: ValueError for a concrete row outside the batch, since JAX indexing would clamp or wrap it.
         """
         batch = jax.tree.leaves(self)[0].shape[0]
         if not isinstance(rows, jax.core.Tracer):

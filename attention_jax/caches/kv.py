@@ -1,9 +1,10 @@
-"""Key-value caches: data and how it grows. What a cache keeps is what its mask may still need.
+"""Key-value caches, which keep the keys that their mask may still need.
 
-A cache of `slots` = pins + ring holds the keys of a mask whose cache span is (lookback, pins): position p
-lives in its own slot where it is pinned, else in ring slot p % lookback. A mask that keeps everything
-has a ring as long as the capacity, which never wraps. Every slot carries its position; < 0 is empty.
-Attention reads positions, so a ring needs no rotation and left padding no case of its own.
+For a mask with cache span (lookback, pins), a cache has one slot per pinned position and a ring buffer of
+`lookback` slots. A pinned position has its own slot; any other position p uses ring slot p % lookback. For a
+mask that keeps all keys, the ring is as long as the capacity and never wraps. Every slot stores its position,
+which is < 0 for an empty slot. Attention uses these positions, so that the order of the slots does not matter
+and left padding needs no special case.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _STATIC = {"static": True}
 
 
 class HeldKeys(NamedTuple):
-    """What attention reads of a cache: k [B, S, K, H], v [B, S, K, M] or None, positions [B, S], per_key."""
+    """The arrays of a cache: k [B, S, K, H], v [B, S, K, M] or None, positions [B, S], per_key."""
 
     k_BSKH: jax.Array
     v_BSKM: jax.Array | None
@@ -35,9 +36,9 @@ class HeldKeys(NamedTuple):
 class KVCache(State):
     """k [B, slots, K, H], v [B, slots, K, M], positions int32 [B, slots].
 
-    v is None where values are made from the keys (a latent cache). `per_key` is a pytree of further
-    arrays [B, slots, ...] that belong to a key, or None. `capacity` is the largest position + 1, not the
-    number of slots: a ring has fewer.
+    v is None if values are computed from the keys (a latent cache). `per_key` is a pytree of further arrays
+    [B, slots, ...] with one entry per key, or None. `capacity` bounds positions: the largest position + 1. It
+    is not the number of slots, which is smaller for a ring that wraps.
     """
 
     k_BSKH: jax.Array
@@ -60,10 +61,10 @@ class KVCache(State):
         value_heads: int | None = None,
         per_key: Any = None,
     ) -> KVCache:
-        """A cache for positions 0 .. capacity-1 of `batch` rows, as small as `mask` allows.
+        """An empty cache for positions 0 .. capacity - 1 of `batch` rows, with the slots that `mask` needs.
 
-        value_dim: None keeps no values. value_heads: where they are not as many as `kv_heads`. per_key:
-        a pytree of ShapeDtypeStructs, further arrays of each key: shapes without batch and slot axes.
+        value_dim: None stores no values. value_heads: `kv_heads` by default. per_key: a pytree of
+        ShapeDtypeStructs, the shapes of further arrays per key without the batch and slot axes.
         """
         if capacity < 1:
             raise ValueError(f"cache capacity must be >= 1, got {capacity}")
@@ -86,28 +87,28 @@ class KVCache(State):
 
     @property
     def ring(self) -> int:
-        """Slots of the ring."""
+        """The number of slots in the ring."""
         return self.positions_BS.shape[1] - len(self.pins)
 
     @property
     def wraps(self) -> bool:
-        """The ring is shorter than the capacity, so new keys may overwrite old ones."""
+        """True if the ring is shorter than the capacity, so that new keys may overwrite old ones."""
         return self.ring < self.capacity
 
     def append(
         self, k_BTKH: jax.Array, v_BTKM: jax.Array | None, positions_BT: jax.Array, per_key: Any = None
     ) -> KVCache:
-        """The cache with the tokens at positions_BT written; positions < 0 are left out.
+        """The cache with the tokens at positions_BT written; tokens at positions < 0 are not written.
 
-        Of tokens that share a ring slot only the newest is written. Positions must lie below the
-        capacity: the caller checks what it knows before compiling and must discard the output of rows
-        that exceed it (`overflow`), since a traced value cannot raise. Such tokens are not written.
+        Of tokens that share a ring slot only the newest is written. Positions must be below the capacity. A
+        traced position cannot raise: tokens past the capacity are not written, and the caller must discard
+        the output of their rows (see `overflow`).
         """
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         slots_BT = self._slots(positions_BT)
 
         def write(held: jax.Array, new: jax.Array) -> jax.Array:
-            # Slots out of range are dropped by the scatter: the one place where that is what we want.
+            # mode="drop": the scatter ignores the out-of-range slots of tokens that must not be written.
             return held.at[rows_B1, slots_BT].set(new.astype(held.dtype), mode="drop")
 
         return dataclasses.replace(
@@ -119,15 +120,15 @@ class KVCache(State):
         )
 
     def view(self) -> HeldKeys:
-        """The slots as they stand; empty ones have position -1."""
+        """The arrays of all slots; empty slots have position -1."""
         return HeldKeys(self.k_BSKH, self.v_BSKM, self.positions_BS, self.per_key)
 
     def concat_view(
         self, k_BTKH: jax.Array, v_BTKM: jax.Array | None, positions_BT: jax.Array, per_key: Any = None
     ) -> HeldKeys:
-        """The old slots and the new tokens side by side: what several new tokens attend to in a ring.
+        """The slots concatenated with new tokens: the keys that several new tokens attend to in a ring.
 
-        Appending first would overwrite slots that the first of the new tokens still see.
+        Appending first would overwrite keys that the earliest new tokens still attend to.
         """
 
         def join(held: jax.Array, new: jax.Array) -> jax.Array:
@@ -141,11 +142,11 @@ class KVCache(State):
         )
 
     def overflow(self, positions_BT: jax.Array) -> jax.Array:
-        """True where a token lies past the capacity."""
+        """True for tokens at positions past the capacity."""
         return positions_BT >= self.capacity
 
     def _slots(self, positions_BT: jax.Array) -> jax.Array:
-        """The slot of each token, or the number of slots (out of range) for one not to be written."""
+        """The slot of each token; the number of slots (out of range) for tokens that must not be written."""
         fits_BT = self.overflow(positions_BT) == False  # noqa: E712
         newest_B1 = jnp.where(fits_BT, positions_BT, -1).max(axis=1, keepdims=True)
         slots_BT = len(self.pins) + positions_BT % self.ring
@@ -161,9 +162,9 @@ class KVCache(State):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemoryCache(State):
-    """The keys and values of a cross-attention memory, projected once. k [B, S, K, H], v [B, S, K, M].
+    """The projected keys and values of a cross-attention memory: k [B, S, K, H], v [B, S, K, M].
 
-    S = 0 before the prefill, which fills it from `ctx.memory_BSD`.
+    S = 0 before the prefill, which computes them from `ctx.memory_BSD`.
     """
 
     k_BSKH: jax.Array
@@ -172,16 +173,16 @@ class MemoryCache(State):
 
     @staticmethod
     def empty(batch: int, kv_heads: int, head_dim: int, *, dtype: Any) -> MemoryCache:
-        """No memory yet."""
+        """A memory without keys."""
         none_BSKH = jnp.zeros((batch, 0, kv_heads, head_dim), dtype)
         return MemoryCache(none_BSKH, none_BSKH.copy(), jnp.zeros((batch, 0), jnp.int32))
 
     def append(self, k_BSKH: jax.Array, v_BSKM: jax.Array, positions_BS: jax.Array) -> MemoryCache:
-        """The memory with more keys behind those it holds."""
+        """The memory with more keys appended."""
         held, new = jax.tree.leaves(self), (k_BSKH, v_BSKM, positions_BS)
         joined = (jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(held, new, strict=True))
         return MemoryCache(*joined)
 
     def view(self) -> HeldKeys:
-        """All of it."""
+        """The arrays of all keys."""
         return HeldKeys(self.k_BSKH, self.v_BSKM, self.positions_BS)

@@ -1,4 +1,4 @@
-"""States of mixers that keep sums instead of keys: as large for any number of tokens."""
+"""States of constant size: running sums of recurrent and linear mixers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from attention_jax.caches.base import State
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RecurrentState(State):
-    """What a recurrent mixer keeps of a stream, whatever its length.
+    """The state of a recurrent mixer; its size does not depend on the number of tokens.
 
     matrix_BNHM: float32, S_t of every head. inputs_BUC: the last U = width - 1 inputs of the short
-    convolution, oldest first, zeros before the first token; None where the mixer has none.
+    convolution, oldest first, zeros before the first token; None if the mixer has no convolution.
     """
 
     matrix_BNHM: jax.Array
@@ -27,7 +27,7 @@ class RecurrentState(State):
     def empty(
         batch: int, heads: int, key_width: int, value_width: int, inputs: tuple[int, int, Any] | None = None
     ) -> RecurrentState:
-        """The state before the first token: S_0 = 0. inputs: U, C and the dtype of the kept inputs."""
+        """The state before the first token: S_0 = 0. inputs: (U, C, dtype) of `inputs_BUC`."""
         inputs_BUC = None
         if inputs is not None:
             kept, channels, dtype = inputs
@@ -35,7 +35,7 @@ class RecurrentState(State):
         return RecurrentState(jnp.zeros((batch, heads, key_width, value_width), jnp.float32), inputs_BUC)
 
     def append(self, matrix_BNHM: jax.Array, inputs_BUC: jax.Array | None = None) -> RecurrentState:
-        """The state after more tokens: what the recurrence ended with."""
+        """The state after more tokens, from the final state of the recurrence."""
         return RecurrentState(matrix_BNHM, inputs_BUC)
 
     def view(self) -> tuple[jax.Array, jax.Array | None]:
@@ -46,11 +46,12 @@ class RecurrentState(State):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearState(State):
-    """What linear attention keeps of a stream, whatever its length; float32.
+    """The float32 state of linear attention; its size does not depend on the number of tokens.
 
-    sums_BNFM: sum of phi(k) v^T; where weights are normalised, its last column is the sum of phi(k).
-    weights_BNF1: that sum by itself, where the denominator's features are not the numerator's; else None.
-    log_scale_BK: the sums stand divided by its exponential; -inf before the first token; else None.
+    sums_BNFM: sum of phi(k) v^T. If weights are normalised, the last column is the sum of phi(k).
+    weights_BNF1: the sum of phi(k) if the denominator has other features than the numerator; else None.
+    log_scale_BK: the logarithm of the factor by which the sums are divided, -inf before the first token; None
+      if the sums are not scaled.
     """
 
     sums_BNFM: jax.Array
@@ -63,7 +64,7 @@ class LinearState(State):
         weights_BNF1: jax.Array | None = None,
         log_scale_BK: jax.Array | None = None,
     ) -> LinearState:
-        """The state after more tokens: what the sums ended with."""
+        """The state after more tokens, from their final sums."""
         return LinearState(sums_BNFM, weights_BNF1, log_scale_BK)
 
     def view(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:

@@ -1,4 +1,4 @@
-"""Text from a language model: prefill, then decoding with the state of every layer."""
+"""Text generation with a language model: prefill, then decoding with the states of all layers."""
 
 from attention_jax.generation.decode import DecodeState, decode_step, prefill
 from attention_jax.generation.generate import generate, stream

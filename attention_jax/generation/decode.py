@@ -1,4 +1,4 @@
-"""Decoding from a state: `prefill`, `decode_step`, and the compiled loop that `generate` runs.
+"""Decoding with a state: `prefill`, `decode_step`, and the compiled loop of `generate`.
 
 state = prefill(config, params, tokens_BT, positions_BT, capacity=2048)
 token_B = state.logits_BV.argmax(-1)
@@ -22,10 +22,10 @@ from attention_jax.model import ModelConfig, bind, init_state
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What decoding goes on from.
+    """The state of decoding between two tokens.
 
-    caches: the state of every layer. positions_B: int32, the position of each row's next token. logits_BV:
-    float32, what predicts that token.
+    caches: the states of all layers. positions_B: int32, the position of the next token of each row.
+    logits_BV: float32, the logits of that token.
     """
 
     caches: Any
@@ -44,17 +44,17 @@ def prefill(
     memory_positions_BS: jax.Array | None = None,
     dtype: Any = None,
 ) -> DecodeState:
-    """The state after whole prompts.
+    """The state after the prompts.
 
     Args:
-      tokens_BT: prompts, left-padded where their lengths differ.
-      positions_BT: their positions, -1 where a slot holds no token; 0, 1, 2, ... by default.
-      capacity: the largest position + 1 that the caches can hold.
-      memory_BSD, memory_positions_BS: what `cross` mixers read, from `encode`; their caches keep it.
-      dtype: of cached keys and values; the model's by default.
+      tokens_BT: prompts, left-padded if their lengths differ.
+      positions_BT: their positions, -1 for padding; 0, 1, 2, ... by default.
+      capacity: the largest position + 1 that the caches support.
+      memory_BSD, memory_positions_BS: the memory of `cross` mixers, from `encode`; their caches keep it.
+      dtype: dtype of cached keys and values; the model's by default.
 
     A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
-    tokens than the capacity, and where the model keeps no state.
+    tokens than the capacity, and for a model without a state.
     """
     B, T = tokens_BT.shape
     if T > capacity:
@@ -76,8 +76,8 @@ def decode_step(
 ) -> DecodeState:
     """The state after one more token of each row.
 
-    active_B: boolean; a row that is not active keeps its caches and its position; its logits mean nothing. A
-    token at a position past the capacity gives NaN logits.
+    active_B: boolean; the caches and the position of an inactive row do not change, and its logits are
+    undefined. A token at a position past the capacity gives NaN logits.
     """
     positions_B = state.positions_B
     if active_B is not None:
@@ -91,7 +91,7 @@ def decode_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, positions_BT, source) -> dict:
-    """What `_decode` goes on from: a `DecodeState`, and room for `width` new tokens a row."""
+    """The initial carry of `_decode`: a `DecodeState` and buffers for `width` new tokens per row."""
     memory, B = {}, tokens_BT.shape[0]
     if source is not None:
         memory_BSD = bind(config, params).encode(source[0], ctx=Context(positions_BT=source[1]))
@@ -107,20 +107,20 @@ def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode(config: ModelConfig, sampling: Sampling, params, keys_B, carry: dict, eos, limit) -> dict:
-    """Tokens until `limit` have been drawn or every row has met `eos`."""
+    """The carry after sampling until step `limit`, or until every row has sampled `eos`."""
 
-    def undone(c):
+    def unfinished(c):
         return (c["step"] < limit) & jnp.any(c["done"] == False)  # noqa: E712
 
     def draw(c):
         state = c["decode"]
         keys = jax.vmap(jax.random.fold_in)(keys_B, state.positions_B)
         token_B = sample(state.logits_BV, sampling, keys)
-        # A row of NaN or -inf has no largest logit; categorical and argmax would answer 0.
+        # For a row of NaN or -inf there is no largest logit; categorical and argmax would return 0.
         no_largest_B = jnp.isfinite(state.logits_BV.max(-1)) == False  # noqa: E712
         bad_B = c["bad"] | (no_largest_B & (c["done"] == False))  # noqa: E712
         done_B = c["done"] | (token_B == eos) | bad_B
-        # A finished row leaves its state unchanged.
+        # The states of finished rows do not change.
         state = decode_step(config, params, state, token_B, done_B == False)  # noqa: E712
         return {
             "decode": state,
@@ -132,4 +132,4 @@ def _decode(config: ModelConfig, sampling: Sampling, params, keys_B, carry: dict
             "bad": bad_B,
         }
 
-    return jax.lax.while_loop(undone, draw, carry)
+    return jax.lax.while_loop(unfinished, draw, carry)

@@ -1,8 +1,8 @@
-"""Text from a language model: one jitted prefill, then a `lax.while_loop` that decodes with the state.
+"""Text generation: one jitted prefill, then a `lax.while_loop` that decodes with the state.
 
-Prompts of different lengths stand left-padded in one batch (padding has position -1). A token's randomness
-is folded from (key, request id, position) alone, so a request gets the same tokens at any batch size and in
-any slot.
+Prompts of different lengths are left-padded to one batch; padding has position -1. The random key of a token
+is folded from (key, request id, position) only, so that a request gets the same tokens for any batch size and
+in any row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attention_jax.generation import decode
 from attention_jax.generation.sampling import Sampling
 from attention_jax.model import ModelConfig
 
-_BUCKET = 64  # prompt lengths, capacities and outputs are rounded up to it, so that few shapes compile
+_BUCKET = 64  # prompt lengths, capacities and outputs are rounded up to a multiple, to limit compilations
 
 
 def generate(
@@ -35,19 +35,19 @@ def generate(
     capacity: int | None = None,
     sources: Sequence[Sequence[int] | np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """The new tokens of each prompt, up to and without `eos_id`, int32.
+    """The new tokens of each prompt, int32, up to and excluding `eos_id`.
 
     Args:
-      prompts: token ids of each request, at least one token each; lengths may differ.
-      key: a jax PRNG key; needed unless the temperature is 0.
-      request_ids: what tells the requests' randomness apart; 0, 1, 2, ... by default.
-      capacity: positions the state holds a row; by default what prompt and new tokens need.
-      sources: for a model with an encoder, the token ids each request's `cross` mixers attend to.
+      prompts: the token ids of each request, at least one per request; lengths may differ.
+      key: a JAX PRNG key; required unless the temperature is 0.
+      request_ids: integers folded into the key of each request; 0, 1, 2, ... by default.
+      capacity: the largest position + 1 of the state; by default enough for the prompts and new tokens.
+      sources: the source token ids of each request, for a model with an encoder.
 
     Raises:
-      ValueError, before compiling: a model that is not causal, an empty prompt, an id outside the
-        vocabulary, prompt and new tokens longer than the capacity or the model's `limit`. After: logits
-        that are NaN or all -inf.
+      ValueError: before compilation, for a model that is not causal, an empty prompt, an id outside the
+        vocabulary, or a prompt with new tokens longer than the capacity or the model's `limit`; during
+        decoding, for logits that are NaN or all -inf.
     """
     pieces = list(
         stream(
@@ -73,30 +73,35 @@ def stream(
     sources: Sequence[Sequence[int] | np.ndarray] | None = None,
     chunk: int = 8,
 ) -> Iterator[list[np.ndarray]]:
-    """`generate`, a few tokens at a time: yields the next tokens (at most `chunk`) of each request."""
+    """`generate` in chunks: yields the next tokens, at most `chunk`, of each request."""
     if not config.causal:
         raise ValueError(
-            "the model is not causal: it was made to tell a token from both sides and cannot continue a "
-            "prompt; generate takes models whose `causal` is true"
+            "the model is not causal: it predicts masked tokens from bidirectional context and cannot "
+            "continue a prompt; use a model with causal: true"
         )
     prompts = [_checked_ids(config, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     if not prompts:
-        raise ValueError("no prompts given")
+        raise ValueError("no prompts given: give at least one")
     for index, prompt in enumerate(prompts):
         if prompt.size < config.prefix:
-            # Tokens drawn inside the prefix would have to be seen by those before them.
+            # Earlier prefix tokens would have to attend to tokens that are generated inside the prefix.
             raise ValueError(
-                f"prompt {index} has {prompt.size} tokens, fewer than the prefix of {config.prefix} that "
-                "every token sees; give a longer prompt"
+                f"prompt {index} has {prompt.size} tokens, fewer than the prefix of {config.prefix} tokens "
+                "within which the mask is bidirectional; give a longer prompt"
             )
     if max_new_tokens < 1 or chunk < 1:
         raise ValueError(f"max_new_tokens and chunk must be >= 1, got {max_new_tokens} and {chunk}")
     if sampling.temperature > 0 and key is None:
-        raise ValueError(f"sampling at temperature {sampling.temperature} needs a key")
+        raise ValueError(
+            f"sampling at temperature {sampling.temperature} needs a key: pass key=jax.random.key(0), or use "
+            "temperature 0"
+        )
     capacity = _capacity(config, max(map(len, prompts)), max_new_tokens, capacity)
     ids = np.arange(len(prompts)) if request_ids is None else np.asarray(request_ids)
     if ids.shape != (len(prompts),):
-        raise ValueError(f"request_ids must name each of {len(prompts)} prompts once, got {ids.shape}")
+        raise ValueError(
+            f"request_ids must have one id for each of {len(prompts)} prompts, got shape {ids.shape}"
+        )
     source = _sources(config, sources, len(prompts))
     tokens_BT, positions_BT = _left_padded(prompts, capacity)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(ids)
@@ -139,7 +144,7 @@ def _sources(config: ModelConfig, sources: Any, requests: int) -> tuple[np.ndarr
         return None
     rows = [_checked_ids(config, f"source {index}", source) for index, source in enumerate(sources)]
     if len(rows) != requests:
-        raise ValueError(f"{len(rows)} sources for {requests} prompts; give one each")
+        raise ValueError(f"{len(rows)} sources for {requests} prompts; give one per prompt")
     S = -(-max(map(len, rows)) // _BUCKET) * _BUCKET
     if config.max_positions is not None:
         S = min(S, config.max_positions)

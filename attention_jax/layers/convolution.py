@@ -1,4 +1,4 @@
-"""A short causal convolution over the valid tokens of a document, as recurrent mixers use it."""
+"""The short causal convolution of recurrent mixers, over the valid tokens of a document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.layers.norms import ACTIVATIONS
-from attention_jax.ops.recurrences import select_valid
+from attention_jax.ops.tokens import select_valid
 
 
 class ShortConvolution(nnx.Module):
@@ -17,7 +17,7 @@ class ShortConvolution(nnx.Module):
 
         y_t = activation(b + sum_{j < W} kernel[W - 1 - j] x_{t - j}),   x = 0 before the document's start
 
-    t counts valid tokens. Its state is the last W - 1 valid inputs [B, W - 1, C]. Sums are float32.
+    t counts valid tokens only. The state is the last W - 1 valid inputs [B, W - 1, C]. Sums are float32.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class ShortConvolution(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if width < 1:
-            raise ValueError(f"a short convolution needs a width >= 1, got {width}")
+            raise ValueError(f"the width of a short convolution must be >= 1, got {width}")
         self.width, self.channels, self.activation, self.dtype = width, channels, activation, dtype
-        # Uniform in +-1 / sqrt(W), as published models of this kind start: a channel's fan-in is W.
+        # Uniform in +-1 / sqrt(W), as in published models: the fan-in of a channel is W.
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.kernel = nnx.Param(init(rngs.params(), (width, channels), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if use_bias else None
@@ -46,39 +46,42 @@ class ShortConvolution(nnx.Module):
         valid_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """y [B, T, C], 0 for invalid tokens, and the last inputs with x appended (None for None).
+        """y [B, T, C], 0 for invalid tokens, and the last inputs including x (None if `inputs_BUC` is None).
 
-        valid_BT: True where a slot holds a token; None where all do. segment_ids_BT: document of each token;
-        it needs valid_BT, and is for calls without `inputs_BUC`.
+        inputs_BUC: the last valid inputs before x; None starts a document and returns no state.
+        valid_BT: True for slots that hold a token; None if all do. segment_ids_BT: the document ids of the
+        tokens; requires valid_BT and excludes inputs_BUC.
         """
         B, T, C = x_BTC.shape
         x_BTC = select_valid(x_BTC.astype(self.dtype), valid_BT)
-        held_BUC = jnp.zeros((B, self.width - 1, C), x_BTC.dtype) if inputs_BUC is None else inputs_BUC
+        past_BUC = jnp.zeros((B, self.width - 1, C), x_BTC.dtype) if inputs_BUC is None else inputs_BUC
         if valid_BT is None:
-            seen_BSC = jnp.concatenate([held_BUC, x_BTC], axis=1)
-            return self._convolved(seen_BSC, None), None if inputs_BUC is None else seen_BSC[:, T:]
+            history_BSC = jnp.concatenate([past_BUC, x_BTC], axis=1)
+            return self._convolved(history_BSC, None), None if inputs_BUC is None else history_BSC[:, T:]
         valid_BT = jnp.broadcast_to(valid_BT, (B, T))
-        # Valid tokens are brought to the front, convolved, and brought back to where they stood.
+        # Move valid tokens to the front, convolve them, and restore the original order.
         order_BT, rank_BT = _valid_first(valid_BT)
-        seen_BSC = jnp.concatenate([held_BUC, _permuted(x_BTC, order_BT, rank_BT)], axis=1)
+        history_BSC = jnp.concatenate([past_BUC, _permuted(x_BTC, order_BT, rank_BT)], axis=1)
         document_BT = None
         if segment_ids_BT is not None:
             segments_BT = jnp.broadcast_to(segment_ids_BT, (B, T))
             document_BT = _documents(jnp.take_along_axis(segments_BT, order_BT, axis=1))
-        y_BTC = select_valid(_permuted(self._convolved(seen_BSC, document_BT), rank_BT, order_BT), valid_BT)
+        y_BTC = select_valid(
+            _permuted(self._convolved(history_BSC, document_BT), rank_BT, order_BT), valid_BT
+        )
         if inputs_BUC is None:
             return y_BTC, None
         last_BU = valid_BT.sum(axis=1, keepdims=True) + jnp.arange(self.width - 1)
-        last_BUC = jnp.take_along_axis(seen_BSC, last_BU[..., None], axis=1, mode="clip")
+        last_BUC = jnp.take_along_axis(history_BSC, last_BU[..., None], axis=1, mode="clip")
         return y_BTC, last_BUC.astype(inputs_BUC.dtype)
 
-    def _convolved(self, seen_BSC: jax.Array, document_BT: jax.Array | None) -> jax.Array:
-        """y of the last T = S - (W - 1) of the inputs; a tap of another document counts as 0."""
-        U, T = self.width - 1, seen_BSC.shape[1] - (self.width - 1)
+    def _convolved(self, history_BSC: jax.Array, document_BT: jax.Array | None) -> jax.Array:
+        """y of the last T = S - (W - 1) inputs; taps from other documents are 0."""
+        U, T = self.width - 1, history_BSC.shape[1] - (self.width - 1)
         kernel_WC = self.kernel[...]
         y_BTC = jnp.zeros((), jnp.float32) if self.bias is None else self.bias[...]
         for lag in range(self.width):
-            tap_BTC = seen_BSC[:, U - lag : U - lag + T].astype(jnp.float32)
+            tap_BTC = history_BSC[:, U - lag : U - lag + T].astype(jnp.float32)
             if document_BT is not None and lag:
                 same_BT = jnp.pad(document_BT, ((0, 0), (lag, 0)), constant_values=-1)[:, :T] == document_BT
                 tap_BTC = jnp.where(same_BT[..., None], tap_BTC, 0.0)
@@ -89,7 +92,7 @@ class ShortConvolution(nnx.Module):
 
 
 def _valid_first(valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The order of the slots that puts valid ones first, else as they stand, and its inverse."""
+    """The stable permutation that moves valid slots to the front, and its inverse."""
     invalid_BT = valid_BT == False  # noqa: E712
     count_B1 = valid_BT.sum(axis=1, keepdims=True)
     rank_BT = jnp.where(
@@ -99,14 +102,14 @@ def _valid_first(valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _documents(segments_BT: jax.Array) -> jax.Array:
-    """Which run of equal ids a token belongs to: 0, 1, ...; a document's id may come back later."""
+    """The index 0, 1, ... of each token's run of equal ids; ids may be reused by later documents."""
     changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
     return jnp.pad(jnp.cumsum(changes_BT, axis=1), ((0, 0), (1, 0)))
 
 
 @jax.custom_vjp
 def _permuted(x_BTC: jax.Array, order_BT: jax.Array, inverse_BT: jax.Array) -> jax.Array:
-    """x[:, order]. Its gradient is the inverse permutation: a gather, where a general one scatters."""
+    """x[:, order], with the inverse permutation as gradient: a gather instead of a scatter."""
     if x_BTC.shape[1] == 1:
         return x_BTC
     return jnp.take_along_axis(x_BTC, order_BT[..., None], axis=1, mode="clip")

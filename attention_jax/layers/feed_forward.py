@@ -13,7 +13,7 @@ from attention_jax.layers.linear import gelu, linear
 class FeedForward(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(gelu(up(x))): Shazeer 2020 (arXiv 2002.05202).
 
-    kind: swiglu (act = silu), geglu (act = gelu), gelu (no gate). width: F.
+    kind: swiglu (act = silu), geglu (act = gelu) or gelu (no gate). width: the hidden width F.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ def linear(
     bias_init=nnx.initializers.zeros_init(),  # noqa: B008 (a function)
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """y = x W (+ b) over the last axis, float32 parameters, computed in `dtype`."""
+    """A layer y = x W (+ b) over the last axis, with float32 parameters, computed in `dtype`."""
     return nnx.Linear(
         features_in,
         features_out,
@@ -47,8 +47,8 @@ def fused_linear(linears: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]
 def matmul(x: jax.Array, kernel: jax.Array, *, precision=None, preferred_element_type=None) -> jax.Array:
     """x [..., D] @ kernel [D, F] as one matrix product of [rows, D].
 
-    The weight gradient then contracts a single leading axis, which every backend does in place; over two
-    axes XLA's CPU backend first writes transposed copies of both factors on one thread.
+    The weight gradient then contracts a single leading axis, which needs no copy on any backend. For two
+    axes, XLA's CPU backend first writes transposed copies of both factors on a single thread.
     """
     y = jax.lax.dot_general(
         x.reshape(-1, x.shape[-1]),
@@ -61,10 +61,10 @@ def matmul(x: jax.Array, kernel: jax.Array, *, precision=None, preferred_element
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x), Phi the normal distribution function (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+    """x Phi(x), with Phi the normal distribution function (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 
-    By erf, which vectorises on a CPU; `jax.nn.gelu` uses erfc, three times slower there and no nearer to
-    the truth once multiplied by x in float32.
+    Computed with erf, which is vectorised on CPUs. `jax.nn.gelu` uses erfc, which is three times slower there
+    and no more accurate after the multiplication by x in float32.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 def head_norm(kind: Literal["rms", "l2"] | None, head_dim: int, *, dtype: Any, rngs: nnx.Rngs) -> Any:
-    """The norm of a head's features [..., H]; None where `kind` is None.
+    """The norm of a head's features [..., H]; None if `kind` is None.
 
     rms: RMS norm with a learned scale. l2: unscaled RMS norm (Llama 4 calls it L2 norm).
     """
@@ -31,8 +32,8 @@ class GatedRMSNorm(nnx.Module):
 
         after:  y = RMSNorm(x) scale * act(g)          before:  y = RMSNorm(x * act(g)) scale
 
-    after: GLA, Gated DeltaNet, lightning attention; before: Mamba-2. The axis is a head's features or those
-    of all heads; its mean square is taken over each of `groups` equal parts. Float32 inside.
+    gated: apply the gate after the norm (GLA, Gated DeltaNet, lightning attention) or before it (Mamba-2).
+    The mean square is taken over each of `groups` equal parts of the axis. Computed in float32.
     """
 
     def __init__(
@@ -46,37 +47,37 @@ class GatedRMSNorm(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        del rngs  # the scale starts as ones
+        del rngs  # the scale is initialised to ones
         self.gate, self.gated, self.groups, self.epsilon, self.dtype = gate, gated, groups, epsilon, dtype
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        """x and gate [..., width]."""
+        """y [..., width], for x and gate [..., width]."""
         x, gate = x.astype(jnp.float32), ACTIVATIONS[self.gate](gate.astype(jnp.float32))
         if self.gated == "before":
             x = x * gate
-        parts = x.reshape(*x.shape[:-1], self.groups, -1)
+        parts = rearrange(x, "... (g c) -> ... g c", g=self.groups)
         parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + self.epsilon)
         x = parts.reshape(x.shape) * self.scale[...]
         return (x if self.gated == "before" else x * gate).astype(self.dtype)
 
 
 class HeadGroupNorm(nnx.Module):
-    """Group norm with one group per head: (x - mean) / sqrt(var + eps) over its features, scale and bias.
+    """Group norm with one group per head: (x - mean) / sqrt(var + eps) * scale + bias over its features.
 
-    A positive factor that all of a head's features share drops out of it, but for eps.
+    Up to eps, the output does not change if all features of a head are multiplied by a positive factor.
     """
 
     def __init__(
         self, heads: int, width: int, *, epsilon: float = 1e-5, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        del rngs  # the scale starts as ones, the bias as zeros
+        del rngs  # the scale is initialised to ones, the bias to zeros
         self.epsilon, self.dtype = epsilon, dtype
         self.scale = nnx.Param(jnp.ones((heads, width), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((heads, width), jnp.float32))
 
     def __call__(self, x_BTNM: jax.Array) -> jax.Array:
-        """x [..., N, M]; float32 inside."""
+        """y [..., N, M], for x [..., N, M]; computed in float32."""
         x = x_BTNM.astype(jnp.float32)
         x = x - jnp.mean(x, -1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)

@@ -1,7 +1,7 @@
 """Masks: relations between a query and a key position, and their algebra.
 
-`algebra` holds what every mask is and how masks combine, `patterns` and `irregular` the patterns, `picture`
-their pictures.
+`algebra` defines the interface of masks and how they combine, `patterns` and `irregular` the patterns, and
+`picture` their plots.
 """
 
 from attention_jax.masks import picture  # noqa: F401 (it defines `Mask.plot`)

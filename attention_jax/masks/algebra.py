@@ -1,19 +1,19 @@
-"""The mask algebra: functions of positions, never arrays.
+"""The mask algebra: masks are functions of positions, not arrays.
 
-A `Mask` is a frozen, hashable relation between a query position and a key position. It answers three
-questions, and everything else (the dense reference, the block lists of the kernels, the decode row, the
-cache, the density, the picture) follows from them:
+A `Mask` is a frozen, hashable relation between a query position and a key position. It has three methods,
+from which everything else is derived (the dense reference, the block lists of the kernels, the decoding
+mask, the cache, the density, the plot):
 
-    keep(q_pos, k_pos)                 may this query see this key?           elementwise
+    keep(q_pos, k_pos)                 may this query attend to this key?     elementwise
     bounds(q_lo, q_hi, k_lo, k_hi)     (any, all) over a rectangle            block logic, inclusive bounds
     cache_span()                        which past keys may still be needed?   cache size
 
-`keep` and `bounds` use comparisons, integer arithmetic, `&` and `|` only, so that they run unchanged on
-NumPy arrays, on traced arrays and inside a kernel; `Dense`, and `Global` of many runs, also index an array,
-which kernels have read beforehand. Negation is written `== False`, because `~` on booleans does not lower
-inside a Mosaic kernel.
+`keep` and `bounds` use only comparisons, integer arithmetic, `&` and `|`, so that they run unchanged on
+NumPy arrays, on traced arrays and inside a kernel. `Dense`, and `Global` with many runs of positions, also
+index an array, which kernels load beforehand. Negation is written `== False`, because `~` on booleans does
+not lower inside a Mosaic kernel.
 
-Patterns are relations, not causal by themselves; a causal model intersects them with `Causal()`.
+A pattern need not be causal; a causal model intersects its masks with `Causal()`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import numpy as np
 
 from attention_jax.about import About
 
-Array = Any  # a NumPy array, a jax array, a tracer or a kernel value: the algebra does not care
+Array = Any  # a NumPy array, a jax array, a tracer or a value inside a kernel
 
 
 class CacheSpan(NamedTuple):
-    """What a cache must keep for queries at or after the newest key.
+    """The keys that a cache must keep for queries at or after the newest key.
 
-    lookback: the newest `lookback` positions may be needed (a query's own included); None keeps all.
-    pinned: positions needed for ever, whatever their age.
+    lookback: the newest `lookback` positions may be needed (the query's own included); None keeps all.
+    pinned: positions that are always needed, independent of their distance.
     """
 
     lookback: int | None
@@ -42,7 +42,7 @@ class CacheSpan(NamedTuple):
 
 
 class Density(float):
-    """A fraction in [0, 1] that knows whether it was counted (`exact`) or sampled."""
+    """A fraction in [0, 1]; `exact` is True if it was counted and False if it was estimated by sampling."""
 
     exact: bool
 
@@ -55,14 +55,14 @@ class Density(float):
         return f"{float(self):.2%}" if self.exact else f"~{float(self):.2%} (sampled)"
 
 
-_EXACT_BLOCKS = 4096  # undecided blocks that `density` still counts entry by entry
+_EXACT_BLOCKS = 4096  # the most partial blocks that `density` counts entry by entry
 
 
 class Mask:
-    """Base of all masks. Subclasses are frozen dataclasses of plain Python values."""
+    """Base class of all masks. Subclasses are frozen dataclasses of plain Python values."""
 
-    about: ClassVar[About | None] = None  # its line in the catalogue
-    plot: ClassVar[Callable[..., Any]]  # mask.plot(T, S=None, ...) -> figure; masks/picture.py defines it
+    about: ClassVar[About | None] = None  # its entry in the catalogue
+    plot: ClassVar[Callable[..., Any]]  # mask.plot(T, S=None, ...) -> figure, defined in masks/picture.py
 
     def keep(self, q_pos: Array, k_pos: Array) -> Array:
         """Boolean, elementwise over the broadcast shapes: may `q_pos` attend to `k_pos`?"""
@@ -71,27 +71,28 @@ class Mask:
     def bounds(self, q_lo: Array, q_hi: Array, k_lo: Array, k_hi: Array) -> tuple[Array, Array]:
         """(any, all) of `keep` over [q_lo, q_hi] x [k_lo, k_hi], all inclusive, elementwise.
 
-        Exact for leaves; for composites `any` may be True and `all` False without need, never the
-        reverse. A user predicate that brings none is (True, False) everywhere.
+        Exact for leaves. For composites the result is conservative: `any` may be True although no pair is
+        kept, and `all` may be False although every pair is kept. The default is (True, False) everywhere.
         """
         anywhere = like(q_lo, q_hi, k_lo, k_hi)
         return anywhere, anywhere == False  # noqa: E712
 
     def cache_span(self) -> CacheSpan:
-        """What a cache must keep. The default keeps everything."""
+        """The keys that a cache must keep. The default keeps all keys."""
         return CacheSpan(None)
 
     @property
     def prefix(self) -> int | None:
-        """The smallest n known such that every kept pair has k <= q or k < n; None where there is none.
+        """The smallest known n such that every kept pair has k <= q or k < n; None if no such n is known.
 
-        0 is causal. A causal model takes such a mask as it is, and its loss skips what a prefix shows.
+        0 means causal. A causal model uses a mask with a prefix unchanged, and its loss excludes the targets
+        inside the prefix.
         """
         return None
 
     @property
     def causal(self) -> bool:
-        """True where it is certain that no key after the query is ever kept."""
+        """True if the mask is known never to keep a key after the query."""
         return self.prefix == 0
 
     def __and__(self, other: Mask) -> Mask:
@@ -106,25 +107,25 @@ class Mask:
         return Not(self)
 
     def dense(self, q_pos: Array, k_pos: Array) -> Array:
-        """The truth table [..., T, S] for positions [..., T] and [..., S]."""
+        """The boolean mask array [..., T, S] for positions [..., T] and [..., S]."""
         return self.keep(q_pos[..., :, None], k_pos[..., None, :])
 
     def density(self, T: int, S: int | None = None, *, block: int = 128) -> Density:
         """The fraction of kept pairs over positions 0..T-1 x 0..S-1.
 
-        Blocks that `bounds` decides cost nothing. Up to 4096 undecided ones (a causal mask of 512k
-        tokens) are evaluated entry by entry, and the figure is exact. Of more, 4096 drawn by a fixed
-        seed stand for all, and the figure says that it is sampled.
+        `bounds` classifies the blocks. If at most 4096 are partial (as in a causal mask over 512k tokens),
+        those are evaluated entry by entry and the result is exact. Otherwise only 4096 partial blocks, drawn
+        with a fixed seed, are evaluated, and the result is an estimate with `exact` False.
         """
         S = T if S is None else S
         if T < 1 or S < 1:
-            raise ValueError(f"density needs lengths >= 1, got {T} and {S}")
+            raise ValueError(f"density: T and S must be >= 1, got {T} and {S}")
         q_lo, k_lo = np.arange(0, T, block)[:, None], np.arange(0, S, block)[None]
         q_hi, k_hi = np.minimum(q_lo + block, T) - 1, np.minimum(k_lo + block, S) - 1
         shape = (q_lo.size, k_lo.size)
-        some, every = (np.broadcast_to(x, shape) for x in self.bounds(q_lo, q_hi, k_lo, k_hi))
-        kept = int(((q_hi - q_lo + 1) * (k_hi - k_lo + 1))[every].sum())
-        undecided = np.flatnonzero(some & ~every)
+        any_kept, all_kept = (np.broadcast_to(x, shape) for x in self.bounds(q_lo, q_hi, k_lo, k_hi))
+        kept = int(((q_hi - q_lo + 1) * (k_hi - k_lo + 1))[all_kept].sum())
+        undecided = np.flatnonzero(any_kept & ~all_kept)
         chosen = undecided
         if undecided.size > _EXACT_BLOCKS:
             chosen = np.random.default_rng(0).choice(undecided, _EXACT_BLOCKS, replace=False)
@@ -138,7 +139,7 @@ class Mask:
 
 
 def like(*arrays: Array) -> Array:
-    """An all-True boolean of the broadcast shape, on NumPy and on traced arrays alike."""
+    """An all-True boolean array of the broadcast shape, for NumPy and traced arrays."""
     total = arrays[0]
     for array in arrays[1:]:
         total = total + array
@@ -147,12 +148,12 @@ def like(*arrays: Array) -> Array:
 
 def _checked(other: Any) -> Mask:
     if not isinstance(other, Mask):
-        raise TypeError(f"a Mask combines with a Mask by & and |, not with {type(other).__name__}")
+        raise TypeError(f"a Mask combines with a Mask by & and |, got {type(other).__name__}")
     return other
 
 
 def _flatten(kind: type, *masks: Mask) -> tuple[Mask, ...]:
-    """Nested Ands (Ors) become one, and repeated members go: Causal & Causal is Causal once."""
+    """The members of an And (Or) with nested ones flattened and duplicates removed."""
     flat: list[Mask] = []
     for mask in masks:
         flat.extend(mask.masks if isinstance(mask, kind) else (mask,))
@@ -160,10 +161,10 @@ def _flatten(kind: type, *masks: Mask) -> tuple[Mask, ...]:
 
 
 def parse(text: str) -> Mask:
-    """The mask an expression describes, as YAML holds it: `"SlidingWindow(128) | Sinks(4)"`.
+    """The mask of an expression such as `"SlidingWindow(128) | Sinks(4)"`, the form used in YAML.
 
-    Names are those of the Mask classes, arguments are literals, operators are & | ~. `str(mask)` is an
-    expression that parses back to an equal mask. ValueError names what is not understood.
+    An expression combines calls of Mask classes with literal arguments by & | ~. `str(mask)` is an expression
+    that parses to an equal mask. Raises: ValueError for any other text.
     """
     known = {cls.__name__: cls for cls in _subclasses(Mask) - {And, Or, Not, Recipe}}
 
@@ -176,9 +177,10 @@ def parse(text: str) -> Mask:
         if isinstance(node, ast.Name):
             node = ast.Call(node, [], [])
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-            raise ValueError(f"mask {text!r}: only masks joined by & | ~ are understood")
+            raise ValueError(f"mask {text!r}: only masks combined with & | ~ are allowed")
         if node.func.id not in known:
-            raise ValueError(f"mask {text!r}: no mask {node.func.id!r}; there are {', '.join(sorted(known))}")
+            names = ", ".join(sorted(known))
+            raise ValueError(f"mask {text!r}: unknown mask {node.func.id!r}; choose from {names}")
         try:
             args = [_literal(arg) for arg in node.args]
             kwargs = {kw.arg: _literal(kw.value) for kw in node.keywords}
@@ -189,7 +191,9 @@ def parse(text: str) -> Mask:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise ValueError(f"mask {text!r} is no expression such as 'SlidingWindow(128) & Causal()'") from None
+        raise ValueError(
+            f"mask {text!r} cannot be parsed: give an expression such as 'SlidingWindow(128) & Causal()'"
+        ) from None
     return build(tree)
 
 
@@ -197,19 +201,19 @@ def _literal(node: ast.AST) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(f"arguments are plain numbers, or tuples of them, got {ast.unparse(node)}") from None
+        raise ValueError(f"arguments must be numbers or tuples of numbers, got {ast.unparse(node)}") from None
 
 
 def _subclasses(cls: type) -> set[type]:
     return {cls}.union(*map(_subclasses, cls.__subclasses__())) - {Mask}
 
 
-# Positions are int32: a larger number could not be compared with one, and sums in `bounds` would wrap.
+# Positions are int32: a larger parameter would not fit, and sums in `bounds` would overflow.
 _LARGEST = 2**30
 
 
 def natural(name: str, value: int, least: int = 0, most: int = _LARGEST) -> None:
-    """ValueError unless `value` is an integer from `least` to `most`."""
+    """Raise ValueError unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     if value > most:
@@ -218,7 +222,7 @@ def natural(name: str, value: int, least: int = 0, most: int = _LARGEST) -> None
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class And(Mask):
-    """Kept where every member keeps."""
+    """Keeps the pairs that all members keep."""
 
     masks: tuple[Mask, ...]
 
@@ -232,15 +236,15 @@ class And(Mask):
         return kept
 
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        some, every = self.masks[0].bounds(q_lo, q_hi, k_lo, k_hi)
+        any_kept, all_kept = self.masks[0].bounds(q_lo, q_hi, k_lo, k_hi)
         for mask in self.masks[1:]:
             s, e = mask.bounds(q_lo, q_hi, k_lo, k_hi)
-            some, every = some & s, every & e
-        return some, every
+            any_kept, all_kept = any_kept & s, all_kept & e
+        return any_kept, all_kept
 
     def cache_span(self):
-        # A key must be needed by all members: (ring_a + pins_a) * (ring_b + pins_b) lies within the
-        # smaller ring plus the pins of the members that do not keep everything anyway.
+        # A key is needed only if all members need it: (ring_a + pins_a) & (ring_b + pins_b) is a subset of
+        # the smaller ring plus the pins of the members with a bounded lookback.
         bounded = [r for r in (m.cache_span() for m in self.masks) if r.lookback is not None]
         if not bounded:
             return CacheSpan(None)
@@ -254,7 +258,7 @@ class And(Mask):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Or(Mask):
-    """Kept where any member keeps."""
+    """Keeps the pairs that any member keeps."""
 
     masks: tuple[Mask, ...]
 
@@ -268,11 +272,11 @@ class Or(Mask):
         return kept
 
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        some, every = self.masks[0].bounds(q_lo, q_hi, k_lo, k_hi)
+        any_kept, all_kept = self.masks[0].bounds(q_lo, q_hi, k_lo, k_hi)
         for mask in self.masks[1:]:
             s, e = mask.bounds(q_lo, q_hi, k_lo, k_hi)
-            some, every = some | s, every | e
-        return some, every
+            any_kept, all_kept = any_kept | s, all_kept | e
+        return any_kept, all_kept
 
     def cache_span(self):
         each = [mask.cache_span() for mask in self.masks]
@@ -288,7 +292,7 @@ class Or(Mask):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Not(Mask):
-    """Kept where the member does not keep."""
+    """Keeps the pairs that the member does not keep."""
 
     mask: Mask
 
@@ -299,17 +303,17 @@ class Not(Mask):
         return self.mask.keep(q_pos, k_pos) == False  # noqa: E712
 
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        some, every = self.mask.bounds(q_lo, q_hi, k_lo, k_hi)
-        return every == False, some == False  # noqa: E712
+        any_kept, all_kept = self.mask.bounds(q_lo, q_hi, k_lo, k_hi)
+        return all_kept == False, any_kept == False  # noqa: E712
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Mask):
-    """Base of masks that stand for an expression of others."""
+    """Base class of masks that are defined as an expression of other masks."""
 
     @property
     def expression(self) -> Mask:
-        """The masks this one is made of."""
+        """The equivalent expression of other masks."""
         raise NotImplementedError
 
     def keep(self, q_pos, k_pos):

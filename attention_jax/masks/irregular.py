@@ -1,7 +1,7 @@
-"""Patterns that no arithmetic of distance describes: named tokens, random blocks, predicates, arrays.
+"""Patterns that are not functions of distance: global tokens, random blocks, predicates, arrays.
 
-Longformer and BigBird are recipes made of them. `bounds` is exact for `Global` and `Dense`, and for
-`RandomBlocks` where positions are NumPy.
+Longformer and BigBird are expressions of these and of the regular patterns. `bounds` is exact for `Global`
+and `Dense`, and for `RandomBlocks` if the positions are NumPy arrays.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from attention_jax.masks.patterns import BlockLocal, SlidingWindow
 
 @dataclasses.dataclass(frozen=True)
 class Global(Mask):
-    """q in positions or k in positions: named tokens attend to all and are attended by all.
+    """q in positions or k in positions: global tokens attend to all tokens, and all tokens attend to them.
 
-    (Beltagy et al. 2020, arXiv 2004.05150.) `positions` are sorted and made unique.
+    Beltagy et al. 2020 (arXiv 2004.05150). `positions` are sorted and deduplicated.
     """
 
     about = About(
@@ -42,17 +42,17 @@ class Global(Mask):
         object.__setattr__(self, "positions", tuple(sorted({int(p) for p in given})))
 
     def keep(self, q_pos, k_pos):
-        return self._named(q_pos) | self._named(k_pos)
+        return self._is_global(q_pos) | self._is_global(k_pos)
 
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         q, k = self._count(q_lo, q_hi), self._count(k_lo, k_hi)
         return (q > 0) | (k > 0), (q == q_hi - q_lo + 1) | (k == k_hi - k_lo + 1)
 
     def cache_span(self):
-        # A named query sees all before it: none of those lies more than the last name back.
+        # A global query attends to all earlier keys, which are at most `positions[-1]` positions back.
         return CacheSpan(self.positions[-1] + 1, self.positions)
 
-    def _named(self, x):
+    def _is_global(self, x):
         runs = _runs(self.positions)
         if len(runs) > _UNROLLED:
             table = np.zeros(self.positions[-1] + 2, bool)
@@ -62,7 +62,7 @@ class Global(Mask):
         return functools.reduce(lambda a, b: a | b, found)
 
     def _count(self, lo, hi):
-        """How many of lo..hi are named."""
+        """The number of global positions in [lo, hi]."""
         runs = _runs(self.positions)
         if len(runs) > _UNROLLED:
             below = np.searchsorted(self.positions, np.arange(self.positions[-1] + 2)).astype(np.int32)
@@ -70,12 +70,12 @@ class Global(Mask):
         return sum(_clip(hi + 1, a, b + 1) - _clip(lo, a, b + 1) for a, b in runs)
 
 
-_UNROLLED = 64  # runs of named positions; beyond it a table is looked up
+_UNROLLED = 64  # the most runs of global positions that are compared one by one; more runs use a table
 
 
 @functools.cache
 def _runs(positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Sorted positions as inclusive runs of neighbours."""
+    """Sorted positions as inclusive intervals of consecutive positions."""
     runs: list[tuple[int, int]] = []
     for p in positions:
         if runs and runs[-1][1] == p - 1:
@@ -86,12 +86,12 @@ def _runs(positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _clip(x, lo: int, hi: int):
-    """x limited to [lo, hi] by arithmetic alone."""
+    """x clipped to [lo, hi] with arithmetic and comparisons only."""
     return lo + (x > lo) * (x - lo) - (x > hi) * (x - hi)
 
 
 def _look_up(table: np.ndarray, x):
-    """table[x], past the end its last entry; NumPy or traced, 0 <= x."""
+    """table[min(x, last index)] for NumPy or traced x >= 0."""
     at = _clip(x, 0, table.size - 1)
     return table[at] if _is_numpy(x) else jnp.asarray(table)[at]
 
@@ -102,11 +102,11 @@ def _is_numpy(*arrays: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RandomBlocks(Mask):
-    """Each block of queries sees `count` blocks drawn from its past, and is seen by them.
+    """Each block attends to `count` random earlier blocks, which also attend to it.
 
-    Block i draws one block from each of `count` equal strata of [first, i - skip), by an integer
-    hash of (seed, i, stratum): distinct, the same whatever the length, and valid when causal. The relation
-    is symmetric. Strata that are empty near the start draw nothing.
+    Block i draws one block from each of `count` equal strata of [first, i - skip), by an integer hash of
+    (seed, i, stratum). The drawn blocks are distinct, do not depend on the sequence length, and lie in the
+    past, so that an intersection with `Causal()` keeps them. Empty strata, near the start, draw no block.
     """
 
     about = About("Random blocks", "arXiv 2007.14062", "O(T count block)", cache="all keys")
@@ -130,34 +130,36 @@ class RandomBlocks(Mask):
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         q_lo, q_hi, k_lo, k_hi = (x // self.block for x in (q_lo, q_hi, k_lo, k_hi))
         if not _is_numpy(q_lo, q_hi, k_lo, k_hi):
-            # How many blocks a rectangle spans is not known while tracing: decide those of one block.
+            # While tracing, the number of blocks in a rectangle is unknown: be exact for single blocks only.
             drawn = self._drawn(q_lo, k_lo)
             one = (q_lo == q_hi) & (k_lo == k_hi)
             return drawn | (one == False), drawn & one  # noqa: E712
         if _is_grid(q_lo, q_hi, k_lo, k_hi):
-            some = self._touched(q_lo[:, 0], q_hi[:, 0], k_lo[0], k_hi[0])
-            some |= self._touched(k_lo[0], k_hi[0], q_lo[:, 0], q_hi[:, 0]).T
-            i, j = np.nonzero(some)
-            every = np.zeros_like(some)
-            every[i, j] = self._cells(q_lo[i, 0], q_hi[i, 0], k_lo[0, j], k_hi[0, j])[1]
-            return some, every
+            any_kept = self._any_drawn(q_lo[:, 0], q_hi[:, 0], k_lo[0], k_hi[0])
+            any_kept |= self._any_drawn(k_lo[0], k_hi[0], q_lo[:, 0], q_hi[:, 0]).T
+            i, j = np.nonzero(any_kept)
+            all_kept = np.zeros_like(any_kept)
+            all_kept[i, j] = self._cells(q_lo[i, 0], q_hi[i, 0], k_lo[0, j], k_hi[0, j])[1]
+            return any_kept, all_kept
         return self._cells(q_lo, q_hi, k_lo, k_hi)
 
     def _cells(self, q_lo, q_hi, k_lo, k_hi):
-        """(any, all) over the cells of rectangles of blocks, one cell after another."""
+        """(any, all) over rectangles of blocks, evaluated block by block."""
         rows, columns = (int(np.max(hi - lo, initial=0)) + 1 for lo, hi in ((q_lo, q_hi), (k_lo, k_hi)))
-        some = every = None
+        any_kept = all_kept = None
         for i in range(rows):
             q = np.minimum(q_lo + i, q_hi)
             for j in range(columns):
                 drawn = self._drawn(q, np.minimum(k_lo + j, k_hi))
-                some, every = (drawn, drawn) if some is None else (some | drawn, every & drawn)
-        return some, every
+                any_kept, all_kept = (
+                    (drawn, drawn) if any_kept is None else (any_kept | drawn, all_kept & drawn)
+                )
+        return any_kept, all_kept
 
-    def _touched(self, lo_A, hi_A, lo_B, hi_B) -> np.ndarray:
-        """[A, B]: did a block in [lo_A, hi_A] draw one in [lo_B, hi_B]? The B intervals ascend.
+    def _any_drawn(self, lo_A, hi_A, lo_B, hi_B) -> np.ndarray:
+        """True [A, B] if a block in [lo_A, hi_A] drew a block in [lo_B, hi_B]; the B intervals are ascending.
 
-        A drawn block lies in a run of them, so the few true entries are written and no other is looked at.
+        The intervals that contain a drawn block are consecutive, so that only true entries are visited.
         """
         found = np.zeros((lo_A.size, lo_B.size), bool)
         for i in range(int(np.max(hi_A - lo_A)) + 1):
@@ -171,11 +173,11 @@ class RandomBlocks(Mask):
         return found
 
     def _drawn(self, a, b):
-        """Did block a draw block b, or b draw a?"""
+        """True if block a drew block b or block b drew block a."""
         pairs = [pair for r in range(self.count) for pair in ((self._draw(a, r), b), (self._draw(b, r), a))]
         if not _is_numpy(a, b):
             return functools.reduce(lambda x, y: x | y, (x == y for x, y in pairs))
-        # Block maps are large: two arrays in all, since fresh ones cost more than what is computed.
+        # Block maps are large: reuse two arrays, since allocating new ones costs more than the comparison.
         found = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b)), bool)
         one = np.empty_like(found)
         for x, y in pairs:
@@ -183,11 +185,11 @@ class RandomBlocks(Mask):
         return found
 
     def _draw(self, i, stratum: int):
-        """The block that block i draws from a stratum; far below 0 where the stratum is empty."""
+        """The block that block i draws from a stratum; -2^30 or less if the stratum is empty."""
         span = _clip(i - self.skip - self.first, 0, 2**24)
         lo, hi = stratum * span // self.count, (stratum + 1) * span // self.count
         size = hi - lo
-        # 24 bits of hash: everything fits int32 and stays >= 0.
+        # The hash has 24 bits, so that all values fit int32 and are >= 0.
         drawn = self.first + lo + _hash(self.seed, stratum, i) % (size + (size == 0))
         if isinstance(i, np.ndarray):
             drawn = drawn.astype(i.dtype)  # comparisons of one dtype are twice as fast
@@ -195,7 +197,7 @@ class RandomBlocks(Mask):
 
 
 def _is_grid(q_lo, q_hi, k_lo, k_hi) -> bool:
-    """A column of intervals against a row of them, both ascending: what a static block map asks for."""
+    """True for a column of q intervals and a row of k intervals, both ascending, as in a static block map."""
     if not (np.ndim(q_lo) == np.ndim(k_lo) == 2 and q_lo.shape[1] == k_lo.shape[0] == 1):
         return False
     if q_lo.shape != q_hi.shape or k_lo.shape != k_hi.shape:
@@ -204,7 +206,7 @@ def _is_grid(q_lo, q_hi, k_lo, k_hi) -> bool:
 
 
 def _hash(seed: int, stratum: int, x):
-    """24 bits of a full-avalanche hash (lowbias32, Wellons 2018), the same on NumPy and traced arrays."""
+    """24 bits of a full-avalanche hash (lowbias32, Wellons 2018), equal for NumPy and traced arrays."""
     start = (seed * 0x9E3779B9 + stratum * 0x85EBCA6B + 0x27220A95) & 0xFFFFFFFF
     if _is_numpy(x):
         h = (np.asarray(x, np.int64) * 0x01000193 ^ start) & 0xFFFFFFFF
@@ -219,10 +221,10 @@ def _hash(seed: int, stratum: int, x):
 
 @dataclasses.dataclass(frozen=True)
 class Predicate(Mask):
-    """fn(q, k), a user's own relation: elementwise, of comparisons, integer arithmetic, & and |.
+    """fn(q, k), a user-defined relation: elementwise, using comparisons, integer arithmetic, & and | only.
 
-    It brings no bounds, so that every block is evaluated, and a cache keeps everything. For speed write a
-    Mask class with `bounds` (docs/extend.md). Two predicates are equal where their functions are.
+    It has no bounds and no cache span: every block is evaluated, and a cache keeps all keys. For speed, write
+    a Mask class with `bounds` (docs/extend.md). Two predicates are equal if their functions are equal.
     """
 
     about = About("A user's predicate", "", "O(T^2)", cache="all keys")
@@ -242,10 +244,10 @@ class Predicate(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dense(Mask):
-    """array[q, k], a boolean array [T, S] over positions; pairs outside it are hidden.
+    """array[q, k], a boolean array [T, S] over positions; pairs outside the array are not kept.
 
-    The array is copied, read-only, and compared by its digest. For masks that differ by batch row or head
-    give an array to `dot_product_attention(mask=...)`.
+    The array is copied, made read-only, and compared by its digest. For masks that differ by batch row or
+    head, pass an array to `dot_product_attention(mask=...)`.
     """
 
     about = About("A boolean array", "", "O(T^2) by blocks", cache="all keys")
@@ -279,7 +281,7 @@ class Dense(Mask):
         return self._take(self.array, q_pos, k_pos) & inside
 
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        # `area[i, j]` counts what is kept in the i x j corner.
+        # `area[i, j]` is the number of kept pairs in [0, i) x [0, j).
         area = np.pad(self.array, ((1, 0), (1, 0))).astype(np.int32).cumsum(0).cumsum(1, dtype=np.int32)
         kept = (
             self._take(area, q_hi + 1, k_hi + 1) - self._take(area, q_lo, k_hi + 1)
@@ -301,7 +303,7 @@ class Longformer(Recipe):
         "Longformer",
         "arXiv 2004.05150",
         "O(T (window + positions))",
-        cache="ring of window / 2 + 1 or up to the last named key, pinned keys",
+        cache="ring of window / 2 + 1 or up to the last global key, pinned keys",
     )
 
     window: int
@@ -321,9 +323,9 @@ class Longformer(Recipe):
 class BigBird(Recipe):
     """Block window | global blocks | random blocks (Zaheer et al. 2020, arXiv 2007.14062).
 
-    block: positions per block. window_blocks: odd, one's own block and its neighbours. global_blocks: the
-    first blocks, which attend to all and are attended by all. random_blocks: drawn for each block from what
-    lies behind its window, see `RandomBlocks`; the relation is symmetric.
+    block: positions per block. window_blocks: odd, the number of blocks in the window centred on a block.
+    global_blocks: the number of blocks at the start that attend to all blocks and that all blocks attend to.
+    random_blocks: the number of random blocks before the window that each block draws (see `RandomBlocks`).
     """
 
     about = About(

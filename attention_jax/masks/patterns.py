@@ -1,7 +1,7 @@
 """Regular patterns: leaves of the mask algebra, each a relation between a query and a key position.
 
-Every class states its truth formula; q and k are positions >= 0. `bounds` of every leaf is exact. Patterns
-compose with & | ~, and a causal model intersects them with `Causal()`.
+The docstring of each class begins with its formula, in positions q, k >= 0. `bounds` is exact for each of
+them. Patterns compose with & | ~, and a causal model intersects them with `Causal()`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from attention_jax.masks.algebra import CacheSpan, Mask, like, natural
 
 @dataclasses.dataclass(frozen=True)
 class Full(Mask):
-    """Every pair is kept."""
+    """Keeps every pair."""
 
     about = About("Full", "arXiv 1706.03762", "O(T^2)", cache="all keys")
 
@@ -28,7 +28,7 @@ class Full(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
-    """k <= q: a query sees itself and what came before."""
+    """k <= q: a query attends to itself and to earlier positions."""
 
     about = About("Causal", "arXiv 1706.03762", "O(T^2 / 2)", cache="all keys")
 
@@ -45,9 +45,9 @@ class Causal(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """-right <= q - k < window: `window` keys, the query's own included, and `right` keys ahead.
+    """-right <= q - k < window: `window` keys up to and including the query's own, and `right` later keys.
 
-    `SlidingWindow(1)` sees itself alone. (Some libraries count window + 1 keys; this one counts keys.)
+    `window` counts keys: `SlidingWindow(1)` attends to itself only. Some libraries count window + 1 keys.
     """
 
     about = About("Sliding window", "arXiv 2004.05150", "O(T window)", cache="ring of window")
@@ -66,9 +66,9 @@ class SlidingWindow(Mask):
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         # q - k takes every integer in [nearest, farthest] over the rectangle.
         nearest, farthest = q_lo - k_hi, q_hi - k_lo
-        some = (farthest >= -self.right) & (nearest < self.window)
-        every = (nearest >= -self.right) & (farthest < self.window)
-        return some, every
+        any_kept = (farthest >= -self.right) & (nearest < self.window)
+        all_kept = (nearest >= -self.right) & (farthest < self.window)
+        return any_kept, all_kept
 
     def cache_span(self):
         return CacheSpan(self.window)
@@ -109,11 +109,11 @@ class Dilated(Mask):
         nearest, farthest = q_lo - k_hi, q_hi - k_lo
         # The first multiple of the stride that is >= 0 and >= nearest.
         first = (nearest > 0) * ((nearest + self.stride - 1) // self.stride) * self.stride
-        some = (first <= farthest) & (first <= self._reach)
-        every = (nearest >= 0) & (farthest <= self._reach)
+        any_kept = (first <= farthest) & (first <= self._reach)
+        all_kept = (nearest >= 0) & (farthest <= self._reach)
         if self.stride > 1:
-            every = every & (nearest == farthest) & (nearest % self.stride == 0)
-        return some, every
+            all_kept = all_kept & (nearest == farthest) & (nearest % self.stride == 0)
+        return any_kept, all_kept
 
     def cache_span(self):
         return CacheSpan(self._reach + 1)
@@ -125,7 +125,7 @@ class Dilated(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Strided(Mask):
-    """k % stride == 0 or k == q: every stride-th key, and itself (Child et al. 2019, arXiv 1904.10509)."""
+    """k % stride == 0 or k == q: every stride-th key, and the query's own (arXiv 1904.10509)."""
 
     about = About("Strided", "arXiv 1904.10509", "O(T^2) by blocks", cache="all keys")
 
@@ -138,18 +138,18 @@ class Strided(Mask):
         return (k_pos % self.stride == 0) | (k_pos == q_pos)
 
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
-        first = (k_lo + self.stride - 1) // self.stride  # of the multiples >= k_lo
+        first = (k_lo + self.stride - 1) // self.stride  # the first multiple >= k_lo, over stride
         multiples = k_hi // self.stride - first + 1
-        some = (multiples > 0) | ((q_lo <= k_hi) & (k_lo <= q_hi))
+        any_kept = (multiples > 0) | ((q_lo <= k_hi) & (k_lo <= q_hi))
         others = k_hi - k_lo + 1 - multiples
-        # One key that is no multiple may remain: then the rectangle has one query, the same token.
+        # A single key that is not a multiple is kept only by the query at the same position.
         own = (q_lo == q_hi) & (q_lo >= k_lo) & (q_lo <= k_hi) & (q_lo % self.stride > 0)
-        return some, (others == 0) | ((others == 1) & own)
+        return any_kept, (others == 0) | ((others == 1) & own)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunked(Mask):
-    """q // size == k // size: attend within one's own chunk, as Llama 4's local layers do.
+    """q // size == k // size: a query attends within its own chunk, as in Llama 4's local layers.
 
     Also called block-diagonal attention.
     """
@@ -174,7 +174,7 @@ class Chunked(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class BlockLocal(Mask):
-    """|q // block - k // block| <= neighbours: one's own block and `neighbours` blocks on either side."""
+    """|q // block - k // block| <= neighbours: the query's block and `neighbours` blocks on either side."""
 
     about = About(
         "Block-local",
@@ -196,9 +196,9 @@ class BlockLocal(Mask):
 
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         q_lo, q_hi, k_lo, k_hi = (x // self.block for x in (q_lo, q_hi, k_lo, k_hi))
-        some = (q_lo - k_hi <= self.neighbours) & (k_lo - q_hi <= self.neighbours)
-        every = (q_hi - k_lo <= self.neighbours) & (k_hi - q_lo <= self.neighbours)
-        return some, every
+        any_kept = (q_lo - k_hi <= self.neighbours) & (k_lo - q_hi <= self.neighbours)
+        all_kept = (q_hi - k_lo <= self.neighbours) & (k_hi - q_lo <= self.neighbours)
+        return any_kept, all_kept
 
     def cache_span(self):
         return CacheSpan((self.neighbours + 1) * self.block)
@@ -206,7 +206,7 @@ class BlockLocal(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Sinks(Mask):
-    """k < count: the first `count` positions, kept by every query (StreamingLLM, arXiv 2309.17453)."""
+    """k < count: every query attends to the first `count` positions (StreamingLLM, arXiv 2309.17453)."""
 
     about = About("Attention sinks", "arXiv 2309.17453", "O(T count)", cache="count pinned keys")
 
@@ -228,10 +228,10 @@ class Sinks(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
-    """k < length: everybody sees the prefix, its own tokens too; `Prefix(n) | Causal()` is prefix-LM.
+    """k < length: every query attends to the whole prefix; `Prefix(n) | Causal()` is prefix-LM.
 
-    The same relation as `Sinks`, another meaning: a causal model leaves it two-sided and skips the loss of
-    what it shows (Raffel et al. 2020, arXiv 1910.10683, section 3.2.1).
+    The relation is that of `Sinks`, but a causal model attends bidirectionally within a prefix, and its loss
+    excludes the targets inside it (Raffel et al. 2020, arXiv 1910.10683, section 3.2.1).
     """
 
     about = About("Prefix (prefix-LM)", "arXiv 1910.10683", "O(T length)", cache="length pinned keys")

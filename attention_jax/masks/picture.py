@@ -1,4 +1,4 @@
-"""Pictures of masks: what is kept, and how the blocks fall into full, partial and empty ones."""
+"""Plots of masks: the kept pairs and the full, partial and empty blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from attention_jax.masks.algebra import Mask
 
-# Empty, hidden in a partial block, kept in a partial block, kept in a full block.
+# Colours of: empty block, masked pair of a partial block, kept pair of a partial block, full block.
 _SHADES = ("#ffffff", "#f7e3c5", "#e08e2b", "#2a6f97")
-_LEGEND = (("full block", _SHADES[3]), ("partial block, kept", _SHADES[2]), ("hidden", _SHADES[1]),
-           ("empty block, never visited", _SHADES[0]))  # fmt: skip
-_MOST = 4096  # a larger table would be no picture any more
+_LEGEND = (("full block", _SHADES[3]), ("partial block, kept", _SHADES[2]),
+           ("partial block, masked", _SHADES[1]), ("empty block, not visited", _SHADES[0]))  # fmt: skip
+_MAX_LENGTH = 4096  # larger plots would be unreadable and slow
 
 
 def plot(
@@ -21,13 +21,13 @@ def plot(
 ) -> Any:
     """The matplotlib figure of a mask over positions 0..T-1 x 0..S-1; also the method `mask.plot`.
 
-    block: the tile that the colours tell apart; about a sixteenth of T by default.
+    block: the block size for the colours of full, partial and empty blocks; T // 16 by default.
     axes: matplotlib axes to draw on; a new figure by default.
-    Errors: ValueError for lengths below 1 or above 4096; ModuleNotFoundError without matplotlib.
+    Raises: ValueError for lengths below 1 or above 4096; ModuleNotFoundError without matplotlib.
     """
     S = T if S is None else S
-    if not (1 <= T <= _MOST and 1 <= S <= _MOST):
-        raise ValueError(f"a picture needs lengths from 1 to {_MOST}, got {T} and {S}; draw a smaller part")
+    if not (1 <= T <= _MAX_LENGTH and 1 <= S <= _MAX_LENGTH):
+        raise ValueError(f"plot: T and S must be 1 to {_MAX_LENGTH}, got {T} and {S}; plot a smaller range")
     block = max(1, T // 16) if block is None else block
     if block < 1:
         raise ValueError(f"block must be >= 1, got {block}")
@@ -53,11 +53,11 @@ def plot(
     return axes.figure
 
 
-Mask.plot = plot  # drawing depends on the algebra, not the algebra on drawing
+Mask.plot = plot  # set here, so that the algebra does not import the plots
 
 
 def gallery(masks: Mapping[str, Mask], T: int = 64, *, block: int = 4, columns: int = 4) -> Any:
-    """One picture of many masks, with their densities and a legend; the figure."""
+    """A matplotlib figure with one plot per mask, their densities and a legend."""
     rows = -(-len(masks) // columns)
     figure = _figure(2.9 * columns, 3.2 * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -73,21 +73,22 @@ def gallery(masks: Mapping[str, Mask], T: int = 64, *, block: int = 4, columns: 
 
 
 def shades(mask: Mask, T: int, S: int, block: int) -> np.ndarray:
-    """[T, S] of 0 (empty block), 1 (hidden in a partial block), 2 (kept in one), 3 (full block).
+    """The class of every pair, int8 [T, S].
 
-    The block map is what `bounds` answers, as implementations see it.
+    0: in an empty block, 1: masked in a partial block, 2: kept in a partial block, 3: in a full block. Blocks
+    are classified by `bounds`, as implementations do.
     """
     q, k = np.arange(T), np.arange(S)
     q_lo, k_lo = q // block * block, k // block * block
     q_hi, k_hi = np.minimum(q_lo + block, T) - 1, np.minimum(k_lo + block, S) - 1
-    some, every = mask.bounds(q_lo[:, None], q_hi[:, None], k_lo[None], k_hi[None])
-    some, every = (np.broadcast_to(x, (T, S)) for x in (some, every))
+    any_kept, all_kept = mask.bounds(q_lo[:, None], q_hi[:, None], k_lo[None], k_hi[None])
+    any_kept, all_kept = (np.broadcast_to(x, (T, S)) for x in (any_kept, all_kept))
     kept = np.broadcast_to(mask.dense(q, k), (T, S))
-    return np.where(every, 3, np.where(some, 1 + kept, 0)).astype(np.int8)
+    return np.where(all_kept, 3, np.where(any_kept, 1 + kept, 0)).astype(np.int8)
 
 
 def _figure(width: float, height: float) -> Any:
-    """A figure of its own, outside pyplot's list of windows."""
+    """A new figure that is not registered with pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""Sequence mixers: a frozen config and a module each. This is the one place that names them all.
+"""Sequence mixers: a frozen config and a module each. Only this file lists them all.
 
-Importing a mechanism's module registers its `kind`; what others must know of it are its config's traits.
+Importing the module of a mechanism registers its `kind`. Other code uses the traits of its config.
 """
 
-# ruff: noqa: F401, I001 (`__all__` is made from the classes; kinds are listed in the order of these lines)
+# ruff: noqa: F401, I001 (`__all__` is built from the classes; the import order is the order of the kinds)
 
 from attention_jax.mixers.attention import (
     Attention,

@@ -1,4 +1,4 @@
-"""Softmax attention as a mixer: MHA, GQA and MQA; self and cross; any mask, parallel or cached.
+"""Softmax attention as a mixer: MHA, GQA and MQA, self- and cross-attention, with any mask.
 
     y = W_o concat_n softmax(q_n k_g(n)^T * scale + bias + mask) v_g(n),   g(n) = n // (num_heads / num_kv_heads)
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import MemoryCache
+from attention_jax.choices import ByKind
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -50,14 +51,14 @@ class AttentionConfig(SoftmaxMixerConfig):
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
     mask: Mask | str = (
         Full()
-    )  #: which pairs see each other, such as "SlidingWindow(128) | Sinks(4)"; a causal model adds Causal()
+    )  #: attention mask, such as "SlidingWindow(128) | Sinks(4)"; a causal model adds Causal()
     rope: RoPE | None = None  #: rotary position embedding; null: none
     #: additive score term; alibi: fixed slopes over distance; t5: a learned table of relative positions
-    bias: Literal["alibi", "t5"] | T5 | None = None
-    temperature: Temperature | None = None  #: sharper queries far into a text; null: off
+    bias: Literal["alibi", "t5"] | Annotated[T5, ByKind()] | None = None
+    temperature: Temperature | None = None  #: scale queries by position, as Llama 4 does; null: off
     #: normalise queries and keys: rms (learned scale) or l2 (no scale); null: neither
     qk_norm: Literal["rms", "l2"] | None = None
-    softcap: float | None = None  #: c turns a score x into c tanh(x / c); null: off
+    softcap: float | None = None  #: cap c: replaces a score x by c tanh(x / c); null: off
     scale: float | None = None  #: multiplies q.k; null: 1 / sqrt(head_dim)
     sink_logits: bool = False  #: learn a logit per head that joins the softmax denominator only
     use_bias: bool = False  #: biases in the projections
@@ -76,22 +77,22 @@ class AttentionConfig(SoftmaxMixerConfig):
                 raise ValueError(f"{name} must be a {cls.__name__} or null, got {value!r}")
         if not isinstance(self.sink_logits, bool):
             raise ValueError(
-                f"sink_logits must be true or false, got {self.sink_logits!r}; a number of sink tokens is the "
-                "mask Sinks(n)"
+                f"sink_logits must be true or false, got {self.sink_logits!r}; for n sink tokens use the mask "
+                "Sinks(n)"
             )
         if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; null switches it off")
+            raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; use null to disable it")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite, got {self.scale}")
 
 
 class Attention(Mixer):
-    """Multi-head softmax attention over x itself."""
+    """Multi-head softmax self-attention."""
 
     config_type = AttentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, out, and what the options ask for."""
+        """Create q, k, v, out and the parameters of the options."""
         config, rngs = self.config, parts.rngs
         N, K = config.num_heads, config.kv_heads
         self.head_dim = H = config.head_width(self.d_model)
@@ -152,12 +153,12 @@ class CrossAttentionConfig(AttentionConfig):
     kind: Literal["cross"] = "cross"  #: the mixer
 
     def restricted(self, causal: bool) -> CrossAttentionConfig:
-        """The config itself: a causal model may see the whole memory."""
+        """The config itself: a causal model attends to the whole memory."""
         del causal
         return self
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> MemoryCache:
-        """No memory yet: the first call fills it from `ctx.memory_BSD`."""
+        """An empty MemoryCache, which the first call fills from `ctx.memory_BSD`."""
         del capacity, causal
         H = self.head_width(d_model)
         return MemoryCache.empty(batch, self.kv_heads, H, dtype=dtype)
@@ -169,15 +170,15 @@ class CrossAttention(Attention):
     config_type = CrossAttentionConfig
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
-        """y [B, T, D] and the MemoryCache: filled where it was empty, else as it is.
+        """y [B, T, D] and the MemoryCache, filled from the context if it was empty.
 
-        Raises: ValueError where there is no memory, neither in the state nor in the context.
+        Raises: ValueError if neither the state nor the context has a memory.
         """
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         if state is not None and state.positions_BS.shape[1]:
             memory = state
         elif ctx.memory_BSD is None:
-            raise ValueError("cross-attention needs ctx.memory_BSD: an encoder's output to attend to")
+            raise ValueError("cross-attention needs ctx.memory_BSD, the output of an encoder")
         else:
             memory = self._memory(ctx.memory_BSD, ctx.memory_positions_BS, state)
         state = None if state is None else memory
@@ -188,7 +189,7 @@ class CrossAttention(Attention):
         return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNH)), ctx), state, aux)
 
     def _memory(self, memory_BSD, positions_BS, state: MemoryCache | None) -> MemoryCache:
-        """The memory's keys and values; in a state's dtype, with positions written out, where there is one."""
+        """The projected memory; with a state, in the dtype of the state and with explicit positions."""
         ctx = Context(positions_BT=positions_BS)
         k, v = fused_linear([self.k, self.v], zero_invalid(memory_BSD, ctx))
         k_BSKH = self._keys(split_heads(k, self.head_dim, self.k_norm), ctx)

@@ -1,13 +1,13 @@
-"""What every sequence mixer is.
+"""The interface of sequence mixers.
 
     y_BTD = mixer(x_BTD)                                         the parallel form over whole rows
-    y_BTD, state, aux = mixer.mix(x_BTD, state, ctx=ctx)         the full contract
+    y_BTD, state, aux = mixer.mix(x_BTD, state, ctx=ctx)         the full interface
 
-`state=None` is the parallel form. With a state the call appends: the T new tokens attend to what the state
-holds and to one another, whatever T is (prefill, prefill in pieces, decode). Invalid tokens (position or
-segment < 0) leave every state unchanged and give 0.
+`state=None` is the parallel form. With a state, the call appends T >= 1 new tokens: they attend to the tokens
+in the state and to one another (prefill, chunked prefill, decoding). Invalid tokens (position or segment < 0)
+leave every state unchanged and give 0.
 
-A mechanism is a frozen `MixerConfig` and a `Mixer` that names it as its `config_type`; defining the two
+A mechanism consists of a frozen `MixerConfig` and a `Mixer` whose `config_type` it is. Defining the two classes
 registers the config's `kind`.
 """
 
@@ -18,6 +18,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+import flax.nnx.summary
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,29 +31,29 @@ from attention_jax.masks import Causal, Mask, parse
 from attention_jax.ops.softmax.api import implementations as softmax_implementations
 
 _STATIC = {"static": True}
-#: What `Context.capture` may name, and where it comes from.
+#: The names allowed in `Context.capture`, and the captured arrays.
 CAPTURES = {
-    "attention": "the weights of every pair, float32 [B, N, T, S], before dropout",
-    "queries": "q [B, T, N, H] as it enters the scores",
-    "keys": "k [B, S, K, H] as it enters the scores",
+    "attention": "the attention weights before dropout, float32 [B, N, T, S]",
+    "queries": "q [B, T, N, H] as used in the scores",
+    "keys": "k [B, S, K, H] as used in the scores",
     "values": "v [B, S, K, M]",
-    "hidden": "x [B, T, D] behind the layer",
+    "hidden": "the output x [B, T, D] of the layer",
 }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a layer may know about its tokens beside their features.
+    """Information about the tokens of a call other than their features.
 
-    positions_BT: int32; None is 0, 1, 2, ... (only without a state). < 0 holds no token.
-    segment_ids_BT: int32 document ids; None is one document a row. < 0 holds no token. Positions restart
-      in every document. Only for the parallel form: a cached stream holds one document a row.
-    memory_BSD, memory_positions_BS: what cross-attention reads; positions default to 0, 1, 2, ...
-    dropout_key: None switches every dropout off.
-    mask: a Mask, and mask_BNTS: a boolean array [B | 1, N | 1, T, S]; both are intersected with the layer's
-      own mask. Softmax mixers take them, others refuse them; mask_BNTS only without a state.
-    capture: names of `CAPTURES` that each layer returns in `aux`.
+    positions_BT: int32; None means 0, 1, 2, ... (only without a state). A position < 0 marks an invalid slot.
+    segment_ids_BT: int32 document ids; None means one document per row. An id < 0 marks an invalid slot.
+      Positions restart in every document. Only for the parallel form: a state has one document per row.
+    memory_BSD, memory_positions_BS: the input of cross-attention; positions default to 0, 1, 2, ...
+    dropout_key: None disables all dropout.
+    mask, mask_BNTS: a Mask and a boolean array [B | 1, N | 1, T, S]; both are intersected with the layer's own
+      mask. Only softmax mixers support them, and mask_BNTS only without a state.
+    capture: names from `CAPTURES` of arrays that each layer returns in `aux`.
     """
 
     positions_BT: jax.Array | None = None
@@ -68,27 +69,33 @@ class Context:
         if not isinstance(self.capture, frozenset):
             object.__setattr__(self, "capture", frozenset(self.capture))
         for name in sorted(self.capture - CAPTURES.keys()):
-            raise ValueError(f"capture: there is no {name!r}; there are {', '.join(CAPTURES)}")
+            raise ValueError(f"capture: unknown name {name!r}; choose from {', '.join(CAPTURES)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise ValueError(
-                f"ctx.mask must be a Mask, got {type(self.mask).__name__}; an array is mask_BNTS"
+                f"ctx.mask must be a Mask, got {type(self.mask).__name__}; pass an array as mask_BNTS"
             )
 
     def fold_key(self, data: Any) -> Context:
-        """The same context with `data` folded into the dropout key."""
+        """A copy with `data` folded into the dropout key."""
         if self.dropout_key is None:
             return self
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, data))
 
     def captured(self, **arrays: Callable[[], jax.Array]) -> dict[str, jax.Array]:
-        """The arrays that `capture` names, by name; the others are not computed."""
+        """The arrays named in `capture`, by name; the others are not computed."""
         return {name: make() for name, make in arrays.items() if name in self.capture}
 
 
-class MixerOutput(NamedTuple):
-    """What a mixer and a layer return.
+# `nnx.tabulate` prints the arguments of every method as YAML and fails for a pytree without arrays.
+if (_dumper := getattr(flax.nnx.summary, "NoneDumper", None)) is not None:
+    _dumper.add_representer(Context, lambda dumper, ctx: dumper.represent_str("Context()"))
 
-    y: [B, T, D]. state: with x appended (None for None). aux: what `Context.capture` asked for, by name.
+
+class MixerOutput(NamedTuple):
+    """The output of a mixer or a layer.
+
+    y: [B, T, D]. state: the state with x appended, or None if none was given. aux: the arrays named in
+    `Context.capture`, by name.
     """
 
     y: jax.Array
@@ -101,21 +108,21 @@ _KINDS: dict[str, type[MixerConfig]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-    """A mechanism and its options, checked when made. A subclass gives `kind` its default and is registered.
+    """Base class of the configs of all mechanisms, validated on construction.
 
-    Traits, which say what others must know of a mechanism:
+    A subclass that gives `kind` a default is registered under it. Other code uses only these traits:
       about: title, paper and costs.
-      module: the `Mixer`; set by its definition.
-      implementations: names that the option `impl` may have.
-      direction: "any"; "causal": causal models only; "bidirectional": models that are not causal only.
-      reason: why, where the direction is not any.
-      reads_memory: it attends to `ctx.memory_BSD`, an encoder's output.
-      mixes_whole_row: it cannot keep the documents of a row apart.
-      takes_mask: it takes the masks of a `Context`.
-      horizon: the most tokens a document may have, or None; horizon_key: the option that says so.
+      module: the `Mixer` class, set when that class is defined.
+      implementations: the allowed values of the option `impl`.
+      direction: "any", "causal" (causal models only) or "bidirectional" (models that are not causal only).
+      reason: the reason for a direction other than "any".
+      reads_memory: whether it attends to `ctx.memory_BSD`, an encoder's output.
+      mixes_whole_row: whether it mixes all tokens of a row, so that it does not support packed documents.
+      takes_mask: whether it supports the masks of a `Context`.
+      horizon: the maximum number of tokens per document, or None. horizon_key: the option that sets it.
     """
 
-    # pydantic reads this where YAML enters; the library itself does not need pydantic.
+    # Read by pydantic when a config is loaded from YAML; the library itself does not import pydantic.
     __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 
     about: ClassVar[About]
@@ -138,7 +145,7 @@ class MixerConfig:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """For pydantic: `MixerConfig` stands for all kinds, told apart by `kind`."""
+        """The pydantic schema of `MixerConfig`: the union of all kinds, discriminated by `kind`."""
         if cls is not MixerConfig:
             return handler(source)
         choices = {kind: handler.generate_schema(config) for kind, config in mixer_kinds().items()}
@@ -149,7 +156,7 @@ class MixerConfig:
         if isinstance(mask, str):
             object.__setattr__(self, "mask", mask := parse(mask))
         if mask is not None and not isinstance(mask, Mask):
-            raise ValueError(f"mask must be a Mask or its expression, got {type(mask).__name__}")
+            raise ValueError(f"mask must be a Mask or a mask expression, got {type(mask).__name__}")
         if hasattr(self, "num_heads"):
             check_heads(self.num_heads, getattr(self, "num_kv_heads", None))
         if not 0 <= (dropout := getattr(self, "dropout", 0.0)) < 1:
@@ -157,10 +164,10 @@ class MixerConfig:
         check_choices(self)
         known = tuple(self.implementations())
         if (impl := getattr(self, "impl", None)) not in (None, *known):
-            raise ValueError(f"unknown impl {impl!r}; there are {', '.join(known)}")
+            raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(known)}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of a model of this width, causal or not."""
+        """Raise ValueError if this mixer does not fit a model of this width, causal or not."""
         if d_model < 1:
             raise ValueError(f"d_model must be >= 1, got {d_model}")
         if self.direction == "causal" and not causal:
@@ -173,34 +180,34 @@ class MixerConfig:
             )
 
     def restricted(self, causal: bool) -> Self:
-        """The config as a layer of such a model runs it: its mask within `Causal()` in a causal one."""
+        """The config of a layer in such a model: in a causal model, its mask is intersected with `Causal()`."""
         if not hasattr(self, "mask"):
             return self
         return dataclasses.replace(self, mask=restrict_to_causal(self.mask, causal))
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **options: Any) -> Mixer:
-        """The checked mixer of a model of this width; options: dtype, kernel_init and out_init."""
+        """The mixer for a model of this width, after `check`. options: dtype, kernel_init and out_init."""
         return self.module(d_model, self, causal=causal, rngs=rngs, **options)
 
     def init_state(
         self, d_model: int, batch: int, capacity: int, *, causal: bool = True, dtype: Any = jnp.float32
     ) -> Cache:
-        """An empty state of `batch` rows for positions 0 .. capacity - 1, without a built module.
+        """An empty state of `batch` rows for positions 0 .. capacity - 1; needs no built module.
 
-        Raises: ValueError for a mixer that keeps no state.
+        Raises: ValueError for a mixer without a state.
         """
         raise NotImplementedError
 
 
 class Mixer(nnx.Module):
-    """A module that mixes along the sequence; a subclass names its `config_type` and defines two methods.
+    """Base class of all mixers. A subclass sets `config_type` and implements `setup` and `mix`.
 
     Args:
-      config: the mechanism's options; or give its fields as keywords, as in `Attention(256, num_heads=8)`.
-      causal: whether it is a layer of a causal model, which intersects its mask with `Causal()`. By default
-        only for mechanisms that are always causal.
-      dtype: of the computation; parameters are float32.
-      kernel_init, out_init: of the projections, and of the last one where it differs.
+      config: the options; alternatively pass its fields as keywords, as in `Attention(256, num_heads=8)`.
+      causal: whether it is a layer of a causal model, which intersects its mask with `Causal()`. The default
+        is True for mechanisms that are always causal and False for all others.
+      dtype: dtype of the computation; parameters are float32.
+      kernel_init, out_init: initialisers of the projections and of the output projection (by default the same).
     """
 
     config_type: ClassVar[type[MixerConfig]]
@@ -236,15 +243,15 @@ class Mixer(nnx.Module):
         self.setup(Parts(kernel_init, out_init or kernel_init, dtype, rngs))
 
     def setup(self, parts: Parts) -> None:
-        """Make the parameters, from `self.config` and `self.d_model`."""
+        """Create the parameters for `self.config` and `self.d_model`."""
         raise NotImplementedError
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
-        """y, the state with x appended, and what `ctx.capture` asks for."""
+        """y, the state with x appended, and the arrays named in `ctx.capture`."""
         raise NotImplementedError
 
     def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
-        """y [B, T, D] of whole rows x [B, T, D]."""
+        """y [B, T, D] for whole rows x [B, T, D], the parallel form."""
         return self.mix(x_BTD, None, ctx=ctx).y
 
     def init_state(self, batch: int, capacity: int, *, dtype: Any = None) -> Cache:
@@ -256,7 +263,7 @@ class Mixer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How a mixer makes its parameters."""
+    """Factory of a mixer's projections, with their dtype, initialisers and RNGs."""
 
     kernel_init: Any
     out_init: Any
@@ -264,7 +271,7 @@ class Parts:
     rngs: nnx.Rngs
 
     def linear(self, features_in: int, features_out: int, **options: Any) -> nnx.Linear:
-        """A projection; options as of `layers.linear`."""
+        """A projection; options are those of `layers.linear`."""
         given = {"kernel_init": self.kernel_init, "dtype": self.dtype, "rngs": self.rngs}
         return linear(features_in, features_out, **(given | options))
 
@@ -279,10 +286,10 @@ def mixer_kinds() -> dict[str, type[MixerConfig]]:
 
 
 def make_config(kind: str, **options: Any) -> MixerConfig:
-    """The config of a `kind`; ValueError names an unknown kind or option with the nearest known one."""
+    """The config of a `kind`; ValueError for an unknown kind or option, with the nearest known one."""
     if kind not in _KINDS:
         near = difflib.get_close_matches(str(kind), _KINDS, 1, 0)[0]
-        raise ValueError(f"no mixer {kind!r}; did you mean {near!r}? There are {', '.join(_KINDS)}")
+        raise ValueError(f"unknown mixer {kind!r}; did you mean {near!r}? Choose from {', '.join(_KINDS)}")
     known = [f.name for f in dataclasses.fields(_KINDS[kind]) if f.name != "kind"]
     for name in options:
         if name not in known:
@@ -296,14 +303,14 @@ def make_mixer(
 ) -> Mixer:
     """The mixer of a `kind`: `y_BTD = mixer(x_BTD)`.
 
-    options: the fields of the kind's config, such as num_heads. causal: intersects its mask with Causal().
-    Raises: ValueError naming an unknown kind or option, or what does not fit together.
+    options: the fields of the kind's config, such as num_heads. causal: intersect its mask with Causal().
+    Raises: ValueError for an unknown kind or option, or for inconsistent options.
     """
     return make_config(kind, **options).build(d_model, rngs, causal=causal, dtype=dtype)
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None) -> None:
-    """ValueError for head counts that cannot be."""
+    """Raise ValueError unless num_heads >= 1 and num_kv_heads divides it."""
     if num_heads < 1:
         raise ValueError(f"num_heads must be >= 1, got {num_heads}")
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -312,5 +319,5 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> None:
 
 
 def restrict_to_causal(mask: Mask, causal: bool) -> Mask:
-    """The mask a layer of such a model runs: a causal one adds Causal() where no prefix says otherwise."""
+    """The mask of a layer: in a causal model, intersected with Causal() unless it has a `prefix`."""
     return mask & Causal() if causal and mask.prefix is None else mask

@@ -1,4 +1,4 @@
-"""DeltaNet, Gated DeltaNet and Kimi Delta Attention: states that correct what they answer to a key.
+"""DeltaNet, Gated DeltaNet and Kimi Delta Attention: linear attention with the delta rule.
 
     q, k, v = silu(short convolution of x W_q, x W_k, x W_v),   q, k <- q / |q|, k / |k|   per head
     beta_t = sigmoid(x_t W_b), one per head; twice that with negative eigenvalues
@@ -10,10 +10,11 @@
                                                     y = W_o (RMSNorm(o) * sigmoid(x W_3 W_4 + b))
 
 Yang et al. 2024 (arXiv 2406.06484), Yang et al. 2024 (arXiv 2412.06464), Kimi Team 2025 (arXiv 2510.26692).
-A_log is one per head, dt_bias as wide as the decays. The transition A_t (I - beta_t k_t k_t^T) has eigenvalues
-in [0, 1], or in [-1, 1] where beta reaches 2: such a state can count modulo two (Grazzi et al. 2024, arXiv
-2411.12537). The norm is per head with one learned scale for all heads. beta and the decays are float32 whatever
-the model computes in. No position code: the convolution, the corrections and the decays tell near from far.
+A_log has one entry per head, dt_bias one per decay. The transition A_t (I - beta_t k_t k_t^T) has eigenvalues
+in [0, 1], or in [-1, 1] if beta reaches 2; negative eigenvalues allow state tracking such as parity (Grazzi et
+al. 2024, arXiv 2411.12537). The norm is per head with one learned scale for all heads. beta and the decays are
+float32 for any dtype of the model. There is no position encoding: the convolution, the delta rule and the decays
+depend on the order of the tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from attention_jax.layers import GatedRMSNorm, ShortConvolution, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import check_steps, convolve, initial_decays, scan_options
-from attention_jax.ops import delta_rule as delta_op
-from attention_jax.ops.delta_rule import delta_rule
+from attention_jax.ops.delta_rule import delta_rule, delta_weights
 from attention_jax.ops.delta_rule.api import implementations
 
 _CACHE = "O(1): a matrix H x M per head, the convolution's last inputs"
@@ -40,18 +40,18 @@ _CACHE = "O(1): a matrix H x M per head, the convolution's last inputs"
 
 @dataclasses.dataclass(frozen=True)
 class DeltaBaseConfig(MixerConfig):
-    """The keys that the three have in common."""
+    """Options shared by the three mixers."""
 
     implementations = staticmethod(implementations)
     direction = "causal"
-    reason = "its state runs from the past to the present"
+    reason = "its state accumulates past tokens only"
 
     num_heads: int = 4  #: heads of values and states (N)
     head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
     value_dim: int | None = None  #: width of a head's values (M); null: head_dim
-    convolution: int = 4  #: tokens that the short convolutions see, the present one included
+    convolution: int = 4  #: width of the short convolutions in tokens, the current one included
     negative_eigenvalues: bool = False  #: beta up to 2 instead of 1
-    chunk_size: int | None = None  #: tokens that the chunked recurrence takes at once; null: the fastest
+    chunk_size: int | None = None  #: tokens per chunk of the chunked recurrence; null: chosen by the op
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
@@ -59,22 +59,22 @@ class DeltaBaseConfig(MixerConfig):
         check_positive(self, "value_dim", "convolution", "chunk_size")
 
     def widths(self, d_model: int) -> tuple[int, int]:
-        """(H, M); ValueError where H is no whole number."""
+        """(H, M); ValueError if H is not an integer."""
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         return head_dim, self.value_dim or head_dim
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         self.widths(d_model)
 
     @property
     def qk_heads(self) -> int:
-        """Heads of queries and keys."""
+        """The number of query and key heads."""
         return getattr(self, "num_qk_heads", None) or self.num_heads
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """The empty state, as large for any capacity; `dtype` is that of the convolution's inputs alone."""
+        """An empty state, whose size does not depend on `capacity`; `dtype` is that of the cached inputs only."""
         del capacity, causal
         H, M = self.widths(d_model)
         kept = (self.convolution - 1, 2 * self.qk_heads * H + self.num_heads * M, dtype)
@@ -110,7 +110,7 @@ class GatedDeltaNetConfig(DeltaBaseConfig):
             raise ValueError(f"num_qk_heads {heads} does not divide num_heads {self.num_heads}")
 
     def widths(self, d_model: int) -> tuple[int, int]:
-        """(H, M); ValueError where H is no whole number."""
+        """(H, M); ValueError if H is not an integer."""
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         return head_dim, self.value_dim or 2 * head_dim
 
@@ -122,7 +122,7 @@ class KDAConfig(DeltaBaseConfig):
     about = About("Kimi Delta Attention", "arXiv 2510.26692", "O(T)", cache=_CACHE)
 
     kind: Literal["kda"] = "kda"  #: the mixer
-    rank: int | None = None  #: rank of the projections that make decays and gates; null: head_dim
+    rank: int | None = None  #: rank of the projections to decays and gates; null: head_dim
     dt_min: float = 1e-3  #: initial steps softplus(dt_bias) are drawn log-uniformly from dt_min ...
     dt_max: float = 0.1  #: ... to dt_max; smaller ones start with a longer memory
 
@@ -133,14 +133,14 @@ class KDAConfig(DeltaBaseConfig):
 
 
 class _DeltaMixer(Mixer):
-    """What the three share. A subclass says what else it projects x to, and makes decays and norm of it."""
+    """Base class of the three mixers. A subclass defines further projections of x, the decays and the norm."""
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, beta and the subclass's projections, the convolution, out, the subclass's parts."""
+        """Create q, k, v, beta, the convolution, out, and the projections and parameters of the subclass."""
         config, N = self.config, self.config.num_heads
         self.head_dim, self.value_dim = config.widths(self.d_model)
         self.keys, self.values = config.qk_heads * self.head_dim, N * self.value_dim
-        widths = {"q": self.keys, "k": self.keys, "v": self.values, "beta": N} | self._also_projected()
+        widths = {"q": self.keys, "k": self.keys, "v": self.values, "beta": N} | self._extra_projections()
         for name, width in widths.items():
             setattr(self, name, parts.linear(self.d_model, width))
         self.projected = tuple(widths)
@@ -148,28 +148,28 @@ class _DeltaMixer(Mixer):
             2 * self.keys + self.values, config.convolution, dtype=self.dtype, rngs=parts.rngs
         )
         self.out = parts.out(self.values, self.d_model)
-        self._add_parts(parts)
+        self._create_parameters(parts)
 
-    def _also_projected(self) -> dict[str, int]:
-        """Name and width of further projections of x."""
+    def _extra_projections(self) -> dict[str, int]:
+        """The names and widths of further projections of x."""
         raise NotImplementedError
 
-    def _add_parts(self, parts: Parts) -> None:
-        """Parameters beside those that all have."""
+    def _create_parameters(self, parts: Parts) -> None:
+        """Create the parameters that only this subclass has."""
         raise NotImplementedError
 
     def _log_decay(self, projections: dict[str, jax.Array]) -> jax.Array | None:
-        """log A_t, float32 [B, T, N] or [B, T, N, H], or None."""
+        """log A_t, float32 [B, T, N] or [B, T, N, H]; None for A_t = I."""
         raise NotImplementedError
 
-    def _normed(self, o_BTNM: jax.Array, projections: dict[str, jax.Array]) -> jax.Array:
-        """What the output projection takes, [B, T, N, M]."""
+    def _normalize(self, o_BTNM: jax.Array, projections: dict[str, jax.Array]) -> jax.Array:
+        """The normalised and gated output o [B, T, N, M], the input of the output projection."""
         raise NotImplementedError
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the RecurrentState with x appended.
 
-        The captured weights are those of the new tokens among themselves, without what the state brings.
+        The captured weights are those among the new tokens only, without the contribution of the state.
         """
         config, (B, T, _) = self.config, x_BTD.shape
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
@@ -197,40 +197,40 @@ class _DeltaMixer(Mixer):
             queries=lambda: arrays[0],
             keys=lambda: arrays[1],
             values=lambda: arrays[2],
-            attention=lambda: delta_op.delta_weights(*arrays, **call),
+            attention=lambda: delta_weights(arrays[0], arrays[1], arrays[3], **call),
         )
-        y_BTD = self.out(self._normed(y_BTNM, projections).reshape(B, T, self.values))
+        y_BTD = self.out(self._normalize(y_BTNM, projections).reshape(B, T, self.values))
         state = None if state is None else state.append(matrix_BNHM, inputs_BUC)
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)
 
 
 class DeltaNet(_DeltaMixer):
-    """The delta rule without decay; RMS norm without a gate."""
+    """The delta rule without decay, and RMS norm without a gate."""
 
     config_type = DeltaNetConfig
 
-    def _also_projected(self):
+    def _extra_projections(self):
         return {}
 
-    def _add_parts(self, parts):
+    def _create_parameters(self, parts):
         self.norm = nnx.RMSNorm(self.value_dim, epsilon=1e-5, dtype=self.dtype, rngs=parts.rngs)
 
     def _log_decay(self, projections):
         return None
 
-    def _normed(self, o_BTNM, projections):
+    def _normalize(self, o_BTNM, projections):
         return self.norm(o_BTNM)
 
 
 class GatedDeltaNet(_DeltaMixer):
-    """The delta rule with a decay per head; RMS norm with a silu gate."""
+    """The delta rule with a decay per head, and RMS norm with a silu gate."""
 
     config_type = GatedDeltaNetConfig
 
-    def _also_projected(self):
+    def _extra_projections(self):
         return {"decay": self.config.num_heads, "gate": self.values}
 
-    def _add_parts(self, parts):
+    def _create_parameters(self, parts):
         self.A_log, self.dt_bias = initial_decays(
             parts.rngs, self.config.num_heads, self.config.num_heads, self.config.dt_min, self.config.dt_max
         )
@@ -240,20 +240,20 @@ class GatedDeltaNet(_DeltaMixer):
         steps_BTN = jax.nn.softplus(projections["decay"].astype(jnp.float32) + self.dt_bias[...])
         return -jnp.exp(self.A_log[...]) * steps_BTN
 
-    def _normed(self, o_BTNM, projections):
+    def _normalize(self, o_BTNM, projections):
         return self.norm(o_BTNM, split_heads(projections["gate"], self.value_dim))
 
 
 class KimiDeltaAttention(_DeltaMixer):
-    """The delta rule with a decay per key channel; RMS norm with a sigmoid gate; both of low rank."""
+    """The delta rule with a decay per key channel, and RMS norm with a sigmoid gate, both of low rank."""
 
     config_type = KDAConfig
 
-    def _also_projected(self):
+    def _extra_projections(self):
         rank = self.config.rank or self.head_dim
         return {"decay_down": rank, "gate_down": rank}
 
-    def _add_parts(self, parts):
+    def _create_parameters(self, parts):
         rank = self.config.rank or self.head_dim
         self.A_log, self.dt_bias = initial_decays(
             parts.rngs, self.config.num_heads, self.keys, self.config.dt_min, self.config.dt_max
@@ -266,12 +266,12 @@ class KimiDeltaAttention(_DeltaMixer):
         logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32)) + self.dt_bias[...]
         return -jnp.exp(self.A_log[...])[:, None] * split_heads(jax.nn.softplus(logits_BTE), self.head_dim)
 
-    def _normed(self, o_BTNM, projections):
+    def _normalize(self, o_BTNM, projections):
         gate_BTE = self.gate_up(projections["gate_down"])
         return self.norm(o_BTNM, split_heads(gate_BTE, self.value_dim))
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x / sqrt(|x|^2 + 1e-6) over the last axis, float32 inside."""
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, computed in float32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-6)).astype(x.dtype)

@@ -1,10 +1,11 @@
-"""Differential attention: the difference of two softmax maps, which cancels what both attend to alike.
+"""Differential attention: the difference of two softmax maps, which cancels common noise.
 
     y = W_o concat_n (1 - lambda_init) RMSNorm((softmax(q1 k1^T / sqrt(H)) - lambda softmax(q2 k2^T / sqrt(H))) v)
     lambda = exp(l_q1 . l_k1) - exp(l_q2 . l_k2) + lambda_init
 
-Ye et al. 2024, "Differential Transformer" (arXiv 2410.05258). q1, q2, k1, k2 have width H, v has 2 H. Two calls
-of the attention op share v; the norm is over each head's 2 H features, with one learned scale for all heads.
+Ye et al. 2024, "Differential Transformer" (arXiv 2410.05258). q1, q2, k1 and k2 have width H, v has width 2 H.
+Two calls of the attention op share v. The norm is over the 2 H features of a head, with one learned scale for
+all heads.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class DifferentialAttentionConfig(SoftmaxMixerConfig):
     about = About("Differential attention", "arXiv 2410.05258", "O(2 T^2)", cache="by the mask")
 
     kind: Literal["differential"] = "differential"  #: the mixer
-    num_heads: int = 2  #: differential heads (N), each of two query heads; half of a plain model's
+    num_heads: int = 2  #: differential heads (N) of two query heads each; half those of softmax attention
     num_kv_heads: int | None = None  #: differential key-value heads (K), a divisor; null: num_heads
     head_dim: int | None = None  #: width of q1, q2, k1, k2 (H), values 2 H; null: d_model / num_heads / 2
-    lambda_init: float = 0.8  #: in (0, 1); the paper's by depth: 0.8 - 0.6 exp(-0.3 layer), layer from 0
-    mask: Mask | str = Full()  #: which pairs see each other; a causal model adds Causal()
+    lambda_init: float = 0.8  #: in (0, 1); in the paper 0.8 - 0.6 exp(-0.3 layer), with layer from 0
+    mask: Mask | str = Full()  #: attention mask; a causal model adds Causal()
     rope: RoPE | None = None  #: rotary position embedding; null: none
     use_bias: bool = False  #: biases in the projections
     impl: str | None = None  #: implementation of the attention op by name; null: the best
@@ -57,11 +58,11 @@ class DifferentialAttentionConfig(SoftmaxMixerConfig):
             raise ValueError(f"lambda_init must be in (0, 1), got {self.lambda_init}")
 
     def head_width(self, d_model: int) -> int:
-        """H; ValueError where it is no whole number."""
+        """The head width H; ValueError if it is not an integer."""
         return head_width(d_model, 2 * self.num_heads, self.head_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
-        """An empty cache as large as the mask needs: 2 K heads of keys, K of values."""
+        """An empty cache with the slots that the mask needs, 2 K key heads and K value heads."""
         K, H = self.kv_heads, self.head_width(d_model)
         mask = self.restricted(causal).mask
         return KVCache.empty(batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=mask, dtype=dtype)
@@ -73,7 +74,7 @@ class DifferentialAttention(Mixer):
     config_type = DifferentialAttentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, out, the four vectors of lambda and the norm of a head's output."""
+        """Create q, k, v, out, the four vectors of lambda and the norm of the head outputs."""
         config = self.config
         N, K = config.num_heads, config.kv_heads
         self.head_dim = H = config.head_width(self.d_model)
@@ -88,13 +89,13 @@ class DifferentialAttention(Mixer):
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache with x appended.
 
-        Captured queries and keys are those of both maps, heads 2n and 2n + 1 the pair of head n; the captured
-        attention is the difference of the maps, which is what the values meet before the norm.
+        The captured queries and keys are those of both maps, where heads 2n and 2n + 1 belong to head n. The
+        captured attention is the difference of the maps, which multiplies the values before the norm.
         """
         config, H = self.config, self.head_dim
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         q, k, v = fused_linear([self.q, self.k, self.v], x_BTD)
-        # Heads 2n and 2n + 1 are the pair of differential head n.
+        # Heads 2n and 2n + 1 belong to differential head n.
         q_BTNH, k_BTKH = rotate(config.rope, split_heads(q, H), split_heads(k, H), ctx)
         view, state = update_cache(state, ctx, k_BTKH, split_heads(v, 2 * H))
         (first, first_aux), (second, second_aux) = (
@@ -121,5 +122,5 @@ class DifferentialAttention(Mixer):
 
 
 def lambda_of_depth(layer: int) -> float:
-    """The paper's lambda_init of a layer counted from 0: 0.8 - 0.6 exp(-0.3 layer)."""
+    """The paper's lambda_init, 0.8 - 0.6 exp(-0.3 layer), with layers counted from 0."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer)

@@ -5,8 +5,8 @@
 
 Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate" (arXiv 2503.02130). The decay
 is a `Bias` with one leaf per query and one per key, so that every implementation evaluates it block by
-block; in the cache each key keeps its own c_s. The paper uses no position code, and neither does this. c is a
-float32 sum over the whole row: where it reaches 4096, c_t - c_s is known to 2^-11.
+block; the cache stores c_s with each key. As in the paper, there is no position encoding. c is a float32 sum
+over the whole row: for |c| = 4096, c_t - c_s has a resolution of 2^-11.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class ForgettingAttentionConfig(SoftmaxMixerConfig):
         "Forgetting attention", "arXiv 2503.02130", "O(T^2)", cache="by the mask, and a sum per key and head"
     )
     direction = "causal"
-    reason = "a key is forgotten by the tokens after it"
+    reason = "its forget gates accumulate over past tokens"
 
     kind: Literal["forgetting"] = "forgetting"  #: the mixer
     num_heads: int = 4  #: query heads (N), each with its own forget gate
     num_kv_heads: int | None = None  #: key-value heads (K), a divisor of num_heads; null: num_heads
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
-    mask: Mask | str = Full()  #: which pairs see each other, beside Causal()
+    mask: Mask | str = Full()  #: attention mask, intersected with Causal()
     qk_norm: Literal["rms", "l2"] | None = None  #: normalise queries and keys; null: neither
     use_bias: bool = False  #: biases in the projections (the gate always has one)
-    gate_bias: float = 0.0  #: initial bias of the gates; larger: remembers longer at first
+    gate_bias: float = 0.0  #: initial bias of the gates; larger values start with a longer memory
     dropout: float = 0.0  #: on the attention probabilities
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
@@ -63,7 +63,7 @@ class ForgettingAttentionConfig(SoftmaxMixerConfig):
             raise ValueError(f"gate_bias must be finite, got {self.gate_bias}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         if self.mask.prefix:
             raise ValueError(
@@ -71,7 +71,7 @@ class ForgettingAttentionConfig(SoftmaxMixerConfig):
             )
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> ForgettingState:
-        """An empty cache, and a sum of 0."""
+        """An empty cache and a sum of 0."""
         N, H, mask = self.num_heads, self.head_width(d_model), self.restricted(causal).mask
         per_key = jax.ShapeDtypeStruct((N,), jnp.float32)
         cache = KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, dtype=dtype, per_key=per_key)
@@ -81,7 +81,7 @@ class ForgettingAttentionConfig(SoftmaxMixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForgetBias(Bias):
-    """c_t - c_s, the log of what remains of key s at query t: leaves [B, T, N] and [B, S, N]."""
+    """c_t - c_s, the log of the decay from key s to query t, with leaves [B, T, N] and [B, S, N]."""
 
     queries_BTN: Any
     keys_BSN: Any
@@ -90,7 +90,7 @@ class ForgetBias(Bias):
         return Axes(batch=0, query=1), Axes(batch=0, key=1)
 
     def score(self, heads_N, q_pos_BT, k_pos_BS):
-        # Clipped indices are never out of range; the default would fill with NaN.
+        # Indices are always in range; the default mode would add a fill with NaN.
         q_BTN, k_BSN = (jnp.take(x, heads_N, axis=2, mode="clip") for x in (self.queries_BTN, self.keys_BSN))
         return q_BTN.transpose(0, 2, 1)[..., None] - k_BSN.transpose(0, 2, 1)[:, :, None]
 
@@ -98,17 +98,17 @@ class ForgetBias(Bias):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForgettingState(State):
-    """The cache, each key with its c_s [B, S, N], and c of the newest token, [B, N] float32."""
+    """The cache, with c_s [B, S, N] per key, and the float32 c [B, N] of the newest token."""
 
     cache: KVCache
     total_BN: jax.Array
 
     def append(self, k_BTKH, v_BTKM, positions_BT: jax.Array, c_BTN: jax.Array) -> ForgettingState:
-        """The state with tokens written; c_BTN goes on from `total_BN`."""
+        """The state with tokens appended; c_BTN continues from `total_BN`."""
         return ForgettingState(self.cache.append(k_BTKH, v_BTKM, positions_BT, c_BTN), c_BTN[:, -1])
 
     def view(self) -> HeldKeys:
-        """The keys, with c as `per_key`."""
+        """The cached keys and values, with c as `per_key`."""
         return self.cache.view()
 
 
@@ -118,13 +118,13 @@ class ForgettingAttention(Mixer):
     config_type = ForgettingAttentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, gate, out and the norms of q and k."""
+        """Create q, k, v, gate, out and the norms of q and k."""
         config = self.config
         N, K = config.num_heads, config.kv_heads
         self.head_dim = H = config.head_width(self.d_model)
         for name, width in {"q": N * H, "k": K * H, "v": K * H}.items():
             setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
-        # Sums over the whole context need float32, whatever the layers compute in.
+        # Sums over the whole context need float32 for any dtype of the layers.
         gate_bias = nnx.initializers.constant(config.gate_bias)
         self.gate = parts.linear(self.d_model, N, use_bias=True, dtype=jnp.float32, bias_init=gate_bias)
         self.out = parts.out(N * H, self.d_model, use_bias=config.use_bias)
@@ -142,7 +142,7 @@ class ForgettingAttention(Mixer):
         valid_BT = valid_tokens(ctx)
         if valid_BT is not None:
             log_f_BTN = jnp.where(valid_BT[..., None], log_f_BTN, 0.0)
-        # Packed documents share one running sum: within a document only differences count.
+        # Packed documents share one running sum, since only differences within a document are used.
         c_BTN = jnp.cumsum(log_f_BTN, axis=1)
         if state is not None:
             c_BTN = c_BTN + state.total_BN[:, None]

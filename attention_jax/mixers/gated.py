@@ -1,9 +1,9 @@
-"""Gated attention: softmax attention whose output passes a sigmoid gate of the token's own features.
+"""Gated attention: softmax attention whose output is multiplied by a sigmoid gate of the token's features.
 
     y = W_o (sigmoid(x W_g) * concat_n softmax(q_n k^T * scale + mask) v)
 
-Qiu et al. 2025, "Gated Attention for Large Language Models" (arXiv 2505.06708): the gate stands between the
-attention and its output projection, one value per feature (elementwise) or per head.
+Qiu et al. 2025, "Gated Attention for Large Language Models" (arXiv 2505.06708). The gate is applied between the
+attention and its output projection and has one value per feature (elementwise) or per head.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
@@ -41,7 +42,7 @@ class GatedAttentionConfig(SoftmaxMixerConfig):
     num_kv_heads: int | None = None  #: key-value heads (K), a divisor of num_heads; null: num_heads
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
     gate: Literal["elementwise", "headwise"] = "elementwise"  #: a gate per feature or one per head
-    mask: Mask | str = Full()  #: which pairs see each other; a causal model adds Causal()
+    mask: Mask | str = Full()  #: attention mask; a causal model adds Causal()
     rope: RoPE | None = None  #: rotary position embedding; null: none
     qk_norm: Literal["rms", "l2"] | None = None  #: normalise queries and keys; null: neither
     use_bias: bool = False  #: biases in the projections
@@ -55,7 +56,7 @@ class GatedAttention(Mixer):
     config_type = GatedAttentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, gate, out and the norms of q and k."""
+        """Create q, k, v, gate, out and the norms of q and k."""
         config = self.config
         N, K = config.num_heads, config.kv_heads
         self.head_dim = H = config.head_width(self.d_model)
@@ -77,7 +78,7 @@ class GatedAttention(Mixer):
         q_BTNH, k_BTKH = rotate(config.rope, q_BTNH, k_BTKH, ctx)
         view, state = update_cache(state, ctx, k_BTKH, split_heads(v, self.head_dim))
         y_BTNH, aux = view.attend(q_BTNH, ctx, mask=config.mask, impl=config.impl, dropout=config.dropout)
-        # One gate per head broadcasts over its features.
-        gate_BTNG = nnx.sigmoid(gate).reshape(*gate.shape[:2], config.num_heads, -1)
+        # A gate per head broadcasts over the features of the head.
+        gate_BTNG = rearrange(nnx.sigmoid(gate), "b t (n g) -> b t n g", n=config.num_heads)
         y_BTD = self.out(merge_heads(y_BTNH * gate_BTNG))
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)

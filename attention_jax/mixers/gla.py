@@ -4,9 +4,9 @@
     S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = q_t S_t / sqrt(H)
     y = W_o (swish(x W_g) * norm(o))
 
-tau = 16 starts the decays near 1. The norm is per head: RMS with one learned scale for all heads, as in the
-authors' code (the paper writes a layer norm). The decays are float32 whatever the model computes in. No
-position code: the decays tell near from far.
+tau = 16 initialises the decays near 1. The norm is a per-head RMS norm with one learned scale for all heads, as
+in the authors' code (the paper has a layer norm). The decays are float32 for any dtype of the model. There is
+no position encoding: the decays depend on the distance.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class GLAConfig(DecayMixerConfig):
     num_heads: int = 4  #: heads (N)
     head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / (2 num_heads)
     value_dim: int | None = None  #: width of a head's values (M); null: d_model / num_heads
-    decay_rank: int = 16  #: rank of the projection that makes the decays (r)
-    decay_temperature: float = 16.0  #: tau; larger: remembers longer at first
-    use_bias: bool = False  #: biases in the projections (that of the decays always has one)
+    decay_rank: int = 16  #: rank of the projection to the decays (r)
+    decay_temperature: float = 16.0  #: tau; larger values start with a longer memory
+    use_bias: bool = False  #: biases in the projections (the projection to the decays always has one)
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ class GLAConfig(DecayMixerConfig):
             raise ValueError(f"decay_temperature must be > 0 and finite, got {self.decay_temperature}")
 
     def widths(self, d_model: int) -> tuple[int, int]:
-        """(H, M); ValueError where they are no whole numbers."""
+        """(H, M); ValueError if they are not integers."""
         if self.head_dim is None and d_model % (2 * self.num_heads):
             raise ValueError(
                 f"d_model {d_model} is not divisible by 2 num_heads = {2 * self.num_heads}; set head_dim"
@@ -61,12 +61,12 @@ class GLAConfig(DecayMixerConfig):
         return head_dim, self.value_dim or d_model // self.num_heads
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         self.widths(d_model)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
+        """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
         del capacity, causal, dtype
         return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model))
 
@@ -77,7 +77,7 @@ class GatedLinearAttention(Mixer):
     config_type = GLAConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, gate, the two factors of the decays' projection, the norm, out."""
+        """Create q, k, v, gate, the two factors of the projection to the decays, the norm and out."""
         config, N = self.config, self.config.num_heads
         self.head_dim, self.value_dim = config.widths(self.d_model)
         keys, values = N * self.head_dim, N * self.value_dim

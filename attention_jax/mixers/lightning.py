@@ -4,9 +4,9 @@
     S_t = exp(-s_n) S_{t-1} + k_t v_t^T,   o_t = q_t S_t,   s_n: ALiBi's slopes
     y = W_o (sigmoid(x W_g) * RMSNorm(o))
 
-Qin et al. 2024, "Lightning Attention-2" (arXiv 2401.04658); MiniMax 2025, "MiniMax-01" (arXiv 2501.08313), whose
-gate, activations and norm over all heads at once these are. Scores have no scale, since the norm would undo
-it. The name means the computation in blocks, which here is the `chunked` form of the recurrence.
+Qin et al. 2024, "Lightning Attention-2" (arXiv 2401.04658). The gate, the activations and the norm over all
+heads follow MiniMax 2025, "MiniMax-01" (arXiv 2501.08313). Scores have no scale, since the norm cancels it. The
+name refers to the blockwise computation, which is the `chunked` form of the recurrence here.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class LightningConfig(DecayMixerConfig):
             raise ValueError(f"slope_factor must be > 0 and finite, got {self.slope_factor}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         if self.rope is not None:
             self.rope.rotated_width(head_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
+        """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
         del capacity, causal, dtype
         H = head_width(d_model, self.num_heads, self.head_dim)
         return RecurrentState.empty(batch, self.num_heads, H, H)
@@ -71,7 +71,7 @@ class LightningAttention(Mixer):
     config_type = LightningConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, gate, the norm, out."""
+        """Create q, k, v, gate, the norm and out."""
         config = self.config
         self.head_dim = head_width(self.d_model, config.num_heads, config.head_dim)
         width = config.num_heads * self.head_dim

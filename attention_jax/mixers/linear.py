@@ -1,4 +1,4 @@
-"""Linear attention with feature maps that look at one token: `linear`, `cosformer`, `based`, `hedgehog`.
+"""Linear attention with deterministic feature maps: `linear`, `cosformer`, `based`, `hedgehog`.
 
     y_t = W_o concat_n sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts,   w_ts = phi(q_t) . phi(k_s)
 
@@ -7,7 +7,7 @@
     based      w = 1 + q.k + (q.k)^2 / 2               Arora et al. 2024 (arXiv 2402.18668)
     hedgehog   a learned map, then softmax             Zhang et al. 2024 (arXiv 2402.04347)
 
-All of them also run over whole documents, in models that are not causal.
+In models that are not causal, the sums are over the whole document.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from attention_jax.positions import RoPE
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttentionConfig(LinearBaseConfig):
-    """Linear attention by a feature map; `kind: linear`."""
+    """Linear attention with a named feature map; `kind: linear`."""
 
     about = About("Linear attention", "arXiv 2006.16236", "O(T)", "O(T)", "a matrix H x M per head")
 
     kind: Literal["linear"] = "linear"  #: the mixer
-    #: phi, of a head's queries and keys
+    #: phi, applied to the queries and keys of a head
     feature_map: Literal["elu1", "relu", "squared_relu", "softmax", "identity"] = "elu1"
-    #: divide by the sum of the weights; null: where phi is never negative (all but identity)
+    #: divide by the sum of the weights; null: only if phi is nonnegative (all except identity)
     normalize: bool | None = None
-    #: rotary position embedding of the features; the weights' sum stays unrotated; null: none
+    #: rotary position embedding of the features, in the numerator only; null: none
     rope: RoPE | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.normalize and not FEATURE_MAPS[self.feature_map].never_negative:
             raise ValueError(
-                f"normalize divides by a sum of weights that feature_map {self.feature_map!r} lets pass "
-                "through 0; set normalize: false, with output_norm: rms"
+                f"normalize needs nonnegative weights, but feature_map {self.feature_map!r} has negative "
+                "features; set normalize: false and output_norm: rms"
             )
 
     @property
     def normalized(self) -> bool:
-        """Whether weights are divided by their sum."""
+        """True if weights are divided by their sum."""
         return FEATURE_MAPS[self.feature_map].never_negative if self.normalize is None else self.normalize
 
     @property
     def rotates(self) -> bool:
-        """Whether numerator and denominator have features of their own."""
+        """True if the numerator has rotated features, unlike the denominator."""
         return self.normalized and self.rope is not None
 
     def features(self, d_model: int) -> int:
@@ -66,29 +66,29 @@ class LinearAttentionConfig(LinearBaseConfig):
         return self.query_width(d_model)
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         if self.rope is not None:
             self.rope.rotated_width(head_width(d_model, self.num_heads, self.head_dim))
 
 
 class LinearAttention(LinearBase):
-    """phi(q) . phi(k) in the place of exp(q . k).
+    """Linear attention: phi(q) . phi(k) replaces exp(q . k).
 
-    Not normalised, weights are divided by sqrt(H). With rope, w_ts = (R_t phi(q_t)) . (R_s phi(k_s)) in the
-    numerator alone, since rotated features may be negative (Su et al. 2021, arXiv 2104.09864, equation 19).
+    Without normalisation, weights are divided by sqrt(H). With rope, w_ts = (R_t phi(q_t)) . (R_s phi(k_s)) in
+    the numerator only, since rotated features may be negative (Su et al. 2021, arXiv 2104.09864, equation 19).
     """
 
     config_type = LinearAttentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """What all linear mixers have."""
+        """Create the parameters that all linear mixers have."""
         super().setup(parts)
         self.map = FEATURE_MAPS[self.config.feature_map]
         self.scale = 1.0 if self.normalize else 1 / math.sqrt(self.head_dim)
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
-        """phi by name, rotated by rope where there is one."""
+        """The named feature map, rotated if the config has rope."""
         del state
         q_BTNF, k_BTKF = self.map.phi(q_BTNH), self.map.phi(k_BTKH)
         rope = self.config.rope
@@ -101,12 +101,12 @@ class LinearAttention(LinearBase):
 
 @dataclasses.dataclass(frozen=True)
 class CosformerConfig(LinearBaseConfig):
-    """cosFormer: linear attention that prefers near tokens by a cosine; `kind: cosformer`."""
+    """cosFormer: linear attention whose weights decay with distance as a cosine; `kind: cosformer`."""
 
     about = About("cosFormer", "arXiv 2202.08791", "O(T)", "O(T)", "a matrix 2H x M per head")
 
     kind: Literal["cosformer"] = "cosformer"  #: the mixer
-    #: positions that a document may have (M): weights fall to 0 at this distance; past it the output is NaN
+    #: maximum length of a document (M); weights decay to 0 at this distance, later positions give NaN
     horizon: int = 2048
 
     def __post_init__(self):
@@ -115,15 +115,15 @@ class CosformerConfig(LinearBaseConfig):
             raise ValueError(f"horizon must be >= 1, got {self.horizon}")
 
     def features(self, d_model: int) -> int:
-        """2 H: a cosine's and a sine's half."""
+        """2 H: H features times a cosine and H times a sine."""
         return 2 * self.query_width(d_model)
 
 
 class Cosformer(LinearBase):
-    """w_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / (2 horizon)).
+    """Linear attention with w_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / (2 horizon)).
 
-    The authors' code takes the current length as its horizon, so that early outputs change as a text grows;
-    here it is fixed.
+    The horizon is fixed. The authors' code uses the current length, so that earlier outputs change as the
+    sequence grows.
     """
 
     config_type = CosformerConfig
@@ -131,17 +131,17 @@ class Cosformer(LinearBase):
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the LinearState with x appended.
 
-        A token at a position past the horizon changes no state and gives NaN; in a model that is not causal
-        so does its whole row, since no token of it sees all others. Raises: ValueError for more than
-        `horizon` tokens without positions.
+        A token at a position past the horizon gives NaN and does not change the state. In a model that is not
+        causal, its whole row is NaN, since every token of the row attends to it. Raises: ValueError for more
+        than `horizon` tokens without positions.
         """
         ctx = ctx or Context()
         T, horizon = x_BTD.shape[1], self.config.horizon
         if ctx.positions_BT is None:
             if T > horizon:
-                raise ValueError(f"{T} tokens exceed cosformer's horizon {horizon}; raise horizon")
+                raise ValueError(f"{T} tokens exceed cosformer's horizon {horizon}; increase horizon")
             return super().mix(x_BTD, state, ctx=ctx)
-        # A traced position cannot raise; NaN is seen, a weight of the wrong sign is not.
+        # A traced position cannot raise an error: NaN makes it visible, unlike a weight of the wrong sign.
         beyond_BT = valid_tokens(ctx) & (ctx.positions_BT >= horizon)
         kept = dataclasses.replace(ctx, positions_BT=jnp.where(beyond_BT, -1, ctx.positions_BT))
         y_BTD, state, aux = super().mix(x_BTD, state, ctx=kept)
@@ -150,7 +150,7 @@ class Cosformer(LinearBase):
         return MixerOutput(jnp.where(beyond_BT[..., None], jnp.nan, y_BTD), state, aux)
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
-        """relu, times the cosine and the sine of the position's angle."""
+        """relu, multiplied by the cosine and the sine of the angle of the position."""
         del state
         at_BT = positions_of(ctx, q_BTNH.shape[1])
         return Features(
@@ -183,12 +183,12 @@ class BasedConfig(LinearBaseConfig):
 
 
 class Based(LinearBase):
-    """w_ts = 1 + u + u^2 / 2, u = q_t . k_s / sqrt(d'), with queries and keys of d' features."""
+    """Linear attention with w_ts = 1 + u + u^2 / 2, u = q_t . k_s / sqrt(d'), for queries and keys of width d'."""
 
     config_type = BasedConfig
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
-        """1, x and the products of x with itself, of x / d'^(1/4)."""
+        """1, x and the products of pairs of features of x, for x / d'^(1/4)."""
         del state, ctx
         root = self.query_width**-0.25
         return Features(*(feature_maps.taylor2(root * x.astype(jnp.float32)) for x in (q_BTNH, k_BTKH)))
@@ -203,27 +203,27 @@ class HedgehogConfig(LinearBaseConfig):
     kind: Literal["hedgehog"] = "hedgehog"  #: the mixer
 
     def features(self, d_model: int) -> int:
-        """2 H: a direction and its opposite."""
+        """2 H: the mapped features and their negatives."""
         return 2 * self.query_width(d_model)
 
 
 class Hedgehog(LinearBase):
-    """phi(x) = softmax([x W, -x W]): W [H, H] of each query head and each key head, the identity at first."""
+    """phi(x) = softmax([x W, -x W]), with a W [H, H] per query head and key head, initially the identity."""
 
     config_type = HedgehogConfig
 
     def setup(self, parts: Parts) -> None:
-        """What all linear mixers have, and the maps of queries and keys."""
+        """Create the parameters that all linear mixers have, and the maps of queries and keys."""
         super().setup(parts)
         H = self.head_dim
-        # Not named kernels: weight decay would draw all features towards one another.
+        # Not named `kernel`, to exclude them from weight decay, which would make all features equal.
         self.map_q, self.map_k = (
             nnx.Param(jnp.tile(jnp.eye(H, dtype=jnp.float32), (heads, 1, 1)))
             for heads in (self.config.num_heads, self.config.kv_heads)
         )
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
-        """softmax over the mapped features and their opposites."""
+        """softmax over the mapped features and their negatives."""
         del state, ctx
         return Features(
             feature_maps.hedgehog(q_BTNH, self.map_q[...]), feature_maps.hedgehog(k_BTKH, self.map_k[...])

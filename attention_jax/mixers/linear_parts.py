@@ -1,10 +1,10 @@
-"""What the linear attention mixers share: projections, the sums over the past or over both sides, the state.
+"""Code shared by the linear attention mixers: projections, causal and bidirectional sums, the state.
 
     y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = phi(q_t) . phi(k_s),   over s <= t, or over the whole document
 
-A mixer of this family is a config and a `features` method. Sums over the past are `decay_scan`'s, whose state
-[F, M] per head does not grow with the text. In a model that is not causal, what precedes a token and what
-follows it are two such scans, the second from the end, both with the token itself, which is taken off once.
+A mixer of this family consists of a config and a `features` method. Causal sums are computed by `decay_scan`,
+whose state is a matrix [F, M] per head. In a model that is not causal, one scan runs forward and one backward;
+both include the token itself, whose contribution is subtracted once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from attention_jax.mixers.parts import (
     zero_invalid,
 )
 from attention_jax.mixers.recurrent import scan_options
-from attention_jax.ops.decay_scan import decay_scan
+from attention_jax.ops.decay_scan import decay_scan, decay_weights
 from attention_jax.ops.decay_scan.api import implementations
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearBaseConfig(MixerConfig):
-    """The keys that every mixer of this family has, and how large the state is that they ask for."""
+    """Options of all mixers of this family, and the size of their state."""
 
     implementations = staticmethod(implementations)
 
@@ -41,8 +41,10 @@ class LinearBaseConfig(MixerConfig):
     num_kv_heads: int | None = None  #: key-value heads (K), a divisor of num_heads; null: num_heads
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
     use_bias: bool = False  #: biases in the projections
-    output_norm: Literal["rms"] | None = None  #: normalise each head's output, with a learned scale; null: no
-    chunk_size: int | None = None  #: tokens in a chunk of the parallel form; null: the op's choice
+    output_norm: Literal["rms"] | None = (
+        None  #: normalise the output of each head, with a learned scale; null: off
+    )
+    chunk_size: int | None = None  #: tokens per chunk of the parallel form; null: chosen by the op
     impl: str | None = None  #: implementation of decay_scan by name; null: the best
 
     def __post_init__(self):
@@ -56,37 +58,40 @@ class LinearBaseConfig(MixerConfig):
 
     @property
     def normalized(self) -> bool:
-        """Whether weights are divided by their sum."""
+        """True if weights are divided by their sum."""
         return True
 
     @property
     def rotates(self) -> bool:
-        """Whether numerator and denominator have features of their own."""
+        """True if the numerator has rotated features, unlike the denominator."""
         return False
 
     @property
     def rescales(self) -> bool:
-        """Whether the sums have a running scale."""
+        """True if the sums have a running scale, `LinearState.log_scale_BK`."""
         return False
 
     def query_width(self, d_model: int) -> int:
-        """Width of a head's queries and keys."""
+        """The width of the queries and keys of a head."""
         return head_width(d_model, self.num_heads, self.head_dim)
 
     def features(self, d_model: int) -> int:
-        """F, the features that phi makes of a head's query."""
+        """F, the number of features that phi returns per head."""
         raise NotImplementedError
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
-        super().check(d_model, causal=causal)  # sums over both sides are as exact as sums over the past
+        """Raise ValueError if this mixer does not fit such a model."""
+        super().check(d_model, causal=causal)  # all of them support bidirectional models
         head_width(d_model, self.num_heads, self.head_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> LinearState:
-        """Empty sums, the same for any `capacity`; ValueError in a model that is not causal."""
-        del capacity, dtype  # sums are float32 whatever is added to them
+        """Sums of 0, independent of `capacity`; ValueError in a model that is not causal."""
+        del capacity, dtype  # sums are always float32
         if not causal:
-            raise ValueError(f"{self.kind} keeps no state where causal is false: later tokens matter too")
+            raise ValueError(
+                f"{self.kind} has no state in a bidirectional model (causal: false), where outputs depend on "
+                "later tokens: pass state=None"
+            )
         columns = head_width(d_model, self.num_heads, self.head_dim) + (self.normalized and not self.rotates)
         shape = (batch, self.num_heads, self.features(d_model))
         return LinearState(
@@ -97,10 +102,11 @@ class LinearBaseConfig(MixerConfig):
 
 
 class Features(NamedTuple):
-    """phi of queries and keys, float32, with what else the sums need.
+    """phi of queries and keys, float32, and further inputs of the sums.
 
-    rotated: q and k of the numerator where they differ from the denominator's. log_decay_BTK: how the sums'
-    scale shrinks at each token, where it does, and log_scale_BK: where it stands after the last one.
+    rotated: q and k of the numerator, if they differ from those of the denominator. log_decay_BTK: the change of
+    the logarithmic scale of the sums at each token, if they are scaled. log_scale_BK: the scale after the last
+    token.
     """
 
     q_BTNF: jax.Array
@@ -111,10 +117,10 @@ class Features(NamedTuple):
 
 
 class LinearBase(Mixer):
-    """Projections, sums and state; a subclass gives `features`."""
+    """Base class with projections, sums and state; a subclass implements `features`."""
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, out and the norm of a head's output."""
+        """Create q, k, v, out and the norm of the head outputs."""
         config, D = self.config, self.d_model
         N, K = config.num_heads, config.kv_heads
         self.head_dim = M = head_width(D, N, config.head_dim)
@@ -128,14 +134,14 @@ class LinearBase(Mixer):
     def features(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, state: LinearState | None, ctx: Context
     ) -> Features:
-        """phi of queries and keys; a row that holds no token may get anything finite."""
+        """phi of queries and keys; invalid tokens may get any finite value."""
         raise NotImplementedError
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the LinearState with x appended.
 
-        Captured queries and keys are their features; the captured weights are those of the new tokens among
-        themselves, without what the state brings, and for causal models only.
+        The captured queries and keys are their features. The captured weights are those among the new tokens
+        only, without the contribution of the state.
         """
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         options = scan_options(state, ctx, *x_BTD.shape[:2])
@@ -148,18 +154,34 @@ class LinearBase(Mixer):
             queries=lambda: phi.q_BTNF,
             keys=lambda: phi.k_BTKF,
             values=lambda: v_BTKM,
-            attention=lambda: self._weights(phi, v_BTKM, options),
+            attention=lambda: self._weights(phi, options),
         )
         if self.causal:
             y_BTNM, state = self._past(phi, v_BTKM, state, options)
         else:
-            y_BTNM = self._both_sides(phi, v_BTKM, options)
+            y_BTNM = self._bidirectional_sums(phi, v_BTKM, options)
         y_BTNM = y_BTNM.astype(v_BTKM.dtype)
         y_BTNM = y_BTNM if self.y_norm is None else self.y_norm(y_BTNM)
         return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNM)), ctx), state, aux)
 
+    def _weights(self, phi: Features, options: dict) -> jax.Array:
+        """The final weights w_ts among the new tokens, [B, N, T, S], that multiply the values."""
+        ids = {name: options.get(name) for name in ("positions", "segment_ids")}
+        pair = (phi.q_BTNF, phi.k_BTKF) if phi.rotated is None else phi.rotated
+        if not self.causal:
+            w_BNTS = _bidirectional_weights(*pair, ids)
+            if not self.normalize:
+                return self.scale * w_BNTS
+            whole = w_BNTS if phi.rotated is None else _bidirectional_weights(phi.q_BTNF, phi.k_BTKF, ids)
+            return _quotient(w_BNTS, whole.sum(-1, keepdims=True))
+        call = {"log_decay": phi.log_decay_BTK} | ids
+        if phi.rotated is None:
+            return decay_weights(*pair, normalize=self.normalize, scale=self.scale, **call)
+        whole = decay_weights(phi.q_BTNF, phi.k_BTKF, **call)
+        return _quotient(decay_weights(*pair, **call), whole.sum(-1, keepdims=True))
+
     def _past(self, phi: Features, v_BTKM: jax.Array, state: LinearState | None, options: dict):
-        """Sums over s <= t, and the state after the last token (None for None)."""
+        """Sums over s <= t, and the state after the last token (None if `state` is None)."""
         options |= {"log_decay": phi.log_decay_BTK, "return_state": True}
         sums = weights = None
         if state is not None:
@@ -171,7 +193,7 @@ class LinearBase(Mixer):
                 **options,
             )  # fmt: skip
         else:
-            # In float32, so that their quotient is rounded once.
+            # In float32, so that only the quotient is rounded.
             v_BTKM = v_BTKM.astype(jnp.float32)
             y_BTNM, sums = decay_scan(*phi.rotated, v_BTKM, initial_state_BNHM=sums, **options)
             ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
@@ -181,7 +203,7 @@ class LinearBase(Mixer):
             y_BTNM = _quotient(y_BTNM, z_BTN1)
         return y_BTNM, None if state is None else state.append(sums, weights, phi.log_scale_BK)
 
-    def _both_sides(self, phi: Features, v_BTKM: jax.Array, options: dict) -> jax.Array:
+    def _bidirectional_sums(self, phi: Features, v_BTKM: jax.Array, options: dict) -> jax.Array:
         """Sums over the whole document."""
         v_BTKM = v_BTKM.astype(jnp.float32)
         ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
@@ -196,7 +218,7 @@ class LinearBase(Mixer):
 
 
 def _bidirectional(q_BTNF: jax.Array, k_BTKF: jax.Array, v_BTKM: jax.Array, options: dict) -> jax.Array:
-    """sum_s (q_t . k_s) v_s over the tokens s of t's document."""
+    """sum_s (q_t . k_s) v_s over the tokens s of the document of t."""
     ids = {name: options.get(name) for name in ("positions", "segment_ids")}
     options = {name: x for name, x in options.items() if name not in ids}
     past_BTNM = decay_scan(q_BTNF, k_BTKF, v_BTKM, **ids, **options)
@@ -209,8 +231,21 @@ def _bidirectional(q_BTNF: jax.Array, k_BTKF: jax.Array, v_BTKM: jax.Array, opti
     return past_BTNM + future_BTNM - own_BTN1 * v_BTNM
 
 
+def _bidirectional_weights(q_BTNF: jax.Array, k_BTKF: jax.Array, ids: dict) -> jax.Array:
+    """q_t . k_s if s is a valid token of the document of t, else 0: [B, N, T, S]."""
+    k_BTNF = jnp.repeat(k_BTKF, q_BTNF.shape[2] // k_BTKF.shape[2], axis=2)
+    w_BNTS = jnp.einsum("btnf,bsnf->bnts", q_BTNF, k_BTNF, precision=jax.lax.Precision.HIGHEST)
+    for x_BT in ids.values():
+        if x_BT is not None:
+            valid_BT = x_BT >= 0
+            w_BNTS = jnp.where((valid_BT[:, None, :, None] & valid_BT[:, None, None, :]), w_BNTS, 0.0)
+    if (x_BT := ids["segment_ids"]) is not None:
+        w_BNTS = jnp.where(x_BT[:, None, :, None] == x_BT[:, None, None, :], w_BNTS, 0.0)
+    return w_BNTS
+
+
 def _quotient(y: jax.Array, z: jax.Array) -> jax.Array:
-    """y / z, and 0 where no weight is > 0 (relu features may share no support with any key)."""
+    """y / z, and 0 if all weights are 0 (relu features may have no support in common with any key)."""
     y, z = y.astype(jnp.float32), z.astype(jnp.float32)
-    some = z > 0
-    return jnp.where(some, y / jnp.where(some, z, 1.0), 0.0)
+    positive = z > 0
+    return jnp.where(positive, y / jnp.where(positive, z, 1.0), 0.0)

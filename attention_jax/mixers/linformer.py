@@ -1,10 +1,10 @@
-"""Linformer: softmax attention over keys and values that are projected along the sequence, n to R.
+"""Linformer: softmax attention over keys and values that are projected along the sequence, from n to R.
 
     y = W_o concat_i softmax(q_i (E_i k_i)^T / sqrt(H)) (F_i v_i),   E_i, F_i of [R, n]
 
 Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity" (arXiv 2006.04768). Column p of E and F
-belongs to position p; a row of fewer than n tokens uses the columns of its positions. A projected key is a
-sum over the whole row: it cannot be causal, kept in a cache, or parted by document.
+applies to position p; a row of fewer than n tokens uses the columns of its positions. A projected key is a
+sum over the whole row, so that causal models, caches and packed documents are not supported.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ from attention_jax.ops.softmax import dot_product_attention
 class LinformerConfig(MixerConfig):
     """Attention over a projected sequence; `kind: linformer`. Models that are not causal only."""
 
-    about = About(
-        "Linformer", "arXiv 2006.04768", "O(T R)", "O(T + R), and E, F of [R, n]", cache="-", causal=False
-    )
+    about = About("Linformer", "arXiv 2006.04768", "O(T R)", "O(T + R), and E, F of [R, n]", cache="-")
     direction = "bidirectional"
     reason = "a projected key is a sum over the whole row, the future included"
     mixes_whole_row = True
@@ -47,10 +45,10 @@ class LinformerConfig(MixerConfig):
     kind: Literal["linformer"] = "linformer"  #: the mixer
     num_heads: int = 4  #: heads (N)
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
-    length: int = 256  #: tokens of the longest row (n)
-    projected_length: int = 64  #: keys and values that a row is projected to (R)
-    #: who shares the projections of a layer; none: two for each head; head: two for all heads; kv: one for
-    #: keys and values of all heads
+    length: int = 256  #: maximum tokens per row (n)
+    projected_length: int = 64  #: projected keys and values per row (R)
+    #: sharing of the projections in a layer; none: two per head; head: two for all heads; kv: one for keys and
+    #: values of all heads
     sharing: Literal["none", "head", "kv"] = "head"
     use_bias: bool = False  #: biases in q, k, v and the output
     dropout: float = 0.0  #: on the attention probabilities
@@ -67,25 +65,27 @@ class LinformerConfig(MixerConfig):
 
     @property
     def horizon(self) -> int:
-        """The most tokens of a row."""
+        """The maximum number of tokens per row."""
         return self.length
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         head_width(d_model, self.num_heads, self.head_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> None:
-        """There is none: ValueError."""
-        raise ValueError("linformer has no state: every output depends on the whole row; call it without one")
+        """Raise ValueError, since there is no state."""
+        raise ValueError(
+            "linformer has no state, since every output depends on the whole row: pass state=None"
+        )
 
 
 class SequenceProjection(nnx.Module):
-    """x [B, S, N, H] to [B, R, N, H] by a matrix [n, R] for all heads, or [N, n, R]."""
+    """Projects x [B, S, N, H] to [B, R, N, H] with a matrix [n, R] for all heads, or [N, n, R]."""
 
     def __init__(self, length: int, rows: int, *, heads: int | None, rngs: nnx.Rngs):
         shape = (length, rows) if heads is None else (heads, length, rows)
-        # A sum of n independent keys keeps the size of one, whatever std the model's matrices have.
+        # A sum of n independent keys then has the variance of one key, independent of the model's init_std.
         std = 1 / math.sqrt(length)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
@@ -117,20 +117,22 @@ class Linformer(Mixer):
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and no state; NaN in a row that holds a position >= length.
 
-        Captured are queries, keys and values before they are projected along the sequence. Raises: ValueError
-        for a state, segment ids or more than `length` slots.
+        Queries, keys and values are captured before the projection along the sequence. Raises: ValueError for
+        a state, segment ids or more than `length` slots.
         """
         config = self.config
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         T = x_BTD.shape[1]
         if T > config.length:
-            raise ValueError(f"linformer: {T} tokens exceed its length {config.length}; raise length")
+            raise ValueError(f"linformer: {T} tokens exceed its length {config.length}; increase length")
         q_BTNH, k_BTNH, v_BTNH = (
             split_heads(y, self.head_dim) for y in fused_linear([self.q, self.k, self.v], x_BTD)
         )
         aux = ctx.captured(queries=lambda: q_BTNH, keys=lambda: k_BTNH, values=lambda: v_BTNH)
         if ctx.positions_BT is not None:
-            k_BTNH, v_BTNH = (_placed(y, ctx.positions_BT, config.length) for y in (k_BTNH, v_BTNH))
+            k_BTNH, v_BTNH = (
+                _scatter_by_position(y, ctx.positions_BT, config.length) for y in (k_BTNH, v_BTNH)
+            )
         y_BTNH = dot_product_attention(
             q_BTNH,
             self.k_rows(k_BTNH),
@@ -141,16 +143,16 @@ class Linformer(Mixer):
         )
         y_BTD = self.out(merge_heads(y_BTNH))
         if ctx.positions_BT is not None:
-            # A traced position cannot raise; NaN is seen, a key that is left out is not.
+            # A traced position cannot raise an error: NaN makes it visible, unlike an omitted key.
             beyond_B = (ctx.positions_BT >= config.length).any(axis=1)
             y_BTD = jnp.where(beyond_B[:, None, None], jnp.nan, y_BTD)
         return MixerOutput(zero_invalid(y_BTD, ctx), None, aux)
 
 
-def _placed(x_BTNH: jax.Array, positions_BT: jax.Array, length: int) -> jax.Array:
-    """[B, length, N, H]: each token at its position, 0 where there is none."""
+def _scatter_by_position(x_BTNH: jax.Array, positions_BT: jax.Array, length: int) -> jax.Array:
+    """The tokens scattered to their positions, [B, length, N, H]; 0 at positions without a token."""
     B, T = x_BTNH.shape[:2]
     positions_BT = jnp.broadcast_to(positions_BT, (B, T))
-    places_BT = jnp.where(positions_BT >= 0, positions_BT, length)  # past the end: dropped
+    indices_BT = jnp.where(positions_BT >= 0, positions_BT, length)  # out of range: the scatter drops them
     empty = jnp.zeros((B, length, *x_BTNH.shape[2:]), x_BTNH.dtype)
-    return empty.at[jnp.arange(B)[:, None], places_BT].set(x_BTNH, mode="drop")
+    return empty.at[jnp.arange(B)[:, None], indices_BT].set(x_BTNH, mode="drop")

@@ -6,9 +6,9 @@
     S_t = a_t S_{t-1} + B_t (dt_t u_t)^T,   o_t = C_t S_t + D u_t
     y = W_out (norm(o * silu(z)))
 
-A linear attention whose queries are C, keys B and values dt u; heads share B and C by groups, as query heads
-share keys in grouped attention. Steps, decays and the values' product with their step are float32 whatever
-the model computes in. The norm's mean is over each group's channels.
+This is linear attention with queries C, keys B and values dt u. The heads of a group share B and C, like keys in
+grouped-query attention. Steps, decays and the product dt u are float32 for any dtype of the model. The mean
+square of the norm is taken over the channels of each group.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Mamba2Config(DecayMixerConfig):
     )
 
     kind: Literal["mamba2"] = "mamba2"  #: the mixer
-    expand: int = 2  #: channels of u and z over d_model
+    expand: int = 2  #: ratio of the channels of u and z to d_model
     head_dim: int = 64  #: channels of a head (M), a divisor of expand d_model; heads: N = expand d_model / M
-    state_dim: int = 128  #: width of B and C (H), the state's size per channel
-    groups: int = 1  #: pairs of B and C (G), a divisor of the heads; heads of a group share one
-    convolution: int = 4  #: tokens that the short convolution sees, the present one included
+    state_dim: int = 128  #: width of B and C (H), the state size per channel
+    groups: int = 1  #: groups (G), a divisor of the heads; the heads of a group share B and C
+    convolution: int = 4  #: width of the short convolution in tokens, the current one included
     dt_min: float = 1e-3  #: initial steps are drawn log-uniformly from dt_min ...
     dt_max: float = 0.1  #: ... to dt_max
     dt_limit_low: float = 0.0  #: steps are clipped to at least this
@@ -68,7 +68,7 @@ class Mamba2Config(DecayMixerConfig):
             raise ValueError(f"dt_limit_low {self.dt_limit_low} must be >= 0 and below dt_limit_high {high}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         channels = self.expand * d_model
         if channels % self.head_dim:
@@ -77,7 +77,7 @@ class Mamba2Config(DecayMixerConfig):
             raise ValueError(f"groups {self.groups} does not divide the {channels // self.head_dim} heads")
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """The empty state, as large for any capacity; `dtype` is that of the convolution's inputs alone."""
+        """An empty state, whose size does not depend on `capacity`; `dtype` is that of the cached inputs only."""
         del capacity, causal
         channels = self.expand * d_model
         kept = (self.convolution - 1, channels + 2 * self.groups * self.state_dim, dtype)
@@ -85,12 +85,12 @@ class Mamba2Config(DecayMixerConfig):
 
 
 class Mamba2(Mixer):
-    """A short convolution, a state space with one decay per head, a gated norm."""
+    """A short convolution, a state-space recurrence with one decay per head, and a gated norm."""
 
     config_type = Mamba2Config
 
     def setup(self, parts: Parts) -> None:
-        """in_proj, the convolution, decays, D, the norm, out."""
+        """Create in_proj, the convolution, the decays, D, the norm and out."""
         config, rngs = self.config, parts.rngs
         self.channels = config.expand * self.d_model
         self.heads = self.channels // config.head_dim

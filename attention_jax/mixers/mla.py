@@ -1,13 +1,13 @@
-"""Multi-head latent attention: keys and values are projections of one small latent, and only it is cached.
+"""Multi-head latent attention: keys and values are projections of a small latent, and only that is cached.
 
     c_t = RMSNorm(x_t W_dkv)  [R],   k_r,t = RoPE(x_t W_kr)  [P]  (one for all heads)
     k_n,t = [c_t W_uk_n ; k_r,t],   v_n,t = c_t W_uv_n,   q_n,t = [q^C_n ; RoPE(q^R_n)]
     y = W_o concat_n softmax(q_n k_n^T * scale + mask) v_n,   scale = 1 / sqrt(H + P)
 
-DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434). The cache holds [c ; k_r], R + P numbers a token. Decoding
-absorbs the up-projections: q^C_n W_uk_n^T meets c itself, so attention runs with one kv head of width R + P
-whose values are its first R features, and W_uv follows. Many new tokens expand the keys instead, which
-costs fewer operations per pair.
+DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434). The cache holds [c ; k_r], R + P numbers per token. Decoding
+absorbs the up-projections: q^C_n W_uk_n^T is multiplied with c directly, so that attention has one kv head of
+width R + P whose values are its first R features, and W_uv is applied to the output. For many new tokens the
+keys are expanded instead, which takes fewer operations per pair.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
@@ -36,7 +37,7 @@ from attention_jax.mixers.parts import (
 )
 from attention_jax.positions import RoPE
 
-# New tokens up to which a cached call absorbs the up-projections rather than expand all cached keys.
+# The most new tokens for which a call with a cache absorbs the up-projections instead of expanding cached keys.
 _ABSORB_UP_TO = 8
 
 
@@ -55,12 +56,12 @@ class LatentAttentionConfig(MixerConfig):
     kind: Literal["mla"] = "mla"  #: the mixer
     num_heads: int = 4  #: heads (N)
     latent_dim: int = 64  #: width of the cached latent (R)
-    query_latent_dim: int | None = None  #: width of a latent for the queries too; null: a full projection
-    head_dim: int = 32  #: width of a head's content part (H)
-    rotary_dim: int = 16  #: width of its rotary part (P), even, shared by the keys of all heads; 0: none
+    query_latent_dim: int | None = None  #: width of a latent for the queries; null: a direct projection
+    head_dim: int = 32  #: width of the content part of a head (H)
+    rotary_dim: int = 16  #: width of the rotary part (P), even, shared by the keys of all heads; 0: none
     value_dim: int | None = None  #: width of a head's values (M); null: head_dim
-    mask: Mask | str = Full()  #: which pairs see each other; a causal model adds Causal()
-    rope: RoPE = RoPE()  #: of the rotary part
+    mask: Mask | str = Full()  #: attention mask; a causal model adds Causal()
+    rope: RoPE = RoPE()  #: rotary position embedding of the rotary part
     dropout: float = 0.0  #: on the attention probabilities
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
@@ -71,13 +72,13 @@ class LatentAttentionConfig(MixerConfig):
             raise ValueError(f"rotary_dim must be even and >= 0, got {self.rotary_dim}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         if self.rotary_dim:
             self.rope.rotated_width(self.rotary_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
-        """An empty cache of R + P numbers a token, as large as the mask needs."""
+        """An empty cache of R + P numbers per token, with the slots that the mask needs."""
         del d_model
         width, mask = self.latent_dim + self.rotary_dim, self.restricted(causal).mask
         return KVCache.empty(batch, capacity, 1, width, None, mask=mask, dtype=dtype)
@@ -89,7 +90,7 @@ class LatentAttention(Mixer):
     config_type = LatentAttentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """Projections down to the latents and up to heads, the latents' norms, out."""
+        """Create the projections to the latents and to the heads, the norms of the latents and out."""
         config, D = self.config, self.d_model
         N, R, H, P = config.num_heads, config.latent_dim, config.head_dim, config.rotary_dim
         self.value_dim = M = config.value_dim or H
@@ -109,13 +110,13 @@ class LatentAttention(Mixer):
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache of latents with x appended.
 
-        Captured keys and values are those of the form that ran: of each head, or absorbed, the latents.
+        The captured keys and values are per head in the expanded form and the latents in the absorbed form.
         """
         T = x_BTD.shape[1]
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         q_BTNH = self._queries(x_BTD, ctx)
         absorb = state is not None and T <= _ABSORB_UP_TO
-        # One head of [latent ; rotary key] is what the cache holds; its values are a part of it.
+        # The cache holds one head [latent ; rotary key], without values, which are a part of it.
         view, state = update_cache(state, ctx, self._latents(x_BTD, ctx)[:, :, None], None)
         y_BTNM, aux = (self._absorbed if absorb else self._expanded)(q_BTNH, view, ctx)
         return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNM)), ctx), state, aux)
@@ -140,24 +141,24 @@ class LatentAttention(Mixer):
         return jnp.concatenate([self.kv_latent_norm(down), rotary], axis=-1)
 
     def _expanded(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
-        """Attention with a key and a value per head, made from the latents."""
+        """Attention with a key and a value per head, computed from the latents."""
         N, R = self.config.num_heads, self.config.latent_dim
         latent_BSR = self._latent_part(view)
         k_up, v_up = fused_linear([self.k_up, self.v_up], latent_BSR)
-        k_BSNH = k_up.reshape(*k_up.shape[:2], N, -1)
+        k_BSNH = rearrange(k_up, "b s (n h) -> b s n h", n=N)
         if self.config.rotary_dim:
             rotary_BS1P = view.k_BSKH[..., R:].astype(k_BSNH.dtype)
             shape = (*k_BSNH.shape[:3], rotary_BS1P.shape[-1])
             k_BSNH = jnp.concatenate([k_BSNH, jnp.broadcast_to(rotary_BS1P, shape)], axis=-1)
-        v_BSNM = v_up.reshape(*v_up.shape[:2], N, -1)
+        v_BSNM = rearrange(v_up, "b s (n m) -> b s n m", n=N)
         return view.attend(q_BTNH, ctx, k=k_BSNH, v=v_BSNM, **self._options())
 
     def _absorbed(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
-        """Attention of absorbed queries with the latents themselves: K = 1, v a part of k."""
+        """Attention of absorbed queries to the latents: K = 1, and v is a part of k."""
         config = self.config
-        N, R, H = config.num_heads, config.latent_dim, config.head_dim
-        k_up_RNH = self.k_up.kernel[...].astype(self.dtype).reshape(R, N, H)
-        v_up_RNM = self.v_up.kernel[...].astype(self.dtype).reshape(R, N, -1)
+        N, H = config.num_heads, config.head_dim
+        k_up_RNH = rearrange(self.k_up.kernel[...].astype(self.dtype), "r (n h) -> r n h", n=N)
+        v_up_RNM = rearrange(self.v_up.kernel[...].astype(self.dtype), "r (n m) -> r n m", n=N)
         q_BTNR = jnp.einsum("btnh,rnh->btnr", q_BTNH[..., :H], k_up_RNH)
         q_BTNE = jnp.concatenate([q_BTNR, q_BTNH[..., H:]], axis=-1)
         latent_BS1R = self._latent_part(view)[:, :, None]
@@ -165,14 +166,14 @@ class LatentAttention(Mixer):
         return jnp.einsum("btnr,rnm->btnm", y_BTNR, v_up_RNM), aux
 
     def _latent_part(self, view: KVView) -> jax.Array:
-        """c [B, S, R] with what empty slots hold selected to 0: it is multiplied before the op selects."""
+        """c [B, S, R] with empty slots set to 0, since it is multiplied before the op masks them."""
         latent_BSR = view.k_BSKH[:, :, 0, : self.config.latent_dim].astype(self.dtype)
         valid_BS = view.valid_BS
         return latent_BSR if valid_BS is None else jnp.where(valid_BS[..., None], latent_BSR, 0)
 
     def _options(self) -> dict[str, Any]:
         config = self.config
-        # Under YaRN both parts of the score are scaled by mscale^2, as the published models do it.
+        # With YaRN, both parts of the score are scaled by mscale^2, as in the published models.
         scale = config.rope.softmax_factor if config.rotary_dim else 1.0
         scale = scale * (config.head_dim + config.rotary_dim) ** -0.5
         return {"mask": config.mask, "scale": scale, "impl": config.impl, "dropout": config.dropout}

@@ -2,20 +2,20 @@
 
     o_t = sum_c g^c_t Attn(q_t, K^c_t, V^c_t),   c in {compressed, selected, window},   g_t = sigmoid(W_g x_t)   (5)
 
-    compressed: k^cmp_i = phi(k_{i d}, ..., k_{i d + l - 1}) of every complete block; phi is an MLP over the
-                block's features with an embedding of the place within the block added, v likewise   (7)
-    selected:   the tokens of the n blocks of l' tokens that the compressed probabilities find most
-                important, the same for all query heads of a kv group   (9-12, ops/selected/choose.py)
+    compressed: k^cmp_i = phi(k_{i d}, ..., k_{i d + l - 1}) for every complete block, likewise v; phi is an MLP
+                over the features of the block plus an embedding of the offset within the block   (7)
+    selected:   the tokens of the n blocks of l' tokens with the largest compressed attention probabilities,
+                which are shared by the query heads of a kv group   (9-12, ops/selected/choose.py)
     window:     the last w tokens
 
-As in the paper each branch projects its own keys and values, and one query serves all three. The gates are
-one linear layer, for each head and branch.
+As in the paper, each branch projects its own keys and values, and the three branches share the queries. The
+gates are one linear layer with an output per head and branch.
 
-Positions: rope rotates q and the keys of the selected and window branches. phi takes keys as they were before
-rope, so that a block has the same summary wherever it stands; the compressed key is then rotated to the
-position of its last token, so that its scores too depend on the distance alone.
+Positions: rope rotates q and the keys of the selected and window branches. phi is applied to keys before rope,
+so that a compressed key does not depend on the position of its block. It is then rotated to the position of the
+last token of the block, so that its scores depend on the distance only.
 
-No gradient flows through the choice of blocks; what phi learns it learns from the compressed branch.
+The selection of blocks has no gradient: phi is trained through the compressed branch only.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
@@ -53,7 +54,7 @@ from attention_jax.ops.selected.compressed import (
 from attention_jax.ops.softmax import dot_product_attention
 from attention_jax.positions import RoPE
 
-# What an implementation of softmax attention is called in the op of the selected branch.
+# The implementation of the selected branch for each implementation of softmax attention.
 _SELECTED_IMPL = {None: None, "reference": "reference", "chunked": "gathered"}
 
 
@@ -69,7 +70,7 @@ class NSAConfig(MixerConfig):
         cache="all keys, compressed keys, ring of window",
     )
     direction = "causal"
-    reason = "it compresses, selects and windows the past of a query"
+    reason = "its three branches attend to past tokens only"
 
     kind: Literal["nsa"] = "nsa"  #: the mixer
     num_heads: int = 4  #: query heads (N)
@@ -78,11 +79,13 @@ class NSAConfig(MixerConfig):
     )
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
     rope: RoPE | None = None  #: rotary position embedding; null: none
-    compress_block: int = 32  #: tokens that one compressed key stands for (l)
-    compress_stride: int = 16  #: tokens from one compressed block to the next (d), a divisor of l and l'
+    compress_block: int = 32  #: tokens per compressed key (l)
+    compress_stride: int = 16  #: distance in tokens between compressed blocks (d), a divisor of l and l'
     compress_width: int | None = None  #: hidden width of the compressing MLP; null: head_dim
     select_block: int = 64  #: tokens of a selected block (l')
-    select_count: int = 16  #: selected blocks (n), the first and the last two, always taken, among them
+    select_count: int = (
+        16  #: selected blocks (n), including the first and the last two, which are always selected
+    )
     window: int = 512  #: tokens of the window branch, the query's own included (w)
     use_bias: bool = False  #: biases in the projections, the gates and the compressing MLP
     #: implementation of the attention ops by name, reference or chunked; null: the best for the shape
@@ -103,13 +106,13 @@ class NSAConfig(MixerConfig):
             )
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         if self.rope is not None:
             self.rope.rotated_width(head_dim)
             if self.rope.xpos is not None:
-                raise ValueError("nsa takes no rope.xpos: one query meets keys of blocks and of tokens alike")
+                raise ValueError("nsa does not support rope.xpos: set it to null")
 
     @property
     def kv_heads(self) -> int:
@@ -117,7 +120,7 @@ class NSAConfig(MixerConfig):
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> NSAState:
-        """Empty caches: all tokens for the selection, a ring each for window and unfinished blocks."""
+        """Empty caches: all tokens for the selected branch, rings for the window and for incomplete blocks."""
         K, H = self.kv_heads, head_width(d_model, self.num_heads, self.head_dim)
 
         def cache(mask: Mask) -> KVCache:
@@ -136,7 +139,7 @@ class NSAConfig(MixerConfig):
 class Compressed(NamedTuple):
     """Compressed keys (rotated to their positions) and values, and the position of each block's last token.
 
-    Entries without a block have position -1 and hold 0.
+    Entries without a complete block are 0 and have position -1.
     """
 
     k_BCKH: jax.Array
@@ -147,9 +150,9 @@ class Compressed(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NSAState(State):
-    """What NSA keeps of a stream: entry i of `compressed` is block i.
+    """The state of NSA; entry i of `compressed` is block i.
 
-    tail: the keys and values of the compressed branch, before phi, of the last compress_block tokens.
+    tail: the keys and values of the compressed branch, before phi, for the last compress_block tokens.
     """
 
     selected: KVCache
@@ -158,19 +161,19 @@ class NSAState(State):
     compressed: Compressed
 
     def append(self, selected: KVCache, window: KVCache, tail: KVCache, compressed: Compressed) -> NSAState:
-        """The state with each branch's own state after more tokens."""
+        """The state after more tokens, from the new states of the branches."""
         return NSAState(selected, window, tail, compressed)
 
     def view(self) -> tuple[HeldKeys, HeldKeys, HeldKeys, Compressed]:
-        """What each branch holds: selected, window, tail and compressed."""
+        """The arrays of the branches: selected, window, tail and compressed."""
         return self.selected.view(), self.window.view(), self.tail.view(), self.compressed
 
 
 class Compress(nnx.Module):
-    """phi: the features of a block's l tokens, each with the embedding of its place, to one vector by an MLP."""
+    """phi: an MLP from the features of the l tokens of a block, plus offset embeddings, to one vector."""
 
     def __init__(self, block: int, head_dim: int, width: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
-        # Unit gain whatever the model's init_std: a compressed key then starts out as large as a key.
+        # Unit gain, independent of the model's init_std: compressed keys start with the variance of keys.
         init = nnx.initializers.lecun_normal()
         common = {"use_bias": use_bias, "dtype": dtype, "kernel_init": init, "rngs": rngs}
         self.places = nnx.Param(0.02 * jax.random.normal(rngs.params(), (block, head_dim), jnp.float32))
@@ -178,18 +181,18 @@ class Compress(nnx.Module):
         self.down = linear(width, head_dim, **common)
 
     def __call__(self, x_BCKlH: jax.Array) -> jax.Array:
-        """[B, C, K, H]."""
+        """The compressed vectors [B, C, K, H] of blocks [B, C, K, l, H]."""
         x_BCKlH = x_BCKlH + self.places[...].astype(x_BCKlH.dtype)
-        return self.down(gelu(self.up(x_BCKlH.reshape(*x_BCKlH.shape[:3], -1))))
+        return self.down(gelu(self.up(rearrange(x_BCKlH, "b c k l h -> b c k (l h)"))))
 
 
 class NSA(Mixer):
-    """Three branches of attention to the past, summed by gates."""
+    """The gated sum of three branches of attention to past tokens."""
 
     config_type = NSAConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, keys and values of each branch, the gates, the compressing MLPs, out."""
+        """Create q, the keys and values of each branch, the gates, the compressing MLPs and out."""
         config, D = self.config, self.d_model
         N, K = config.num_heads, config.kv_heads
         self.head_dim = H = head_width(D, N, config.head_dim)
@@ -216,8 +219,8 @@ class NSA(Mixer):
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the NSAState with x appended.
 
-        Captured keys and values are those of the selected branch; the weights of three branches are not one
-        map, so that `attention` is not captured.
+        The captured keys and values are those of the selected branch. `attention` is not captured, since the
+        three branches have separate weights.
         """
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         q, ck, cv, sk, sv, wk, wv, gates = fused_linear(
@@ -243,7 +246,7 @@ class NSA(Mixer):
                 0
             ],
         )
-        gates_BTcN = jax.nn.sigmoid(gates.astype(jnp.float32)).reshape(*gates.shape[:2], 3, -1)
+        gates_BTcN = rearrange(jax.nn.sigmoid(gates.astype(jnp.float32)), "b t (c n) -> b t c n", c=3)
         y_BTNH = sum(gates_BTcN[:, :, c, :, None] * by_branch[c].astype(jnp.float32) for c in range(3))
         y_BTD = self.out(merge_heads(y_BTNH.astype(q_BTNH.dtype)))
         aux = ctx.captured(
@@ -255,7 +258,7 @@ class NSA(Mixer):
         return x_BTNH if self.config.rope is None else self.config.rope(x_BTNH, positions_BT)
 
     def _coarse_and_selected(self, q_BTNH, compressed: Compressed, selected, segment_ids, shift_BT):
-        """The outputs of the compressed and of the selected branch."""
+        """The outputs of the compressed and the selected branch."""
         B, T, _, H = q_BTNH.shape
         k_BCKH, v_BCKH, ends_BC = compressed
         k_BCKH, v_BCKH = k_BCKH.astype(q_BTNH.dtype), v_BCKH.astype(q_BTNH.dtype)
@@ -288,13 +291,13 @@ class NSA(Mixer):
             impl=_SELECTED_IMPL[self.config.impl],
         )  # fmt: skip
         if given is not None:
-            # Blocks were counted for rows that start at position 0; a traced position past them cannot raise.
+            # Blocks are counted for rows that start at position 0. A traced position past them cannot raise.
             beyond_BT = q_positions_BT >= num_blocks * self.config.select_block
             fine_BTNH = jnp.where(beyond_BT[..., None, None], jnp.nan, fine_BTNH)
         return coarse_BTNH, fine_BTNH
 
     def _compressed(self, k_BSKH: jax.Array, v_BSKH: jax.Array, blocks: Blocks) -> Compressed:
-        """phi of the blocks' tokens, rotated; 0 where a block is not complete."""
+        """phi of the tokens of each block, rotated; 0 for incomplete blocks."""
         complete_BC = blocks.positions_BC >= 0
         rows = jnp.arange(k_BSKH.shape[0])[:, None, None]
 
@@ -306,7 +309,7 @@ class NSA(Mixer):
         return Compressed(k_BCKH, summary(self.phi_v, v_BSKH), blocks.positions_BC)
 
     def _compress_rows(self, k_BTKH, v_BTKH, ctx: Context):
-        """The compressed keys of whole rows, the segments of queries and blocks, and block 0's entry."""
+        """The compressed keys of whole rows, the segment ids of queries and blocks, and the entry of block 0."""
         B, T = k_BTKH.shape[:2]
         if ctx.positions_BT is None and ctx.segment_ids_BT is None:
             blocks = blocks_of_plain_rows(B, T, self.config.compress_block, self.config.compress_stride)
@@ -318,7 +321,7 @@ class NSA(Mixer):
         return self._compressed(k_BTKH, v_BTKH, blocks), segment_ids, shift_BT
 
     def _append_compressed(self, state: NSAState, k_BTKH, v_BTKH, ctx: Context):
-        """The tail with the new tokens, and the compressed keys with the blocks that they complete."""
+        """The tail with the new tokens appended, and the compressed keys with the newly completed blocks."""
         tail, held = state.tail, state.compressed
         positions_BT = cached_positions(tail.capacity, ctx, *k_BTKH.shape[:2])
         new = (k_BTKH, v_BTKH, positions_BT)
@@ -327,12 +330,12 @@ class NSA(Mixer):
             tail, view, positions_BT, self.config.compress_block, self.config.compress_stride
         )
         k_BSKH, v_BSKH = (x.astype(k_BTKH.dtype) for x in (view.k_BSKH, view.v_BSKM))
-        made = self._compressed(k_BSKH, v_BSKH, blocks)
+        new_compressed = self._compressed(k_BSKH, v_BSKH, blocks)
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
-        # Out of range is dropped: blocks that are not complete change nothing.
+        # The scatter drops out-of-range indices, those of incomplete blocks.
         into_BC = jnp.where(blocks.positions_BC >= 0, number_BC, held.positions_BC.shape[1])
         written = (
             old.at[rows_B1, into_BC].set(x.astype(old.dtype), mode="drop")
-            for old, x in zip(held, made, strict=True)
+            for old, x in zip(held, new_compressed, strict=True)
         )
         return tail.append(*new), Compressed(*written)

@@ -1,12 +1,12 @@
-"""Nystromformer: softmax attention approximated through R landmarks.
+"""Nystromformer: softmax attention approximated with R landmarks.
 
     y = W_o concat_i (F A^+ B v_i + conv(v_i))
     F = softmax(q k'^T s) [T, R],  A = softmax(q' k'^T s) [R, R],  B = softmax(q' k^T s) [R, T],  s = 1 / sqrt(H)
 
 Xiong et al. 2021, "Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention" (arXiv
-2102.03902). The landmarks q', k' are means of R equal segments of the row's tokens; A^+ is the pseudo-inverse
-by the paper's iteration; conv is a depthwise convolution along the row, one kernel per head. F and B are
-calls of the attention op: B v attends from landmarks to tokens, F (A^+ B v) from tokens to landmarks.
+2102.03902). The landmarks q', k' are means over R equal segments of the row. A^+ is the pseudo-inverse, computed
+by the paper's iteration. conv is a depthwise convolution along the row with one kernel per head. B v and
+F (A^+ B v) are calls of the attention op, from landmarks to tokens and from tokens to landmarks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from attention_jax.ops.softmax import dot_product_attention
 
 @dataclasses.dataclass(frozen=True)
 class NystromformerConfig(MixerConfig):
-    """Attention through landmarks; `kind: nystromformer`. Models that are not causal only."""
+    """Attention with landmarks; `kind: nystromformer`. Models that are not causal only."""
 
-    about = About("Nystromformer", "arXiv 2102.03902", "O(T R + R^3)", "O(T + R^2)", cache="-", causal=False)
+    about = About("Nystromformer", "arXiv 2102.03902", "O(T R + R^3)", "O(T + R^2)", cache="-")
     direction = "bidirectional"
     reason = "a landmark is a mean of tokens, the future included"
     mixes_whole_row = True
@@ -46,9 +46,9 @@ class NystromformerConfig(MixerConfig):
     kind: Literal["nystromformer"] = "nystromformer"  #: the mixer
     num_heads: int = 4  #: heads (N)
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
-    landmarks: int = 64  #: segments whose means stand for the row (R)
-    iterations: int = 6  #: of the pseudo-inverse
-    #: tokens that the convolution of the values spans, an odd number; null: no convolution
+    landmarks: int = 64  #: landmarks, the means of equal segments of the row (R)
+    iterations: int = 6  #: iterations of the pseudo-inverse
+    #: width of the convolution of the values in tokens, odd; null: no convolution
     conv_width: int | None = 33
     use_bias: bool = False  #: biases in q, k, v and the output
     impl: str | None = None  #: implementation of the attention op by name; null: the best
@@ -58,30 +58,31 @@ class NystromformerConfig(MixerConfig):
         check_positive(self, "landmarks", "iterations")
         width = self.conv_width
         if width is not None and (width < 1 or width % 2 == 0):
-            raise ValueError(f"conv_width must be odd and >= 1, got {width}; null switches it off")
+            raise ValueError(f"conv_width must be odd and >= 1, got {width}; use null to disable it")
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         head_width(d_model, self.num_heads, self.head_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> None:
-        """There is none: ValueError."""
+        """Raise ValueError, since there is no state."""
         raise ValueError(
-            "nystromformer has no state: every output depends on the whole row; call it without one"
+            "nystromformer has no state, since every output depends on the whole row: pass state=None"
         )
 
 
 class DepthwiseConv(nnx.Module):
-    """y_t = sum_w kernel_w v_{t + w - W // 2} along the row, a kernel [W] per head; 0 beyond the ends."""
+    """y_t = sum_w kernel_w v_{t + w - W // 2} along the row, with a kernel [W] per head and zero padding."""
 
     def __init__(self, width: int, heads: int, *, kernel_init, rngs: nnx.Rngs):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, heads), jnp.float32))
 
     def __call__(self, v_BTNH: jax.Array) -> jax.Array:
-        """Products of banded matrices [C, 2C] with two neighbouring blocks of C = W - 1 values.
+        """y [B, T, N, H], computed as products of banded matrices [C, 2C] with pairs of blocks of C = W - 1 values.
 
-        Five times as fast on a CPU as a sum of W shifted arrays, twenty times as XLA's grouped convolution.
+        On a CPU this is five times as fast as a sum of W shifted arrays and twenty times as fast as XLA's
+        grouped convolution.
         """
         kernel_WN = self.kernel[...].astype(v_BTNH.dtype)
         (B, T, N, H), W = v_BTNH.shape, kernel_WN.shape[0]
@@ -99,12 +100,12 @@ class DepthwiseConv(nnx.Module):
 
 
 class Nystromformer(Mixer):
-    """Softmax attention through landmarks; bidirectional, without a state."""
+    """Softmax attention with landmarks; bidirectional, without a state."""
 
     config_type = NystromformerConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, out and the convolution of the values."""
+        """Create q, k, v, out and the convolution of the values."""
         config, N = self.config, self.config.num_heads
         self.head_dim = H = head_width(self.d_model, N, config.head_dim)
         for name in ("q", "k", "v"):
@@ -121,18 +122,18 @@ class Nystromformer(Mixer):
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         qkv = (split_heads(y, self.head_dim) for y in fused_linear([self.q, self.k, self.v], x_BTD))
         valid_BT = valid_tokens(ctx)
-        if valid_BT is not None:  # what they hold must reach neither a landmark nor the convolution
+        if valid_BT is not None:  # invalid tokens must not contribute to landmarks or to the convolution
             qkv = (jnp.where(valid_BT[..., None, None], y, jnp.zeros((), y.dtype)) for y in qkv)
         q_BTNH, k_BTNH, v_BTNH = qkv
         aux = ctx.captured(queries=lambda: q_BTNH, keys=lambda: k_BTNH, values=lambda: v_BTNH)
         q_BRNH, k_BRNH = (segment_means(y, valid_BT, config.landmarks) for y in (q_BTNH, k_BTNH))
         at = ctx.positions_BT
-        seen_BRNH = dot_product_attention(q_BRNH, k_BTNH, v_BTNH, k_positions=at, impl=config.impl)
+        landmark_BRNH = dot_product_attention(q_BRNH, k_BTNH, v_BTNH, k_positions=at, impl=config.impl)
         inverse_BNRR = pseudo_inverse(_landmark_kernel(q_BRNH, k_BRNH), config.iterations)
         values_BRNH = jnp.einsum(
             "bnrs,bsnh->brnh",
             inverse_BNRR,
-            seen_BRNH.astype(jnp.float32),
+            landmark_BRNH.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         ).astype(v_BTNH.dtype)
         y_BTNH = dot_product_attention(q_BTNH, k_BRNH, values_BRNH, q_positions=at, impl=config.impl)
@@ -142,10 +143,11 @@ class Nystromformer(Mixer):
 
 
 def segment_means(x_BTNH: jax.Array, valid_BT: jax.Array | None, segments: int) -> jax.Array:
-    """[B, R, N, H]: means of R equal segments of each row's valid tokens, in the order of their slots.
+    """Means over R equal segments of the valid tokens of each row, in slot order, [B, R, N, H].
 
-    Of n tokens a segment spans n / R; a token across a border counts in both with its share, and where
-    n < R several segments lie in one token. A row without tokens gives 0. x must be 0 where invalid.
+    For n tokens, each segment spans n / R. A token at a boundary contributes to both segments in proportion to
+    its overlap, and for n < R a token spans several segments. A row without tokens gives 0. x must be 0 for
+    invalid tokens.
     """
     B, T, N, H = x_BTNH.shape
     if valid_BT is None and T % segments == 0:
@@ -154,7 +156,7 @@ def segment_means(x_BTNH: jax.Array, valid_BT: jax.Array | None, segments: int) 
     valid_BT = jnp.ones((1, T), bool) if valid_BT is None else valid_BT
     count_B11 = valid_BT.sum(axis=1, dtype=jnp.int32)[:, None, None]
     rank_B1T = (jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1)[:, None]
-    # In integers, exactly: token i spans [i R, (i + 1) R), segment r [r n, (r + 1) n).
+    # Exact in integers: token i spans [i R, (i + 1) R) and segment r spans [r n, (r + 1) n).
     r_R1 = jnp.arange(segments, dtype=jnp.int32)[:, None]
     first = jnp.maximum(rank_B1T * segments, r_R1 * count_B11)
     last = jnp.minimum((rank_B1T + 1) * segments, (r_R1 + 1) * count_B11)
@@ -172,12 +174,12 @@ def _landmark_kernel(q_BRNH: jax.Array, k_BRNH: jax.Array) -> jax.Array:
 
 
 def pseudo_inverse(a: jax.Array, iterations: int) -> jax.Array:
-    """The Moore-Penrose inverse of matrices [..., R, R] by the paper's iteration of third order.
+    """The Moore-Penrose inverse of matrices [..., R, R], by the paper's third-order iteration.
 
         Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4,   Z_0 = A^T / (max column sum of |A| max row sum of |A|)
 
-    The norms are each matrix's own (some published code takes one maximum over batch and heads, so that a
-    row's result depends on its neighbours).
+    The norms are computed for each matrix. Some published code takes one maximum over batch and heads, so that
+    the result of a row depends on the other rows of the batch.
     """
     size = jnp.abs(a)
     norms = size.sum(-2).max(-1) * size.sum(-1).max(-1)

@@ -1,4 +1,4 @@
-"""What several mixers share: keys with or without a cache, rotations, validity, checks of a call."""
+"""Code shared by several mixers: keys with or without a cache, rotations, validity, checks of a call."""
 
 from __future__ import annotations
 
@@ -7,47 +7,48 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from attention_jax.caches import KVCache
 from attention_jax.mixers.base import Context, Mixer, MixerConfig
-from attention_jax.ops import softmax
-from attention_jax.ops.softmax import dot_product_attention
+from attention_jax.ops import tokens
+from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxMixerConfig(MixerConfig):
-    """What configs of mixers with num_heads, num_kv_heads, head_dim, a mask and maybe rope have in common."""
+    """Base class of configs with num_heads, num_kv_heads, head_dim, a mask and, optionally, rope."""
 
     takes_mask = True
 
     @property
     def kv_heads(self) -> int:
-        """K: key-value heads."""
+        """K, the number of key-value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def head_width(self, d_model: int) -> int:
-        """H; ValueError where it is no whole number."""
+        """The head width H; ValueError if it is not an integer."""
         return head_width(d_model, self.num_heads, self.head_dim)
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         H, rope = self.head_width(d_model), getattr(self, "rope", None)
         if rope is not None:
             rope.rotated_width(H)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> Any:
-        """An empty KVCache as large as the mask needs."""
+        """An empty KVCache with the slots that the mask needs."""
         H, mask = self.head_width(d_model), self.restricted(causal).mask
         return KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class KVView:
-    """The keys and values the new queries attend to, with what tells the op where everything stands.
+    """The keys and values that the new queries attend to, with their positions and segment ids.
 
-    per_key: further arrays of each key, [B, S, ...], as given to `update_cache`. overflow_BT: queries past
+    per_key: further arrays per key, [B, S, ...], as given to `update_cache`. overflow_BT: True for queries past
     the capacity, whose output is NaN.
     """
 
@@ -61,14 +62,14 @@ class KVView:
 
     @property
     def valid_BS(self) -> jax.Array | None:
-        """True [B or 1, S] where a slot holds a key; None where all do."""
-        return valid_tokens(Context(self.k_positions_BS, self.segment_ids_BT))
+        """True [B or 1, S] for slots that hold a key; None if all do."""
+        return tokens.valid_tokens(self.k_positions_BS, self.segment_ids_BT)
 
     def attend(self, q_BTNH: jax.Array, ctx: Context, *, mask: Any, k=None, v=None, dropout=0.0, **options):
-        """(y_BTNM, what `ctx.capture` names) of softmax attention to these keys.
+        """Softmax attention to these keys: y_BTNM and the arrays named in `ctx.capture`.
 
-        mask: the layer's own, intersected with those of `ctx`. k, v stand in for the held ones. options: as
-        of `dot_product_attention`.
+        mask: the layer's own mask, intersected with those of `ctx`. k, v: replace the keys and values of the
+        view. options: those of `dot_product_attention`.
         """
         k = (self.k_BSKH if k is None else k).astype(q_BTNH.dtype)
         v = (self.v_BSKM if v is None else v).astype(q_BTNH.dtype)
@@ -82,14 +83,14 @@ class KVView:
             call["mask_BNTS"] = ctx.mask_BNTS
         y_BTNM = dot_product_attention(q_BTNH, k, v, **call, **dropout_options(dropout, ctx))
         if self.overflow_BT is not None:
-            # A traced position cannot raise; NaN is seen, a silently shortened context is not.
+            # A traced position cannot raise an error: NaN makes the overflow visible.
             y_BTNM = jnp.where(self.overflow_BT[:, :, None, None], jnp.nan, y_BTNM)
         call.pop("impl", None)
         aux = ctx.captured(
             queries=lambda: q_BTNH,
             keys=lambda: k,
             values=lambda: v,
-            attention=lambda: softmax.attention_weights(q_BTNH, k, **call),
+            attention=lambda: attention_weights(q_BTNH, k, **call),
         )
         return y_BTNM, aux
 
@@ -97,9 +98,10 @@ class KVView:
 def update_cache(
     cache: KVCache | None, ctx: Context, k_BTKH: jax.Array, v_BTKM: jax.Array | None, per_key: Any = None
 ) -> tuple[KVView, KVCache | None]:
-    """What the new tokens may attend to, themselves included, and the cache with them appended.
+    """The keys and values for the new tokens, their own included, and the cache with them appended.
 
-    Raises: ValueError for a cached call without positions, with segments, or of more tokens than fit.
+    Raises: ValueError for a call with a cache but without positions, with segments, or with more tokens than
+    the capacity.
     """
     if cache is None:
         positions = ctx.positions_BT
@@ -107,7 +109,7 @@ def update_cache(
     positions_BT = cached_positions(cache.capacity, ctx, *k_BTKH.shape[:2])
     new = (k_BTKH, v_BTKM, positions_BT, per_key)
     new_cache = cache.append(*new)
-    # Appending may overwrite what the first new tokens still see: read old slots and new keys together.
+    # Appending may overwrite keys that the earliest new tokens still attend to: use old slots and new keys.
     view = cache.concat_view(*new) if k_BTKH.shape[1] > 1 and cache.wraps else new_cache.view()
     overflow_BT = cache.overflow(positions_BT)
     return (
@@ -117,9 +119,9 @@ def update_cache(
 
 
 def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tuple[jax.Array, Context]:
-    """x with the rows of invalid tokens selected to 0, and the context of a call, checked.
+    """x with invalid tokens set to 0, and the validated context of the call.
 
-    An empty slot's NaN would otherwise reach the parameters' gradients as 0 * NaN.
+    A NaN in an invalid slot would otherwise reach the gradients of the parameters as 0 * NaN.
     """
     ctx, config = ctx or Context(), mixer.config
     given = [name for name in ("mask", "mask_BNTS") if getattr(ctx, name) is not None]
@@ -127,41 +129,41 @@ def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tu
         raise ValueError(f"{config.kind} has no attention mask: ctx.{given[0]} must be None")
     if "mask_BNTS" in given and state is not None:
         raise ValueError(
-            "ctx.mask_BNTS tells the slots of one call apart and means nothing to a cache: use ctx.mask"
+            "ctx.mask_BNTS covers only the slots of one call and cannot be used with a state: use ctx.mask"
         )
     if config.mixes_whole_row:
         if state is not None:
             raise ValueError(
-                f"{config.kind} has no state: every output depends on the whole row; call it without one"
+                f"{config.kind} has no state, since every output depends on the whole row: pass state=None"
             )
         if ctx.segment_ids_BT is not None:
             raise ValueError(
-                f"{config.kind} mixes all tokens of a row and cannot keep its documents apart: "
-                "ctx.segment_ids_BT must be None; in training set data.packing to stream"
+                f"{config.kind} mixes all tokens of a row and does not support packed documents: "
+                "ctx.segment_ids_BT must be None; for training set data.packing to stream"
             )
     return zero_invalid(x_BTD, ctx), ctx
 
 
 def cached_positions(capacity: int, ctx: Context, B: int, T: int) -> jax.Array:
-    """The positions [B, T] of a cached call; ValueError where the context does not fit one."""
+    """The positions [B, T] of a call with a state; ValueError if the context does not allow a state."""
     if ctx.positions_BT is None:
-        raise ValueError("a cached call needs ctx.positions_BT: where in the stream its tokens stand")
+        raise ValueError("a call with a state needs ctx.positions_BT, the positions of its tokens")
     if ctx.segment_ids_BT is not None:
-        raise ValueError("a cached stream holds one document a row: ctx.segment_ids_BT must be None")
+        raise ValueError("a call with a state has one document per row: ctx.segment_ids_BT must be None")
     if T > capacity:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
     return jnp.broadcast_to(ctx.positions_BT, (B, T))
 
 
 def positions_of(ctx: Context, T: int) -> jax.Array:
-    """The tokens' positions [B or 1, T]: the context's, or 0, 1, 2, ..."""
-    return jnp.arange(T)[None] if ctx.positions_BT is None else ctx.positions_BT
+    """The positions of the tokens [B or 1, T]: those of the context, or 0, 1, 2, ..."""
+    return tokens.positions_or_arange(ctx.positions_BT, T)
 
 
 def rotate(
     rope: RoPE | None, q_BTNH: jax.Array, k_BTKH: jax.Array, ctx: Context
 ) -> tuple[jax.Array, jax.Array]:
-    """q and k of the same tokens rotated to their positions; as they are where `rope` is None."""
+    """q and k of the same tokens rotated to their positions; unchanged if `rope` is None."""
     if rope is None:
         return q_BTNH, k_BTKH
     positions_BT = positions_of(ctx, q_BTNH.shape[1])
@@ -169,39 +171,35 @@ def rotate(
 
 
 def dropout_options(rate: float, ctx: Context) -> dict[str, Any]:
-    """The op's dropout arguments: none where the rate is 0 or the context has no key."""
+    """The op's dropout arguments; empty if the rate is 0 or the context has no key."""
     if rate == 0 or ctx.dropout_key is None:
         return {}
     return {"dropout_rate": rate, "dropout_key": ctx.dropout_key}
 
 
 def zero_invalid(y_BTD: jax.Array, ctx: Context) -> jax.Array:
-    """y with the rows of invalid tokens selected to 0 (an output bias or their own NaN stays out)."""
-    valid_BT = valid_tokens(ctx)
-    if valid_BT is None:
-        return y_BTD
-    return jnp.where(valid_BT[..., None], y_BTD, jnp.zeros((), y_BTD.dtype))
+    """y with invalid tokens set to 0, which also removes an output bias and NaN."""
+    return tokens.select_valid(y_BTD, valid_tokens(ctx))
 
 
 def valid_tokens(ctx: Context) -> jax.Array | None:
-    """True [B or 1, T] where a slot holds a token; None where all do."""
-    parts = [ids >= 0 for ids in (ctx.positions_BT, ctx.segment_ids_BT) if ids is not None]
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
+    """True [B or 1, T] for slots that hold a token; None if all do."""
+    return tokens.valid_tokens(ctx.positions_BT, ctx.segment_ids_BT)
 
 
 def split_heads(y_BTE: jax.Array, head_dim: int, norm: Any = None) -> jax.Array:
-    """A projection [B, T, heads * H] as [B, T, heads, H], normalised where a norm is given."""
-    y = y_BTE.reshape(*y_BTE.shape[:2], -1, head_dim)
+    """A projection [B, T, heads * H] as [B, T, heads, H], normalised by `norm` unless it is None."""
+    y = rearrange(y_BTE, "b t (n h) -> b t n h", h=head_dim)
     return y if norm is None else norm(y)
 
 
 def merge_heads(y_BTNM: jax.Array) -> jax.Array:
-    """[B, T, N, M] as [B, T, N * M]."""
-    return y_BTNM.reshape(*y_BTNM.shape[:2], -1)
+    """y [B, T, N, M] as [B, T, N * M]."""
+    return rearrange(y_BTNM, "b t n m -> b t (n m)")
 
 
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
-    """head_dim, or d_model / num_heads; ValueError where that is no whole number."""
+    """head_dim, or d_model / num_heads if that is None; ValueError if the quotient is not an integer."""
     if head_dim is not None:
         if head_dim < 1:
             raise ValueError(f"head_dim must be >= 1, got {head_dim}")
@@ -212,7 +210,7 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """ValueError for an option that is neither null nor >= 1."""
+    """Raise ValueError unless each of the named options is None or >= 1."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:

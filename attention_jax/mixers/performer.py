@@ -2,19 +2,19 @@
 
     y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = 1/F sum_i exp(w_i . q - |q|^2 / 2) exp(w_i . k - |k|^2 / 2)
 
-with q and k divided by H^(1/4), so that w_ts estimates exp(q_t . k_s / sqrt(H)) without bias.
+with q and k divided by H^(1/4), so that w_ts is an unbiased estimate of exp(q_t . k_s / sqrt(H)).
 Choromanski et al. 2021, "Rethinking Attention with Performers" (arXiv 2009.14794).
 
-The exponentials need a stabiliser. A factor of a query's features cancels: each token takes off its own
-largest exponent. A factor of the keys' features has to be common to all keys of a sum. The usual one, the
-largest exponent over all keys, brings the future into the past and does not exist while decoding. Here it is
-the largest exponent m_t so far: the sums over the past stand divided by e^{m_t}, as in an online softmax, and
-where m grows they shrink, which is a decay:
+The exponentials need a stabiliser. A common factor of the features of a query cancels, so that each query
+subtracts its own largest exponent. A factor of the key features must be common to all keys of a sum. The usual
+choice, the largest exponent over all keys, is not causal and is unknown while decoding. Here it is the running
+maximum m_t of the exponents: the sums over past tokens are divided by e^{m_t}, as in an online softmax, and an
+increase of m is a decay:
 
     S_t = e^{m_{t-1} - m_t} S_{t-1} + e^{-m_t} phi(k_t) v_t^T
 
-Nothing overflows, and the largest feature of the largest key is 1, whatever the norms of keys. What float32
-loses is a weight e^87 below the product of the query's largest feature and that one.
+Nothing overflows, and the largest feature of the largest key is 1 for any norms of the keys. A weight underflows
+in float32 only if it is e^87 times smaller than the product of the largest query feature and that key feature.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ from attention_jax.ops.recurrences import document_runs
 
 @dataclasses.dataclass(frozen=True)
 class PerformerConfig(LinearBaseConfig):
-    """Performer: softmax attention by random features; `kind: performer`."""
+    """Performer: softmax attention with random features; `kind: performer`."""
 
     about = About("Performer (FAVOR+)", "arXiv 2009.14794", "O(T)", "O(T)", "a matrix F x M per head")
 
     kind: Literal["performer"] = "performer"  #: the mixer
-    num_features: int = 256  #: random features of a head (F): the estimate's error falls as 1 / sqrt(F)
-    orthogonal: bool = True  #: draw their directions orthogonal, in blocks of head_dim
+    num_features: int = (
+        256  #: random features per head (F); the error of the estimate decreases as 1 / sqrt(F)
+    )
+    orthogonal: bool = True  #: make the random directions orthogonal, in blocks of head_dim
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,7 +53,7 @@ class PerformerConfig(LinearBaseConfig):
 
     @property
     def rescales(self) -> bool:
-        """The sums stand divided by the exponential of the largest key exponent so far."""
+        """True: the sums are divided by the exponential of the running maximum of the key exponents."""
         return True
 
     def features(self, d_model: int) -> int:
@@ -60,20 +62,20 @@ class PerformerConfig(LinearBaseConfig):
 
 
 class RandomDirections(nnx.Variable):
-    """Directions that are drawn and not learned: no gradient reaches them."""
+    """Random directions, which are not trained: their gradient is 0."""
 
 
 class Performer(LinearBase):
-    """Self-attention by positive random features, one draw of directions for all heads of a layer.
+    """Self-attention with positive random features; all heads of a layer share the random directions.
 
-    The directions are a leaf `random_directions` [F, H] beside the parameters: saved with them, never trained
-    (their gradient is 0 and weight decay passes them by), and drawn anew by `redraw`.
+    The directions are a leaf `random_directions` [F, H] of the parameters. They are saved with them, are not
+    trained (their gradient is 0 and weight decay excludes them), and can be replaced with `redraw`.
     """
 
     config_type = PerformerConfig
 
     def setup(self, parts: Parts) -> None:
-        """What all linear mixers have, and the random directions."""
+        """Create the parameters that all linear mixers have, and the random directions."""
         super().setup(parts)
         F, orthogonal = self.config.num_features, self.config.orthogonal
         self.random_directions = RandomDirections(
@@ -81,20 +83,20 @@ class Performer(LinearBase):
         )
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
-        """The positive random features under stabilisers that cancel in the quotient."""
+        """The positive random features, with stabilisers that cancel in the quotient."""
         w_FH = jax.lax.stop_gradient(self.random_directions[...])
         root = self.head_dim**-0.25
         q_BTNF, k_BTKF = (log_positive_random(root * x.astype(jnp.float32), w_FH) for x in (q_BTNH, k_BTKH))
         q_BTNF = jnp.exp(q_BTNF - jax.lax.stop_gradient(q_BTNF.max(-1, keepdims=True)))
         largest_BTK = jax.lax.stop_gradient(k_BTKF.max(-1))
         if not self.causal:
-            shift_BTK = _or_own(_of_document(largest_BTK, ctx), largest_BTK, ctx)
+            shift_BTK = _replace_invalid(_document_max(largest_BTK, ctx), largest_BTK, ctx)
             return Features(q_BTNF, jnp.exp(k_BTKF - shift_BTK[..., None]))
         held_BK = None if state is None else state.log_scale_BK
         running_BTK, before_BTK = _running_max(largest_BTK, held_BK, ctx)
-        # Before the first token of a document there are no sums to shrink.
+        # At the first token of a document the sums are empty and need no decay.
         log_decay_BTK = jnp.where(jnp.isneginf(before_BTK), 0.0, before_BTK - running_BTK)
-        shift_BTK = _or_own(running_BTK, largest_BTK, ctx)
+        shift_BTK = _replace_invalid(running_BTK, largest_BTK, ctx)
         k_BTKF = jnp.exp(k_BTKF - shift_BTK[..., None])
         return Features(q_BTNF, k_BTKF, log_decay_BTK=log_decay_BTK, log_scale_BK=running_BTK[:, -1])
 
@@ -102,12 +104,13 @@ class Performer(LinearBase):
 def redraw(params: dict, key: jax.Array, *, orthogonal: bool = True) -> dict:
     """The parameters of a model with new random directions in every Performer layer.
 
-    The paper draws anew from time to time while training, so that no draw is overfitted; call it between
-    steps. Stacked layers get a draw each. Raises: ValueError where there is no Performer.
+    The paper redraws the directions periodically during training, so that the model does not overfit one draw.
+    Call it between training steps. Each stacked layer gets its own draw. Raises: ValueError if the parameters
+    have no Performer layer.
     """
     count = 0
 
-    def drawn(path, leaf):
+    def redraw_leaf(path, leaf):
         nonlocal count
         if path[-1] != jax.tree_util.DictKey("random_directions"):
             return leaf
@@ -117,14 +120,17 @@ def redraw(params: dict, key: jax.Array, *, orthogonal: bool = True) -> dict:
         draws = [random_directions(k, *layers.shape[1:], orthogonal=orthogonal) for k in keys]
         return jnp.stack(draws).reshape(leaf.shape)
 
-    params = jax.tree_util.tree_map_with_path(drawn, params)
+    params = jax.tree_util.tree_map_with_path(redraw_leaf, params)
     if not count:
         raise ValueError("no random_directions among the parameters: the model has no performer mixer")
     return params
 
 
 def _running_max(x_BTK: jax.Array, held_BK: jax.Array | None, ctx: Context) -> tuple[jax.Array, jax.Array]:
-    """(max of the valid tokens of the document up to each slot, the same before it); -inf where none are."""
+    """The running maximum over the valid tokens of each document, including and excluding the current slot.
+
+    Both are [B, T, K] and -inf if there is no such token.
+    """
     B, T, K = x_BTK.shape
     valid_BT = valid_tokens(ctx)
     if valid_BT is not None:
@@ -134,7 +140,7 @@ def _running_max(x_BTK: jax.Array, held_BK: jax.Array | None, ctx: Context) -> t
     if ctx.segment_ids_BT is None:
         running_BTK = jnp.maximum(jax.lax.cummax(x_BTK, axis=1), held_BK[:, None])
         return running_BTK, jnp.concatenate([held_BK[:, None], running_BTK[:, :-1]], axis=1)
-    starts_BT = _starts(ctx, T)
+    starts_BT = _document_starts(ctx, T)
 
     def merge(a, b):
         return a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1]))
@@ -145,8 +151,8 @@ def _running_max(x_BTK: jax.Array, held_BK: jax.Array | None, ctx: Context) -> t
     return running_BTK, jnp.where(starts_BTK, -jnp.inf, before_BTK)
 
 
-def _of_document(x_BTK: jax.Array, ctx: Context) -> jax.Array:
-    """The max over all valid tokens of each token's document."""
+def _document_max(x_BTK: jax.Array, ctx: Context) -> jax.Array:
+    """The maximum over all valid tokens of the document of each token."""
     ids = {name: getattr(ctx, name) for name in ("positions_BT", "segment_ids_BT")}
     flipped = Context(**{name: None if x is None else jnp.flip(x, axis=1) for name, x in ids.items()})
     past_BTK, _ = _running_max(x_BTK, None, ctx)
@@ -154,14 +160,14 @@ def _of_document(x_BTK: jax.Array, ctx: Context) -> jax.Array:
     return jnp.maximum(past_BTK, jnp.flip(future_BTK, axis=1))
 
 
-def _or_own(x_BTK: jax.Array, own_BTK: jax.Array, ctx: Context) -> jax.Array:
-    """x, but a slot's own where it holds no token: its exponential is not used and must not overflow."""
+def _replace_invalid(x_BTK: jax.Array, own_BTK: jax.Array, ctx: Context) -> jax.Array:
+    """x with invalid slots replaced by `own_BTK`, so that their exponentials, which are unused, do not overflow."""
     valid_BT = valid_tokens(ctx)
     return x_BTK if valid_BT is None else jnp.where(valid_BT[..., None], x_BTK, own_BTK)
 
 
-def _starts(ctx: Context, T: int) -> jax.Array:
-    """True [1 or B, T] where a token's segment is not that of the token before it."""
+def _document_starts(ctx: Context, T: int) -> jax.Array:
+    """True [1 or B, T] for tokens whose segment id differs from that of the previous token."""
     valid_BT = valid_tokens(ctx)
     runs_BT = document_runs(ctx.segment_ids_BT, jnp.broadcast_to(valid_BT, ctx.segment_ids_BT.shape))
     return jnp.diff(runs_BT, axis=1, prepend=0) > 0

@@ -1,8 +1,8 @@
-"""What recurrent mixers share: initial decays, the arguments of a recurrence, `decay_scan` from a state.
+"""Code shared by recurrent mixers: initial decays, the arguments of a recurrence, `decay_scan` from a state.
 
-A recurrent mixer keeps a matrix per head that does not grow with the text, and where it convolves its inputs,
-the last few of them. Both are kept over valid tokens: a slot whose position or segment is < 0 is skipped, as
-if it were not there, and changes no bit of the state.
+The state of a recurrent mixer is a matrix of constant size per head and, with a short convolution, its last
+inputs. Both are updated by valid tokens only: a slot with position or segment < 0 leaves the state bitwise
+unchanged.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ from attention_jax.caches import RecurrentState
 from attention_jax.layers import ShortConvolution
 from attention_jax.mixers.base import Context, MixerConfig
 from attention_jax.mixers.parts import cached_positions, valid_tokens
-from attention_jax.ops import decay_scan as decay_op
-from attention_jax.ops.decay_scan import decay_scan
+from attention_jax.ops.decay_scan import decay_scan, decay_weights
 from attention_jax.ops.decay_scan.api import implementations
 
 
 @dataclasses.dataclass(frozen=True)
 class DecayMixerConfig(MixerConfig):
-    """Configs of mixers over `decay_scan`: causal, with a state of one matrix per head."""
+    """Base class of configs of mixers that use `decay_scan`: causal, with a state of one matrix per head."""
 
     implementations = staticmethod(implementations)
     direction = "causal"
-    reason = "its state decays from the past to the present"
+    reason = "its state decays over past tokens"
 
 
 def check_steps(dt_min: float, dt_max: float) -> None:
-    """ValueError unless 0 < dt_min <= dt_max."""
+    """Raise ValueError unless 0 < dt_min <= dt_max."""
     if not 0 < dt_min <= dt_max < math.inf:
-        raise ValueError(f"dt_min {dt_min} and dt_max {dt_max} must be 0 < dt_min <= dt_max")
+        raise ValueError(f"dt_min {dt_min} and dt_max {dt_max} must satisfy 0 < dt_min <= dt_max < inf")
 
 
 def initial_decays(
     rngs: nnx.Rngs, heads: int, width: int, dt_min: float, dt_max: float
 ) -> tuple[nnx.Param, nnx.Param]:
-    """A_log [heads] and dt_bias [width] of decays exp(-exp(A_log) softplus(... + dt_bias)), as in Mamba-2.
+    """A_log [heads] and dt_bias [width] of the decays exp(-exp(A_log) softplus(... + dt_bias)) of Mamba-2.
 
     Rates exp(A_log) are drawn uniformly from 1 to 16, steps softplus(dt_bias) log-uniformly from dt_min to
     dt_max (Dao & Gu 2024, arXiv 2405.21060).
@@ -55,9 +54,9 @@ def initial_decays(
 
 
 def scan_options(state: Any, ctx: Context, B: int, T: int) -> dict[str, Any]:
-    """The positions and segment ids that a recurrence takes, [B, T] or None.
+    """The positions and segment ids for a recurrence, [B, T] or None.
 
-    Raises: ValueError for a cached call without positions or with segments.
+    Raises: ValueError for a call with a state but without positions, or with segments.
     """
     if state is not None:
         return {"positions": cached_positions(T, ctx, B, T)}  # a recurrent state is never full
@@ -74,20 +73,20 @@ def decayed(
     inputs_BUC: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, RecurrentState | None, dict[str, jax.Array]]:
-    """`decay_scan` over the new tokens from what the state holds.
+    """`decay_scan` over the new tokens, starting from the state.
 
-    Returns: y [B, T, N, M], the state after them, and what `ctx.capture` names: the weights are those of the
-    new tokens among themselves, without what the state brings. inputs_BUC: what the new state keeps for the
-    short convolution.
+    inputs_BUC: the inputs of the short convolution for the new state.
+
+    Returns: y [B, T, N, M], the new state, and the arrays named in `ctx.capture`. The captured weights are those
+    among the new tokens only, without the contribution of the state.
     """
     ids = scan_options(state, ctx, *v_BTNM.shape[:2])
-    call = ids | options
-    call.pop("impl", None)
+    weighed = ids | {name: x for name, x in options.items() if name in ("log_decay", "scale")}
     aux = ctx.captured(
         queries=lambda: q_BTNH,
         keys=lambda: k_BTKH,
         values=lambda: v_BTNM,
-        attention=lambda: decay_op.decay_weights(q_BTNH, k_BTKH, v_BTNM, **call),
+        attention=lambda: decay_weights(q_BTNH, k_BTKH, **weighed),
     )
     if state is None:
         return decay_scan(q_BTNH, k_BTKH, v_BTNM, **ids, **options), None, aux
@@ -100,7 +99,7 @@ def decayed(
 def convolve(
     convolution: ShortConvolution, x_BTC: jax.Array, state: RecurrentState | None, ctx: Context
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The short convolution of the new tokens behind the inputs that the state keeps, and those it keeps now."""
+    """The short convolution of the new tokens, starting from the state, and the inputs for the new state."""
     return convolution(
         x_BTC,
         None if state is None else state.inputs_BUC,

@@ -3,10 +3,9 @@
     S_t = gamma_n S_{t-1} + k_t v_t^T,   o_t = q_t S_t / sqrt(H),   q, k rotated by RoPE
     y = W_o (swish(x W_g) * GroupNorm(o)),   gamma_n = 1 - 2^(-5 - n)
 
-Each head forgets at a fixed rate of its own. The group norm is per head. What the paper's parallel form
-divides by for precision (the root of a row's summed decays, the row's absolute sum) is one positive factor for
-all of a head's features: the group norm takes it out again, so that none of it is computed here. The sums
-behind o are float32.
+Each head has a fixed decay. The group norm is per head. The paper's parallel form is divided by positive factors
+for precision (the root of the summed decays and the absolute sum of a row). They are common to all features of a
+head, so that the group norm cancels them, and they are not computed here. The sums of o are float32.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class RetentionConfig(DecayMixerConfig):
     num_heads: int = 4  #: heads (N), each with its own decay
     head_dim: int | None = None  #: width of a head's queries and keys (H); null: d_model / num_heads
     value_dim: int | None = None  #: width of a head's values (M); null: 2 head_dim, as in the paper
-    rope: RoPE | None = RoPE()  #: rotation of queries and keys; null: none
+    rope: RoPE | None = RoPE()  #: rotary position embedding of queries and keys; null: none
     first_exponent: float = 5.0  #: head 0 decays by 1 - 2^-first_exponent at every token
-    #: the same of the last head, those between evenly spaced; null: first_exponent + num_heads - 1
+    #: exponent of the last head, with even spacing in between; null: first_exponent + num_heads - 1
     last_exponent: float | None = None
     use_bias: bool = False  #: biases in the projections
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
@@ -54,8 +53,8 @@ class RetentionConfig(DecayMixerConfig):
                 raise ValueError(f"{name} must be > 0 and <= 24, got {value}: a decay is 1 - 2^-{name}")
         if self.last_exponent is None and self.first_exponent + self.num_heads - 1 > 24:
             raise ValueError(
-                f"first_exponent {self.first_exponent} and num_heads {self.num_heads} decay the last head by "
-                "less than float32 tells from 1; set last_exponent to at most 24"
+                f"first_exponent {self.first_exponent} and num_heads {self.num_heads} give the last head a decay "
+                "that float32 rounds to 1; set last_exponent to at most 24"
             )
 
     def log_decay(self) -> np.ndarray:
@@ -65,19 +64,19 @@ class RetentionConfig(DecayMixerConfig):
         return np.log1p(-(2.0 ** -np.linspace(self.first_exponent, last, self.num_heads))).astype(np.float32)
 
     def check(self, d_model: int, *, causal: bool) -> None:
-        """ValueError where this mixer cannot be part of such a model."""
+        """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
         head_dim, _ = self.widths(d_model)
         if self.rope is not None:
             self.rope.rotated_width(head_dim)
 
     def widths(self, d_model: int) -> tuple[int, int]:
-        """(H, M); ValueError where H is no whole number."""
+        """(H, M); ValueError if H is not an integer."""
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         return head_dim, self.value_dim or 2 * head_dim
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """The empty state; it is as large for any capacity, and float32 whatever the dtype."""
+        """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
         del capacity, causal, dtype
         return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model))
 
@@ -88,7 +87,7 @@ class Retention(Mixer):
     config_type = RetentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """q, k, v, gate, the group norm, out."""
+        """Create q, k, v, gate, the group norm and out."""
         config, N = self.config, self.config.num_heads
         self.head_dim, self.value_dim = config.widths(self.d_model)
         widths = {"q": self.head_dim, "k": self.head_dim, "v": self.value_dim, "gate": self.value_dim}

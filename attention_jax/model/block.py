@@ -40,7 +40,7 @@ class Block(nnx.Module):
         self.dropout = config.dropout
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context) -> MixerOutput:
-        """x behind the layer, the mixer's state, and what `ctx.capture` asks for."""
+        """The output x of the layer, the state of the mixer, and the arrays named in `ctx.capture`."""
         y_BTD, state, aux = self.mixer.mix(self.norm1(x_BTD), state, ctx=ctx.fold_key(0))
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(1).dropout_key)
         y_BTD = self.mlp(self.norm2(x_BTD))
@@ -48,19 +48,19 @@ class Block(nnx.Module):
         return MixerOutput(x_BTD, state, aux | ctx.captured(hidden=lambda: x_BTD))
 
     def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
-        """x [B, T, D] behind the layer, of whole rows."""
+        """The output x [B, T, D] of the layer for whole rows."""
         return self.mix(x_BTD, None, ctx=ctx or Context()).y
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with entries dropped at `rate` and the rest scaled by 1 / (1 - rate); key None keeps all."""
+    """x with entries dropped at `rate` and the rest scaled by 1 / (1 - rate); unchanged if `key` is None."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
-    """The norm before each mixer, each feed-forward and the head."""
+    """The norm before each mixer, each feed-forward and the output projection."""
     dtype = jnp.dtype(config.dtype)
     if config.norm == "rmsnorm":
         return nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
@@ -70,10 +70,10 @@ def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def weight_init(config: ModelConfig):
-    """Initialiser of embeddings and projections."""
+    """The initialiser of embeddings and projections."""
     return nnx.initializers.normal(config.init_std)
 
 
 def residual_init(config: ModelConfig):
-    """Initialiser of the projections back to the residual stream."""
+    """The initialiser of the projections back to the residual stream."""
     return nnx.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))

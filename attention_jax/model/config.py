@@ -1,6 +1,6 @@
-"""What a language model is made of: frozen dataclasses, checked when made.
+"""Configuration of language models: frozen dataclasses, validated on construction.
 
-The text after a field's `#:` is its meaning, as `python -m train --help` prints it.
+The text after a field's `#:` documents it, and `python -m train --help` prints it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class EncoderConfig:
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 
-    num_layers: int = 2  #: its layers
-    mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: its mixers, tiled over its layers
+    num_layers: int = 2  #: number of encoder layers
+    mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: mixer configs, tiled over the encoder layers
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", tuple(self.mixers))
@@ -45,12 +45,14 @@ class EncoderConfig:
         _check_period(self.mixers, self.num_layers)
         for index, mixer in enumerate(self.mixers):
             if mixer.reads_memory:
-                raise ValueError(f"mixers.{index}: an encoder has no memory for a {mixer.kind} mixer to read")
+                raise ValueError(
+                    f"mixers.{index}: kind {mixer.kind} is not allowed in an encoder, which has no memory"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A language model; `causal=True` is the decoder-only one."""
+    """A language model; `causal=True` without an encoder is a decoder-only model."""
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 
@@ -60,26 +62,33 @@ class ModelConfig:
     mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: mixer configs, tiled over the layers
     mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"  #: feed-forward kind
     mlp_width: int | None = (
-        None  #: its hidden width (F); null: 4 d_model (gelu) or 8/3 d_model to a multiple of 8
+        None  #: feed-forward width (F); null: 4 d_model (gelu) or 8/3 d_model rounded to a multiple of 8
     )
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  #: before each mixer, each mlp and the head
-    norm_eps: float = 1e-5  #: added to the variance
-    use_bias: bool = False  #: biases in mlp and layernorm (mixers have their own key)
-    tie_embeddings: bool = True  #: the head is the transposed token embedding
+    norm: Literal["rmsnorm", "layernorm"] = (
+        "rmsnorm"  #: norm before each mixer, each mlp and the output projection
+    )
+    norm_eps: float = 1e-5  #: constant added to the variance
+    use_bias: bool = False  #: biases in mlp and layernorm (mixers have their own option)
+    tie_embeddings: bool = True  #: use the transposed token embedding as the output projection
     max_positions: int | None = None  #: rows of a learned absolute position embedding; null: none
-    #: add fixed sines and cosines of the position to sqrt(d_model) times the token embedding, any length
+    #: add sines and cosines of the position to sqrt(d_model) times the token embedding; any length
     sinusoidal: bool = False
-    dropout: float = 0.0  #: on embeddings and on each residual branch
-    logit_softcap: float | None = None  #: c turns a logit x into c tanh(x / c); null: off
-    init_std: float = 0.02  #: of embeddings and projections; residual projections: divided by sqrt(2 L)
-    causal: bool = True  #: every mixer sees the past only
-    encoder: EncoderConfig | None = None  #: reads a source text that `cross` mixers attend to; null: none
-    #: apply the stacked layers by `lax.scan`, which compiles faster; false: unrolled, which runs faster on a CPU
+    dropout: float = 0.0  #: dropout rate of the embeddings and of each residual branch
+    logit_softcap: float | None = None  #: cap c: replaces a logit x by c tanh(x / c); null: off
+    init_std: float = (
+        0.02  #: standard deviation of embeddings and projections; residual projections: divided by sqrt(2 L)
+    )
+    causal: bool = True  #: intersect every mask with Causal(); false: a bidirectional model
+    encoder: EncoderConfig | None = (
+        None  #: encoder of a source text that `cross` mixers attend to; null: none
+    )
+    #: apply the layers by `lax.scan`, which compiles faster; false: unrolled, which runs faster on a CPU
     scan_layers: bool = False
-    #: a jax.checkpoint_policies name: what a layer's backward pass need not recompute; null: no
-    #: rematerialisation
+    #: rematerialisation policy of each layer, a name in jax.checkpoint_policies; null: no rematerialisation
     remat: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"  #: of computation; parameters and logits are float32
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  #: dtype of the computation; parameters and logits are float32
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", tuple(self.mixers))
@@ -90,35 +99,37 @@ class ModelConfig:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         _check_period(self.mixers, self.num_layers)
         if self.sinusoidal and self.max_positions is not None:
-            raise ValueError(f"sinusoidal and max_positions {self.max_positions} both add positions: set one")
+            raise ValueError(
+                f"sinusoidal and max_positions {self.max_positions} both add positions: set only one"
+            )
         if self.sinusoidal and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.remat is not None and self.remat not in _CHECKPOINT_POLICIES:
             near = difflib.get_close_matches(self.remat, _CHECKPOINT_POLICIES, 1, 0)[0]
-            raise ValueError(f"remat: no policy {self.remat!r}; did you mean {near!r}?")
+            raise ValueError(f"remat: unknown policy {self.remat!r}; did you mean {near!r}?")
         _check_mixers(self.mixers, self.d_model, self.causal, "mixers")
         if self.encoder is not None:
             _check_mixers(self.encoder.mixers, self.d_model, False, "encoder.mixers")
             if not any(mixer.reads_memory for mixer in self.mixers):
-                raise ValueError("encoder: no mixer reads it; add one of kind cross to mixers")
+                raise ValueError("encoder: no mixer attends to it; add a mixer of kind cross to mixers")
 
     @property
     def hidden_width(self) -> int:
-        """The mlp's width F."""
+        """The feed-forward width F."""
         if self.mlp_width is not None:
             return self.mlp_width
         return 4 * self.d_model if self.mlp == "gelu" else 8 * round(self.d_model / 3)
 
     @property
     def prefix(self) -> int:
-        """Positions that every token sees, those before it included: the longest `Prefix` of the mixers."""
+        """The length of the bidirectional prefix: the longest `Prefix` of the mixers' masks, or 0."""
         return max(getattr(mixer, "mask", Full()).prefix or 0 for mixer in self.mixers)
 
     @property
     def limit(self) -> tuple[int, str] | None:
-        """The most tokens a document may have, and the key that says so; None: any number."""
+        """The maximum tokens per document and the option that sets it; None if there is no limit."""
         limits = [
             (mixer.horizon, f"mixers.{index}.{mixer.horizon_key}")
             for index, mixer in enumerate(self.mixers)
@@ -132,7 +143,9 @@ class ModelConfig:
 def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, name: str) -> None:
     for index, mixer in enumerate(mixers):
         if not isinstance(mixer, MixerConfig):
-            raise ValueError(f"{name}.{index} must be a config such as AttentionConfig(), got {mixer!r}")
+            raise ValueError(
+                f"{name}.{index} must be the config of a mixer, such as make_config('softmax'), got {mixer!r}"
+            )
         try:
             mixer.check(d_model, causal=causal)
         except ValueError as error:
@@ -141,4 +154,4 @@ def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, n
 
 def _check_period(mixers: tuple[MixerConfig, ...], num_layers: int) -> None:
     if not 1 <= len(mixers) <= num_layers:
-        raise ValueError(f"mixers: {len(mixers)} given for {num_layers} layers; give 1 to that many")
+        raise ValueError(f"mixers: {len(mixers)} given for {num_layers} layers; give from 1 to {num_layers}")

@@ -1,9 +1,9 @@
-"""The language model: a mixer per layer, everything else held equal.
+"""The language model: one mixer per layer, in an architecture that is the same for all mixers.
 
     h_0 = E[tokens] (+ P[positions]);   layers (`block.py`);   logits = W norm(h_L)
 
-With an encoder, the source goes through bidirectional layers first, and `cross` mixers attend to their output.
-`init_params`, `apply` and `encode` are the functional face: plain nested dicts in, arrays out.
+With an encoder, bidirectional layers encode the source, and `cross` mixers attend to their output. `init_params`,
+`apply` and `encode` are the functional interface, with parameters as nested dicts of arrays.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = [
 
 
 class ModelOutput(NamedTuple):
-    """What a language model returns.
+    """The output of a language model.
 
-    logits: float32 [B, T, V]. state: of every layer, in the form `init_state` gave it (None for None). aux:
-    what `Context.capture` asked for, one dict per layer.
+    logits: float32 [B, T, V]. state: the states of all layers, in the form that `init_state` returns, or None if
+    none was given. aux: the arrays named in `Context.capture`, one dict per layer.
     """
 
     logits: jax.Array
@@ -50,11 +50,11 @@ class ModelOutput(NamedTuple):
 
 
 class LanguageModel(nnx.Module):
-    """Token ids to next-token logits, over any list of mixers."""
+    """A model from token ids to logits, with any list of mixers."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         if config.vocab_size is None:
-            raise ValueError("vocab_size is not set: give the number of token ids")
+            raise ValueError("vocab_size is not set: set ModelConfig.vocab_size to the number of token ids")
         self.config = config
         kernel_init = weight_init(config)
         self.embed = nnx.Embed(config.vocab_size, config.d_model, embedding_init=kernel_init, rngs=rngs)
@@ -70,7 +70,7 @@ class LanguageModel(nnx.Module):
             self.head = linear(config.d_model, config.vocab_size, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(self, tokens_BT: jax.Array, *, ctx: Context | None = None) -> jax.Array:
-        """logits_BTV (float32) of whole rows."""
+        """float32 logits_BTV for whole rows."""
         return self.run(tokens_BT, None, ctx=ctx).logits
 
     def run(
@@ -81,9 +81,9 @@ class LanguageModel(nnx.Module):
         ctx: Context | None = None,
         last_only: bool = False,
     ) -> ModelOutput:
-        """Logits, the state with the tokens appended, and what `ctx.capture` asks for.
+        """The logits, the state with the tokens appended, and the arrays named in `ctx.capture`.
 
-        last_only: logits of the last slot alone, [B, 1, V].
+        last_only: return the logits of the last slot only, [B, 1, V].
         """
         ctx = ctx or Context()
         x_BTD = self._embed(tokens_BT, ctx)
@@ -92,17 +92,17 @@ class LanguageModel(nnx.Module):
         return ModelOutput(self.logits(x_BTD[:, -1:] if last_only else x_BTD), state, aux)
 
     def encode(self, source_BS: jax.Array, *, ctx: Context | None = None) -> jax.Array:
-        """The encoder's output memory_BSD for source tokens; slots whose position is < 0 hold none.
+        """The encoder output memory_BSD for source tokens; a position < 0 marks an invalid slot.
 
-        Raises: ValueError where the model has no encoder.
+        Raises: ValueError if the model has no encoder.
         """
         if self.config.encoder is None:
             raise ValueError("the model has no encoder: set ModelConfig.encoder")
         ctx = (ctx or Context()).fold_key(self.config.num_layers + 1)
-        return self.encoder(self._embed(source_BS, ctx), ctx)
+        return self.encoder.run(self._embed(source_BS, ctx), ctx)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The head: logits_BTV float32 of normalised features."""
+        """The output projection: float32 logits_BTV of normalised features."""
         if self.config.tie_embeddings:
             kernel_DV = self.embed.embedding[...].T
         else:
@@ -117,7 +117,7 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
         for ids in (ctx.positions_BT, ctx.segment_ids_BT):
-            if ids is not None:  # an invalid slot may hold any id: it must not reach the table
+            if ids is not None:  # an invalid slot may hold any id, which must not index the table
                 tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)
         x_BTD = self.embed(tokens_BT)
         limit = self.config.max_positions
@@ -127,7 +127,7 @@ class LanguageModel(nnx.Module):
                 if tokens_BT.shape[1] > limit:
                     raise ValueError(f"{tokens_BT.shape[1]} tokens exceed the {limit} learned positions")
                 positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-            # Past the table nnx.Embed gives NaN, which is seen; a clamped row would not be.
+            # Past the table nnx.Embed gives NaN, which makes the error visible.
             x_BTD = x_BTD + self.positions(jnp.maximum(positions_BT, 0))
         if self.config.sinusoidal:
             positions_BT = (
@@ -139,7 +139,7 @@ class LanguageModel(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Bidirectional layers and a norm: what `cross` mixers attend to."""
+    """Bidirectional layers and a norm; `cross` mixers attend to its output."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         assert config.encoder is not None
@@ -149,14 +149,14 @@ class Encoder(nnx.Module):
         )
         self.final_norm = make_norm(config, rngs)
 
-    def __call__(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
-        """memory_BSD of embedded source tokens."""
+    def run(self, x_BSD: jax.Array, ctx: Context) -> jax.Array:
+        """The output memory_BSD for embedded source tokens."""
         layers = self.config.encoder.num_layers
         return self.final_norm(run_stacks(self.config, self.stacks, layers, x_BSD, None, ctx).y)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Fresh float32 parameters as a nested dict of strings, such as stacks/0/mixer/q/kernel."""
+    """New float32 parameters, a nested dict with string keys, such as stacks/0/mixer/q/kernel."""
     return _init_params(config, key)
 
 
@@ -166,7 +166,7 @@ def _init_params(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def bind(config: ModelConfig, params: dict) -> LanguageModel:
-    """The module that holds `params`; ValueError names a leaf that is missing, unknown or misshapen."""
+    """The module with `params`; ValueError for a leaf that is missing, unknown or of the wrong shape."""
     graphdef, template = _template(config)
     return nnx.merge(graphdef, _fill(template, params, ""))
 
@@ -174,9 +174,9 @@ def bind(config: ModelConfig, params: dict) -> LanguageModel:
 def init_state(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> Any:
     """Empty states of `batch` rows for positions 0 .. capacity - 1, without parameters.
 
-    One per layer, or for `scan_layers` one per stack with a leading layer axis. dtype: of keys and values, the
-    model's by default. Raises: ValueError for a mixer without a state or a capacity beyond the learned
-    positions.
+    There is one state per layer or, for `scan_layers`, one per stack with a leading layer axis. capacity: the
+    largest position + 1. dtype: dtype of keys and values, the model's by default. Raises: ValueError for a mixer
+    without a state or a capacity beyond the learned positions.
     """
     limit = config.max_positions
     if limit is not None and capacity > limit:
@@ -187,7 +187,7 @@ def init_state(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = N
 def apply(
     config: ModelConfig, params: dict, tokens_BT: jax.Array, state: Any = None, *, ctx: Context | None = None
 ) -> ModelOutput:
-    """(logits_BTV float32, the new state, aux); a pure function of its arguments."""
+    """The float32 logits_BTV, the new state and aux; a pure function of its arguments."""
     return bind(config, params).run(tokens_BT, state, ctx=ctx)
 
 
@@ -199,13 +199,13 @@ def encode(
     *,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """The memory_BSD that `ctx.memory_BSD` takes; a source slot with position < 0 holds no token."""
+    """The encoder output, for `ctx.memory_BSD`; a position < 0 marks an invalid source slot."""
     ctx = Context(positions_BT=positions_BS, dropout_key=dropout_key)
     return bind(config, params).encode(source_BS, ctx=ctx)
 
 
 def count_params(params: dict) -> int:
-    """Numbers in the parameters."""
+    """The total number of parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
@@ -217,7 +217,7 @@ def _template(config: ModelConfig):
 
 
 def _fill(template: Any, params: Any, path: str) -> Any:
-    """`params` with the template's own keys (integers in lists), checked leaf by leaf."""
+    """`params` with the keys of the template (integers in lists) and the shape of each leaf checked."""
     if not isinstance(template, dict):
         if getattr(params, "shape", None) != template.shape:
             got = getattr(params, "shape", type(params).__name__)

@@ -1,8 +1,8 @@
 """Stacks of layers, applied unrolled or by `lax.scan`.
 
-Layer i runs mixer i mod P of P mixers. Parameters are stacked per place in that period: stack p holds layers
-p, p + P, p + 2P, ... with a leading layer axis. The same layout is applied unrolled (faster on a CPU) or by
-`lax.scan` over whole periods (compiles faster).
+Layer i has mixer i mod P of P mixers. Parameters are stacked by their index in this period: stack p holds the
+layers p, p + P, p + 2P, ... with a leading layer axis. The same layout is applied unrolled (faster on a CPU) or
+by `lax.scan` over whole periods (compiles faster).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from attention_jax.model.config import ModelConfig
 def make_stacks(
     config: ModelConfig, mixers: tuple[MixerConfig, ...], num_layers: int, *, causal: bool, rngs: nnx.Rngs
 ) -> nnx.List:
-    """`num_layers` blocks, stacked per place in the period of `mixers`; the remainder rides on the first."""
+    """`num_layers` blocks, stacked by their index in the period of `mixers`.
+
+    If the period does not divide `num_layers`, the first stacks have one layer more.
+    """
     period = len(mixers)
     return nnx.List(
         _stacked(
@@ -36,7 +39,7 @@ def make_stacks(
 def run_stacks(
     config: ModelConfig, stacks: nnx.List, num_layers: int, x_BTD: jax.Array, state: Any, ctx: Context
 ) -> MixerOutput:
-    """x behind all layers, their states in the form `init_states` gives, and the `aux` of each layer."""
+    """The output x of all layers, their states in the form of `init_states`, and the `aux` of each layer."""
     if config.scan_layers:
         return _scanned(config, stacks, num_layers, x_BTD, state, ctx)
     states = [None] * num_layers if state is None else list(state)
@@ -57,7 +60,7 @@ def _scanned(config, stacks, num_layers: int, x_BTD, state, ctx: Context) -> Mix
     states = [None] * period if state is None else list(state)
     scanned_states = [jax.tree.map(lambda a: a[:rounds], s) for s in states]
 
-    def one_round(x_BTD, step):
+    def one_period(x_BTD, step):
         index, weights, states = step
         states, aux = list(states), [{}] * period
         for p, (graphdef, _) in enumerate(split):
@@ -65,7 +68,7 @@ def _scanned(config, stacks, num_layers: int, x_BTD, state, ctx: Context) -> Mix
             x_BTD, states[p], aux[p] = layer(x_BTD, states[p], ctx=ctx.fold_key(index * period + p))
         return x_BTD, (states, aux)
 
-    x_BTD, (out, stacked) = jax.lax.scan(one_round, x_BTD, (jnp.arange(rounds), scanned, scanned_states))
+    x_BTD, (out, stacked) = jax.lax.scan(one_period, x_BTD, (jnp.arange(rounds), scanned, scanned_states))
     aux = [jax.tree.map(lambda a, r=r: a[r], stacked[p]) for r in range(rounds) for p in range(period)]
     for p in range(num_layers - rounds * period):
         weights, s = jax.tree.map(lambda a: a[rounds], (split[p][1], states[p]))
@@ -77,7 +80,7 @@ def _scanned(config, stacks, num_layers: int, x_BTD, state, ctx: Context) -> Mix
 
 
 def _layer(config: ModelConfig, graphdef: Any, weights: Any, state: Any):
-    """`Block.mix` of a layer, rematerialised in training where the config asks for it."""
+    """`Block.mix` of a layer, rematerialised in the parallel form if the config has `remat`."""
     if config.remat is None or state is not None:
         return nnx.merge(graphdef, weights).mix
 
@@ -89,7 +92,7 @@ def _layer(config: ModelConfig, graphdef: Any, weights: Any, state: Any):
 
 
 def init_states(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> list:
-    """Empty states of all layers: one per layer, or for `scan_layers` one per stack with a layer axis."""
+    """Empty states of all layers: one per layer or, for `scan_layers`, one per stack with a layer axis."""
     period = len(config.mixers)
     states = [
         mixer.init_state(
@@ -103,7 +106,7 @@ def init_states(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = 
 
 
 def _stacked(make, size: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`size` modules from `make(rngs)` as one whose parameters have a leading layer axis."""
+    """`size` modules from `make(rngs)` as one module whose parameters have a leading layer axis."""
     keys = jax.random.split(rngs.params(), size)
     weights = jax.lax.map(lambda key: nnx.state(make(nnx.Rngs(key))), keys)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
@@ -111,7 +114,7 @@ def _stacked(make, size: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _unstacked(stack: nnx.Module) -> tuple[Any, list]:
-    """(graphdef, the weights of each layer). `lax.split`, because its transpose is one concatenation."""
+    """The graphdef and the weights of each layer; uses `lax.split`, whose transpose is one concatenation."""
     graphdef, weights = nnx.split(stack)
     leaves, treedef = jax.tree.flatten(weights)
     size = leaves[0].shape[0]

@@ -1,31 +1,46 @@
-"""Which implementation of an op runs a call, and why each other one does not."""
+"""Which implementation of an op runs a call, with which config, and why each other one does not."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from attention_jax.ops import varying
+
+def runs_every_call(call: Any, config: Any = None) -> str | None:
+    """The `unsupported` of an implementation without limits: None."""
+    del call, config
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """How to run a checked call; `unsupported` and `unwanted` answer with a reason or None.
+    """How to run a checked call, and whether to.
 
-    An unwanted call would run, but an implementation further down the table does it better.
+    `attend` and `unsupported` take (call), or (call, config) where the implementation has a config.
     """
 
-    attend: Callable[[Any], tuple[jax.Array, jax.Array]]
-    unsupported: Callable[[Any], str | None]
-    unwanted: Callable[[Any], str | None] = lambda call: None
+    #: Computes the call.
+    attend: Callable[..., Any]
+    #: Why the implementation cannot run the call, or None.
+    unsupported: Callable[..., str | None] = runs_every_call
+    #: Why an implementation further down the table runs the call better, or None; takes the call alone.
+    unwanted: Callable[[Any], str | None] = runs_every_call
+    #: Its config, a frozen dataclass of tile sizes and the like; None where it has none.
+    config: Any = None
 
-    def run(self, call: Any) -> Any:
-        """`attend`, the arrays of the call made to vary over the same mesh axes."""
-        return self.attend(varying.aligned(call))
+    @property
+    def run(self) -> Callable[[Any], Any]:
+        """`attend` with the config: a function of a call whose arrays vary alike (`varying.aligned`)."""
+        return self.attend if self.config is None else functools.partial(self.attend, config=self.config)
+
+    def refusal(self, call: Any) -> str | None:
+        """`unsupported` with the config."""
+        return self.unsupported(call) if self.config is None else self.unsupported(call, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +59,57 @@ class Explanation:
         return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
 
 
-def choose(table: Mapping[str, Implementation], call: Any, impl: str | None) -> Explanation:
-    """The named implementation, or the first of the table that runs the call and wants it."""
+def choose(table: Mapping[str, Implementation], call: Any, impl: Any) -> Implementation:
+    """The implementation that runs the call.
+
+    table: the op's implementations by name, in order of preference.
+    impl: a name, an instance of an implementation's config, or None: the first of the table that supports
+      and wants the call. The implementations after it are not asked.
+
+    Raises:
+      ValueError: an unknown `impl`.
+      NotImplementedError: the implementation asked for cannot run the call.
+    """
     if impl is not None:
-        if impl not in table:
-            raise ValueError(f"unknown impl {impl!r}; there are {', '.join(table)}")
-        why_not = table[impl].unsupported(call)
-        if why_not:
-            raise NotImplementedError(f"impl={impl!r} cannot run this call: {why_not}")
-        return Explanation(impl, {name: "not asked for" for name in table} | {impl: "asked for by name"})
+        return _asked_for(table, call, impl)[1]
+    for implementation in table.values():
+        # Preferences first: they compare sizes, while a refusal may need a trace.
+        if implementation.unwanted(call) is None and implementation.refusal(call) is None:
+            return implementation
+    raise AssertionError("the last implementation of a table runs every call")
+
+
+def explain_choice(table: Mapping[str, Implementation], call: Any, impl: Any) -> Explanation:
+    """What `choose` returns for the same arguments, with the reason of every other implementation."""
+    if impl is not None:
+        name, _ = _asked_for(table, call, impl)
+        return Explanation(name, {other: "not asked for" for other in table} | {name: "asked for by name"})
     chosen, reasons = None, {}
     for name, implementation in table.items():
-        why_not = implementation.unsupported(call) or implementation.unwanted(call)
+        why_not = implementation.refusal(call) or implementation.unwanted(call)
         if chosen is None and why_not is None:
             chosen, reasons[name] = name, "runs it, first in the order of preference"
         else:
             reasons[name] = why_not or f"would run it; {chosen} comes first"
     assert chosen is not None
     return Explanation(chosen, reasons)
+
+
+def _asked_for(table: Mapping[str, Implementation], call: Any, impl: Any) -> tuple[str, Implementation]:
+    """The implementation that `impl` names or configures, and its name."""
+    if isinstance(impl, str):
+        name = impl if impl in table else None
+    else:
+        name = next(
+            (n for n, x in table.items() if x.config is not None and type(x.config) is type(impl)), None
+        )
+    if name is None:
+        configs = [type(x.config).__name__ for x in table.values() if x.config is not None]
+        raise ValueError(f"unknown impl {impl!r}; there are {', '.join([*table, *configs])}")
+    found = table[name] if isinstance(impl, str) else dataclasses.replace(table[name], config=impl)
+    if why_not := found.refusal(call):
+        raise NotImplementedError(f"impl={impl!r} cannot run this call: {why_not}")
+    return name, found
 
 
 def explained(function: Callable, find: Callable[..., Explanation], args: tuple, kwargs: dict) -> Explanation:

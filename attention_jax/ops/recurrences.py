@@ -1,10 +1,17 @@
-"""What `decay_scan` and `delta_rule` share: heads that are shared, documents in a row, full precision."""
+"""What `decay_scan` and `delta_rule` share: repeated heads, documents of a row, full-precision products."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from attention_jax.ops.arguments import positive_integer
+from attention_jax.ops.dispatch import Implementation
 
 
 def spread(x: jax.Array, heads: int, axis: int) -> jax.Array:
@@ -32,8 +39,30 @@ def document_runs(segments: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
 
 
-def select_valid(x: jax.Array | None, valid_BT: jax.Array | None) -> jax.Array | None:
-    """x [B, T, ...] with slots without a token selected to 0: what stands there (NaN, Inf) is never read."""
-    if x is None or valid_BT is None:
-        return x
-    return jnp.where(jnp.expand_dims(valid_BT, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
+def with_chunk_size(
+    table: dict[str, Implementation], chunk_size: int | None, impl: Any
+) -> dict[str, Implementation]:
+    """The table with `chunk_size` in the config of "chunked"; ValueError where `impl` is itself a config."""
+    if chunk_size is None:
+        return table
+    positive_integer("chunk_size", chunk_size)
+    if not (impl is None or isinstance(impl, str)):
+        raise ValueError(f"chunk_size={chunk_size} and impl={impl!r} both set the chunk: give one of them")
+    chunked = table["chunked"]
+    config = dataclasses.replace(chunked.config, chunk_size=int(chunk_size))
+    return table | {"chunked": dataclasses.replace(chunked, config=config)}
+
+
+def check_decays(log_decay: Any, valid: jax.Array | None) -> None:
+    """ValueError where a concrete log decay of a token would let the state grow; traced ones pass.
+
+    log_decay: [N] or [B, T, ...]; valid: boolean [1 or B, T], or None where every slot holds a token.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in (log_decay, valid)):
+        return
+    values = np.asarray(log_decay).astype(np.float32)
+    if valid is not None and values.ndim > 1:
+        values = np.where(np.expand_dims(valid, tuple(range(2, values.ndim))), values, 0.0)
+    wrong = values[np.logical_not(values <= 0)]
+    if wrong.size:
+        raise ValueError(f"log_decay must be <= 0 (a factor <= 1), got {wrong[0]}; pass the log of the decay")

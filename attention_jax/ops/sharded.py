@@ -1,9 +1,9 @@
 """One call under a mesh: every implementation runs on the batch rows and heads of its own shard.
 
-A loop over heads, or a kernel, is nothing that XLA can cut: left alone it would gather every shard
-everywhere. Where q's mesh axes are Explicit its sharding is known while tracing, and `shard_map` gives each
-device its rows and heads; nothing is communicated but the gradients of what all shards share. Rows and heads
-keep their global indices, so that biases and dropout do not depend on the mesh.
+XLA cannot partition a loop over heads or a kernel: it would gather every shard on every device. Where q's
+mesh axes are Explicit its sharding is known while tracing, and `shard_map` gives each device its rows and
+heads; the gradients of what all shards share are the only communication. Rows and heads keep their global
+indices, so that biases and dropout do not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention_jax.biases import Axes
+from attention_jax.ops import varying
 
 
 class Shards(NamedTuple):
@@ -56,12 +56,20 @@ def shards(call: Any) -> Shards | None:
     return Shards(mesh, rows, heads)
 
 
-def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[jax.Array, jax.Array | None]:
-    """`attend` of each shard's part of the call: (out_BTNM, lse_BTN or None), sharded as q is."""
-    rows, heads = split.rows, split.heads
+def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[jax.Array | None, ...]:
+    """What `attend` returns, from each shard's part of the call, sharded as q is.
+
+    call: `leaf_axes` and `output_axes` name the axes of its arrays and of what is returned: B is split as
+      batch rows are, N as query heads, K as kv heads.
+    """
+    kv_heads = split.heads if call.sizes[4] != 1 else None
+    by_axis = {"B": split.rows, "N": split.heads, "K": kv_heads}
     leaves, treedef = jax.tree.flatten(call)
-    specs = jax.tree.leaves(_specs(call, rows, heads), is_leaf=lambda x: isinstance(x, P))
-    assert len(specs) == len(leaves)
+    specs = [
+        # An axis of length 1 broadcasts, and every shard has it whole.
+        P(*(by_axis.get(axis) if n != 1 else None for axis, n in zip(axes, x.shape, strict=True)))
+        for x, axes in zip(leaves, call.leaf_axes(), strict=True)
+    ]
     leaves = [
         jax.sharding.reshard(x, NamedSharding(split.mesh, spec))
         for x, spec in zip(leaves, specs, strict=True)
@@ -70,52 +78,18 @@ def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[j
     def part(*leaves):
         local = jax.tree.unflatten(treedef, leaves)
         B, _, _, N, *_ = local.sizes
-        first_row = None if rows is None else jax.lax.axis_index(rows) * B
-        first_head = None if heads is None else jax.lax.axis_index(heads) * N
-        out, lse = attend(dataclasses.replace(local, first_row=first_row, first_head=first_head))
-        return (out, lse) if call.lse else out
+        first_row = None if split.rows is None else jax.lax.axis_index(split.rows) * B
+        first_head = None if split.heads is None else jax.lax.axis_index(split.heads) * N
+        outs = attend(varying.aligned(dataclasses.replace(local, first_row=first_row, first_head=first_head)))
+        return [x for x, axes in zip(outs, call.output_axes, strict=True) if axes is not None]
 
     # Unchecked, since JAX's interpreter of kernels indexes by no scalars that vary, such as block lists.
-    out_specs = P(rows, None, heads, None), P(rows, None, heads)
     found = jax.shard_map(
         part, mesh=split.mesh, in_specs=tuple(specs), check_vma=False,
-        out_specs=out_specs if call.lse else out_specs[0],
+        out_specs=[P(*map(by_axis.get, axes)) for axes in call.output_axes if axes is not None],
     )(*leaves)  # fmt: skip
-    return found if call.lse else (found, None)
-
-
-def _specs(call: Any, rows: Any, heads: Any) -> list[Any]:
-    """A spec per leaf of the call, in the order of its leaves; a field that is None has none."""
-    kv = heads if call.sizes[4] != 1 else None
-
-    def array(x: jax.Array | None, *axes: Any) -> P | None:
-        # An axis of length 1 broadcasts, and every shard has it whole.
-        return None if x is None else P(*(a if n != 1 else None for a, n in zip(axes, x.shape, strict=True)))
-
-    def leaf(x: jax.Array, axes: Axes) -> P:
-        """A bias is told global heads, so that its leaves are split by rows alone."""
-        at = [None] * x.ndim
-        if axes.batch is not None:
-            at[axes.batch] = rows
-        return array(x, *at)
-
-    bias = call.bias
-    biased = [] if bias is None else [
-        leaf(x, axes) for x, axes in zip(jax.tree.leaves(bias), bias.axes(), strict=True)
-    ]  # fmt: skip
-    return [
-        array(call.q_BTNH, rows, None, heads, None),
-        array(call.k_BSKH, rows, None, kv, None),
-        array(call.v_BSKM, rows, None, kv, None),
-        *(
-            array(x, rows, None)
-            for x in (call.q_positions_BT, call.k_positions_BS, call.q_segments_BT, call.k_segments_BS)
-        ),
-        array(call.mask_BNTS, rows, heads, None, None),
-        *biased,
-        array(call.sink_logits_N, heads),
-        array(call.dropout_words, None),
-    ]
+    outs = iter(found)
+    return tuple(None if axes is None else next(outs) for axes in call.output_axes)
 
 
 def _size(mesh: Any, axes: Any) -> int:

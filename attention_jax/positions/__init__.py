@@ -1,4 +1,4 @@
-"""Position codes: RoPE with its scalings and xPos, sinusoids, Llama 4's temperature."""
+"""Position encodings: RoPE with its scalings and xPos, sinusoids, and Llama 4's query temperature."""
 
 from attention_jax.positions.absolute import Temperature, sinusoidal
 from attention_jax.positions.rope import RoPE, XPos

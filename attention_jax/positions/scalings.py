@@ -1,12 +1,14 @@
-"""RoPE's frequencies, and how scalings change them to read texts longer than those trained on."""
+"""RoPE's frequencies, and the scalings that extend the context beyond the trained length."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+
+from attention_jax.choices import ByKind
 
 FORBID = {"extra": "forbid", "strict": True}
 INFINITY = float("inf")
@@ -23,20 +25,20 @@ def plain_frequencies(theta: float, width: int) -> np.ndarray:
 
 
 class BaseScaling:
-    """What every scaling answers: frozen dataclasses with a `kind` that YAML chooses by."""
+    """Interface of all scalings: frozen dataclasses that YAML selects by `kind`."""
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by, and so each score twice."""
+        """The factor of cosines and sines; it enters each score squared."""
         return 1.0
 
     @property
     def softmax_factor(self) -> float:
-        """What latent attention (MLA) multiplies its softmax scale by; plain attention does not."""
+        """The factor of the softmax scale in latent attention (MLA); other attention ignores it."""
         return 1.0
 
     def frequencies(self, theta: float, width: int) -> np.ndarray:
-        """The angle per position of each pair, float64 [width / 2]; ValueError where there is none."""
+        """The angle per position of each pair, float64 [width / 2]; ValueError for an unsupported width."""
         raise NotImplementedError
 
     def _check_factor(self) -> None:
@@ -55,7 +57,7 @@ class LinearScaling(BaseScaling):
     __pydantic_config__ = FORBID
 
     kind: Literal["linear"] = "linear"  #: the scaling
-    factor: float  #: the new length over the one trained on
+    factor: float  #: the extended length divided by the trained length
 
     def __post_init__(self):
         self._check_factor()
@@ -66,20 +68,20 @@ class LinearScaling(BaseScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicNTK(BaseScaling):
-    """A base that grows with the text: bloc97 and emozilla 2023, told in YaRN's section 3.3 (2309.00071).
+    """A base that depends on the length: bloc97 and emozilla 2023, described in YaRN's section 3.3 (2309.00071).
 
         theta' = theta * (factor * r - (factor - 1))^(width / (width - 2)),   r = max(1, length / original)
 
-    `length` is fixed: with a base that followed the growing text, new queries would not agree with the
-    keys already rotated in a cache, nor one piece of a text with the next.
+    `length` is fixed. If the base followed the current length, new queries would be inconsistent with the
+    keys already rotated in a cache.
     """
 
     __pydantic_config__ = FORBID
 
     kind: Literal["dynamic_ntk"] = "dynamic_ntk"  #: the scaling
-    factor: float = 1.0  #: how steeply the base grows with length
-    original_length: int  #: tokens of the texts trained on
-    length: int  #: tokens of the longest text to be read; fixed, so that cached keys stay true
+    factor: float = 1.0  #: growth rate of the base with the length
+    original_length: int  #: trained length in tokens
+    length: int  #: maximum length in tokens; fixed, so that cached keys stay valid
 
     def __post_init__(self):
         self._check_factor()
@@ -95,25 +97,28 @@ class DynamicNTK(BaseScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YaRN(BaseScaling):
-    """Interpolate slow pairs, leave fast ones: Peng et al. 2023 (arXiv 2309.00071).
+    """Interpolation of low frequencies only: Peng et al. 2023 (arXiv 2309.00071).
 
-    The pair that turns r times over the original length has the index
+    The pair with r full rotations over the original length has the index
 
         c(r) = width ln(original / (2 pi r)) / (2 ln theta)
 
-    Below c(beta_fast) a frequency stays, above c(beta_slow) it is divided by `factor`, between them the mix
-    is linear in the index, as in the authors' code. Cosines and sines are multiplied by 0.1 ln(factor) + 1,
-    or by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1, as in DeepSeek-V2 (2405.04434).
+    Below c(beta_fast) a frequency is unchanged, above c(beta_slow) it is divided by `factor`, and in between
+    the two are mixed linearly in the index, as in the authors' code. Cosines and sines are multiplied by
+    0.1 ln(factor) + 1, or by m(mscale) / m(mscale_all_dim) with m(x) = 0.1 x ln(factor) + 1, as in DeepSeek-V2
+    (2405.04434).
     """
 
     __pydantic_config__ = FORBID
 
     kind: Literal["yarn"] = "yarn"  #: the scaling
-    factor: float  #: the new length over the one trained on
-    original_length: int  #: tokens of the texts trained on
-    beta_fast: float = 32.0  #: pairs with more turns than this over the original length stay
-    beta_slow: float = 1.0  #: pairs with fewer turns than this are interpolated
-    attention_factor: float | None = None  #: multiplies cosines and sines; null: from factor and mscales
+    factor: float  #: the extended length divided by the trained length
+    original_length: int  #: trained length in tokens
+    beta_fast: float = 32.0  #: pairs with more rotations than this over the original length are unchanged
+    beta_slow: float = 1.0  #: pairs with fewer rotations than this are interpolated
+    attention_factor: float | None = (
+        None  #: multiplies cosines and sines; null: computed from factor, mscale and mscale_all_dim
+    )
     #: weight of ln(factor) in the numerator of the attention factor
     mscale: float = 1.0
     #: weight of ln(factor) in its denominator; for latent attention see `softmax_factor`
@@ -131,7 +136,7 @@ class YaRN(BaseScaling):
             value = getattr(self, name)
             check("YaRN", name, value, 0 <= value < INFINITY, "finite and >= 0")
         if self.attention_factor is not None and (self.mscale, self.mscale_all_dim) != (1.0, 0.0):
-            raise ValueError("YaRN attention_factor replaces mscale and mscale_all_dim: leave either out")
+            raise ValueError("YaRN attention_factor excludes mscale and mscale_all_dim: set one or the other")
 
     @property
     def magnitude(self) -> float:
@@ -148,7 +153,7 @@ class YaRN(BaseScaling):
 
     def frequencies(self, theta: float, width: int) -> np.ndarray:
         low, high = self._correction_range(theta, width)
-        # The published code avoids 0 / 0 so; the ramp is then a step after pair `low`.
+        # As in the published code, this avoids 0 / 0; the ramp is then a step after pair `low`.
         high = high + 0.001 if low == high else high
         interpolated = np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
         return plain_frequencies(theta, width) * (1 - interpolated + interpolated / self.factor)
@@ -156,16 +161,16 @@ class YaRN(BaseScaling):
     def _correction_range(self, theta: float, width: int) -> tuple[float, float]:
         check("YaRN", "RoPE theta", theta, theta > 1, "> 1")
         low, high = (
-            width * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
-            for turns in (self.beta_fast, self.beta_slow)
+            width * math.log(self.original_length / (2 * math.pi * rotations)) / (2 * math.log(theta))
+            for rotations in (self.beta_fast, self.beta_slow)
         )
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
         if low > high:
             raise ValueError(
-                f"YaRN: over original_length {self.original_length} no pair of RoPE width {width}, theta "
-                f"{theta} makes beta_slow {self.beta_slow} to beta_fast {self.beta_fast} turns; change these"
+                f"YaRN: no pair of RoPE width {width}, theta {theta} makes beta_slow {self.beta_slow} to "
+                f"beta_fast {self.beta_fast} rotations over original_length {self.original_length}; change these"
             )
         return low, high
 
@@ -174,17 +179,18 @@ class YaRN(BaseScaling):
 class Llama3(BaseScaling):
     """Llama 3.1's scaling by wavelength: Meta's released code (Grattafiori et al. 2024, arXiv 2407.21783).
 
-    With r = original / wavelength, the turns of a pair over the original length: r > high_freq_factor stays,
-    r < low_freq_factor is divided by `factor`, between them the frequency is mixed linearly in r.
+    r = original / wavelength is the number of rotations of a pair over the original length. A frequency with
+    r > high_freq_factor is unchanged, one with r < low_freq_factor is divided by `factor`, and in between the
+    two are mixed linearly in r.
     """
 
     __pydantic_config__ = FORBID
 
     kind: Literal["llama3"] = "llama3"  #: the scaling
-    factor: float = 8.0  #: what the frequencies of slow pairs are divided by
-    low_freq_factor: float = 1.0  #: pairs with fewer turns than this over the original length are slow
-    high_freq_factor: float = 4.0  #: pairs with more turns than this stay
-    original_length: int = 8192  #: tokens of the texts trained on
+    factor: float = 8.0  #: divisor of low frequencies
+    low_freq_factor: float = 1.0  #: pairs with fewer rotations than this over the original length are low
+    high_freq_factor: float = 4.0  #: pairs with more rotations than this are unchanged
+    original_length: int = 8192  #: trained length in tokens
 
     def __post_init__(self):
         self._check_factor()
@@ -196,19 +202,19 @@ class Llama3(BaseScaling):
 
     def frequencies(self, theta: float, width: int) -> np.ndarray:
         plain = plain_frequencies(theta, width)
-        turns = self.original_length * plain / (2 * np.pi)
+        rotations = self.original_length * plain / (2 * np.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
+        kept = np.clip((rotations - low) / (high - low), 0, 1)
         return plain * (kept + (1 - kept) / self.factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRoPE(BaseScaling):
-    """A searched divisor for each pair: Ding et al. 2024 (arXiv 2402.13753).
+    """A divisor for each pair, found by search: Ding et al. 2024 (arXiv 2402.13753).
 
-    Up to the original length `short_factor` divides the frequencies, beyond it `long_factor`, and cosines
-    and sines are multiplied by sqrt(1 + ln(length / original) / ln(original)). `length` is fixed: keys in a
-    cache, rotated with one list, would not agree with queries rotated with the other.
+    `short_factor` divides the frequencies if `length` is at most the original length. Otherwise `long_factor`
+    does, and cosines and sines are multiplied by sqrt(1 + ln(length / original) / ln(original)). `length` is
+    fixed: cached keys rotated with one list would be inconsistent with queries rotated with the other.
     """
 
     __pydantic_config__ = FORBID
@@ -216,10 +222,10 @@ class LongRoPE(BaseScaling):
     kind: Literal["longrope"] = "longrope"  #: the scaling
     short_factor: tuple[float, ...]  #: width / 2 divisors, for lengths up to original_length
     long_factor: tuple[float, ...]  #: width / 2 divisors, for longer ones
-    original_length: int  #: tokens of the texts trained on
-    length: int  #: tokens of the longest text to be read; fixed, it decides which list applies
-    #: multiplies cosines and sines; null: from length and original_length, 1 up to the latter. Models that
-    #: apply theirs to short texts too (Phi-3) need it given
+    original_length: int  #: trained length in tokens
+    length: int  #: maximum length in tokens; fixed, it selects the list
+    #: multiplies cosines and sines; null: computed from length and original_length, and 1 up to the latter; set
+    #: it for models that apply their factor to short texts too (Phi-3)
     attention_factor: float | None = None
 
     def __post_init__(self):
@@ -249,4 +255,4 @@ class LongRoPE(BaseScaling):
         return plain_frequencies(theta, width) / np.array(self.long_factor if long else self.short_factor)
 
 
-Scaling = LinearScaling | DynamicNTK | YaRN | Llama3 | LongRoPE
+Scaling = Annotated[LinearScaling | DynamicNTK | YaRN | Llama3 | LongRoPE, ByKind()]

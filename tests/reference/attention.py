@@ -16,7 +16,7 @@ def _project(params, name, x):
 
 
 def _rotate(x, position, rope, is_key):
-    """One head vector turned by the angles of its position, pair by pair, and scaled where rope says so."""
+    """One head vector rotated by the angles of its position, pair by pair, and scaled where rope says so."""
     x = x.copy()
     width = rope.width or len(x)
     scaling = dataclasses.asdict(rope.scaling) if rope.scaling else {}

@@ -21,8 +21,8 @@ def _array(x):
     return np.asarray(x, np.float64)
 
 
-def _turned(x, rope):
-    """x [T, heads, H] turned to positions 0, 1, 2, ..."""
+def _rotated(x, rope):
+    """x [T, heads, H] rotated to positions 0, 1, 2, ..."""
     if rope is None:
         return x
     options = {"theta": rope.theta, "width": x.shape[-1], "layout": rope.layout}
@@ -54,7 +54,7 @@ def retention(params, x, *, heads, rope=None, first_exponent=5.0, last_exponent=
         [1 - 2 ** -(first_exponent + (last - first_exponent) * n / (heads - 1)) for n in range(heads)]
     )
     decay = np.broadcast_to(gamma[:, None], q.shape)
-    o = recurrence(_turned(q, rope), _turned(k, rope) / np.sqrt(H), v, decay)
+    o = recurrence(_rotated(q, rope), _rotated(k, rope) / np.sqrt(H), v, decay)
     o = (o - o.mean(-1, keepdims=True)) / np.sqrt(o.var(-1, keepdims=True) + 1e-5)
     o = o * _array(params["norm"]["scale"]) + _array(params["norm"]["bias"])
     return _project(params, "out", _silu(_project(params, "gate", x)) * o.reshape(len(x), -1))
@@ -73,7 +73,7 @@ def lightning(params, x, *, slopes, rope=None):
     x = _array(x)
     q, k, v = (_silu(_split(params, name, x, len(slopes))) for name in "qkv")
     decay = np.broadcast_to(np.exp(-np.array(slopes))[:, None], q.shape)
-    o = recurrence(_turned(q, rope), _turned(k, rope), v, decay).reshape(len(x), -1)
+    o = recurrence(_rotated(q, rope), _rotated(k, rope), v, decay).reshape(len(x), -1)
     o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * _array(params["norm"]["scale"])
     return _project(params, "out", _sigmoid(_project(params, "gate", x)) * o)
 

@@ -49,16 +49,16 @@ def linear(params, x, *, causal, heads, kv_heads, feature_map="elu1", rope=None)
     q, k, v = _heads(params, x, heads, kv_heads)
     if feature_map == "elu1":
         q, k = elu1(q), elu1(k)
-    turned_q, turned_k = q, k
+    rotated_q, rotated_k = q, k
     if rope is not None:  # Su et al. 2021: the denominator's features stay as they are
         options = {"theta": rope.theta, "width": q.shape[-1], "layout": rope.layout}
         at = np.arange(len(x))[None]
-        turned_q, turned_k = (positions.rope(a[None], at, **options)[0] for a in (q, k))
+        rotated_q, rotated_k = (positions.rope(a[None], at, **options)[0] for a in (q, k))
     if feature_map == "identity":
-        weight = lambda n, t, s: turned_q[t, n] @ turned_k[s, n] / np.sqrt(q.shape[-1])  # noqa: E731
+        weight = lambda n, t, s: rotated_q[t, n] @ rotated_k[s, n] / np.sqrt(q.shape[-1])  # noqa: E731
         return _attend(params, v, weight, causal=causal, normalize=False)
     return _attend(
-        params, v, lambda n, t, s: turned_q[t, n] @ turned_k[s, n], causal=causal,
+        params, v, lambda n, t, s: rotated_q[t, n] @ rotated_k[s, n], causal=causal,
         total=lambda n, t, s: q[t, n] @ k[s, n],
     )  # fmt: skip
 

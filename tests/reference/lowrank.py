@@ -81,7 +81,7 @@ def nystromformer(params, x, *, heads, landmarks, iterations, conv_width):
 
 
 def softmax_attention(params, x, *, heads):
-    """Full two-sided attention with the same parameters."""
+    """Full bidirectional attention with the same parameters."""
     q, k, v = _heads(params, x, heads)
     out = [_softmax(q[:, i] @ k[:, i].T / np.sqrt(q.shape[-1])) @ v[:, i] for i in range(heads)]
     return _project(params, "out", np.stack(out, axis=1).reshape(len(q), -1))

@@ -118,7 +118,7 @@ def _phi(params, block):
 
 
 def _rotate(x, position, theta):
-    """One head vector turned by the angles of its position; features j and j + H/2 are a pair."""
+    """One head vector rotated by the angles of its position; features j and j + H/2 are a pair."""
     half = len(x) // 2
     angles = position * theta ** (-np.arange(half) / half)
     a, b = x[:half], x[half:]

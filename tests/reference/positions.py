@@ -40,9 +40,9 @@ def rope(x, positions, *, theta, width, layout, scaling=None, gain=1.0):
         "half": (pairs, pairs + width // 2),
         "interleaved": (2 * pairs, 2 * pairs + 1),
     }[layout]
-    turned = (x[..., first] + 1j * x[..., second]) * phase[:, :, None, :]
+    rotated = (x[..., first] + 1j * x[..., second]) * phase[:, :, None, :]
     y = x.copy()
-    y[..., first], y[..., second] = turned.real, turned.imag
+    y[..., first], y[..., second] = rotated.real, rotated.imag
     return y
 
 

@@ -32,8 +32,8 @@ def _rms(x, scale, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(scale, np.float64)
 
 
-def _turn(x, rope):
-    """x [T, heads, H] turned to positions 0, 1, 2, ..."""
+def _rotate(x, rope):
+    """x [T, heads, H] rotated to positions 0, 1, 2, ..."""
     options = {"theta": rope.theta, "width": x.shape[-1], "layout": rope.layout}
     return positions.rope(x[None], np.arange(len(x))[None], **options)[0]
 
@@ -44,7 +44,7 @@ def gated(params, x, keep, *, heads, kv_heads, gate, rope=None, qk_norm=None):
     if qk_norm:
         q, k = (_rms(a, params[n]["scale"], 1e-6) for a, n in ((q, "q_norm"), (k, "k_norm")))
     if rope:
-        q, k = _turn(q, rope), _turn(k, rope)
+        q, k = _rotate(q, rope), _rotate(k, rope)
     out = np.zeros_like(q)
     for n in range(heads):
         g = n * kv_heads // heads
@@ -75,7 +75,7 @@ def differential(params, x, keep, *, heads, kv_heads, lambda_init, rope=None):
     q, k = _heads(_project(params, "q", x), 2 * heads), _heads(_project(params, "k", x), 2 * kv_heads)
     v = _heads(_project(params, "v", x), kv_heads)
     if rope:
-        q, k = _turn(q, rope), _turn(k, rope)
+        q, k = _rotate(q, rope), _rotate(k, rope)
     a, b, c, d = (np.asarray(params[f"lambda_{n}"], np.float64) for n in ("q1", "k1", "q2", "k2"))
     weight = np.exp(a @ b) - np.exp(c @ d) + lambda_init
     out = np.zeros((len(x), heads, v.shape[-1]))
@@ -99,8 +99,8 @@ def latent(params, x, keep, *, heads, head_dim, rotary_dim, rope):
     c = _rms(_project(params, "kv_down", x), params["kv_latent_norm"]["scale"], 1e-6)
     k, v = _heads(_project(params, "k_up", c), heads), _heads(_project(params, "v_up", c), heads)
     if rotary_dim:
-        q = np.concatenate([q[..., :head_dim], _turn(q[..., head_dim:], rope)], axis=-1)
-        shared = _turn(_project(params, "k_rotary", x)[:, None], rope)
+        q = np.concatenate([q[..., :head_dim], _rotate(q[..., head_dim:], rope)], axis=-1)
+        shared = _rotate(_project(params, "k_rotary", x)[:, None], rope)
         k = np.concatenate([k, np.repeat(shared, heads, axis=1)], axis=-1)
     scale = 1 / np.sqrt(head_dim + rotary_dim)
     out = [_softmax(q[:, n] @ k[:, n].T * scale, keep) @ v[:, n] for n in range(heads)]

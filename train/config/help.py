@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import textwrap
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from attention_jax.masks import Mask
-from train.config import plain_yaml, to_dict
+from train.config import to_dict, yaml_text
 from train.config.keys import default_of, hints, item_type, kind_of, meanings, members, sections
 from train.config.schema import RunConfig
 
-WIDTH = 100
+WIDTH = 80
 
 USAGE = """\
 usage: python -m train CONFIG [key.path=value ...] [--print-config]
        python -m train --help
 
-Trains the language model that the YAML file CONFIG describes. The same command again resumes the
-run in its folder. Overrides win over the file, later ones over earlier ones; values are YAML, text
-needs no quotes. List items are named by number: model.mixers.0.num_heads=8.
+Trains the language model that CONFIG describes: a YAML file, or the name of a
+configuration that comes with the package, such as tiny. The same command again
+resumes the run in its folder. Overrides take precedence over the file, later
+ones over earlier ones. Their values are YAML; text needs no quotes. An item of
+a list has its number in the path: model.mixers.0.num_heads=8.
 
-  --print-config  print the resolved configuration and exit
+  --print-config  print the whole configuration, defaults included, and exit
   --help          print this text and exit
 
-Exit status: 0 done, 2 a mistake in the command, the configuration or the data, 130 interrupted.
+Exit status: 0 done; 2 a mistake in the command, the configuration or the data;
+130 interrupted.
 """
 
 
@@ -59,10 +63,17 @@ def _keys(cls: type, path: str) -> Iterator[Key]:
 
 
 def _own_keys(cls: type, path: str) -> Iterator[Key]:
-    for name, annotation in hints(cls).items():
-        place = f"{path}.{name}" if path else name
-        default = default_of(cls, name)
-        yield Key(place, _type(annotation), _default(default), meanings(cls).get(name))
+    for key in _described(cls):
+        yield dataclasses.replace(key, path=f"{path}.{key.path}" if path else key.path)
+
+
+@functools.cache
+def _described(cls: type) -> tuple[Key, ...]:
+    """The keys of a section by their names."""
+    return tuple(
+        Key(name, _type(annotation), _default(default_of(cls, name)), meanings(cls).get(name))
+        for name, annotation in hints(cls).items()
+    )
 
 
 def _sections_below(annotation: Any, path: str) -> list[tuple[type, str]]:
@@ -70,8 +81,8 @@ def _sections_below(annotation: Any, path: str) -> list[tuple[type, str]]:
     return [(cls, path) for cls in sections(annotation)] + [(cls, f"{path}.N") for cls in items]
 
 
-def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
-    """The keys of a section and of those below; `told` gathers where each section was first described."""
+def _lines(cls: type, path: str, described_at: dict[type, str]) -> Iterator[str]:
+    """The keys of a section and of those below; `described_at`: where each was first."""
     for key in _own_keys(cls, path):
         below = _sections_below(hints(cls)[key.path.rpartition(".")[2]], key.path)
         if below:
@@ -80,11 +91,11 @@ def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
         yield from textwrap.wrap(head, WIDTH, subsequent_indent=" " * 36, break_long_words=False)
         yield from _wrapped(key.meaning or "", "      ")
         shown: list[type] = []
-        if below and all(section in told for section, _ in below):
-            yield from _wrapped(f"with the keys of {told[below[0][0]]} above", "      ")
+        if below and all(section in described_at for section, _ in below):
+            yield from _wrapped(f"with the keys of {described_at[below[0][0]]} above", "      ")
             continue
         for section, place in below:
-            told[section] = place
+            described_at[section] = place
             kind = kind_of(section)
             if kind is not None:
                 yield ""
@@ -93,17 +104,14 @@ def _lines(cls: type, path: str, told: dict[type, str]) -> Iterator[str]:
                 if base is not None:
                     yield f"      the keys of kind: {kind_of(base)}"
                     continue
-            yield from _lines(section, place, told)
+            yield from _lines(section, place, described_at)
             shown.append(section)
 
 
 def _adds_nothing(cls: type, base: type) -> bool:
     """Whether `cls` has the keys of `base`, `kind` apart, with the same defaults and meanings."""
-
-    def described(section: type) -> list[Key]:
-        return [key for key in _own_keys(section, "") if key.path != "kind"]
-
-    return described(cls) == described(base)
+    own, known = ([key for key in _described(section) if key.path != "kind"] for section in (cls, base))
+    return own == known
 
 
 def _summary(cls: type) -> str:
@@ -136,7 +144,7 @@ def _default(value: Any) -> str:
     """A default as YAML; empty for sections, whose keys have their own, and for required keys."""
     if value is dataclasses.MISSING or (dataclasses.is_dataclass(value) and not isinstance(value, Mask)):
         return ""
-    return plain_yaml.scalar([_brief(item) for item in value] if isinstance(value, tuple) else to_dict(value))
+    return yaml_text.scalar([_brief(item) for item in value] if isinstance(value, tuple) else to_dict(value))
 
 
 def _brief(value: Any) -> Any:

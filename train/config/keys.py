@@ -37,7 +37,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def sections(annotation: Any) -> list[type]:
-    """The dataclasses a mapping may stand for here; masks are expressions, no sections."""
+    """The dataclasses that a mapping may stand for here, of every kind; masks are written as expressions."""
     return [m for m in members(annotation) if dataclasses.is_dataclass(m) and not issubclass(m, Mask)]
 
 

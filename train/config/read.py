@@ -1,8 +1,7 @@
 """YAML and dotted overrides to a `RunConfig`, and back.
 
-pydantic checks the types of the plain dataclasses, strictly; the walk in front of it names unknown keys and
-unknown kinds with the nearest known one. Every error is a one-line `ConfigError` that starts with the path
-of the key.
+pydantic checks the plain dataclasses, strictly, and chooses among several by `kind`. What it finds is said
+in one line, as a `ConfigError` that starts with the dotted path of the key and names the nearest known key.
 """
 
 from __future__ import annotations
@@ -19,36 +18,43 @@ from typing import Any
 import pydantic
 
 from attention_jax.masks import Mask, parse
-from train.config import plain_yaml
+from train.config import shipped, yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
-from train.config.plain_yaml import ConfigError
 from train.config.schema import RunConfig
+from train.config.yaml_text import ConfigError
+from train.run.migration import FORMAT, migrate_config
 
 __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """The run a YAML file describes, with `key.path=value` overrides applied in order.
+    """The run that a YAML file describes, with `key.path=value` overrides applied in order.
 
-    `run_dir: null` becomes runs/NAME_OF_THE_FILE. ConfigError tells what is wrong.
+    path: a file, or the name of a configuration that comes with the package, such as `tiny`.
+    `run_dir: null` becomes runs/NAME_OF_THE_FILE. A run folder's config.yaml, with the `format` that it
+    states, is such a file too. Raises: ConfigError, which names the mistake.
     """
-    raw = _read(Path(path))
+    path = shipped.find(path)
+    raw = read_yaml(path)
+    try:
+        raw = migrate_config(raw, absent=FORMAT)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
         _override(raw, override)
     config = from_dict(raw)
     if config.run_dir is None:
-        config = dataclasses.replace(config, run_dir=str(Path("runs") / Path(path).stem))
+        config = dataclasses.replace(config, run_dir=str(Path("runs") / path.stem))
     return config
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
     """The config of plain dicts, lists and scalars; `from_dict(to_dict(config)) == config`."""
-    _check_keys(RunConfig, raw, "")
     try:
         # JSON mode is strict about scalars, yet takes lists for tuples and mappings for dataclasses.
         config = _adapter().validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
-        raise ConfigError(_told(error, raw)) from None
+        raise ConfigError(_message(error, raw)) from None
     to_dict(config)  # early: a run folder could not hold what this refuses
     return config
 
@@ -74,22 +80,26 @@ def _expression(mask: Mask, path: str) -> str:
             return str(mask)
     except ValueError:
         pass
-    raise ConfigError(f"{path}: {mask} has no YAML, an array or a function is no text; choose a pattern")
+    raise ConfigError(
+        f"{path}: {mask} cannot be written to YAML: it holds an array or a function; use one of the patterns"
+    )
 
 
 def dump_yaml(config: RunConfig) -> str:
     """The whole config as YAML, every key written out; `load` reads back an equal one."""
-    return plain_yaml.dumps(to_dict(config))
+    return yaml_text.dumps(to_dict(config))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, not checked yet. ConfigError where it is no mapping or cannot be read."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        hint = shipped.hint(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration {path} is not UTF-8 at byte {error.start}") from None
-    raw = plain_yaml.parse(text, str(path))
+    raw = yaml_text.parse(text, str(path))
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {_show(raw)}")
     return raw or {}
@@ -100,7 +110,7 @@ def _join(path: str, key: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else plain_yaml.scalar(value)
+    text = repr(value) if isinstance(value, str) else yaml_text.scalar(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -109,30 +119,17 @@ def _choose(annotation: Any, node: dict[str, Any], path: str) -> type:
     known = {kind_of(cls): cls for cls in sections(annotation)}
     if None in known:
         return known[None]
-    choices = ", ".join(known)
-    if "kind" not in node:
-        raise ConfigError(f"{_join(path, 'kind')} is missing; there are: {choices}")
-    if not isinstance(node["kind"], str) or node["kind"] not in known:
-        raise ConfigError(f"{_join(path, 'kind')}: there is no {_show(node['kind'])}; there are: {choices}")
+    if not isinstance(node.get("kind"), str) or node["kind"] not in known:
+        raise ConfigError(_no_kind(annotation, node, path))
     return known[node["kind"]]
 
 
-def _check_keys(cls: type, node: dict[str, Any], path: str) -> None:
-    """ConfigError for an unknown key or kind anywhere below; types are left to pydantic."""
-    for key, value in node.items():
-        if key not in hints(cls):
-            raise _unknown(cls, key, path)
-        for place, annotation, below in _mappings(hints(cls)[key], value, _join(path, key)):
-            _check_keys(_choose(annotation, below, place), below, place)
-
-
-def _mappings(annotation: Any, value: Any, path: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(path, annotation, node) of every mapping at a key, itself or in a list, that a section may be."""
-    if isinstance(value, dict) and sections(annotation):
-        yield path, annotation, value
-    elif isinstance(value, list) and sections(item_type(annotation)):
-        for index, item in enumerate(value):
-            yield from _mappings(item_type(annotation), item, _join(path, index))
+def _no_kind(annotation: Any, node: dict[str, Any], path: str) -> str:
+    """The message for a mapping without a `kind`, or with an unknown one."""
+    choices = ", ".join(str(kind_of(cls)) for cls in sections(annotation))
+    if "kind" not in node:
+        return f"{_join(path, 'kind')} is missing; there are: {choices}"
+    return f"{_join(path, 'kind')}: there is no {_show(node['kind'])}; there are: {choices}"
 
 
 def _unknown(cls: type, key: str, path: str) -> ConfigError:
@@ -146,8 +143,8 @@ def _unknown(cls: type, key: str, path: str) -> ConfigError:
         if near:
             break
     verb = "did you mean" if cutoff else "the nearest is"
-    mark = "?" if cutoff else ""
-    return ConfigError(f"unknown key {_join(path, key)}; {verb} {names[near[0]]}{mark}")
+    end = "?" if cutoff else ""
+    return ConfigError(f"unknown key {_join(path, key)}; {verb} {names[near[0]]}{end}")
 
 
 def _all_keys(cls: type, path: str) -> Iterator[str]:
@@ -159,50 +156,74 @@ def _all_keys(cls: type, path: str) -> Iterator[str]:
             yield from _all_keys(section, _join(path, name) + ".0")
 
 
+# Kinds of pydantic's errors that say more than that a type is wrong, the most telling first.
+_TELLING = (
+    "unexpected_keyword_argument",
+    "union_tag_not_found",
+    "union_tag_invalid",
+    "missing",
+    "value_error",
+)
+
+
 @functools.cache
 def _adapter() -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(RunConfig)
 
 
-def _told(failure: pydantic.ValidationError, raw: dict[str, Any]) -> str:
-    """The first error that is about what was written, in one line."""
-    for error in failure.errors(include_url=False):
-        located = _locate(error["loc"], raw)
-        if located is None:
-            continue  # pydantic also tries the members of a union that `kind` did not choose
-        path, annotation, value = located
-        if error["type"] == "missing":
-            return f"{path} is missing: expected {expected(annotation)}"
-        if error["type"] == "value_error":
-            message = str(error["ctx"]["error"])
-            first = re.match(r"\w+", message)
-            own = first and any(first[0] in hints(cls) for cls in sections(annotation))
-            return path + (("." if own else ": ") if path else "") + message
-        return f"{path}: expected {expected(annotation)}, got {_show(value)}"
-    raise AssertionError(f"no error of {failure} is about the input")
+@dataclasses.dataclass(frozen=True)
+class _Mistake:
+    """One of pydantic's errors, at the key that it is about."""
+
+    kind: str  #: pydantic's name of it
+    path: str
+    annotation: Any  #: what the key may hold
+    value: Any  #: what was written there
+    message: str  #: of a ValueError that a config raised
 
 
-def _locate(loc: tuple[str | int, ...], raw: Any) -> tuple[str, Any, Any] | None:
-    """(path, annotation, value) of a pydantic location, without the union tags; None: another kind's."""
+def _message(failure: pydantic.ValidationError, raw: dict[str, Any]) -> str:
+    """One line about one mistake: an unknown key if there is one, since it may explain the others.
+
+    pydantic tries every member of a union: an error about a key does not count beside one further in, and
+    a wrong type does not count beside what the member of that type says.
+    """
+    errors = failure.errors(include_url=False)
+    mistakes = [_locate(error, raw) for error in errors]
+    inner = [m for m in mistakes if not any(other.path.startswith(f"{m.path}.") for other in mistakes)]
+    first = min(inner, key=lambda m: _TELLING.index(m.kind) if m.kind in _TELLING else len(_TELLING))
+    if first.kind == "unexpected_keyword_argument":
+        section, _, key = first.path.rpartition(".")
+        return str(_unknown(first.annotation, key, section))
+    if first.kind in ("union_tag_not_found", "union_tag_invalid"):
+        return _no_kind(first.annotation, first.value, first.path)
+    if first.kind == "missing":
+        return f"{first.path} is missing: expected {expected(first.annotation)}"
+    if first.kind == "value_error":
+        word = re.match(r"\w+", first.message)
+        own = word and any(word[0] in hints(cls) for cls in sections(first.annotation))
+        return first.path + (("." if own else ": ") if first.path else "") + first.message
+    return f"{first.path}: expected {expected(first.annotation)}, got {_show(first.value)}"
+
+
+def _locate(error: Any, raw: Any) -> _Mistake:
+    """The mistake that an error is. Its location has the members of unions among the keys: they are left out.
+
+    The annotation of an unknown key is the class of its section.
+    """
     path, annotation, value = "", RunConfig, raw
-    for step in loc:
-        classes = {cls.__name__: cls for cls in sections(annotation)}
-        if step in classes and isinstance(value, dict):
-            annotation = classes[step]
-            if kind_of(annotation) != value.get("kind"):
-                return None
-            continue
-        if isinstance(step, int):
-            annotation = item_type(annotation)
-        elif classes and step in (fields := hints(next(iter(classes.values())))):
-            annotation = fields[step]
-        elif isinstance(value, dict) and classes:
-            return None  # the tag of a scalar, where a mapping was written
-        else:
-            break  # the tag of a union of scalars: the message is about the key itself
-        path = _join(path, step)
-        value = value.get(step) if isinstance(value, dict) else value[step]
-    return path, annotation, value
+    for step in error["loc"]:
+        if isinstance(step, int) and isinstance(value, list):
+            path, annotation, value = _join(path, step), item_type(annotation), value[step]
+        elif isinstance(value, dict) and sections(annotation):
+            classes = sections(annotation)
+            cls = next((c for c in classes if kind_of(c) == value.get("kind")), classes[0])
+            if step in hints(cls):
+                path, annotation, value = _join(path, step), hints(cls)[step], value.get(step)
+            elif step in value and step == error["loc"][-1]:
+                path, annotation, value = _join(path, step), cls, value[step]
+    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
+    return _Mistake(error["type"], path, annotation, value, message)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -210,7 +231,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override {_show(override)} is no key.path=value")
+        raise ConfigError(f"override {_show(override)} is not of the form key.path=value")
     node: Any = raw
     annotation: Any = RunConfig
     for depth, name in enumerate(keys):
@@ -231,7 +252,9 @@ def _step(annotation: Any, node: Any, name: str, path: str) -> tuple[str | int, 
             raise ConfigError(f"override {_join(path, name)}: {path} has the items 0 to {len(node) - 1}")
         return int(name), item_type(annotation)
     if not sections(annotation):
-        raise ConfigError(f"override {_join(path, name)}: {path} is no section, but {expected(annotation)}")
+        raise ConfigError(
+            f"override {_join(path, name)}: {path} has no keys below it: it is {expected(annotation)}"
+        )
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: expected {expected(annotation)}, got {_show(node)}")
     # Where nothing is chosen yet, an override may choose: any kind's `kind` will do.
@@ -251,4 +274,4 @@ def _override_value(text: str, annotation: Any, path: str) -> Any:
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
     if str in members(annotation) and text != "null" and not quoted:
         return text
-    return plain_yaml.parse(text, f"override {path}")
+    return yaml_text.parse(text, f"override {path}")

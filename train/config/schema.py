@@ -1,7 +1,7 @@
-"""What a run is made of: frozen dataclasses, one section per concern. `train.config` reads them from YAML.
+"""The configuration of a run: frozen dataclasses, a section each. `train.config` reads them from YAML.
 
-The text after a field's `#:` is its meaning, as `python -m train --help` prints it. A `__post_init__`
-raises ValueError in one line that starts with the key it is about.
+The text after a field's `#:` is its documentation, as `python -m train --help` prints it. A
+`__post_init__` raises a ValueError of one line that starts with the key that is wrong.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ _SEED_LIMIT = 2**32
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it becomes batches."""
+    """The source of the text, and how it becomes batches."""
 
     __pydantic_config__ = _FORBID
 
-    #: glob of UTF-8 text files, ** for any depth; null reads the Python standard library's source.
-    #: objective seq2seq: files of lines source<TAB>target; null: the first lines of docstrings in the
-    #: standard library, their spaces and capitals to be restored, about 7,000 pairs
+    #: glob of UTF-8 text files, ** for any depth; null: the source code of the Python standard library.
+    #: objective seq2seq: files of lines source<TAB>target; null: about 7,000 first lines of docstrings of
+    #: the standard library as targets, the same without spaces and capitals as sources
     files: str | None = None
-    #: bytes: 256 ids + end of document; chars: the sorted characters of the text
+    #: bytes: 256 ids and an end-of-document token; chars: the characters of the text, sorted
     tokenizer: Literal["bytes", "chars"] = "bytes"
-    #: tokens a row (T); objective seq2seq: of a target and its end, a longer pair is left out and counted
+    #: tokens per row (T); objective seq2seq: of a target with its end-of-document token, longer pairs are
+    #: skipped and counted
     sequence_length: int = 256
-    #: objective seq2seq: tokens a source row (S), a longer pair is left out; null: sequence_length
+    #: objective seq2seq: tokens per source row (S), longer pairs are skipped; null: sequence_length
     source_length: int | None = None
-    batch_size: int = 16  #: rows of a step (B), all accumulation steps together
-    #: documents: end to end in rows, with segment ids and positions that restart; stream: random
-    #: windows of the concatenated text. objective seq2seq packs nothing, leave it out
+    batch_size: int = 16  #: rows per step (B), all accumulation steps together
+    #: documents: packed end to end into rows, with segment ids and positions that restart; stream: random
+    #: windows of the concatenated text. Objective seq2seq does not pack: do not set it
     packing: Literal["documents", "stream"] = "documents"
-    #: objective masked_lm: share of a row's tokens that are chosen, to be told from both sides
+    #: objective masked_lm: fraction of a row's tokens that the model predicts from bidirectional context
     mask_fraction: float = 0.15
-    mask_replaced: float = 0.8  #: share of the chosen tokens that the mask id takes the place of
-    mask_random: float = 0.1  #: share of them that a random token takes the place of; the others stay
-    validation_fraction: float = 0.1  #: share of the text held out, between 0 and 1
-    #: files: whole files, chosen by a hash of their name; tail: the last characters of the text, or pairs
+    mask_replaced: float = 0.8  #: fraction of these that are replaced by the [MASK] id
+    mask_random: float = 0.1  #: fraction of these that are replaced by a random token; the rest are unchanged
+    validation_fraction: float = 0.1  #: fraction of the text that is held out, between 0 and 1
+    #: files: hold out whole files, chosen by a hash of their name; tail: the last characters or pairs
     validation_split: Literal["files", "tail"] = "files"
-    #: order of the training rows, and which of their tokens are masked; of a task: which rows
+    #: decides the order of the training rows and which of their tokens are masked, or a task's rows
     shuffle_seed: int = 0
-    #: rows made by a synthetic task instead of text, which then needs evaluation.sample_tokens: 0; null: text
+    #: a synthetic task whose rows replace the text, with evaluation.sample_tokens: 0; null: text
     task: TaskConfig | None = None
 
     def __post_init__(self):
@@ -59,7 +60,7 @@ class DataConfig:
             self._check_task(self.task)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
-                f"validation_fraction must lie between 0 and 1, both excluded, got {self.validation_fraction}"
+                f"validation_fraction must lie between 0 and 1, exclusive, got {self.validation_fraction}"
             )
         if not 0 < self.mask_fraction <= 1:
             raise ValueError(f"mask_fraction must be in (0, 1], got {self.mask_fraction}")
@@ -68,11 +69,13 @@ class DataConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.mask_replaced + self.mask_random > 1 + 1e-9:
             raise ValueError(
-                f"mask_replaced {self.mask_replaced} and mask_random {self.mask_random} exceed 1 together: "
-                "lower one of them"
+                f"mask_replaced {self.mask_replaced} and mask_random {self.mask_random} exceed 1 "
+                "together: lower one of them"
             )
         if self.files is not None and not self.files.strip():
-            raise ValueError("files is an empty glob; null reads the Python standard library's source")
+            raise ValueError(
+                "files is an empty glob: give a pattern, or null for the source code of the standard library"
+            )
 
     def _check_task(self, task: TaskConfig) -> None:
         for name in (
@@ -85,7 +88,9 @@ class DataConfig:
         ):
             value = getattr(self, name)
             if value != getattr(DataConfig, name):
-                raise ValueError(f"{name} {value}: task {task.kind} makes its rows, not text; leave it out")
+                raise ValueError(
+                    f"{name} {value}: task {task.kind} generates rows and reads no text; remove the key"
+                )
         try:
             task.check(self.sequence_length)
         except ValueError as error:
@@ -99,25 +104,25 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule; decay is decided by parameter path."""
+    """AdamW and its schedule. Weight decay applies by parameter path."""
 
     __pydantic_config__ = _FORBID
 
-    learning_rate: float = 1e-3  #: its peak
-    final_learning_rate: float = 1e-4  #: at the last step; no part of `schedule: constant`
-    warmup_steps: int = 100  #: linear, from 0
-    #: wsd: warm-up, stable, linear decay; constant: no decay after the warm-up
+    learning_rate: float = 1e-3  #: the peak of the schedule
+    final_learning_rate: float = 1e-4  #: at the last step; unused by `schedule: constant`
+    warmup_steps: int = 100  #: steps of linear warm-up from 0
+    #: after the warm-up. cosine: a cosine; wsd: constant, then linear decay; constant: no decay
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    #: cosine: the step at which it ends, null: the last one; wsd: length of the linear decay at the end,
+    #: cosine: the step at which it ends; null: the last one. wsd: steps of the linear decay at the end;
     #: null: a fifth of all steps
     decay_steps: int | None = None
     beta1: float = 0.9  #: decay of the first moment
     beta2: float = 0.99  #: decay of the second moment
-    epsilon: float = 1e-8  #: added to the root of the second moment
-    #: decoupled; on matrices and embeddings, not on norms, biases, sinks
+    epsilon: float = 1e-8  #: added to the square root of the second moment
+    #: decoupled; of matrices and embeddings, not of norms, biases and sink logits
     weight_decay: float = 0.1
-    clip_norm: float | None = 1.0  #: limit of the gradient's global norm; null does not clip
-    accumulation_steps: int = 1  #: micro-batches a step, a divisor of data.batch_size
+    clip_norm: float | None = 1.0  #: maximum of the gradient's global norm; null: no clipping
+    accumulation_steps: int = 1  #: micro-batches per step, a divisor of data.batch_size
 
     def __post_init__(self):
         _finite(self, "learning_rate", "epsilon", "clip_norm", above=0)
@@ -140,19 +145,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """The held-out text, scored during training."""
+    """Evaluation on the held-out text during training."""
 
     __pydantic_config__ = _FORBID
 
     every: int = 250  #: steps between evaluations; the last step is always evaluated
-    #: batches of data.batch_size held-out rows at each, the same ones every time; null: all of them
+    #: batches of data.batch_size held-out rows per evaluation, always the same ones; null: all of them
     batches: int | None = 20
-    final_full: bool = True  #: score every held-out token after the last step
-    #: the model's text after this is saved with each evaluation; objective seq2seq: leave it out, a few
-    #: held-out sources and what the model writes for them are saved; masked_lm: leave it out, some held-out
-    #: text with masks and as the model fills it in is saved
+    final_full: bool = True  #: evaluate on all held-out tokens after the last step
+    #: prompt of the text that is sampled and saved with each evaluation. Not set for objective seq2seq, which
+    #: saves the outputs for a few held-out sources, nor for masked_lm, which saves held-out text with its
+    #: masks and the model's predictions
     sample_prompt: str = "def "
-    sample_tokens: int = 200  #: a sample's length in tokens, at most; 0 samples nothing
+    sample_tokens: int = 200  #: the most tokens of a sample; 0: no samples
 
     def __post_init__(self):
         _at_least(self, 1, "every", "batches")
@@ -161,13 +166,13 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept on disk."""
+    """Checkpoints on disk."""
 
     __pydantic_config__ = _FORBID
 
     every: int = 500  #: steps between checkpoints; the last step is always saved
-    keep: int = 2  #: how many of the newest checkpoints are kept
-    keep_best: bool = True  #: also keep the one with the lowest val/loss
+    keep: int = 2  #: how many of the newest checkpoints to keep
+    keep_best: bool = True  #: also keep the checkpoint with the lowest val/loss
 
     def __post_init__(self):
         _at_least(self, 1, "every", "keep")
@@ -180,13 +185,13 @@ class RunConfig:
     __pydantic_config__ = _FORBID
 
     run_dir: str | None = None  #: the run's folder; null: runs/NAME_OF_THE_CONFIG
-    seed: int = 0  #: of the first parameters and of dropout
-    steps: int = 1000  #: optimiser steps
+    seed: int = 0  #: of the initial parameters and of dropout
+    steps: int = 1000  #: training steps
     log_every: int = 10  #: steps between rows of metrics.jsonl
-    #: causal_lm: each token from those before it; seq2seq: a target text from a source text, through
-    #: model.encoder and mixers of kind cross. Losses are in nats per target token, bits per byte are of the
-    #: targets, their sources given; masked_lm: chosen tokens from those on both sides, by a model whose
-    #: `causal` is false. Losses are in nats per masked token, and there are no bits per byte
+    #: causal_lm: predict the next token. seq2seq: predict a target text from a source text, with
+    #: model.encoder and mixers of kind cross; losses are in nats per target token, bits per byte are of the
+    #: targets given their sources. masked_lm: predict masked tokens from bidirectional context, with
+    #: model.causal: false; losses are in nats per masked token, and there are no bits per byte
     objective: Literal["causal_lm", "seq2seq", "masked_lm"] = "causal_lm"
     model: ModelConfig = field(default_factory=ModelConfig)  #: the language model
     data: DataConfig = field(default_factory=DataConfig)  #: the text
@@ -222,8 +227,9 @@ class RunConfig:
         for name, length in lengths.items():
             limit, key = model.limit or (math.inf, "")
             if length is not None and length > limit:
-                raise ValueError(f"data.{name} {length} exceeds model.{key} {limit}")
-        self._check_whole_rows("model.mixers", model.mixers, data.sequence_length)
+                raise ValueError(
+                    f"data.{name} {length} exceeds model.{key} {limit}: lower it, or raise the other"
+                )
         if self.objective != "seq2seq" and data.packing == "documents":
             for index, mixer in enumerate(model.mixers):
                 if mixer.mixes_whole_row:
@@ -231,36 +237,33 @@ class RunConfig:
                         f"data.packing is documents: model.mixers.{index} ({mixer.kind}) mixes all tokens of "
                         "a row and cannot keep its documents apart; set it to stream"
                     )
-        if model.encoder is not None:
-            self._check_whole_rows("model.encoder.mixers", model.encoder.mixers, data.source_width)
-
-    def _check_whole_rows(self, name: str, mixers: tuple[Any, ...], longest: int) -> None:
-        for index, mixer in enumerate(mixers):
-            if mixer.mixes_whole_row and (mixer.horizon or longest) < longest:
-                key = f"{name}.{index}.{mixer.horizon_key}"
+        for index, mixer in enumerate(() if model.encoder is None else model.encoder.mixers):
+            if mixer.horizon is not None and mixer.horizon < data.source_width:
+                key = f"model.encoder.mixers.{index}.{mixer.horizon_key}"
                 raise ValueError(
-                    f"{key} {mixer.horizon} is less than the {longest} tokens of a row: raise it"
+                    f"{key} {mixer.horizon} is less than the {data.source_width} tokens of a source row: "
+                    "raise it, or lower data.source_length"
                 )
 
     def _check_causal(self) -> None:
         masked = self.objective == "masked_lm"
         if self.model.causal and masked:
             raise ValueError(
-                "model.causal is true: objective masked_lm tells a token from both sides; set model.causal "
-                "to false, or objective: causal_lm"
+                "model.causal is true: objective masked_lm predicts masked tokens from bidirectional context; "
+                "set model.causal to false, or objective: causal_lm"
             )
         if not self.model.causal and not masked:
             raise ValueError(
-                f"model.causal is false: objective {self.objective} predicts the next token, which such a "
-                "model sees; set it to true, or objective: masked_lm"
+                f"model.causal is false: objective {self.objective} predicts the next token, to which such "
+                "a model attends; set it to true, or objective: masked_lm"
             )
 
     def _check_language_model(self) -> None:
         for index, mixer in enumerate(self.model.mixers):
             if mixer.reads_memory:
                 raise ValueError(
-                    f"model.mixers.{index}.kind is {mixer.kind}: it reads an encoder's memory, which a language "
-                    "model does not have; set objective: seq2seq and model.encoder"
+                    f"model.mixers.{index}.kind is {mixer.kind}: it reads an encoder's output, which a "
+                    "language model does not have; set objective: seq2seq and model.encoder"
                 )
         if self.model.encoder is not None:
             raise ValueError(
@@ -270,13 +273,13 @@ class RunConfig:
         if self.data.source_length is not None:
             raise ValueError(
                 f"data.source_length {self.data.source_length}: objective {self.objective} has no source; "
-                "leave it out"
+                "remove the key"
             )
         evaluation, tokenizer = self.evaluation, self.data.tokenizer
         if evaluation.sample_tokens and not evaluation.sample_prompt and tokenizer == "chars":
             raise ValueError(
-                "evaluation.sample_prompt is empty: the chars tokenizer has no token to start from; "
-                "give a character"
+                "evaluation.sample_prompt is empty: the chars tokenizer has no end-of-document token to start "
+                "from; give at least one character"
             )
 
     def _check_seq2seq(self) -> None:
@@ -287,27 +290,27 @@ class RunConfig:
             )
         if self.data.tokenizer == "chars":
             raise ValueError(
-                "data.tokenizer is chars: it has no end of document, with which objective seq2seq starts and "
-                "ends a target; use bytes"
+                "data.tokenizer is chars: it has no end-of-document token, with which objective seq2seq "
+                "starts and ends a target; use bytes"
             )
         if self.data.packing == "stream":
             raise ValueError(
-                "data.packing is stream: objective seq2seq has a pair a row and packs nothing; leave it out"
+                "data.packing is stream: objective seq2seq has one pair per row and does not pack; remove the key"
             )
         if self.evaluation.sample_prompt != EvaluationConfig.sample_prompt:
             raise ValueError(
-                "evaluation.sample_prompt: objective seq2seq samples from held-out sources; leave it out"
+                "evaluation.sample_prompt: objective seq2seq samples for held-out sources; remove the key"
             )
         if self.model.prefix:
             raise ValueError(
-                f"model.mixers: a prefix of {self.model.prefix} tokens sees all of itself, so the start of a "
-                "target would see what it has to predict; objective seq2seq takes causal masks only"
+                f"model.mixers: a prefix of {self.model.prefix} tokens is attended bidirectionally, so the "
+                "start of a target would attend to the tokens to predict; use causal masks only"
             )
 
     def _check_masked_lm(self) -> None:
         if self.evaluation.sample_prompt != EvaluationConfig.sample_prompt:
             raise ValueError(
-                "evaluation.sample_prompt: objective masked_lm fills in held-out text; leave it out"
+                "evaluation.sample_prompt: objective masked_lm predicts masked tokens of held-out text; remove the key"
             )
 
     def _check_no_masks(self) -> None:
@@ -315,7 +318,7 @@ class RunConfig:
             value = getattr(self.data, name)
             if value != getattr(DataConfig, name):
                 raise ValueError(
-                    f"data.{name} {value}: objective {self.objective} masks no tokens; leave it out, or set "
+                    f"data.{name} {value}: objective {self.objective} masks no tokens; remove the key, or set "
                     "objective: masked_lm"
                 )
 
@@ -331,8 +334,8 @@ class RunConfig:
             )
         if self.model.prefix:
             raise ValueError(
-                f"model.mixers: a prefix of {self.model.prefix} tokens is not scored, which would leave out "
-                f"some of what data.task {kind} asks; use causal masks only"
+                f"model.mixers: a prefix of {self.model.prefix} tokens is not scored, which would skip "
+                f"targets of data.task {kind}; use causal masks only"
             )
 
     def _check_schedule(self) -> None:
@@ -344,7 +347,7 @@ class RunConfig:
             )
         if optimizer.schedule == "cosine" and warmup >= (decay or steps):
             raise ValueError(
-                f"optimizer.warmup_steps {warmup} leaves no room for the cosine, which ends at step "
+                f"optimizer.warmup_steps {warmup} is not before the end of the cosine at step "
                 f"{decay or steps}: lower it or raise steps"
             )
         if optimizer.schedule == "wsd":

@@ -1,4 +1,4 @@
-"""The text: which files, whose parts are held out, and the hash that names it all.
+"""The corpus: which files are read, which part of them is held out, and their hash.
 
 The default corpus is the source of the Python standard library, read where it stands: about 12 MB on every
 machine with Python. A document is a file.
@@ -21,7 +21,7 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and the name, relative to the corpus, that decides whether it is held out."""
+    """A text and its name relative to the corpus; the name decides whether it is held out."""
 
     name: str
     text: str
@@ -36,7 +36,7 @@ class Corpus:
     skipped: int  # files without a character, or, in the standard library, not UTF-8
 
     def sha256(self) -> str:
-        """Of names and contents, each behind its length."""
+        """SHA-256 of all names and contents, each preceded by its length."""
         digest = hashlib.sha256()
         for document in self.documents:
             for part in (document.name.encode("utf-8", "surrogateescape"), document.text.encode()):
@@ -48,19 +48,19 @@ class Corpus:
 def read(files: str | None) -> Corpus:
     """The corpus of a glob, or the standard library's for None.
 
-    ValueError in one line: no match, a folder, unreadable, not UTF-8 (file and byte), nothing in it.
+    ValueError in one line: no match, a folder, unreadable, not UTF-8 (file and byte), empty.
     """
     return _standard_library() if files is None else _matching(files)
 
 
 def split(corpus: Corpus, how: str, fraction: float) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    """(training, held-out) documents, the same ones on every machine that has the same corpus.
+    """(training, held-out) documents, the same ones on every machine with the same corpus.
 
     files: whole documents in the order of the SHA-256 of their names, each one taken that brings the
       held-out bytes closer to the fraction; those above a quarter of the held-out bytes only if the others
       do not suffice; at least one, and never all.
     tail: of the n concatenated characters, the first int((1 - fraction) n) train, the others are held out;
-      the document in which the cut falls is parted.
+      the document in which the cut falls is split.
     """
     if how == "files":
         return _split_files(corpus.documents, fraction)
@@ -132,7 +132,7 @@ def _split_files(documents: Sequence[Document], fraction: float):
     by_hash = sorted(sizes, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
     held: set[str] = set()
     held_bytes = 0
-    for largest in (target / 4, math.inf):  # big files second: no single one should dominate the figure
+    for largest in (target / 4, math.inf):  # big files second: none should dominate the held-out loss
         for name in by_hash:
             closer = sizes[name] <= largest and held_bytes + sizes[name] / 2 < target
             if closer and name not in held and len(held) + 1 < len(documents):

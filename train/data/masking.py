@@ -1,8 +1,8 @@
-"""Masked language modelling: which tokens of a batch are chosen, and what the model reads in their place.
+"""Masked language modelling: which tokens of a batch are targets, and what the model reads in their place.
 
 Of the n tokens of a row round(fraction n), at least one, are chosen; a chosen token becomes the mask id, a
-random token or itself. The model has to tell it from what stands on both sides (Devlin et al. 2018,
-arXiv 1810.04805). An end of a document is no text: it is neither chosen nor drawn.
+random token or itself. The model predicts it from bidirectional context (Devlin et al. 2018,
+arXiv 1810.04805). The end-of-document token is neither chosen nor drawn.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from train.data.tokenizers import Tokenizer
 
 
 def mask_id(tokenizer: Tokenizer) -> int:
-    """The id after the tokenizer's own: only the model knows it, so a tokenizer is the same in every run."""
+    """The [MASK] id: the tokenizer's vocab_size, outside its range."""
     return tokenizer.vocab_size
 
 
 def vocabulary_size(objective: str, source: Tokenizer | TaskConfig) -> int:
-    """The ids a model needs: the tokenizer's or the task's, and for masked_lm the mask id."""
+    """The number of ids a model needs: the tokenizer's or the task's, and for masked_lm the [MASK] id."""
     return source.vocab_size + (objective == "masked_lm")
 
 
@@ -32,14 +32,14 @@ def hide(batch: Batch, config: DataConfig, tokenizer: Tokenizer, key: tuple[int,
     is chosen in row b depends on (key, b) and the row's tokens alone.
     """
     tokens = batch["tokens"]
-    is_text = batch["targets"] >= 0  # a slot without a next token holds none itself
+    is_text = batch["targets"] >= 0  # a slot without a next token is empty
     if tokenizer.end_of_document is not None:
         is_text &= tokens != tokenizer.end_of_document
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-    # Three uniform numbers a token, row after row: the draws of a row know neither B nor the other rows.
+    # Three uniform numbers a token, row after row: the draws of a row depend on neither B nor the other rows.
     order, kind, other = np.moveaxis(rng.random((*tokens.shape, 3)), -1, 0)
     chosen = _smallest(np.where(is_text, order, np.inf), _counts(is_text.sum(1), config.mask_fraction))
-    # The mark, where there is one, is the last id of a tokenizer.
+    # The end-of-document token, where there is one, is the last id of a tokenizer.
     characters = tokenizer.vocab_size - (tokenizer.end_of_document is not None)
     random = kind < config.mask_replaced + config.mask_random
     replaced = kind < config.mask_replaced
@@ -52,7 +52,7 @@ def hide(batch: Batch, config: DataConfig, tokenizer: Tokenizer, key: tuple[int,
 
 
 def _counts(tokens: np.ndarray, fraction: float) -> np.ndarray:
-    """How many of so many tokens are chosen: at least one of any."""
+    """How many of a row's tokens are chosen: at least one, if there is one."""
     return np.minimum(np.maximum(np.rint(fraction * tokens), 1), tokens).astype(int)
 
 

@@ -1,9 +1,9 @@
-"""Rows of T tokens out of documents, as pure arithmetic on indices.
+"""Rows of T tokens from documents, by arithmetic on indices.
 
 A split is one array of tokens and its spans: span i holds the `counts[i]` pairs (token p, target p + 1) for
-p from `starts[i]`. No pair crosses documents, so whatever is made of pairs predicts no token from another
-document. A piece is a run of pairs of one span in one row; it is a segment of its own there, its positions
-start at 0, and nothing before it is seen.
+p from `starts[i]`. No pair crosses documents, so no token is predicted from another document. A piece is a
+run of pairs of one span in one row; it is a segment of its own, its positions start at 0, and its tokens do
+not attend to what is before it.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Split:
         return int(self.counts.sum())
 
     def as_one(self) -> Split:
-        """The same tokens as one span: text without borders."""
+        """The same tokens as one span, without document boundaries."""
         return Split(self.tokens, np.zeros(1, np.int64), np.array([len(self.tokens) - 1], np.int64))
 
 
 class Sequential:
-    """All pairs once, laid end to end in rows of T; only the last row may have room left.
+    """All pairs once, concatenated in rows of T; only the last row may be partly empty.
 
-    The spans come in a given order, and the line they form is turned by `rotation` pairs first, so that
-    other orders and rotations cut the documents at other places.
+    The spans come in a given order, and their concatenation is rotated by `rotation` pairs, so that other
+    orders and rotations cut the documents at other places.
     """
 
     def __init__(self, split: Split, T: int, order: np.ndarray | None = None, rotation: int = 0):
@@ -62,25 +62,25 @@ class Sequential:
         self.rows = rows_of(self._pairs, T)
 
     def pieces(self, row: int) -> Iterator[Piece]:
-        """What the row holds, from left to right."""
+        """The pieces of a row, from left to right."""
         place = row * self._T
         end = min(place + self._T, self._pairs)
         while place < end:
-            turned = (place + self._rotation) % self._pairs
-            span = int(np.searchsorted(self._ends, turned, side="right"))
-            length = min(end - place, int(self._ends[span]) - turned)
+            rotated = (place + self._rotation) % self._pairs
+            span = int(np.searchsorted(self._ends, rotated, side="right"))
+            length = min(end - place, int(self._ends[span]) - rotated)
             assert length > 0
-            yield Piece(int(self._starts[span]) + turned - int(self._begins[span]), length)
+            yield Piece(int(self._starts[span]) + rotated - int(self._begins[span]), length)
             place += length
 
 
 def rows_of(pairs: int, T: int) -> int:
-    """Rows of T that so many pairs fill, the last one perhaps in part."""
+    """The number of rows of T that hold so many pairs; the last one may be partly empty."""
     return -(-pairs // T)
 
 
 def shuffled(split: Split, T: int, seed: int, epoch: int) -> Sequential:
-    """The rows of an epoch: documents in another order, cut at other places, in every one."""
+    """The rows of an epoch: in each, documents come in another order and are cut at other places."""
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(len(split.counts))
     return Sequential(split, T, order, int(rng.integers(split.pairs)))
@@ -109,7 +109,7 @@ def scoring_rows(split: Split, T: int) -> list[list[Piece]]:
 
 
 def _best_fit(pieces: Sequence[Piece], T: int) -> list[list[Piece]]:
-    """Whole pieces in few rows: longest first, each into the fullest row that has room."""
+    """Whole pieces in few rows: longest first, each into the fullest row with enough room."""
     rows: list[list[Piece]] = []
     rooms: list[tuple[int, int]] = []  # (room left, row), sorted
     for piece in sorted(pieces, key=lambda p: -p.length):

@@ -1,4 +1,4 @@
-"""Pairs of a source and a target text: what the seq2seq objective learns from.
+"""Pairs of a source and a target text, the data of objective seq2seq.
 
 Files given by data.files hold a pair a line, `source<TAB>target`. Without them the pairs come from the source
 of the Python standard library, which is parsed and never imported. The task is to restore spaces and capitals
@@ -19,7 +19,7 @@ from train.data.corpus import Corpus, Document
 
 
 class Pair(NamedTuple):
-    """A target text to be written for a source text."""
+    """A source text and its target text."""
 
     source: str
     target: str
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """A corpus as pairs, in the order of its files and lines; `unparsed` files were no Python."""
+    """A corpus as pairs, in the order of its files and lines; `unparsed` files are not valid Python."""
 
     text: Corpus
     train: tuple[Pair, ...]
@@ -36,10 +36,10 @@ class Pairs:
 
 
 def read(files: str | None, how: str, fraction: float) -> Pairs:
-    """The pairs of a glob, or the standard library's for None, parted as `corpus.split` parts text.
+    """The pairs of a glob, or the standard library's for None, split as `corpus.split` splits text.
 
     how: `files` holds out whole files, the very ones `corpus.split` does; `tail` the last pairs.
-    ValueError in one line: what `corpus.read` refuses; a line that is no pair, by file and number.
+    ValueError in one line: what `corpus.read` refuses; a line that is not a pair, by file and number.
     """
     text = corpus.read(files)
     found = {document.name: _of(document, files is None) for document in text.documents}
@@ -57,7 +57,7 @@ def read(files: str | None, how: str, fraction: float) -> Pairs:
 
 
 def of_table(text: str, name: str) -> list[Pair]:
-    """The pairs of the lines of `text`, blank ones skipped. ValueError names the first line that is none."""
+    """The pairs of the lines of `text`, without blank ones. ValueError names a line that is not a pair."""
     pairs = []
     for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
@@ -78,8 +78,8 @@ def of_table(text: str, name: str) -> list[Pair]:
 def of_module(text: str) -> list[Pair]:
     """(its letters in lower case without spaces, first line of the docstring) of each function, in order.
 
-    A docstring that is blank or no valid Unicode gives no pair, nor does a line of a single word. SyntaxError
-    where `text` is no Python.
+    A docstring that is blank or not valid Unicode gives no pair, nor does a line of a single word.
+    SyntaxError where `text` is not valid Python.
     """
     with warnings.catch_warnings(action="ignore"):  # such as an invalid escape in the parsed file
         tree = ast.parse(text)

@@ -1,4 +1,4 @@
-"""The tokenised corpus of a run folder, so that a resume reads what the first start read.
+"""The tokenised corpus in a run folder, so that a resumed run reads the same text as the first start.
 
     data/
       train.npy, validation.npy              token ids, in the smallest type that holds the vocabulary
@@ -8,7 +8,7 @@
       tokenizer.json
       meta.json                              where it came from, sizes, and the SHA-256 of every other file
 
-The folder is written under another name and renamed when complete: it is whole or absent.
+The folder is written under another name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import numpy as np
 from train.data import tokenizers
 from train.data.corpus import Document
 from train.data.packing import Split
-from train.run.files import sync_folder
+from train.run.files import digests, sha256, whole_folder, write_json
 
 FORMAT = 1
 _SPLITS = ("train", "validation")
@@ -36,7 +34,7 @@ _SOURCES = ("train_sources", "validation_sources")
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What the folder holds; the token arrays are mapped, not read."""
+    """The content of the folder; the token arrays are memory-mapped."""
 
     tokenizer: tokenizers.Tokenizer
     train: Split
@@ -55,58 +53,53 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 def encode(documents: Sequence[Document], tokenizer: tokenizers.Tokenizer) -> Split:
-    """The documents end to end, a mark in front of each and one at the end where the tokenizer has one.
+    """The documents concatenated, with an end-of-document token before each and after the last.
 
-    With a mark a document of n tokens has n + 1 pairs: the mark in front predicts its first token, its
-    last token predicts the next mark. Without, it has n - 1, and its first token is never predicted.
+    A document of n tokens has n + 1 pairs: the token before it predicts its first token, its last token
+    predicts the next end of document. A tokenizer without that token gives n - 1 pairs, and the first token
+    is never predicted.
     """
-    mark = tokenizer.end_of_document
+    boundary = tokenizer.end_of_document
     parts = [tokenizer.encode(document.text) for document in documents]
     lengths = np.array([part.size for part in parts], np.int64)
-    marked = int(mark is not None)
-    starts = np.cumsum(lengths + marked) - lengths - marked
-    tokens = np.empty(int(lengths.sum()) + (len(parts) + 1) * marked, token_type(tokenizer.vocab_size))
+    extra = int(boundary is not None)
+    starts = np.cumsum(lengths + extra) - lengths - extra
+    tokens = np.empty(int(lengths.sum()) + (len(parts) + 1) * extra, token_type(tokenizer.vocab_size))
     for part, start in zip(parts, starts.tolist(), strict=True):
-        if marked:
-            tokens[start] = mark
-        assert part.min(initial=0) >= 0 and part.max(initial=0) < tokenizer.vocab_size
-        tokens[start + marked : start + marked + part.size] = part
-    if marked:
-        tokens[-1] = mark
-    return Split(tokens, starts, lengths + 2 * marked - 1)
+        if extra:
+            tokens[start] = boundary
+        assert _known(part, tokenizer), "ids outside the vocabulary"
+        tokens[start + extra : start + extra + part.size] = part
+    if extra:
+        tokens[-1] = boundary
+    return Split(tokens, starts, lengths + 2 * extra - 1)
 
 
 def encode_sources(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> Split:
-    """The texts end to end, without marks; `counts` are the numbers of their tokens."""
+    """The texts concatenated, without end-of-document tokens; `counts` are their numbers of tokens."""
     parts = [tokenizer.encode(text) for text in texts]
     counts = np.array([part.size for part in parts], np.int64)
     tokens = np.concatenate(parts or [np.empty(0, np.int32)])
-    assert tokens.min(initial=0) >= 0 and tokens.max(initial=0) < tokenizer.vocab_size
+    assert _known(tokens, tokenizer), "ids outside the vocabulary"
     return Split(tokens.astype(token_type(tokenizer.vocab_size)), np.cumsum(counts) - counts, counts)
 
 
+def _known(ids: np.ndarray, tokenizer: tokenizers.Tokenizer) -> bool:
+    return ids.min(initial=0) >= 0 and ids.max(initial=0) < tokenizer.vocab_size
+
+
 def write(folder: Path, snapshot: Snapshot) -> None:
-    """Make the folder, whole or not at all; `meta` gets the hashes."""
-    temporary = folder.with_name(f"tmp.{folder.name}")
-    if temporary.exists():  # left by a process that was killed
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    for name in (*_SPLITS, *_SOURCES):
-        split = getattr(snapshot, name)
-        if split is None:
-            continue
-        _write(temporary / f"{name}.npy", lambda file, a=split.tokens: np.save(file, a))
-        spans = np.stack([split.starts, split.counts])
-        _write(temporary / f"{name}_spans.npy", lambda file, a=spans: np.save(file, a))
-    tokenizer = tokenizers.dumps(snapshot.tokenizer).encode()
-    _write(temporary / "tokenizer.json", lambda file: file.write(tokenizer))
-    hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    meta = {"format": FORMAT, **snapshot.meta, "sha256": hashes}
-    meta["sha256_of_this"] = _sha256_of_meta(meta)
-    _write(temporary / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode() + b"\n"))
-    sync_folder(temporary)
-    os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    """Write the folder, completely or not at all; `meta` gets the hashes."""
+    with whole_folder(folder) as temporary:
+        for name in (*_SPLITS, *_SOURCES):
+            split = getattr(snapshot, name)
+            if split is not None:
+                np.save(temporary / f"{name}.npy", split.tokens)
+                np.save(temporary / f"{name}_spans.npy", np.stack([split.starts, split.counts]))
+        (temporary / "tokenizer.json").write_text(tokenizers.dumps(snapshot.tokenizer))
+        meta = {"format": FORMAT, **snapshot.meta, "sha256": digests(temporary, sync=True)}
+        meta["sha256_of_this"] = _sha256_of_meta(meta)
+        write_json(temporary / "meta.json", meta)
 
 
 def read(folder: Path) -> Snapshot:
@@ -116,7 +109,7 @@ def read(folder: Path) -> Snapshot:
     for name in [*(f"{name}{part}.npy" for name in names for part in ("", "_spans")), "tokenizer.json"]:
         path = folder / name
         try:
-            intact = _sha256(path) == meta["sha256"][name]
+            intact = sha256(path) == meta["sha256"][name]
         except OSError as error:
             raise _damaged(path, f"cannot be read: {error.strerror}") from None
         if not intact:
@@ -142,26 +135,16 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise _damaged(path, "is damaged")
     if meta["format"] != FORMAT:
         raise ValueError(
-            f"{path} has format {meta['format']}, this program reads {FORMAT}: start a new run_dir"
+            f"{path} has format {meta['format']}, this version reads {FORMAT}: choose another run_dir"
         )
     return meta
 
 
 def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} {what}; restore the folder {path.parent} from a copy or start a new run_dir")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ValueError(
+        f"{path} {what}; restore the folder {path.parent} from a copy, or choose another run_dir"
+    )
 
 
 def _sha256_of_meta(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, save: Any) -> None:
-    with open(path, "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())

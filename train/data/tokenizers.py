@@ -15,7 +15,7 @@ import numpy as np
 
 
 class ByteTokenizer:
-    """UTF-8 bytes 0 ... 255, and 256 for the end of a document, which also starts one."""
+    """UTF-8 bytes 0 ... 255, and the end-of-document token 256, which also starts a document."""
 
     kind = "bytes"
     vocab_size = 257
@@ -26,11 +26,11 @@ class ByteTokenizer:
         try:
             raw = text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"character {error.start} of the text is no valid Unicode") from None
+            raise ValueError(f"character {error.start} of the text is not valid Unicode") from None
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD, an end of document becomes nothing.
+        """The text; bytes that are not UTF-8 become U+FFFD, end-of-document tokens are left out.
 
         ValueError for a negative id.
         """
@@ -38,16 +38,16 @@ class ByteTokenizer:
         return "".join([stream.push(int(i)) for i in ids]) + stream.finish()
 
     def raw_bytes(self, ids: np.ndarray) -> bytes:
-        """The very bytes, ends of documents left out."""
+        """The bytes, without end-of-document tokens."""
         return ids[ids != self.end_of_document].astype(np.uint8).tobytes()
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` needs."""
+        """The argument of `from_json`."""
         return {"kind": self.kind}
 
 
 class CharTokenizer:
-    """The sorted characters of a corpus, ids 0 ... V - 1; documents have no mark."""
+    """The sorted characters of a corpus, ids 0 ... V - 1, without an end-of-document token."""
 
     kind = "chars"
     end_of_document: int | None = None
@@ -89,7 +89,7 @@ class CharTokenizer:
         return self._points[ids].tobytes().decode("utf-32-le").encode()
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` needs."""
+        """The argument of `from_json`."""
         return {"kind": self.kind, "characters": list(self.characters)}
 
 
@@ -97,9 +97,9 @@ Tokenizer = ByteTokenizer | CharTokenizer
 
 
 class StreamDecoder:
-    """Ids to text one by one; text comes as soon as its characters are whole.
+    """Decodes ids one by one; returns text as soon as its characters are complete.
 
-    The pieces joined, `finish()` included, are `tokenizer.decode` of all ids.
+    The concatenated pieces, with that of `finish()`, equal `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -107,17 +107,17 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that this id completes, often empty within a character of several bytes."""
+        """The text that this id completes; empty within a character of several bytes."""
         if isinstance(self._tokenizer, CharTokenizer):
             return self._tokenizer.decode([token])
         if not _known(token, self._tokenizer.vocab_size):
             return self.finish() + "\ufffd"
         if token == self._tokenizer.end_of_document:
-            return self.finish()  # bytes on both sides of a mark never make one character
+            return self.finish()  # bytes before and after an end of document never form one character
         return self._utf8.decode(bytes([token]))
 
     def finish(self) -> str:
-        """What an unfinished character leaves: U+FFFD or nothing."""
+        """U+FFFD for an incomplete character, else nothing."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
@@ -129,13 +129,13 @@ def make(kind: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def from_json(spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described. ValueError if it is no such description."""
+    """The tokenizer that `to_json` described. ValueError for anything else."""
     if spec == {"kind": "bytes"}:
         return ByteTokenizer()
     if isinstance(spec, dict) and spec.get("kind") == "chars" and isinstance(spec.get("characters"), list):
         if all(isinstance(c, str) for c in spec["characters"]):
             return CharTokenizer(spec["characters"])
-    raise ValueError("no description of a tokenizer")
+    raise ValueError("it does not describe a tokenizer")
 
 
 def dumps(tokenizer: Tokenizer) -> str:
@@ -151,7 +151,9 @@ def load(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"the tokenizer {path} is damaged: {error}; restore it or start a new run") from None
+        raise ValueError(
+            f"the tokenizer {path} is damaged: {error}; restore it from a copy, or choose another run_dir"
+        ) from None
 
 
 def _known(token: int, vocab_size: int) -> bool:

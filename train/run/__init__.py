@@ -1,1 +1,1 @@
-"""A run on the disk: its folder, checkpoints, metrics, and how it is read back."""
+"""A run on disk: its folder, its checkpoints, its metrics, and loading a trained model from it."""

@@ -1,49 +1,47 @@
-"""Checkpoints: arrays through orbax, everything around them so that SIGKILL at any moment loses nothing.
+"""Checkpoints: arrays written by orbax, with checksums, in folders that are complete or ignored.
 
 A checkpoint is a folder step_00000500 of
 
     state/         parameters and optimiser state, as orbax writes them
-    info.json      what identifies the run, and its host state
+    info.json      the run's configuration, its host state, and the path, dtype and shape of every array
     manifest.json  format number and the SHA-256 of every other file (orbax itself has no checksum)
 
-It is made under a name that starts with `tmp.`, the manifest last, and renamed when complete; it is deleted
-by renaming it back first. So a name without `tmp.` is always complete, and what a killed process left over
-is recognised by its name.
+A process that is killed at any moment loses no earlier checkpoint: a folder is filled under a name that
+starts with `tmp.`, the manifest last, and renamed when complete; before it is deleted, it is renamed back.
+
+A checkpoint of an earlier format is verified as it is and then read with the paths that its arrays have now
+(`train.run.migration`). Arrays are restored by path: the containers around them may change.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from train.run.files import sync_folder, write_json
+from train.run.files import TEMPORARY, delete, delete_folder, digests, whole_folder, write_json
+from train.run.migration import FORMAT, check_format, migrate_path
 
-FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})\Z")
-_TEMPORARY = "tmp."
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, told in one line with the remedy."""
+    """A checkpoint that cannot be used: the reason and the remedy in one line."""
 
 
 class Checkpoints:
-    """The checkpoints in `folder`: the newest `keep` of them, and one more that is called the best."""
+    """The checkpoints in `folder`: the newest `keep`, and the one that `save` is given as the best."""
 
     def __init__(self, folder: Path, *, keep: int):
         self.folder = folder.absolute()
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending. A folder without a manifest is none."""
+        """Steps of the complete checkpoints, ascending; a folder without a manifest does not count."""
         if not self.folder.is_dir():
             return []
         matches = [_NAME.match(entry.name) for entry in self.folder.iterdir()]
@@ -67,28 +65,25 @@ class Checkpoints:
         When the manifest has been renamed into place the checkpoint is on the disk; an error before that
         leaves the earlier ones as they were.
         """
-        temporary = self.folder / f"{_TEMPORARY}{self.path(step).name}"
-        _delete(temporary)
-        temporary.mkdir(parents=True)
-        ocp.save(temporary / "state", state)
-        write_json(temporary / "info.json", {**info, "step": step, "leaves": _leaves(state)})
-        write_json(temporary / "manifest.json", {"format": FORMAT, "files": _digests(temporary, sync=True)})
-        self._discard(self.path(step))
-        os.rename(temporary, self.path(step))
-        sync_folder(self.folder)
+        with whole_folder(self.path(step)) as temporary:
+            ocp.save(temporary / "state", state)
+            write_json(temporary / "info.json", {**info, "step": step, "leaves": _leaves(state)})
+            manifest = {"format": FORMAT, "files": digests(temporary, sync=True)}
+            write_json(temporary / "manifest.json", manifest)
+            delete_folder(self.path(step))
         self.collect(best)
 
     def collect(self, best: int | None) -> None:
-        """Delete what killed processes left over, and all but the newest `keep` steps and step `best`."""
+        """Delete incomplete folders of killed processes, and all steps but the newest `keep` and `best`."""
         if not self.folder.is_dir():
             return
         for entry in self.folder.iterdir():
-            if entry.name.startswith(_TEMPORARY):
-                _delete(entry)
+            if entry.name.startswith(TEMPORARY):
+                delete(entry)
         steps = self.steps()
         for step in steps:
             if step not in (*steps[-self.keep :], best):
-                self._discard(self.path(step))
+                delete_folder(self.path(step))
 
     def info(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step; CheckpointError if it cannot be read."""
@@ -100,24 +95,24 @@ class Checkpoints:
         CheckpointError names the damaged file, or the leaf that differs, and what to do.
         """
         manifest = self._read(step, "manifest.json")
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {self.path(step)} has format {manifest.get('format')}, this version reads"
-                f" {FORMAT}: resume it with the version that wrote it, or {self._remedy(step)}"
-            )
+        number = manifest.get("format")
+        try:
+            check_format(number)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {self.path(step)}: {error}, or {self._remedy(step)}") from None
         self._verify(step, manifest)
         info = self.info(step)
-        self._compare(step, info["leaves"], _leaves(like))
-        state = ocp.load(self.path(step) / "state", like)
-        assert _leaves(state) == _leaves(like)
-        return state, info
+        saved = {migrate_path(path, number): leaf for path, leaf in info["leaves"].items()}
+        self._compare(step, saved, _leaves(like))
+        return _load(self.path(step) / "state", like, number), info
 
     def _verify(self, step: int, manifest: dict[str, Any]) -> None:
         path, expected = self.path(step), manifest.get("files")
         try:
-            found = _digests(path)
+            found = digests(path)
         except OSError as error:
             raise self._damaged(step, f"{error.filename}: {error.strerror}") from None
+        found.pop("manifest.json", None)
         if not isinstance(expected, dict):
             raise self._damaged(step, f"{path / 'manifest.json'} lists no files")
         for name in sorted(expected.keys() | found.keys()):
@@ -144,9 +139,9 @@ class Checkpoints:
         except OSError as error:
             raise self._damaged(step, f"{path}: {error.strerror}") from None
         except ValueError:
-            raise self._damaged(step, f"{path} is no JSON") from None
+            raise self._damaged(step, f"{path} is not valid JSON") from None
         if not isinstance(value, dict):
-            raise self._damaged(step, f"{path} is no JSON object")
+            raise self._damaged(step, f"{path} is not a JSON object")
         return value
 
     def _damaged(self, step: int, what: str) -> CheckpointError:
@@ -157,46 +152,32 @@ class Checkpoints:
         then = f"to resume from step {earlier[-1]}" if earlier else "to start again from step 0"
         return f"delete {self.path(step)} {then}"
 
-    def _discard(self, path: Path) -> None:
-        """Delete a checkpoint; it stops being one before its first file goes."""
-        if path.exists():
-            doomed = path.with_name(f"{_TEMPORARY}deleted.{path.name}")
-            _delete(doomed)
-            os.rename(path, doomed)
-            _delete(doomed)
+
+def _load(path: Path, like: Any, number: int) -> Any:
+    """The arrays that orbax wrote to `path`, each at the place that its migrated path has in `like`."""
+    wanted = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(like)}
+
+    def place(keys, leaf):
+        return wanted[migrate_path(_path(keys), number)]
+
+    # orbax compares containers as well as leaves, so it is asked for the ones that it wrote.
+    written = ocp.metadata(path).metadata
+    loaded = ocp.load(path, jax.tree_util.tree_map_with_path(place, written))
+    arrays = {
+        migrate_path(_path(keys), number): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(loaded)
+    }
+    state = jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_path(keys)], like)
+    assert _leaves(state) == _leaves(like)
+    return state
 
 
-def _delete(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _leaves(tree: Any) -> dict[str, str]:
     """Path of each leaf to its dtype and shape, such as float32[4,128]."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}[{','.join(map(str, x.shape))}]"
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        _path(keys): f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        for keys, x in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _digests(folder: Path, *, sync: bool = False) -> dict[str, str]:
-    """Relative name to SHA-256 of every file below, the manifest apart; OSError at a link."""
-    digests = {}
-    for parent, folders, files in os.walk(folder):
-        for name in [*folders, *files]:
-            path = Path(parent, name)
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise OSError(0, "is neither a file nor a folder", str(path))
-        for name in files:
-            path = Path(parent, name)
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if sync:
-                    os.fsync(file.fileno())
-            digests[path.relative_to(folder).as_posix()] = digest
-        if sync:
-            sync_folder(Path(parent))
-    digests.pop("manifest.json", None)
-    return dict(sorted(digests.items()))

@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Console:
             self._bar.stop()
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """A step is done."""
+        """Report a completed step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=loss, speed=tokens_per_second)
 
     def row(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl; on a terminal the bar already shows the training loss."""
+        """Print a row of metrics.jsonl; on a terminal only with a held-out loss, the bar shows the rest."""
         if self._bar is None or "val/loss" in row:
             names = [name for name in ("train/loss", "val/loss", "val/accuracy") if name in row]
             losses = "  ".join(f"{name} {row[name]:.4f}" for name in names)
@@ -52,7 +52,7 @@ class Console:
             self.line(f"step {row['step']}/{self._steps}  {losses}  {speed:,.0f} {self._unit}s/s")
 
     def line(self, text: str) -> None:
-        """A line of its own; control characters in it, which a model may write, are replaced."""
+        """Print a line; control characters, which a model may generate, are replaced."""
         text = printable(text)
         if self._bar is not None:
             self._bar.console.print(text, soft_wrap=True)
@@ -61,5 +61,5 @@ class Console:
 
 
 def printable(text: str) -> str:
-    """The text without what would steer a terminal."""
+    """The text with U+FFFD in place of control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,8 +1,9 @@
-"""A run's folder: whose it is, what made it, and that one process at a time writes to it.
+"""A run's folder: the configuration it belongs to, its versions, and a lock for one process at a time.
 
-The set-up writes config.yaml last, so a folder without it is not begun; result.json ends a run.
+The set-up writes config.yaml last: a folder without it was not set up. A folder with result.json is
+finished.
 
-    config.yaml    the resolved configuration
+    config.yaml    the resolved configuration of the first start
     versions.json  package versions;  run.json: corpus hash, parameters
     data/          the tokenised snapshot of the corpus
     metrics.jsonl, tensorboard/, samples/, checkpoints/, loss.png, result.json
@@ -11,7 +12,6 @@ The set-up writes config.yaml last, so a folder without it is not begun; result.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,23 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from train import config as config_lib
-from train.config import plain_yaml
-from train.config.schema import MASKING_KEYS, RunConfig
+from train.config import yaml_text
+from train.config.schema import RunConfig
 from train.run.files import write_atomically, write_json
+from train.run.migration import FORMAT, config_hash_of_format_1, flatten, migrate_config
 
-# Keys that may change between two starts: they alter no bit of parameters, optimiser, losses or data order.
+# Keys that may change between two starts: parameters, optimiser state, losses and data order do not depend
+# on them.
 FREE = ("run_dir", "log_every", "evaluation.sample_prompt", "evaluation.sample_tokens")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _LOCK = "run.lock"
-_MASKING = {f"data.{name}" for name in MASKING_KEYS}
 
 
 class RunFolder:
     """`with RunFolder(path, config) as folder:` holds the folder's lock.
 
-    Entering raises ValueError, and changes nothing, if the folder belongs to another configuration (the
-    differing keys are named), to something else, or to a running process. Leaving before `begin` removes
-    what the set-up made.
+    Entering raises ValueError, and changes nothing, if the folder was made by another configuration (the
+    message names the keys that differ), is not a run folder, or is in use by a running process. Leaving
+    before `begin` removes what the set-up wrote.
     """
 
     def __init__(self, path: Path, config: RunConfig):
@@ -75,7 +76,7 @@ class RunFolder:
         return (self.path / "config.yaml").exists()
 
     def begin(self, facts: dict[str, Any]) -> list[str]:
-        """Write config.yaml, versions.json and run.json (`facts`); notes on what changed if begun before.
+        """Write config.yaml, versions.json and run.json (`facts`), or return notes on what changed since.
 
         ValueError if a fact, such as the corpus hash, is not what it was.
         """
@@ -88,12 +89,15 @@ class RunFolder:
                     raise ValueError(f"{self.path}: {name} was {old}, is {new}: choose another run_dir")
             for name, old in self._read("versions.json").items():
                 if versions.get(name) != old:
-                    notes.append(f"{name} was {old} and is {versions.get(name)}: the last bits may differ")
+                    notes.append(
+                        f"{name} was {old} and is {versions.get(name)}: results may differ in the last bits"
+                    )
         else:
             write_json(self.path / "run.json", facts)
         if notes or not self.begun:
             write_json(self.path / "versions.json", versions)
-        write_atomically(self.path / "config.yaml", config_lib.dump_yaml(self._config))
+        if not self.begun:
+            write_atomically(self.path / "config.yaml", yaml_text.dumps(saved_keys(self._config)))
         return notes
 
     def result(self) -> dict[str, Any] | None:
@@ -106,29 +110,34 @@ class RunFolder:
 
     def _check(self) -> None:
         if self.begun:
-            self._compare(plain_yaml.parse(_text(self.path / "config.yaml"), str(self.path / "config.yaml")))
+            differing = differences(_read_keys(self.path), self._config, self.path / "config.yaml")
+            if differing:
+                more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+                raise ValueError(
+                    f"run_dir {self.path} was made by another config: {', '.join(differing[:8])}{more};"
+                    " choose another run_dir, or delete this one"
+                )
         elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):
-            raise ValueError(f"run_dir {self.path} is no run's folder and not empty: choose another run_dir")
+            raise ValueError(f"run_dir {self.path} is neither empty nor a run folder: choose another run_dir")
 
     def _is_empty(self) -> bool:
         return (self.path / _LOCK).exists() or not any(self.path.iterdir())
 
-    def _compare(self, saved: Any) -> None:
-        old, new = _identity(saved), _identity(config_lib.to_dict(self._config))
-        changes = [
-            f"{key} {_show(old, key)} -> {_show(new, key)}"
-            for key in sorted(old.keys() | new.keys())
-            if (key in old, old.get(key)) != (key in new, new.get(key))
-        ]
-        if changes:
-            more = f" and {len(changes) - 8} more" if len(changes) > 8 else ""
+    def check_checkpoint(self, info: dict[str, Any], path: Path) -> None:
+        """ValueError if the checkpoint at `path`, whose info.json is given, is another configuration's."""
+        if "config" in info:
+            differing = differences(info["config"], self._config, path)
+        else:
+            made = config_hash_of_format_1(_read_keys(self.path))
+            differing = [] if info["config_sha256"] == made else ["its hash differs"]
+        if differing:
             raise ValueError(
-                f"run_dir {self.path} was made by another config: {', '.join(changes[:8])}{more};"
-                " choose another run_dir, or delete that one"
+                f"checkpoint {path} was made by another config ({differing[0]}): delete it, or choose another"
+                " run_dir"
             )
 
     def _clear(self) -> None:
-        """Remove what an unfinished set-up left: it may be another configuration's."""
+        """Remove what an unfinished set-up wrote: it may be of another configuration."""
         for name in ("data", "tmp.data", "run.json", "versions.json"):
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -141,18 +150,38 @@ class RunFolder:
         except json.JSONDecodeError:
             value = None
         if not isinstance(value, dict):
-            raise ValueError(f"{self.path / name} is no JSON object: choose another run_dir")
+            raise ValueError(
+                f"{self.path / name} is not a JSON object: restore it from a copy, or choose another run_dir"
+            )
         return value
 
 
-def config_hash(config: RunConfig) -> str:
-    """SHA-256 of all keys but the free ones."""
-    text = json.dumps(_identity(config_lib.to_dict(config)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def saved_config(folder: Path) -> RunConfig:
+    """The configuration in a run folder's config.yaml, of any known format; ValueError if unreadable."""
+    return _migrated(_read_keys(folder), folder / "config.yaml")
+
+
+def saved_keys(config: RunConfig) -> dict[str, Any]:
+    """The configuration as config.yaml and a checkpoint's info.json hold it; see `differences`."""
+    return {"format": FORMAT, **config_lib.to_dict(config)}
+
+
+def differences(saved: dict[str, Any], config: RunConfig, place: Path) -> list[str]:
+    """The keys in which a saved configuration, of any known format, differs, as "key old -> new".
+
+    A key that the saved configuration lacks has its default. ValueError names `place` if the saved keys are
+    not a valid configuration.
+    """
+    old, new = (flatten(config_lib.to_dict(c)) for c in (_migrated(saved, place), config))
+    return [
+        f"{key} {_show(old, key)} -> {_show(new, key)}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in FREE and (key in old, old.get(key)) != (key in new, new.get(key))
+    ]
 
 
 def package_versions() -> dict[str, str]:
-    """Python and the packages that decide a run's bits."""
+    """Versions of Python and of the packages that determine a run's numbers."""
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES}
 
 
@@ -190,27 +219,22 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _identity(config: Any) -> dict[str, Any]:
-    """The dotted keys that say which run it is."""
-    flat = {key: value for key, value in _flat(config).items() if key not in FREE}
-    if flat.get("data.task") is None:
-        flat.pop("data.task", None)
-    if flat.get("objective") == "masked_lm":
-        return flat
-    # Elsewhere these hold their defaults, and runs that were begun before they existed go on.
-    return {key: value for key, value in flat.items() if key not in _MASKING}
+def _read_keys(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    keys = yaml_text.parse(_text(path), str(path))
+    if not isinstance(keys, dict):
+        raise ValueError(
+            f"{path} is not a mapping of keys: restore it from a copy, or choose another run_dir"
+        )
+    return keys
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as dotted keys."""
-    if not isinstance(value, dict | list):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    flat: dict[str, Any] = {}
-    for key, below in items:
-        flat |= _flat(below, f"{path}.{key}" if path else str(key))
-    return flat
+def _migrated(keys: dict[str, Any], place: Path) -> RunConfig:
+    try:
+        return config_lib.from_dict(migrate_config(keys))
+    except ValueError as error:
+        raise ValueError(f"the configuration in {place} cannot be read: {error}") from None
 
 
 def _show(flat: dict[str, Any], key: str) -> str:
-    return plain_yaml.scalar(flat[key]) if key in flat else "(absent)"
+    return yaml_text.scalar(flat[key]) if key in flat else "(absent)"

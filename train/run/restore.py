@@ -1,4 +1,4 @@
-"""A trained run, read back for use: its model, its parameters, its tokenizer."""
+"""Loading a trained run: its model, its parameters, its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from attention_jax.model import ModelConfig, init_params
-from train import config as config_lib
 from train.config.schema import RunConfig
 from train.data import tokenizers
 from train.data.masking import vocabulary_size
 from train.optimizer import make_optimizer
 from train.run.checkpoint import Checkpoints
+from train.run.folder import saved_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class TrainedRun:
     config: RunConfig
     model: ModelConfig
     params: dict[str, Any]
-    tokenizer: tokenizers.Tokenizer | None  # None: a task in place of text
+    tokenizer: tokenizers.Tokenizer | None  # None: the run is of a synthetic task
     step: int
 
     def requests(self, texts: Sequence[str]) -> Requests:
-        """What `generate` takes to go on from the texts, or for seq2seq to write their targets.
+        """Inputs of `generate` that continue the texts, or for seq2seq generate their targets.
 
         ValueError for an empty source, and for a run of a task: it has no tokenizer.
         """
@@ -43,22 +43,22 @@ class TrainedRun:
 
 
 class Requests(NamedTuple):
-    """Token ids for `generate`, and what to print in front of each answer."""
+    """Token ids for `generate`, and the text to print in front of each generated one."""
 
     prompts: list[np.ndarray]
     sources: list[np.ndarray] | None
-    heads: list[str]
+    echo: list[str]
 
 
 def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
     """The run in `run_dir` at checkpoint `step`: a number, "latest" or "best" (lowest val/loss).
 
-    ValueError, in one line: no run folder, no such checkpoint, a damaged one.
+    ValueError, in one line: not a run folder, no such checkpoint, a damaged checkpoint.
     """
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
-    config = config_lib.load(folder / "config.yaml", [])
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
+    config = saved_config(folder)
     task = config.data.task
     tokenizer = None if task else tokenizers.load(folder / "data" / "tokenizer.json")
     model = with_vocabulary(config.model, vocabulary_size(config.objective, task or tokenizer))
@@ -69,18 +69,19 @@ def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
 
 
 def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
-    """The model with `size` token ids, unless it states a number that is large enough."""
+    """The model with a vocabulary of `size` ids, unless its own is given and large enough."""
     if model.vocab_size is None:
         return dataclasses.replace(model, vocab_size=size)
     if model.vocab_size < size:
         raise ValueError(
-            f"model.vocab_size {model.vocab_size} is less than the {size} ids it reads: raise or null it"
+            f"model.vocab_size {model.vocab_size} is less than the {size} ids of the data:"
+            " raise it, or set it to null"
         )
     return model
 
 
 def fresh_state(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """What a checkpoint's arrays are: new parameters and their optimiser state, on the first device."""
+    """New parameters and their optimiser state, the arrays of a checkpoint, on the first device."""
     return jax.jit(functools.partial(_fresh, config, model), out_shardings=_first_device())(key)
 
 
@@ -104,7 +105,7 @@ def _first_device() -> jax.sharding.Sharding:
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
-    """Ids of a prompt, behind the end-of-document mark with which every document starts in training."""
+    """Ids of a prompt, after the end-of-document token that starts every document in training."""
     ids = tokenizer.encode(text)
     if tokenizer.end_of_document is None:
         return ids
@@ -112,11 +113,11 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
 
 
 def make_requests(objective: str, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Requests:
-    """The texts as prompts, or as sources whose targets are to be written. ValueError for an empty source."""
-    if objective != "seq2seq":  # for masked_lm `generate` says why it does not
+    """The texts as prompts, or for seq2seq as sources. ValueError for an empty source."""
+    if objective != "seq2seq":  # masked_lm: `generate` refuses the model and explains why
         return Requests([encode_prompt(tokenizer, text) for text in texts], None, list(texts))
     if not all(texts):
-        raise ValueError("the source is empty: the model writes a target for a text, give one")
+        raise ValueError("the source is empty: give a text")
     sources = [tokenizer.encode(text) for text in texts]
     return Requests([encode_prompt(tokenizer, "") for _ in texts], sources, [f"{text} -> " for text in texts])
 
@@ -124,7 +125,7 @@ def make_requests(objective: str, tokenizer: tokenizers.Tokenizer, texts: Sequen
 def _step(checkpoints: Checkpoints, step: int | str) -> int:
     steps = checkpoints.steps()
     if not steps:
-        raise ValueError(f"{checkpoints.folder} holds no complete checkpoint: train first")
+        raise ValueError(f"{checkpoints.folder} has no complete checkpoint: train first")
     if step == "latest":
         return steps[-1]
     if step == "best":

@@ -8,32 +8,31 @@ Linear attention (arXiv 2006.16236), RetNet (2307.08621), GLA (2312.06635) and M
 
 from __future__ import annotations
 
-import functools
-import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attention_jax.ops.arguments import is_array, per_token
+from attention_jax.ops import varying
+from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
-from attention_jax.ops.decay_scan.common import Call
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import document_runs, select_valid
+from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
+from attention_jax.ops.decay_scan.common import DecayScanCall
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
+from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
-def _many_tokens(call: Call) -> str | None:
+def _many_tokens(call: DecayScanCall) -> str | None:
     T = call.sizes[1]
     return None if T == 1 else f"T = {T} > 1: one step per token, and a backward that keeps every state"
 
 
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
-    "recurrent": Implementation(recurrent.attend, recurrent.unsupported, _many_tokens),
-    "chunked": Implementation(chunked.attend, chunked.unsupported),
-    "quadratic": Implementation(quadratic.attend, quadratic.unsupported, lambda call: "O(T^2)"),
+    "recurrent": Implementation(recurrent.attend, unwanted=_many_tokens),
+    "chunked": Implementation(chunked.attend, config=ChunkedScanConfig()),
+    "quadratic": Implementation(quadratic.attend, quadratic.unsupported, unwanted=lambda call: "O(T^2)"),
 }
 
 
@@ -50,7 +49,7 @@ def decay_scan(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
-    impl: str | None = None,
+    impl: str | ChunkedScanConfig | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal linear attention through a decaying state; a token sees itself and what came before.
 
@@ -71,11 +70,12 @@ def decay_scan(
       normalize: y_t = scale * q_t S_t / (q_t . z_t) with z_t = exp(log_decay_t) z_{t-1} + k_t, for
         features q, k >= 0. A denominator of exactly 0 gives 0. z is the last of the state's M + 1 columns.
       scale: multiplies y.
-      chunk_size: tokens of a chunk in the chunked form; by default what was measured fastest. The other
+      chunk_size: tokens of a chunk in the chunked form; by default that of `ChunkedScanConfig`. The other
         forms have no chunks.
       return_state: also return the state after the last token.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per chunk kept for the
-        backward), "quadratic" (dense [T, T], for inspection) or None, which chooses; see `explain`.
+        backward), "quadratic" (dense [T, T], for inspection), a `ChunkedScanConfig`
+        ("chunked" with these sizes), or None, which chooses; see `explain`.
 
     Returns:
       y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32). Slots without a token give 0 and pass no
@@ -87,9 +87,10 @@ def decay_scan(
     """
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
-        chunk_size,
     )  # fmt: skip
-    y_BTNM, state_BNHM = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].run(call)
+    y_BTNM, state_BNHM = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl).run(
+        varying.aligned(call)
+    )
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)
@@ -119,7 +120,7 @@ def decay_weights(
     """
     v_BTNM = _any_values(q_BTNH, k_BTKH, log_decay, initial_state_BNHM, normalize)
     call, _ = _checked_call(
-        q_BTNH, k_BTKH, v_BTNM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale, None
+        q_BTNH, k_BTKH, v_BTNM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale
     )
     if why_not := quadratic.unsupported(call):
         raise NotImplementedError(f"decay_weights cannot make this array: {why_not}")
@@ -138,12 +139,14 @@ def _any_values(q, k, log_decay, state, normalize) -> Any:
     return jnp.zeros((*shapes[1][:2], max(*heads, shapes[3][1]), max(1, shapes[3][3] - normalize)), k.dtype)
 
 
-def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
+def explain(*args, impl: str | ChunkedScanConfig | None = None, **kwargs) -> Explanation:
     """What `decay_scan` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 
-    def find(*, impl, return_state, **given):
+    def find(*, impl, return_state, chunk_size, **given):
         del return_state
-        return choose(_IMPLEMENTATIONS, _checked_call(*given.values())[0], impl)
+        return explain_choice(
+            with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), _checked_call(*given.values())[0], impl
+        )
 
     return explained(decay_scan, find, args, kwargs | {"impl": impl})
 
@@ -156,33 +159,29 @@ def _normalized(y_BTNM: jax.Array, scale: float) -> jax.Array:
 
 
 def _checked_call(
-    q, k, v, log_decay, state, segment_ids, positions, normalize, scale, chunk_size
-) -> tuple[Call, jax.Array | None]:
+    q, k, v, log_decay, state, segment_ids, positions, normalize, scale
+) -> tuple[DecayScanCall, jax.Array | None]:
     """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
     B, T, N, H, M = _sizes(q, k, v)
     q, k, v = map(jnp.asarray, (q, k, v))
     segments = per_token("segment_ids", segment_ids, B, T)
     positions = per_token("positions", positions, B, T)
-    scale = _number("scale", scale)
-    if chunk_size is not None and (not isinstance(chunk_size, numbers.Integral) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
+    scale = finite_number("scale", scale)
     if not isinstance(normalize, bool):
         raise ValueError(f"normalize must be True or False, got {normalize!r}")
     dtype = jnp.result_type(q, k, v, jnp.float32)
-    held = [x >= 0 for x in (segments, positions) if x is not None]
-    valid = functools.reduce(jnp.logical_and, held) if held else None
+    valid = valid_tokens(positions, segments)
     log_decay = _log_decay(log_decay, (B, T, N, H), dtype, valid)
     out_dtype = dtype if normalize else v.dtype
     q, k, v = (select_valid(x, valid) for x in (q, k, v))
     if normalize:
         ones = select_valid(jnp.ones((B, T, v.shape[2], 1), v.dtype), valid)
         v = jnp.concatenate([v, ones], axis=3)
-    call = Call(
+    call = DecayScanCall(
         q, k, v, log_decay,
         _state(state, (B, N, H, M + normalize), dtype, normalize),
         None if segments is None else document_runs(segments, valid),
         scale=1.0 if normalize else scale,
-        chunk_size=None if chunk_size is None else int(chunk_size),
         out_dtype=out_dtype,
         normalize=normalize,
     )  # fmt: skip
@@ -208,12 +207,6 @@ def _sizes(q, k, v) -> tuple[int, int, int, int, int]:
     return B, T, N, H, v.shape[3]
 
 
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite Python number (multiply q by a traced one), got {value!r}")
-    return float(value)
-
-
 def _log_decay(x: Any, sizes: tuple[int, int, int, int], dtype: Any, valid: jax.Array | None):
     """The checked log decay in `dtype`, 0 in slots without a token, or None."""
     if x is None:
@@ -229,24 +222,11 @@ def _log_decay(x: Any, sizes: tuple[int, int, int, int], dtype: Any, valid: jax.
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"log_decay must be floating point, got {x.dtype}")
-    _check_sign(x, valid)
+    check_decays(x, valid)
     x = jnp.asarray(x).astype(dtype)
     if valid is not None and x.ndim == 1:
         x = jnp.broadcast_to(x, (B, T, heads))
     return x if x.ndim == 1 else select_valid(x, valid)
-
-
-def _check_sign(x: Any, valid: jax.Array | None) -> None:
-    """ValueError where a concrete log decay of a token would let the state grow."""
-    if any(isinstance(a, jax.core.Tracer) for a in (x, valid)):
-        return
-    values = np.asarray(x).astype(np.float32)
-    if valid is not None and values.ndim > 1:
-        shape = valid.shape + (1,) * (values.ndim - 2)
-        values = np.where(np.asarray(valid).reshape(shape), values, 0.0)
-    if not (values <= 0).all():
-        worst = values[~(values <= 0)][0]
-        raise ValueError(f"log_decay must be <= 0 (a factor <= 1), got {worst}; pass the log of the decay")
 
 
 def _state(x: Any, shape: tuple[int, ...], dtype: Any, normalize: bool) -> jax.Array:
@@ -261,4 +241,6 @@ def _state(x: Any, shape: tuple[int, ...], dtype: Any, normalize: bool) -> jax.A
     return jnp.asarray(x)
 
 
-implementations = functools.partial(tuple, _IMPLEMENTATIONS)
+def implementations() -> tuple[str, ...]:
+    """The names that `impl` may be."""
+    return tuple(_IMPLEMENTATIONS)

@@ -12,6 +12,7 @@ so that every decay from 0 to 1 is exact.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,17 +22,20 @@ import numpy as np
 from jax import lax
 
 from attention_jax.ops import varying
-from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.arguments import positive_integer
+from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
 
-# Tokens of a chunk, measured on a CPU at B1 H8 D64 (docs/results.md).
-_CHUNK, _CHANNEL_CHUNK = 64, 64
 
+@dataclasses.dataclass(frozen=True)
+class ChunkedScanConfig:
+    """Sizes of "chunked"; the default was measured on a CPU at B1 H8 D64 (docs/results.md)."""
 
-def unsupported(call: Call) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
+    #: Tokens of a chunk.
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        positive_integer("chunk_size", self.chunk_size)
 
 
 class _Inputs(NamedTuple):
@@ -56,45 +60,44 @@ class _Weights(NamedTuple):
     through: jax.Array | None
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DecayScanCall, config: ChunkedScanConfig) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
-    return _attend(call)
+    return _attend(config.chunk_size, call)
 
 
-@jax.custom_vjp
-def _attend(call: Call) -> tuple[jax.Array, jax.Array]:
-    return _forward(call)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(chunk_size: int, call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
+    return _forward(chunk_size, call)[:2]
 
 
-def _attend_fwd(call: Call):
-    y_BTNM, state_BNHM, states = _forward(call)
+def _attend_fwd(chunk_size: int, call: DecayScanCall):
+    y_BTNM, state_BNHM, states = _forward(chunk_size, call)
     return (y_BTNM, state_BNHM), (call, states)
 
 
-def _attend_bwd(residuals, cotangents):
-    return (_backward(*residuals, *cotangents),)
+def _attend_bwd(chunk_size: int, residuals, cotangents):
+    return (_backward(chunk_size, *residuals, *cotangents),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _chunks(call: Call) -> tuple[int, int, int]:
+def _chunks(chunk_size: int, call: DecayScanCall) -> tuple[int, int, int]:
     """(C, how many chunks, tokens of a shorter one after them)."""
     T = call.sizes[1]
-    default = _CHANNEL_CHUNK if _per_channel(call) else _CHUNK
-    C = min(call.chunk_size or default, T)
+    C = min(chunk_size, T)
     return C, T // C, T % C
 
 
-def _per_channel(call: Call) -> bool:
+def _per_channel(call: DecayScanCall) -> bool:
     return call.log_decay is not None and call.log_decay.ndim == 4
 
 
-def _is_constant(call: Call) -> bool:
+def _is_constant(call: DecayScanCall) -> bool:
     return call.log_decay is not None and call.log_decay.ndim == 1
 
 
-def _inputs(call: Call) -> _Inputs:
+def _inputs(call: DecayScanCall) -> _Inputs:
     return _Inputs(call.q_BTNH, call.k_BTNH, call.v_BTNM, None if _is_constant(call) else call.log_decay)
 
 
@@ -109,10 +112,12 @@ def _paste(x: Any, piece: Any, start: Any) -> Any:
     return jax.tree.map(one, x, piece)
 
 
-def _forward(call: Call) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(
+    chunk_size: int, call: DecayScanCall
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """y, the last state, and the states before whole chunks, [chunks, B, N, H, M], and before the rest."""
     B, T, N, _, M = call.sizes
-    C, count, rest = _chunks(call)
+    C, count, rest = _chunks(chunk_size, call)
     inputs = _inputs(call)
 
     def chunk(state_BNHM, y_BTNM, start, C, weights):
@@ -134,8 +139,10 @@ def _forward(call: Call) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Arr
     return y_BTNM, state_BNHM, (states, before_rest)
 
 
-def _backward(call: Call, states, dy_BTNM: jax.Array, dstate_BNHM: jax.Array) -> Call:
-    C, count, rest = _chunks(call)
+def _backward(
+    chunk_size: int, call: DecayScanCall, states, dy_BTNM: jax.Array, dstate_BNHM: jax.Array
+) -> DecayScanCall:
+    C, count, rest = _chunks(chunk_size, call)
     inputs = _inputs(call)
     constant = _is_constant(call)
 
@@ -194,7 +201,7 @@ class _Keep(NamedTuple):
     through: jax.Array | None = None  # both are the same document, [b, 1, 1]
 
 
-def _keep(call: Call, start: Any, C: int) -> _Keep:
+def _keep(call: DecayScanCall, start: Any, C: int) -> _Keep:
     causal = np.tril(np.ones((1, 1, C, C), bool))
     if call.run_BT is None:
         return _Keep(causal)
@@ -210,7 +217,9 @@ def _keep(call: Call, start: Any, C: int) -> _Keep:
     )
 
 
-def _chunk(call: Call, keep: _Keep, state_BNHM: jax.Array, inputs: _Inputs, weights: _Weights | None):
+def _chunk(
+    call: DecayScanCall, keep: _Keep, state_BNHM: jax.Array, inputs: _Inputs, weights: _Weights | None
+):
     """(y_BCNM, the state after the chunk). weights: those of a constant decay."""
     N = call.sizes[2]
     q, k, v = (jnp.swapaxes(x, 1, 2).astype(call.dtype) for x in inputs[:3])

@@ -1,4 +1,4 @@
-"""What every implementation of `decay_scan` shares: the normalised call.
+"""What every implementation of `decay_scan` shares: the checked call.
 
 Implementations import this module and never one another.
 """
@@ -15,7 +15,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class DecayScanCall:
     """One checked call of `decay_scan`: arrays are pytree leaves, the rest is static.
 
     Heads of q, k, v and log_decay divide N, the heads of the state. Slots without a token are already 0 in
@@ -32,7 +32,6 @@ class Call:
     state_BNHM: jax.Array
     run_BT: jax.Array | None
     scale: float = dataclasses.field(metadata=_STATIC)
-    chunk_size: int | None = dataclasses.field(metadata=_STATIC)
     out_dtype: Any = dataclasses.field(metadata=_STATIC)
     normalize: bool = dataclasses.field(metadata=_STATIC)
 

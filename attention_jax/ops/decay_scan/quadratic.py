@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
 
 # Elements of the largest temporary, [B, N, T, S] or [B, N, T, S, H]: 1 GiB in float32, and a backward
@@ -20,7 +20,7 @@ from attention_jax.ops.recurrences import einsum, spread
 _MOST_ELEMENTS = 2**28
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: DecayScanCall) -> str | None:
     """Why this implementation cannot run the call."""
     B, T, N, H, _ = call.sizes
     vector = call.log_decay is not None and call.log_decay.ndim == 4
@@ -31,7 +31,7 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
     q_BNTH, k_BNSH, v_BNSM = (_by_head(call, x) for x in (call.q_BTNH, call.k_BTNH, call.v_BTNM))
     pairs_BNTSH, start_BNTH = _decays(call)
@@ -43,7 +43,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     return jnp.moveaxis(y_BNTM, 1, 2).astype(call.out_dtype), state_BNHM
 
 
-def weights(call: Call) -> jax.Array:
+def weights(call: DecayScanCall) -> jax.Array:
     """W_BNTS: y_t is sum_s W_ts v_s and the part of the initial state. v is not read.
 
     With call.normalize W is divided by the denominator, the initial state's part of it included; where that
@@ -59,7 +59,7 @@ def weights(call: Call) -> jax.Array:
     return call.scale * p_BNTS
 
 
-def _by_head(call: Call, x_BTNH: jax.Array) -> jax.Array:
+def _by_head(call: DecayScanCall, x_BTNH: jax.Array) -> jax.Array:
     return jnp.moveaxis(spread(x_BTNH.astype(call.dtype), call.sizes[2], 2), 2, 1)
 
 
@@ -74,7 +74,7 @@ def _from_state(q_BNTH, start_BNTH, state_BNHM) -> jax.Array:
     return einsum("bnth,bnhm->bntm", q_BNTH * start_BNTH, state_BNHM)
 
 
-def _decays(call: Call) -> tuple[jax.Array, jax.Array]:
+def _decays(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """exp(L_ts), 0 for hidden pairs, [1 or B, 1 or N, T, S, 1 or H], and exp(L_t), [.., T, 1 or H]."""
     _, T, N, _, _ = call.sizes
     t, s = jnp.arange(T)[:, None], jnp.arange(T)[None]
@@ -90,7 +90,7 @@ def _decays(call: Call) -> tuple[jax.Array, jax.Array]:
     return pairs_BNTSH, start_BNTH
 
 
-def _log_decay(call: Call, T: int, N: int) -> jax.Array:
+def _log_decay(call: DecayScanCall, T: int, N: int) -> jax.Array:
     """[1 or B, 1 or N, T, 1 or H]."""
     log_decay = call.log_decay
     if log_decay is None:

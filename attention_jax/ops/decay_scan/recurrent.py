@@ -12,17 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.ops import varying
-from attention_jax.ops.decay_scan.common import Call
+from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
 
 
-def unsupported(call: Call) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
-
-
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
     B, T, N, _, _ = call.sizes
     log_decay, run_BT = call.log_decay, call.run_BT

@@ -10,32 +10,31 @@ Attention (Kimi Team 2025, arXiv 2510.26692).
 
 from __future__ import annotations
 
-import functools
-import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attention_jax.ops.arguments import is_array, per_token
+from attention_jax.ops import varying
+from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
-from attention_jax.ops.delta_rule.common import Call
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
-from attention_jax.ops.recurrences import document_runs, select_valid
+from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
+from attention_jax.ops.delta_rule.common import DeltaRuleCall
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
+from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
-def _many_tokens(call: Call) -> str | None:
+def _many_tokens(call: DeltaRuleCall) -> str | None:
     T = call.sizes[1]
     return None if T == 1 else f"T = {T} > 1: one step per token, and a backward that keeps every state"
 
 
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
-    "recurrent": Implementation(recurrent.attend, lambda call: None, _many_tokens),
-    "chunked": Implementation(chunked.attend, lambda call: None),
-    "quadratic": Implementation(quadratic.attend, lambda call: None, lambda call: "O(T^2)"),
+    "recurrent": Implementation(recurrent.attend, unwanted=_many_tokens),
+    "chunked": Implementation(chunked.attend, config=ChunkedDeltaConfig()),
+    "quadratic": Implementation(quadratic.attend, unwanted=lambda call: "O(T^2)"),
 }
 
 
@@ -52,7 +51,7 @@ def delta_rule(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
-    impl: str | None = None,
+    impl: str | ChunkedDeltaConfig | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """The outputs of the recurrence above, and the state after the last token.
 
@@ -69,11 +68,12 @@ def delta_rule(
       positions: int [B, T] or [T], read for their sign alone: a slot with position < 0 or segment < 0 holds
         no token. It is never read, whatever it contains, leaves the state as it is and gives 0.
       scale: multiplies y.
-      chunk_size: tokens of a chunk in the chunked form, best a power of two; by default what was measured
-        fastest. The other forms have no chunks.
+      chunk_size: tokens of a chunk in the chunked form, best a power of two; by default that of
+        `ChunkedDeltaConfig`. The other forms have no chunks.
       return_state: also return the state after the last token.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per group of chunks kept
-        for the backward), "quadratic" (all pairs, for inspection) or None, which chooses; see `explain`.
+        for the backward), "quadratic" (all pairs, for inspection), a `ChunkedDeltaConfig`
+        ("chunked" with these sizes), or None, which chooses; see `explain`.
 
     Keys are taken as they are. With |k| <= 1 and beta <= 2 no step makes the state grow; longer keys may make
     it explode, as the formula says. Normalise them.
@@ -87,12 +87,11 @@ def delta_rule(
     """
     call, valid_BT = _checked_call(
         q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, initial_state_BNHM, segment_ids, positions, scale,
-        chunk_size,
     )  # fmt: skip
-    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].run
+    implementation = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl)
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
-        y_BTNM, state_BNHM = attend(call)
+        y_BTNM, state_BNHM = implementation.run(varying.aligned(call))
     y_BTNM = select_valid(y_BTNM, valid_BT)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
@@ -115,53 +114,47 @@ def delta_weights(
     # Values of 0 that fit; where k or beta has other axes, the checks refuse them.
     fits = jnp.ndim(k_BTKH) == 4 and jnp.ndim(beta_BTN) == 3
     v_BTNM = jnp.zeros((*k_BTKH.shape[:2], beta_BTN.shape[2], 1), k_BTKH.dtype) if fits else k_BTKH
-    call, _ = _checked_call(
-        q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, None, segment_ids, positions, scale, None
-    )
+    call, _ = _checked_call(q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, None, segment_ids, positions, scale)
     with jax.default_matmul_precision("highest"):
         return quadratic.weights(call)
 
 
-def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
+def explain(*args, impl: str | ChunkedDeltaConfig | None = None, **kwargs) -> Explanation:
     """What `delta_rule` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 
-    def find(*, impl, return_state, **given):
+    def find(*, impl, return_state, chunk_size, **given):
         del return_state
-        return choose(_IMPLEMENTATIONS, _checked_call(*given.values())[0], impl)
+        return explain_choice(
+            with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), _checked_call(*given.values())[0], impl
+        )
 
     return explained(delta_rule, find, args, kwargs | {"impl": impl})
 
 
 def _checked_call(
-    q, k, v, beta, log_decay, state, segment_ids, positions, scale, chunk_size
-) -> tuple[Call, jax.Array | None]:
+    q, k, v, beta, log_decay, state, segment_ids, positions, scale
+) -> tuple[DeltaRuleCall, jax.Array | None]:
     """The call, and which slots hold a token, boolean [1 or B, T], or None where all do."""
     _check_shapes(q, k, v, beta, log_decay, state)
     # NumPy's float64 is float32 to JAX unless 64 bits are on.
     q, k, v, beta = map(jnp.asarray, (q, k, v, beta))
     dtype = _check_dtypes(q, k, v, beta, log_decay, state)
-    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite Python number (multiply q by a traced one), got {scale!r}")
-    if chunk_size is not None and not (isinstance(chunk_size, numbers.Integral) and chunk_size >= 1):
-        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
     B, T, N, M = v.shape
     segments_BT = per_token("segment_ids", segment_ids, B, T)
     positions_BT = per_token("positions", positions, B, T)
-    held = [ids >= 0 for ids in (segments_BT, positions_BT) if ids is not None]
-    valid_BT = functools.reduce(jnp.logical_and, held) if held else None
+    valid_BT = valid_tokens(positions_BT, segments_BT)
     if log_decay is not None:
-        _check_sign(log_decay, valid_BT)
+        check_decays(log_decay, valid_BT)
         # exp(-1e4) is 0 in every precision, and sums of it are finite, which those of -inf are not.
         log_decay = jnp.maximum(jnp.asarray(log_decay, dtype), -1e4)
         log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
     runs_BT = None if segments_BT is None else document_runs(segments_BT, valid_BT)
-    call = Call(
+    call = DeltaRuleCall(
         *(select_valid(x, valid_BT) for x in (q, k, v, beta)),
         select_valid(log_decay, valid_BT),
         jnp.zeros((B, N, k.shape[3], M), dtype) if state is None else jnp.asarray(state),
         None if runs_BT is None else jnp.broadcast_to(runs_BT, (B, T)),
-        scale=float(scale),
-        chunk_size=None if chunk_size is None else int(chunk_size),
+        scale=finite_number("scale", scale),
     )
     return call, valid_BT
 
@@ -207,14 +200,6 @@ def _check_shapes(q, k, v, beta, log_decay, state) -> None:
         raise ValueError(f"initial_state_BNHM must be [B, N, H, M] = {(B, N, H, M)}, got {state.shape}")
 
 
-def _check_sign(log_decay: Any, valid_BT: Any) -> None:
-    """ValueError where a concrete log decay of a token would let the state grow."""
-    if any(isinstance(x, jax.core.Tracer) for x in (log_decay, valid_BT)):
-        return
-    values = np.asarray(select_valid(jnp.asarray(log_decay, jnp.float32), valid_BT))
-    wrong = values[np.logical_not(values <= 0)]
-    if wrong.size:
-        raise ValueError(f"log_decay must be <= 0 (a factor <= 1), got {wrong[0]}; pass the log of the decay")
-
-
-implementations = functools.partial(tuple, _IMPLEMENTATIONS)
+def implementations() -> tuple[str, ...]:
+    """The names that `impl` may be."""
+    return tuple(_IMPLEMENTATIONS)

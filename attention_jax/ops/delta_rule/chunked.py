@@ -24,29 +24,42 @@ for beta = 2 and equal keys its terms grow to 1e28 before they cancel.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.arguments import positive_integer
+from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.recurrences import spread
 
-# Tokens of a chunk where channels share a decay or have none, and where each has its own. Measured on two
-# busy CPU cores at B1 T4096 N8 H64 M64 in processor time, ms forward / with gradients, for chunks of 16, 32
-# and 64: shared 59 / 422, 59 / 388, 79 / 402; its own 380 / 2218, 469 / 2336, 260 / 1002.
-_CHUNK, _CHANNEL_CHUNK = 32, 64
-# Tokens up to which decays per channel are summed pair by pair, and a triangle is inverted at once.
-_PAIRWISE, _SMALL = 8, 16
 
+@dataclasses.dataclass(frozen=True)
+class ChunkedDeltaConfig:
+    """Sizes of "chunked".
 
-def _heads_at_once() -> int:
-    """Chunks x rows x heads that a group prepares together.
-
-    On a CPU what fits its caches is fastest; an accelerator needs work for all its cores (not measured).
+    The default chunks were measured on two busy CPU cores at B1 T4096 N8 H64 M64, in milliseconds of
+    processor time, forward / with gradients, for chunks of 16, 32 and 64:
+      channels that share a decay   59 /  422    59 /  388    79 /  402
+      a decay per channel          380 / 2218   469 / 2336   260 / 1002
     """
-    return 8 if jax.default_backend() == "cpu" else 512
+
+    #: Tokens of a chunk, best a power of two; None: 64 where each channel has its own decay, else 32.
+    chunk_size: int | None = None
+    #: Chunks x rows x heads that are prepared together; None: what fits a CPU's caches, 8, or on an
+    #: accelerator, which needs work for all its cores, 512 (not measured).
+    heads_at_once: int | None = None
+    #: Tokens up to which decays per channel are summed pair by pair.
+    pairwise: int = 8
+    #: Rows up to which a triangle is inverted at once.
+    inverse: int = 16
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                positive_integer(field.name, value)
 
 
 _exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -76,13 +89,14 @@ class _Chunk(NamedTuple):
     keep_H1: jax.Array | None  # G_C0; None keeps all
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DeltaRuleCall, config: ChunkedDeltaConfig) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     B, T, N, _, M = call.sizes
     per_channel = call.log_decay_BTNH is not None and call.log_decay_BTNH.shape[-1] > 1
-    C = min(call.chunk_size or (_CHANNEL_CHUNK if per_channel else _CHUNK), T)
+    C = min(config.chunk_size or (64 if per_channel else 32), T)
     chunks = -(-T // C)
-    groups = -(-chunks // max(1, _heads_at_once() // (B * N)))
+    heads_at_once = config.heads_at_once or (8 if jax.default_backend() == "cpu" else 512)
+    groups = -(-chunks // max(1, heads_at_once // (B * N)))
     L = -(-chunks // groups)
     run_BT1 = None if call.run_BT is None else call.run_BT[..., None]
     tokens = (call.q_BTQH, call.k_BTKH, call.v_BTNM, call.beta_BTN, call.log_decay_BTNH, run_BT1)
@@ -92,7 +106,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def group(state_BNHM, tokens):
-        chunks = _prepare(_load(call, tokens, C))
+        chunks = _prepare(config, _load(call, tokens, C))
         state_BNHM, y_LBNCM = jax.lax.scan(_apply, state_BNHM, chunks)
         y_BLCNM = y_LBNCM.transpose(1, 0, 3, 2, 4).astype(call.v_BTNM.dtype)
         return state_BNHM, y_BLCNM.reshape(B, L * C, N, M)
@@ -112,7 +126,7 @@ def _cut(tokens, length: int):
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0), tokens)
 
 
-def _load(call: Call, tokens, C: int) -> _Tokens:
+def _load(call: DeltaRuleCall, tokens, C: int) -> _Tokens:
     """A group's slices [B, L C, heads, ...] in the layout and dtype of the computation."""
     N, wide = call.sizes[2], call.state_BNHM.dtype
 
@@ -143,14 +157,14 @@ def _apply(state: jax.Array, chunk: _Chunk) -> tuple[jax.Array, jax.Array]:
     return kept + jnp.einsum("...ch,...cm->...hm", chunk.write_CH, u_CM), y_CM
 
 
-def _prepare(tokens: _Tokens) -> _Chunk:
+def _prepare(config: ChunkedDeltaConfig, tokens: _Tokens) -> _Chunk:
     """What does not depend on the state, for any number of chunks at once."""
     q, k, v, beta, log_decay, run, entered = tokens
     beta_C1 = beta[..., None]
     if log_decay is None or log_decay.shape[-1] == 1:
         scores_CC, read_CC = _shared_decay_pairs(q, k, log_decay)
     else:
-        scores_CC, read_CC = _channel_decay_pairs(q, k, log_decay)
+        scores_CC, read_CC = _channel_decay_pairs(config, q, k, log_decay)
     answer, query, write, keep_H1 = k, q, k, None
     if log_decay is not None:
         before, after = jnp.exp(_up_to(log_decay)), jnp.exp(_behind(log_decay))
@@ -163,7 +177,7 @@ def _prepare(tokens: _Tokens) -> _Chunk:
         answer, query = (jnp.where(first_C1, x, 0) for x in (answer, query))
         write = jnp.where(last_C1, write, 0)
         keep_H1 = jnp.where(first_C1[..., -1:, :], 1 if keep_H1 is None else keep_H1, jnp.zeros((), k.dtype))
-    solve_CC = _unit_lower_inverse(beta_C1 * scores_CC)
+    solve_CC = _unit_lower_inverse(config.inverse, beta_C1 * scores_CC)
     return _Chunk(solve_CC, beta_C1 * v, beta_C1 * answer, read_CC, query, write, keep_H1)
 
 
@@ -193,16 +207,16 @@ def _shared_decay_pairs(q, k, log_decay) -> tuple[jax.Array, jax.Array]:
     return scores_CC * (lower_CC * _ones(C, k.dtype, -1)), read_CC * lower_CC
 
 
-def _channel_decay_pairs(q, k, log_decay) -> tuple[jax.Array, jax.Array]:
+def _channel_decay_pairs(config: ChunkedDeltaConfig, q, k, log_decay) -> tuple[jax.Array, jax.Array]:
     """A and P for a decay per channel [..., C, H]."""
     C = k.shape[-2]
-    if C % 2 or C <= _PAIRWISE:
+    if C % 2 or C <= config.pairwise:
         return _pairwise(q, k, log_decay)
     halves = [x.reshape(*x.shape[:-2], 2, C // 2, x.shape[-1]) for x in (q, k, log_decay)]
     (q0, q1), (k0, k1), (g0, g1) = ((x[..., 0, :, :], x[..., 1, :, :]) for x in halves)
     second, first = jnp.exp(_up_to(g1)), jnp.exp(_behind(g0)) * k0
     corners = (jnp.einsum("...th,...ih->...ti", second * x, first) for x in (k1, q1))
-    diagonals = _channel_decay_pairs(*halves)
+    diagonals = _channel_decay_pairs(config, *halves)
     return tuple(_assemble(x, corner) for x, corner in zip(diagonals, corners, strict=True))
 
 
@@ -224,15 +238,15 @@ def _assemble(diagonal: jax.Array, corner: jax.Array) -> jax.Array:
     return jnp.concatenate([above, below], axis=-2)
 
 
-@jax.custom_vjp
-def _unit_lower_inverse(lower: jax.Array) -> jax.Array:
-    """(I + lower)^-1 for strictly lower triangular matrices [..., C, C]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unit_lower_inverse(small: int, lower: jax.Array) -> jax.Array:
+    """(I + lower)^-1 for strictly lower triangular matrices [..., C, C]; up to `small` rows at once."""
     C = lower.shape[-1]
-    if C % 2 or C <= _SMALL:
+    if C % 2 or C <= small:
         return _small_inverse(lower)
     half = C // 2
     blocks = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]], axis=-3)
-    inverses = _unit_lower_inverse(blocks)
+    inverses = _unit_lower_inverse(small, blocks)
     corner = _exact(_exact(inverses[..., 1, :, :], lower[..., half:, :half]), inverses[..., 0, :, :])
     return _assemble(inverses, -corner)
 
@@ -250,12 +264,13 @@ def _small_inverse(lower: jax.Array) -> jax.Array:
     return inverse
 
 
-def _inverse_forward(lower):
-    inverse = _unit_lower_inverse(lower)
+def _inverse_forward(small, lower):
+    inverse = _unit_lower_inverse(small, lower)
     return inverse, inverse
 
 
-def _inverse_backward(inverse, given):
+def _inverse_backward(small, inverse, given):
+    del small
     transposed = jnp.swapaxes(inverse, -1, -2)
     gradient = -_exact(_exact(transposed, given), transposed)
     return (gradient * _ones(inverse.shape[-1], inverse.dtype, -1),)

@@ -1,4 +1,4 @@
-"""What the implementations of the delta rule share: the normalised call.
+"""What the implementations of the delta rule share: the checked call.
 
 Implementations import this module and never one another.
 """
@@ -14,7 +14,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class DeltaRuleCall:
     """One checked call of `delta_rule`; slots without a token hold 0 everywhere.
 
     q and k have Q and K heads, divisors of N. log_decay is None (no decay), [B, T, N, 1] (a decay per head)
@@ -30,7 +30,6 @@ class Call:
     state_BNHM: jax.Array
     run_BT: jax.Array | None
     scale: float = dataclasses.field(metadata=_STATIC)
-    chunk_size: int | None = dataclasses.field(metadata=_STATIC)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

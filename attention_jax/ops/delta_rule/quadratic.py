@@ -17,11 +17,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.recurrences import spread
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     state_BNHM = call.state_BNHM
     q_BNTH, k_BNTH, beta_BNT1 = _by_head(call)
@@ -37,7 +37,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     return jnp.swapaxes(y_BNTM, 1, 2).astype(call.v_BTNM.dtype), state_BNHM
 
 
-def weights(call: Call) -> jax.Array:
+def weights(call: DeltaRuleCall) -> jax.Array:
     """W_BNTS: y_t is sum_s W_ts v_s and the part of the initial state. v and the state are not read."""
     q_BNTH, k_BNTH, beta_BNT1 = _by_head(call)
     scores_BNTS, reads_BNTS = _pairs(q_BNTH, k_BNTH, beta_BNT1, _decays(call)[0])
@@ -46,7 +46,7 @@ def weights(call: Call) -> jax.Array:
     return jnp.einsum("bnti,bnis->bnts", reads_BNTS, _solve(scores_BNTS, beta_BNT1 * identity_TS))
 
 
-def _by_head(call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _by_head(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q times scale, k and beta with their heads in front, in the dtype of the computation."""
     N, wide = call.sizes[2], call.state_BNHM.dtype
     q_BNTH, k_BNTH = (
@@ -65,7 +65,7 @@ def _solve(scores_BNTS: jax.Array, right_BNTM: jax.Array) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(scores_BNTS, right_BNTM, lower=True, unit_diagonal=True)
 
 
-def _decays(call: Call) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _decays(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """G between two tokens, from the row's start to a token, from a token to the row's end, and over the row.
 
     0 where no state passes: to an earlier token, or from one document to another. The axis of H has length 1

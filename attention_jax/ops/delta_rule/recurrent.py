@@ -8,11 +8,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.delta_rule.common import Call
+from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.recurrences import spread
 
 
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
     _, _, N, _, _ = call.sizes
     wide = call.state_BNHM.dtype

@@ -8,23 +8,34 @@ is seen depends on data, so it is an op of its own and no Mask.
 
 from __future__ import annotations
 
-import functools
 import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attention_jax.ops import varying
-from attention_jax.ops.arguments import per_token, segment_pair
+from attention_jax.ops.arguments import finite_number, positive_integer
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
 from attention_jax.ops.selected import gathered, reference
-from attention_jax.ops.selected.common import Call
-
-_IMPLEMENTATIONS = {"reference": reference.attend, "gathered": gathered.attend}
+from attention_jax.ops.selected.common import SelectedCall
+from attention_jax.ops.selected.gathered import GatheredConfig
+from attention_jax.ops.tokens import per_token, positions_or_arange, segment_pair, valid_tokens
 
 # Up to this many scores per head (T * S) impl=None takes the dense form, as the softmax op does.
 _DENSE_UP_TO = 128 * 128
+
+
+def _dense_too_large(call: SelectedCall) -> str | None:
+    _, T, S, *_ = call.sizes
+    return f"T * S = {T * S} > {_DENSE_UP_TO}: O(T S) work and memory" if T * S > _DENSE_UP_TO else None
+
+
+# In order of preference. Forward and backward of a call always run in the same implementation.
+_IMPLEMENTATIONS = {
+    "reference": Implementation(reference.attend, unwanted=_dense_too_large),
+    "gathered": Implementation(gathered.attend, config=GatheredConfig()),
+}
 
 
 def selected_attention(
@@ -38,7 +49,7 @@ def selected_attention(
     segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
     q_positions: jax.Array | None = None,
     k_positions: jax.Array | None = None,
-    impl: str | None = None,
+    impl: str | GatheredConfig | None = None,
 ) -> jax.Array:
     """Attention of each query to the tokens up to its own in the blocks that its kv group names.
 
@@ -55,7 +66,8 @@ def selected_attention(
       segment_ids: int [B, T], or a pair ([B, T], [B, S]); only equal ids >= 0 see one another.
       q_positions, k_positions: int [B, T] and [B, S], or [T] and [S]; 0, 1, 2, ... by default. A slot
         with position < 0 or segment < 0 holds no token: it is never read, whatever it contains.
-      impl: "reference" (dense), "gathered" (O(T n block_size), whatever S is) or None, which chooses.
+      impl: "reference" (dense), "gathered" (O(T n block_size), whatever S is), a `GatheredConfig`
+        ("gathered" with these sizes), or None, which chooses; see `explain`.
         "gathered" needs the keys of a document side by side in ascending order (as in packed rows, after
         left padding, and in a cache where slot = position); other rows give NaN.
 
@@ -69,12 +81,7 @@ def selected_attention(
     call = _checked_call(
         q_BTNH, k_BSKH, v_BSKM, block_indices_BTKn, block_size, scale, segment_ids, q_positions, k_positions
     )
-    if impl is None:
-        T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-        impl = "reference" if T * S <= _DENSE_UP_TO else "gathered"
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"unknown impl {impl!r}; there are {', '.join(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[impl](varying.aligned(call))
+    return choose(_IMPLEMENTATIONS, call, impl).run(varying.aligned(call))
 
 
 def selected_weights(
@@ -101,7 +108,16 @@ def selected_weights(
     )  # fmt: skip
 
 
-def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, k_positions) -> Call:
+def explain(*args, impl: str | GatheredConfig | None = None, **kwargs) -> Explanation:
+    """What `selected_attention` would run for the same arguments; arrays may be ShapeDtypeStructs."""
+
+    def find(*, impl, **given):
+        return explain_choice(_IMPLEMENTATIONS, _checked_call(*given.values()), impl)
+
+    return explained(selected_attention, find, args, kwargs | {"impl": impl})
+
+
+def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, k_positions) -> SelectedCall:
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
         if jnp.ndim(x) != 4 or 0 in jnp.shape(x):
             raise ValueError(f"{name} must be [{', '.join(axes)}] without empty axes, got {jnp.shape(x)}")
@@ -119,27 +135,23 @@ def _checked_call(q, k, v, blocks, block_size, scale, segment_ids, q_positions, 
         raise ValueError(f"block_indices must be [B, T, K, n] = [{B}, {T}, {K}, n >= 1], got {blocks.shape}")
     if not jnp.issubdtype(blocks.dtype, jnp.integer):
         raise ValueError(f"block_indices must be integers, got {blocks.dtype}")
-    if not isinstance(block_size, numbers.Integral) or block_size < 1:
-        raise ValueError(f"block_size must be an integer >= 1, got {block_size!r}")
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite Python number, got {scale!r}")
     q_segments, k_segments = _segments(segment_ids, B, T, S)
-    return Call(
+    return SelectedCall(
         *map(jnp.asarray, (q, k, v)),
         jnp.asarray(blocks, jnp.int32),
         _positions("q_positions", q_positions, q_segments, B, T),
         _positions("k_positions", k_positions, k_segments, B, S),
         q_segments, k_segments,
-        block_size=int(block_size),
-        scale=1 / math.sqrt(H) if scale is None else float(scale),
+        block_size=positive_integer("block_size", block_size),
+        scale=1 / math.sqrt(H) if scale is None else finite_number("scale", scale),
     )  # fmt: skip
 
 
 def _positions(name: str, positions: Any, segments: jax.Array | None, B: int, length: int) -> jax.Array:
     """The given positions, or 0, 1, 2, ...; -1 where there is no segment. [B, length]"""
-    positions = per_token(name, jnp.arange(length) if positions is None else positions, B, length)
+    positions = positions_or_arange(per_token(name, positions, B, length), length)
     positions = jnp.broadcast_to(positions, (B, length))
-    return positions if segments is None else jnp.where(segments >= 0, positions, -1)
+    return positions if segments is None else jnp.where(valid_tokens(None, segments), positions, -1)
 
 
 def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:
@@ -149,4 +161,6 @@ def _segments(ids: Any, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.A
     return jnp.broadcast_to(q, (B, T)), jnp.broadcast_to(k, (B, S))
 
 
-implementations = functools.partial(tuple, _IMPLEMENTATIONS)
+def implementations() -> tuple[str, ...]:
+    """The names that `impl` may be."""
+    return tuple(_IMPLEMENTATIONS)

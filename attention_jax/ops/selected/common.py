@@ -1,4 +1,4 @@
-"""What the implementations of selected attention share: the normalised call and chunks of queries.
+"""What the implementations of selected attention share: the checked call and chunks of queries.
 
 Implementations import this module and never one another.
 """
@@ -17,7 +17,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class SelectedCall:
     """One checked call of `selected_attention`.
 
     Positions are int32 [B, T] and [B, S], negative wherever position or segment say that a slot holds no
@@ -44,12 +44,12 @@ class Call:
 
 
 # Elements of the largest temporary of a chunk: 16 MiB in float32.
-_CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**22
 
 
-def chunk_length(T: int, elements_per_query: int) -> int:
-    """How many queries to take at once."""
-    return max(1, min(T, _CHUNK_ELEMENTS // elements_per_query))
+def chunk_length(T: int, elements_per_query: int, elements: int = CHUNK_ELEMENTS) -> int:
+    """How many queries to take at once for a temporary of at most `elements`."""
+    return max(1, min(T, elements // elements_per_query))
 
 
 def cut(rows: Any, length: int) -> Any:

@@ -11,13 +11,23 @@ is one number for each document. Rows of which that is not true give NaN.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from attention_jax.ops import varying
-from attention_jax.ops.selected.common import Call, chunk_length, cut, join, over_chunks
+from attention_jax.ops.arguments import positive_integer
+from attention_jax.ops.selected.common import (
+    CHUNK_ELEMENTS,
+    SelectedCall,
+    chunk_length,
+    cut,
+    join,
+    over_chunks,
+)
+from attention_jax.ops.tokens import select_valid
 
 
 class _Rows(NamedTuple):
@@ -30,21 +40,36 @@ class _Rows(NamedTuple):
     first_BT: jax.Array
 
 
-@jax.custom_vjp
-def attend(call: Call) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class GatheredConfig:
+    """Sizes of "gathered"."""
+
+    #: Elements of keys and values that are gathered at once, which decides how many queries a chunk has.
+    chunk_elements: int = CHUNK_ELEMENTS
+
+    def __post_init__(self) -> None:
+        positive_integer("chunk_elements", self.chunk_elements)
+
+
+def attend(call: SelectedCall, config: GatheredConfig) -> jax.Array:
     """out_BTNM in q's dtype."""
-    call, rows, broken_B, length = _prepared(call)
+    return _attend(config, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(config: GatheredConfig, call: SelectedCall) -> jax.Array:
+    call, rows, broken_B, length = _prepared(config, call)
     out_BTNM = over_chunks(lambda rows: _attend_rows(call, rows), rows, call.sizes[1], length)
     # A traced position cannot raise; NaN is seen, keys left out are not.
     return jnp.where(broken_B[:, None, None, None], jnp.nan, out_BTNM)
 
 
-def _attend_fwd(call: Call):
-    return attend(call), call
+def _attend_fwd(config: GatheredConfig, call: SelectedCall):
+    return _attend(config, call), call
 
 
-def _attend_bwd(given: Call, dout_BTNM: jax.Array):
-    call, rows, _, length = _prepared(given)
+def _attend_bwd(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Array):
+    call, rows, _, length = _prepared(config, given)
     batch, heads = _batch_and_head(call)
 
     def body(totals, chunk):
@@ -75,25 +100,25 @@ def _attend_bwd(given: Call, dout_BTNM: jax.Array):
     return (gradient,)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _prepared(call: Call) -> tuple[Call, _Rows, jax.Array, int]:
+def _prepared(config: GatheredConfig, call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
     """The call with empty slots selected to 0, its queries, rows that cannot be served, the chunk length."""
     B, T, _, _, K, H, M = call.sizes
     valid_BT, valid_BS = call.q_positions_BT >= 0, call.k_positions_BS >= 0
     q, k, v = (
-        jnp.where(valid[..., None, None], x, jnp.zeros((), x.dtype))
+        select_valid(x, valid)
         for x, valid in ((call.q_BTNH, valid_BT), (call.k_BSKH, valid_BS), (call.v_BSKM, valid_BS))
     )
     call = dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v)
     first_BT, broken_B = _first_slots(call)
     rows = _Rows(q, call.block_indices_BTKn, call.q_positions_BT, call.q_segments_BT, first_BT)
     gathered = call.block_indices_BTKn.shape[-1] * call.block_size
-    return call, rows, broken_B, chunk_length(T, B * K * gathered * (H + M))
+    return call, rows, broken_B, chunk_length(T, B * K * gathered * (H + M), config.chunk_elements)
 
 
-def _first_slots(call: Call) -> tuple[jax.Array, jax.Array]:
+def _first_slots(call: SelectedCall) -> tuple[jax.Array, jax.Array]:
     """The slot [B, T] of position 0 of each query's document, and rows whose documents are not contiguous."""
     k_pos_BS = call.k_positions_BS
     valid_BS = k_pos_BS >= 0
@@ -116,20 +141,20 @@ def _first_slots(call: Call) -> tuple[jax.Array, jax.Array]:
     return first_BT, (valid_BS & (first_BS != expected_BS)).any(1)
 
 
-def _attend_rows(call: Call, rows: _Rows) -> jax.Array:
+def _attend_rows(call: SelectedCall, rows: _Rows) -> jax.Array:
     slots_BTKL, seen_BTKL = _find(call, rows)
     batch, heads = _batch_and_head(call)
     k_BTKLH, v_BTKLM = (x[batch, slots_BTKL, heads] for x in (call.k_BSKH, call.v_BSKM))
     return _softmax_attention(call, rows.q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL)
 
 
-def _batch_and_head(call: Call) -> tuple[jax.Array, jax.Array]:
+def _batch_and_head(call: SelectedCall) -> tuple[jax.Array, jax.Array]:
     """Indices that with slots [B, T, K, L] pick features from [B, S, K, H]."""
     B, _, _, _, K, _, _ = call.sizes
     return jnp.arange(B)[:, None, None, None], jnp.arange(K)[:, None]
 
 
-def _find(call: Call, rows: _Rows) -> tuple[jax.Array, jax.Array]:
+def _find(call: SelectedCall, rows: _Rows) -> tuple[jax.Array, jax.Array]:
     """Slots [B, T, K, n * block_size] of the named blocks' tokens, all in range, and which are seen."""
     B, _, S, *_ = call.sizes
     blocks, q_pos_BT11 = rows.blocks_BTKn, rows.positions_BT[..., None, None]
@@ -155,7 +180,7 @@ def _find(call: Call, rows: _Rows) -> tuple[jax.Array, jax.Array]:
     return slots_BTKL, seen_BTKL
 
 
-def _softmax_attention(call: Call, q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL) -> jax.Array:
+def _softmax_attention(call: SelectedCall, q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL) -> jax.Array:
     """Attention of each query over its own keys, in float32; a row without a key gives 0."""
     B, T, K, _, H = k_BTKLH.shape
     q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, -1, H) * call.scale

@@ -10,21 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.selected.common import Call
+from attention_jax.ops.selected.common import SelectedCall
 from attention_jax.ops.softmax import attention_weights, dot_product_attention
 
 
-def attend(call: Call) -> jax.Array:
+def attend(call: SelectedCall) -> jax.Array:
     """out_BTNM in q's dtype."""
     return dot_product_attention(call.q_BTNH, call.k_BSKH, call.v_BSKM, impl="reference", **_arguments(call))
 
 
-def weights(call: Call) -> jax.Array:
+def weights(call: SelectedCall) -> jax.Array:
     """The probabilities, float32 [B, N, T, S]; a row sums to 1, or to 0 where no key is seen."""
     return attention_weights(call.q_BTNH, call.k_BSKH, **_arguments(call))
 
 
-def _arguments(call: Call) -> dict[str, Any]:
+def _arguments(call: SelectedCall) -> dict[str, Any]:
     """What makes the call one of softmax attention."""
     _, _, _, N, K, _, _ = call.sizes
     q_pos, k_pos = call.q_positions_BT, call.k_positions_BS

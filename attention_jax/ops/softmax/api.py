@@ -8,7 +8,6 @@ MHA, GQA and MQA are head counts; local, packed, padded, cached and cross attent
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import numbers
 from typing import Any
@@ -19,29 +18,33 @@ import numpy as np
 
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
-from attention_jax.ops import sharded
-from attention_jax.ops.arguments import is_array, per_token, segment_pair
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explained
+from attention_jax.ops import sharded, varying
+from attention_jax.ops.arguments import is_array
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
 from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
+from attention_jax.ops.softmax.mosaic_gpu import MosaicGPUConfig
+from attention_jax.ops.softmax.mosaic_tpu import MosaicTPUConfig
+from attention_jax.ops.softmax.tiles import ChunkedConfig
+from attention_jax.ops.tokens import per_token, segment_pair
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU
 # (`scripts/benchmark.py crossover`, docs/results.md).
 _DENSE_UP_TO = 128 * 128
 
 
-def _dense_too_large(call: Call) -> str | None:
+def _dense_too_large(call: SoftmaxCall) -> str | None:
     _, T, S, *_ = call.sizes
     if T > 1 and T * S > _DENSE_UP_TO:
         return f"T * S = {T * S} > {_DENSE_UP_TO}: the blocked form is faster and needs O(T) memory"
     return None
 
 
-def _one_query(call: Call) -> str | None:
+def _one_query(call: SoftmaxCall) -> str | None:
     return "T = 1: a row of products, which a fused kernel does not speed up" if call.sizes[1] == 1 else None
 
 
-def _never_run(call: Call) -> str | None:
+def _never_run(call: SoftmaxCall) -> str | None:
     del call
     return "compiled and interpreted, but never run on a card (docs/kernels.md): ask for it by name"
 
@@ -49,16 +52,12 @@ def _never_run(call: Call) -> str | None:
 # In order of preference. Forward and backward of a call always run in the same implementation.
 _IMPLEMENTATIONS = {
     "cudnn": Implementation(library.attend, library.unsupported, _one_query),
-    "mosaic_gpu": Implementation(mosaic_gpu.attend, mosaic_gpu.unsupported, _never_run),
-    "mosaic_gpu_fused": Implementation(
-        functools.partial(mosaic_gpu.attend, deterministic=False),
-        functools.partial(mosaic_gpu.unsupported, deterministic=False),
-        _never_run,
-    ),
-    "mosaic_tpu": Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, _one_query),
-    "reference": Implementation(reference.attend, reference.unsupported, _dense_too_large),
-    "chunked": Implementation(chunked.attend, chunked.unsupported),
+    "mosaic_gpu": Implementation(mosaic_gpu.attend, mosaic_gpu.unsupported, _never_run, MosaicGPUConfig()),
+    "mosaic_tpu": Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, _one_query, MosaicTPUConfig()),
+    "reference": Implementation(reference.attend, unwanted=_dense_too_large),
+    "chunked": Implementation(chunked.attend, config=ChunkedConfig()),
 }
+Impl = str | ChunkedConfig | MosaicGPUConfig | MosaicTPUConfig | None
 
 
 def dot_product_attention(
@@ -67,6 +66,7 @@ def dot_product_attention(
     v_BSKM: jax.Array,
     *,
     mask: Mask | jax.Array | None = None,
+    mask_BNTS: jax.Array | None = None,
     bias: Bias | jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -77,7 +77,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     return_lse: bool = False,
-    impl: str | None = None,
+    impl: Impl = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention of queries over keys and values; the layout of `jax.nn.dot_product_attention`.
 
@@ -85,7 +85,9 @@ def dot_product_attention(
       q_BTNH: queries [batch, T, N heads, H].
       k_BSKH: keys [batch, S, K heads, H]; K divides N, and query heads [g N/K, (g+1) N/K) share head g.
       v_BSKM: values [batch, S, K heads, M]; M may differ from H.
-      mask: a `Mask` over positions, or a boolean array broadcastable to [B, N, T, S]; True is kept.
+      mask: a `Mask` over positions, or a boolean array as `mask_BNTS`.
+      mask_BNTS: a boolean array broadcastable to [B, N, T, S]; True is kept. Beside `mask` a pair is kept
+        where both keep it.
       bias: added to the scores after the softcap: a `Bias`, or an array broadcastable to [B, N, T, S].
       scale: multiplies q . k; 1 / sqrt(H) by default.
       softcap: c > 0 turns a score x into c * tanh(x / c), before bias and mask.
@@ -97,8 +99,9 @@ def dot_product_attention(
         batch row, head, q position, k position) alone.
       return_lse: also return the log-sum-exp of each row's scores, the sink's included.
       impl: "reference" (dense), "chunked" (blocks, O(T) memory), "cudnn" (NVIDIA's library), "mosaic_tpu"
-        and "mosaic_gpu" (our kernels), "mosaic_gpu_fused" (the same with a faster backward that adds in no
-        fixed order), or None, which chooses by platform and size; see `explain`.
+        and "mosaic_gpu" (our kernels); a `ChunkedConfig`, `MosaicTPUConfig` or `MosaicGPUConfig`, which
+        names its implementation and sets tile sizes and the like; or None, which chooses by platform and
+        size; see `explain`.
 
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
@@ -111,12 +114,14 @@ def dot_product_attention(
       NotImplementedError: a named `impl` cannot do this call; it never falls back.
     """
     call = _checked_call(
-        q_BTNH, k_BSKH, v_BSKM, mask, bias, scale, softcap, sink_logits_N, segment_ids,
+        q_BTNH, k_BSKH, v_BSKM, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
         q_positions, k_positions, dropout_rate, dropout_key, return_lse,
     )  # fmt: skip
-    attend = _IMPLEMENTATIONS[choose(_IMPLEMENTATIONS, call, impl).chosen].run
-    shards = sharded.shards(call)
-    out_BTNM, lse_BTN = attend(call) if shards is None else sharded.per_shard(attend, call, shards)
+    attend, shards = choose(_IMPLEMENTATIONS, call, impl).run, sharded.shards(call)
+    if shards is None:
+        out_BTNM, lse_BTN = attend(varying.aligned(call))
+    else:
+        out_BTNM, lse_BTN = sharded.per_shard(attend, call, shards)
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
 
 
@@ -125,6 +130,7 @@ def attention_weights(
     k_BSKH: jax.Array,
     *,
     mask: Mask | jax.Array | None = None,
+    mask_BNTS: jax.Array | None = None,
     bias: Bias | jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -141,40 +147,28 @@ def attention_weights(
     """
     return reference.weights(
         _checked_call(
-            q_BTNH, k_BSKH, k_BSKH, mask, bias, scale, softcap, sink_logits_N, segment_ids,
-            q_positions, k_positions, 0.0, None,
+            q_BTNH, k_BSKH, k_BSKH, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
+            q_positions, k_positions,
         )
     )  # fmt: skip
 
 
-def explain(*args, impl: str | None = None, **kwargs) -> Explanation:
+def explain(*args, impl: Impl = None, **kwargs) -> Explanation:
     """What `dot_product_attention` would run for the same arguments; arrays may be ShapeDtypeStructs."""
-    return explained(dot_product_attention, _explanation, args, {"impl": impl, **kwargs})
 
+    def find(*, impl, **arguments):
+        call = _checked_call(*arguments.values())
+        shards = sharded.shards(call)
+        found = explain_choice(_IMPLEMENTATIONS, call, impl)
+        return found if shards is None else dataclasses.replace(found, shards=str(shards))
 
-def _explanation(*, impl, **arguments) -> Explanation:
-    call = _checked_call(*arguments.values())
-    shards = sharded.shards(call)
-    found = choose(_IMPLEMENTATIONS, call, impl)
-    return found if shards is None else dataclasses.replace(found, shards=str(shards))
+    return explained(dot_product_attention, find, args, kwargs | {"impl": impl})
 
 
 def _checked_call(
-    q,
-    k,
-    v,
-    mask,
-    bias,
-    scale,
-    softcap,
-    sinks,
-    segment_ids,
-    q_positions,
-    k_positions,
-    rate,
-    key,
-    return_lse=False,
-) -> Call:
+    q, k, v, mask=None, mask_BNTS=None, bias=None, scale=None, softcap=None, sinks=None, segment_ids=None,
+    q_positions=None, k_positions=None, rate=0.0, key=None, return_lse=False,
+) -> SoftmaxCall:  # fmt: skip
     for name, x, axes in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKM")):
         if not is_array(x):
             raise ValueError(f"{name} must be an array [{', '.join(axes)}], got {type(x).__name__}")
@@ -192,8 +186,8 @@ def _checked_call(
     if not (q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
     q_segments, k_segments = segment_pair(segment_ids, B, T, S)
-    mask, mask_BNTS = _mask(mask, (B, N, T, S))
-    return Call(
+    mask, mask_BNTS = _mask(mask, mask_BNTS, (B, N, T, S))
+    return SoftmaxCall(
         q, k, v,
         per_token("q_positions", q_positions, B, T),
         per_token("k_positions", k_positions, B, S),
@@ -248,13 +242,19 @@ def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array
     return jnp.asarray(x).reshape((1,) * (4 - len(x.shape)) + x.shape)
 
 
-def _mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, jax.Array | None]:
-    if mask is None or isinstance(mask, Mask):
-        return mask or Full(), None
-    if not is_array(mask) or mask.dtype != bool:
-        what = getattr(mask, "dtype", None) or repr(mask)
-        raise ValueError(f"mask must be a Mask or a boolean array, got {what}; use bias= to add")
-    return Full(), _broadcastable("mask", mask, shape)
+def _mask(mask: Any, mask_BNTS: Any, shape: tuple[int, ...]) -> tuple[Mask, jax.Array | None]:
+    """The Mask, and the array that restricts it further."""
+    arrays = []
+    for name, x in (("mask", mask), ("mask_BNTS", mask_BNTS)):
+        if x is None or (name == "mask" and isinstance(x, Mask)):
+            continue
+        if not is_array(x) or x.dtype != bool:
+            what = getattr(x, "dtype", None) or repr(x)
+            allowed = "a Mask or a boolean array" if name == "mask" else "a boolean array"
+            raise ValueError(f"{name} must be {allowed}, got {what}; use bias= to add")
+        arrays.append(_broadcastable(name, x, shape))
+    kept = arrays[0] & arrays[1] if len(arrays) == 2 else arrays[0] if arrays else None
+    return mask if isinstance(mask, Mask) else Full(), kept
 
 
 def _bias(bias: Any, shape: tuple[int, ...]) -> Bias | None:
@@ -280,4 +280,6 @@ def _sinks(sinks: jax.Array | None, N: int) -> jax.Array | None:
     return jnp.asarray(sinks)
 
 
-implementations = functools.partial(tuple, _IMPLEMENTATIONS)
+def implementations() -> tuple[str, ...]:
+    """The names that `impl` may be."""
+    return tuple(_IMPLEMENTATIONS)

@@ -19,16 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.masks import Mask
+from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
 Array = Any  # NumPy for a static map, jax for one made at run time
 
 
 @dataclasses.dataclass(frozen=True)
-class Lists:
+class BlockCSR:
     """For each row i the blocks to visit: `items[b, starts[b, i] : stops[b, i]]`, int32.
 
-    CSR that may have slack: packed where the map is static; where it is made at run time each row has
-    room for all columns and `stops` is traced. The leading axis is 1 where all batch rows share the map.
+    Compressed sparse rows, which may have unused room: a static map's are packed; in one made at run time
+    each row has room for all columns and `stops` is traced. The leading axis is 1 where all batch rows
+    share the map.
     """
 
     starts: Array
@@ -55,32 +57,32 @@ def _at(x: Array, batch: Array, i: Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class BlockMap:
-    """`some` and `every`, boolean [1 or B, query blocks, key blocks]: is any pair kept, are all?"""
+    """Boolean [1 or B, query blocks, key blocks]: whether any pair of a block is kept, whether all are."""
 
-    some: Array
-    every: Array
+    any_kept: Array
+    all_kept: Array
 
     @property
     def static(self) -> bool:
-        return isinstance(self.some, np.ndarray)
+        return isinstance(self.any_kept, np.ndarray)
 
     @property
     def transpose(self) -> BlockMap:
         """The map with key blocks as rows, for sweeps whose outer loop runs over keys."""
-        return BlockMap(self.some.swapaxes(1, 2), self.every.swapaxes(1, 2))
+        return BlockMap(self.any_kept.swapaxes(1, 2), self.all_kept.swapaxes(1, 2))
 
     @property
-    def full(self) -> Lists:
+    def full(self) -> BlockCSR:
         """Per row the blocks without mask code."""
-        return lists(self.some & self.every)
+        return csr(self.any_kept & self.all_kept)
 
     @property
-    def partial(self) -> Lists:
+    def partial(self) -> BlockCSR:
         """Per row the blocks whose entries must be masked one by one."""
-        return lists(self.some & (self.every == False))  # noqa: E712
+        return csr(self.any_kept & (self.all_kept == False))  # noqa: E712
 
 
-def lists(chosen: Array, names: Array | None = None) -> Lists:
+def csr(chosen: Array, names: Array | None = None) -> BlockCSR:
     """The chosen columns of each row of boolean [b, rows, columns], in ascending order.
 
     names: int32 of the same shape, what to list in place of the column's index.
@@ -91,13 +93,13 @@ def lists(chosen: Array, names: Array | None = None) -> Lists:
         names = np.broadcast_to(np.arange(columns, dtype=np.int32), chosen.shape) if names is None else names
         starts = np.cumsum(counts, axis=1, dtype=np.int32) - counts
         assert b == 1, "static maps are shared by all batch rows"
-        return Lists(starts, starts + counts, names[chosen].astype(np.int32)[None])
+        return BlockCSR(starts, starts + counts, names[chosen].astype(np.int32)[None])
     counts = chosen.sum(-1, dtype=jnp.int32)
     items = jnp.argsort(chosen == False, axis=-1, stable=True).astype(jnp.int32)  # noqa: E712
     if names is not None:
         items = jnp.take_along_axis(names, items, axis=-1)
     starts = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32) * columns, (b, n))
-    return Lists(starts, starts + counts, items.reshape(b, n * columns))
+    return BlockCSR(starts, starts + counts, items.reshape(b, n * columns))
 
 
 def static_map(mask: Mask, T: int, S: int, q_block: int, k_block: int) -> BlockMap:
@@ -111,8 +113,8 @@ def static_map(mask: Mask, T: int, S: int, q_block: int, k_block: int) -> BlockM
     k_lo = np.arange(0, S, k_block, dtype=dtype)[None]
     q_hi, k_hi = np.minimum(q_lo + q_block, dtype(T)) - 1, np.minimum(k_lo + k_block, dtype(S)) - 1
     shape = (q_lo.size, k_lo.size)
-    some, every = (np.broadcast_to(x, shape)[None] for x in mask.bounds(q_lo, q_hi, k_lo, k_hi))
-    return BlockMap(some, every & (k_hi - k_lo + 1 == k_block))
+    any_kept, all_kept = (np.broadcast_to(x, shape)[None] for x in mask.bounds(q_lo, q_hi, k_lo, k_hi))
+    return BlockMap(any_kept, all_kept & (k_hi - k_lo + 1 == k_block))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,23 +126,35 @@ class Tokens:
     segments: jax.Array | None
 
 
+def padded_tokens(
+    positions: jax.Array | None, segments: jax.Array | None, length: int, padded: int
+) -> Tokens:
+    """The tokens of one side in `padded` slots; the slots after the first `length` hold none."""
+    pad = ((0, 0), (0, padded - length))
+    valid = valid_tokens(positions, segments)
+    valid = jnp.ones((1, length), bool) if valid is None else valid
+    segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
+    positions = jnp.pad(positions_or_arange(positions, length), pad, constant_values=-1)
+    return Tokens(positions, jnp.pad(valid, pad), segments)
+
+
 def runtime_map(mask: Mask, q: Tokens, k: Tokens, q_block: int, k_block: int) -> BlockMap:
     """The map for positions and segments that are data. L is a multiple of the block on both sides.
 
     A block that holds an invalid slot is never full; one that holds nothing else is empty.
     """
-    q_lo, q_hi, q_some, q_every = _extent(q.positions, q.valid, q_block)
-    k_lo, k_hi, k_some, k_every = _extent(k.positions, k.valid, k_block)
+    q_lo, q_hi, q_any, q_all = _extent(q.positions, q.valid, q_block)
+    k_lo, k_hi, k_any, k_all = _extent(k.positions, k.valid, k_block)
     q_axis, k_axis = (slice(None), slice(None), None), (slice(None), None, slice(None))
-    some, every = mask.bounds(q_lo[q_axis], q_hi[q_axis], k_lo[k_axis], k_hi[k_axis])
-    some = some & q_some[q_axis] & k_some[k_axis]
-    every = every & q_every[q_axis] & k_every[k_axis]
+    any_kept, all_kept = mask.bounds(q_lo[q_axis], q_hi[q_axis], k_lo[k_axis], k_hi[k_axis])
+    any_kept = any_kept & q_any[q_axis] & k_any[k_axis]
+    all_kept = all_kept & q_all[q_axis] & k_all[k_axis]
     if q.segments is not None and k.segments is not None:
         a_lo, a_hi, *_ = _extent(q.segments, q.valid, q_block)
         b_lo, b_hi, *_ = _extent(k.segments, k.valid, k_block)
-        some = some & (a_lo[q_axis] <= b_hi[k_axis]) & (b_lo[k_axis] <= a_hi[q_axis])
-        every = every & (a_lo[q_axis] == b_hi[k_axis]) & (a_hi[q_axis] == b_lo[k_axis])
-    return BlockMap(some, every & some)
+        any_kept = any_kept & (a_lo[q_axis] <= b_hi[k_axis]) & (b_lo[k_axis] <= a_hi[q_axis])
+        all_kept = all_kept & (a_lo[q_axis] == b_hi[k_axis]) & (a_hi[q_axis] == b_lo[k_axis])
+    return BlockMap(any_kept, all_kept & any_kept)
 
 
 def _extent(x: jax.Array, valid: jax.Array, block: int) -> tuple[jax.Array, ...]:
@@ -148,7 +162,7 @@ def _extent(x: jax.Array, valid: jax.Array, block: int) -> tuple[jax.Array, ...]
     x, valid = jnp.broadcast_arrays(x, valid)
     x, valid = (y.reshape(y.shape[0], -1, block) for y in (x, valid))
     limit = jnp.iinfo(jnp.int32).max
-    some, every = valid.any(-1), valid.all(-1)
-    lo = jnp.where(some, jnp.where(valid, x, limit).min(-1), 0)
-    hi = jnp.where(some, jnp.where(valid, x, -1).max(-1), 0)
-    return lo, hi, some, every
+    any_valid, all_valid = valid.any(-1), valid.all(-1)
+    lo = jnp.where(any_valid, jnp.where(valid, x, limit).min(-1), 0)
+    hi = jnp.where(any_valid, jnp.where(valid, x, -1).max(-1), 0)
+    return lo, hi, any_valid, all_valid

@@ -15,6 +15,7 @@ accumulators pass by.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,13 +25,13 @@ from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
 from attention_jax.ops import varying
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
     LOG2E,
-    Head,
-    Tile,
+    ChunkedConfig,
+    ChunkedTile,
+    KVHead,
     cut,
-    key_tiles,
     load_head,
     load_queries,
     make_plan,
@@ -39,36 +40,14 @@ from attention_jax.ops.softmax.tiles import (
     sweep,
 )
 
+DEFAULT = ChunkedConfig()
+
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - _LOWEST) cannot be reached
 # by a masked z = -inf, whose probability is exactly 0.
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def unsupported(call: Call) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
-
-
-@jax.custom_vjp
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
-    """(out_BTNM in q's dtype, lse_BTN in float32)."""
-    return _forward(call)
-
-
-def _attend_fwd(call: Call):
-    out_BTNM, lse_BTN = _forward(call)
-    return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
-
-
-def _attend_bwd(residuals, cotangents):
-    return (_backward(*residuals, *cotangents),)
-
-
-attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _exponents(tile: Tile, z: jax.Array, transposed: bool) -> tuple[jax.Array, jax.Array | None]:
+def _exponents(tile: ChunkedTile, z: jax.Array, transposed: bool) -> tuple[jax.Array, jax.Array | None]:
     """Base-2 exponents from q . k, and tanh of the softcap: softcap, bias, mask, in that order."""
     call = tile.head.plan.call
     tanh = None
@@ -82,66 +61,60 @@ def _exponents(tile: Tile, z: jax.Array, transposed: bool) -> tuple[jax.Array, j
     return z, tanh
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Contracts axis contract[0] of a with contract[1] of b, in full float32 on every platform."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
+# Products contract axis i of the left factor with axis j of the right one, in full float32 on every platform.
+_ROWS, _COLUMNS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
+_FULL = lax.Precision.HIGHEST
 
 
-def _forward(call: Call) -> tuple[jax.Array, jax.Array]:
-    plan = make_plan(call)
+def _forward(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNM in q's dtype, lse_BTN in float32)."""
+    plan = make_plan(call, config)
     B, T, _, N, K, _, M = call.sizes
+    G, R = plan.G, plan.G * plan.T_pad
     out_BTNM = varying.like(call.q_BTNH, jnp.zeros((B, T, N, M), call.q_BTNH.dtype))
     lse_BTN1 = varying.like(call.q_BTNH, jnp.zeros((B, T, N, 1), jnp.float32))
 
-    def body(i, carry):
+    def kv_head(i, carry):
         out_BTNM, lse_BTN1 = carry
         head = load_head(plan, i)
-        out_GTM, lse_GT1 = _forward_head(head)
+        # The sink is a key without a value that every row has seen before the first tile.
+        m_GT = jnp.full((G, plan.T_pad), _LOWEST, jnp.float32)
+        l_GT = jnp.zeros((G, plan.T_pad), jnp.float32)
+        if call.sink_logits_N is not None:
+            sinks_G = cut(call.sink_logits_N, head.kv_head * G, G).astype(jnp.float32)
+            m_GT = jnp.maximum(m_GT, sinks_G[:, None] * LOG2E)
+            l_GT = l_GT + jnp.where(sinks_G == -jnp.inf, 0.0, 1.0)[:, None]
+        state = (m_GT.reshape(-1), l_GT.reshape(-1), jnp.zeros((R, M), jnp.float32))
+        key_tile = functools.partial(sweep, head, _forward_step)
+        m_R, l_R, acc_RM = lax.fori_loop(*plan.key_tiles, key_tile, varying.like(call.q_BTNH, state))
+        some_R = l_R > 0
+        l_R = jnp.where(some_R, l_R, 1.0)
+        out_RM = acc_RM * (1 / (l_R * (1 - call.dropout_rate)))[:, None]
+        lse_R = jnp.where(some_R, (m_R + jnp.log2(l_R)) * (1 / LOG2E), -jnp.inf)
+        out_GTM, lse_GT1 = (x.reshape(G, plan.T_pad, -1)[:, : plan.T] for x in (out_RM, lse_R))
         return (
             store(out_BTNM, out_GTM, head.batch, head.kv_head),
             store(lse_BTN1, lse_GT1, head.batch, head.kv_head),
         )
 
-    out_BTNM, lse_BTN1 = lax.fori_loop(jnp.int32(0), jnp.int32(B * K), body, (out_BTNM, lse_BTN1))
+    out_BTNM, lse_BTN1 = lax.fori_loop(jnp.int32(0), jnp.int32(B * K), kv_head, (out_BTNM, lse_BTN1))
     return out_BTNM, lse_BTN1[..., 0]
 
 
-def _forward_head(head: Head) -> tuple[jax.Array, jax.Array]:
-    plan, call, G = head.plan, head.plan.call, head.plan.G
-    M = call.sizes[6]
-    # The sink is a key without a value that every row has seen before the first tile.
-    m_GT = jnp.full((G, plan.T_pad), _LOWEST, jnp.float32)
-    l_GT = jnp.zeros((G, plan.T_pad), jnp.float32)
-    if call.sink_logits_N is not None:
-        sinks_G = cut(call.sink_logits_N, head.kv_head * G, G).astype(jnp.float32)
-        m_GT = jnp.maximum(m_GT, sinks_G[:, None] * LOG2E)
-        l_GT = l_GT + jnp.where(sinks_G == -jnp.inf, 0.0, 1.0)[:, None]
-    state = (m_GT.reshape(-1), l_GT.reshape(-1), jnp.zeros((G * plan.T_pad, M), jnp.float32))
-    state = varying.like(call.q_BTNH, state)
-
-    def key_tile(j, state):
-        return sweep(head, j, _forward_step, state)
-
-    m_R, l_R, acc_RM = key_tiles(plan, key_tile, state)
-    some_R = l_R > 0
-    l_R = jnp.where(some_R, l_R, 1.0)
-    out_RM = acc_RM * (1 / (l_R * (1 - call.dropout_rate)))[:, None]
-    lse_R = jnp.where(some_R, (m_R + jnp.log2(l_R)) * (1 / LOG2E), -jnp.inf)
-    return tuple(x.reshape(G, plan.T_pad, -1)[:, : plan.T] for x in (out_RM, lse_R))
-
-
-def _forward_step(tile: Tile, state):
+def _forward_step(tile_of, at, state):
+    tile = tile_of(at)
     m_R, l_R, acc_RM = state
     m_Q, l_Q, acc_QM = (tile.take(x) for x in state)
-    z_QK, _ = _exponents(tile, _dot(tile.take(tile.head.q_RH), tile.k_HK, (1, 0)), transposed=False)
+    z_QK, _ = _exponents(
+        tile, lax.dot_general(tile.take(tile.head.q_RH), tile.k_HK, _ROWS, _FULL), transposed=False
+    )
     new_Q = jnp.maximum(m_Q, z_QK.max(1))
     decay_Q = _exp2(m_Q - new_Q)
     p_QK = _exp2(z_QK - new_Q[:, None])
     l_Q = l_Q * decay_Q + p_QK.sum(1)
     dropped = tile.dropped(transposed=False)
     kept_QK = p_QK if dropped is None else jnp.where(dropped, 0.0, p_QK)
-    acc_QM = acc_QM * decay_Q[:, None] + _dot(kept_QK, tile.v_KM, (1, 0))
+    acc_QM = acc_QM * decay_Q[:, None] + lax.dot_general(kept_QK, tile.v_KM, _ROWS, _FULL)
     return tile.put(m_R, new_Q), tile.put(l_R, l_Q), tile.put(acc_RM, acc_QM)
 
 
@@ -173,8 +146,15 @@ def _exp2(x: jax.Array) -> jax.Array:
 _exp2.defjvps(lambda dx, y, x: dx * y * (1 / LOG2E))
 
 
-def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
-    plan = make_plan(call)
+def _residuals(call: SoftmaxCall, config: ChunkedConfig):
+    out_BTNM, lse_BTN = _forward(call, config)
+    return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
+
+
+def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall]:
+    call, out_BTNM, lse_BTN = residuals
+    dout_BTNM, dlse_BTN = cotangents
+    plan = make_plan(call, config)
     B, _, S, _, K, _, _ = call.sizes
     totals = (
         jnp.zeros_like(call.q_BTNH),
@@ -193,7 +173,7 @@ def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
     if dsinks_N is not None:
         dsinks_N = dsinks_N.astype(call.sink_logits_N.dtype)
     # None stands for the zero cotangents of integer and boolean arrays.
-    return dataclasses.replace(
+    cotangent = dataclasses.replace(
         call,
         q_BTNH=dq_BTNH,
         k_BSKH=dk_BSKH[:, :S],
@@ -209,9 +189,14 @@ def _backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
         first_row=None,
         first_head=None,
     )
+    return (cotangent,)
 
 
-def _backward_head(head: Head, saved, totals):
+attend = jax.custom_vjp(_forward, nondiff_argnums=(1,))
+attend.defvjp(_residuals, _backward)
+
+
+def _backward_head(head: KVHead, saved, totals):
     plan, call, G = head.plan, head.plan.call, head.plan.G
     *_, H, M = call.sizes
     b, kv = head.batch, head.kv_head
@@ -236,10 +221,8 @@ def _backward_head(head: Head, saved, totals):
         zeros = varying.like(call.q_BTNH, zeros)
         start = j * plan.key_tile
 
-        def step(tile, state):
-            return _backward_step(tile, rows, start, state)
-
-        dq_HR, dk_KH, dv_KM, dbias = sweep(head, j, step, (dq_HR, *zeros, dbias))
+        step = functools.partial(_backward_step, rows, start)
+        dq_HR, dk_KH, dv_KM, dbias = sweep(head, step, j, (dq_HR, *zeros, dbias))
         # q was loaded times scale * log2 e (scale / softcap), and the softcap's slope carries its c.
         dk_KH = dk_KH * (1 / LOG2E if call.softcap is None else 1.0)
         dv_KM = dv_KM * (1 / (1 - call.dropout_rate))
@@ -247,21 +230,24 @@ def _backward_head(head: Head, saved, totals):
         return dq_HR, dk_BSKH, store(dv_BSKM, dv_KM[None], b, kv, start), dbias
 
     dq_HR = varying.like(call.q_BTNH, jnp.zeros((H, G * plan.T_pad), jnp.float32))
-    dq_HR, dk_BSKH, dv_BSKM, dbias = key_tiles(plan, key_tile, (dq_HR, dk_BSKH, dv_BSKM, dbias))
+    dq_HR, dk_BSKH, dv_BSKM, dbias = lax.fori_loop(
+        *plan.key_tiles, key_tile, (dq_HR, dk_BSKH, dv_BSKM, dbias)
+    )
     dq_RH = dq_HR.T * (call.scale if call.softcap is None else call.scale / call.softcap)
     dq_BTNH = store(dq_BTNH, dq_RH.reshape(G, plan.T_pad, H)[:, : plan.T], b, kv)
     return dq_BTNH, dk_BSKH, dv_BSKM, dsinks_N, dbias
 
 
-def _backward_step(tile: Tile, rows, tile_start, state):
+def _backward_step(rows, tile_start, tile_of, at, state):
     """Scores are transposed, [keys, queries], and so is dq: then no product transposes a tile."""
+    tile = tile_of(at)
     call = tile.head.plan.call
     do_QM, lse_Q, delta_Q = (tile.take(x) for x in rows)
     dq_HR, dk_KH, dv_KM, dbias = state
     q_QH = tile.take(tile.head.q_RH)
-    z_KQ, tanh_KQ = _exponents(tile, _dot(tile.k_KH, q_QH, (1, 1)), transposed=True)
+    z_KQ, tanh_KQ = _exponents(tile, lax.dot_general(tile.k_KH, q_QH, _COLUMNS, _FULL), transposed=True)
     p_KQ = _exp2(z_KQ - lse_Q[None])
-    dp_KQ = _dot(tile.v_KM, do_QM, (1, 1))
+    dp_KQ = lax.dot_general(tile.v_KM, do_QM, _COLUMNS, _FULL)
     dropped = tile.dropped(transposed=True)
     kept_KQ = p_KQ
     if dropped is not None:
@@ -275,9 +261,9 @@ def _backward_step(tile: Tile, rows, tile_start, state):
     if tanh_KQ is not None:
         ds_KQ = jnp.where(hidden_KQ, 0.0, ds_KQ * (call.softcap * (1 - tanh_KQ * tanh_KQ)))
     offset = tile.k_start - tile_start
-    dv_KM = _add_rows(dv_KM, _dot(kept_KQ, do_QM, (1, 0)), offset)
-    dk_KH = _add_rows(dk_KH, _dot(ds_KQ, q_QH, (1, 0)), offset)
-    dq_HR = tile.put(dq_HR, tile.take(dq_HR, 1) + _dot(tile.k_HK, ds_KQ, (1, 0)), 1)
+    dv_KM = _add_rows(dv_KM, lax.dot_general(kept_KQ, do_QM, _ROWS, _FULL), offset)
+    dk_KH = _add_rows(dk_KH, lax.dot_general(ds_KQ, q_QH, _ROWS, _FULL), offset)
+    dq_HR = tile.put(dq_HR, tile.take(dq_HR, 1) + lax.dot_general(tile.k_HK, ds_KQ, _ROWS, _FULL), 1)
     return dq_HR, dk_KH, dv_KM, dbias
 
 
@@ -296,7 +282,7 @@ def _bias_zeros(bias: Any) -> Any:
     )
 
 
-def _add_bias_gradient(tile: Tile, dbias: Any, ds_KQ: jax.Array) -> Any:
+def _add_bias_gradient(tile: ChunkedTile, dbias: Any, ds_KQ: jax.Array) -> Any:
     """dbias plus the tile's share: the block's score is differentiated, its leaves added where cut."""
     leaves, treedef = jax.tree.flatten(slice_leaves(tile.head.plan.call.bias, **tile.windows()))
     learned = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]

@@ -1,4 +1,4 @@
-"""What every implementation of softmax attention shares: the normalised call, validity, dropout bits.
+"""What every implementation of softmax attention shares: the checked call, platform, dropout bits.
 
 Implementations import this module and never one another.
 """
@@ -13,13 +13,14 @@ from jax.sharding import AxisType
 
 from attention_jax.biases import Bias
 from attention_jax.masks import Mask
+from attention_jax.ops.tokens import valid_tokens
 
 _STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class SoftmaxCall:
     """One checked call of `dot_product_attention`: arrays are pytree leaves, the rest is static.
 
     Positions and segments are int32 [B or 1, T] and [B or 1, S], or None (positions 0, 1, 2, ...; one
@@ -55,6 +56,40 @@ class Call:
         _, S, K, M = self.v_BSKM.shape
         return B, T, S, N, K, H, M
 
+    def leaf_axes(self) -> list[str]:
+        """The axes of every array of the call, in the order of its leaves, as letters of its field's name.
+
+        "." is an axis that belongs to no batch row and no head: a bias is given global head numbers, so that
+        only its batch axis counts.
+        """
+        found = []
+        for field in dataclasses.fields(self):
+            x = getattr(self, field.name)
+            if x is None or field.metadata.get("static"):
+                continue
+            if field.name == "bias":
+                for leaf, axes in zip(jax.tree.leaves(x), x.axes(), strict=True):
+                    found.append("".join("B" if i == axes.batch else "." for i in range(leaf.ndim)))
+            else:
+                letters = field.name.rpartition("_")[2]
+                found.append(letters if letters.isupper() else "." * x.ndim)
+        return found
+
+    @property
+    def output_axes(self) -> tuple[str, str | None]:
+        """The axes of what `attend` returns, (out, lse); None for an lse that is not asked for."""
+        return "BTNM", "BTN" if self.lse else None
+
+    @property
+    def q_valid_BT(self) -> jax.Array | None:
+        """Which query slots hold a token; None: all do."""
+        return valid_tokens(self.q_positions_BT, self.q_segments_BT)
+
+    @property
+    def k_valid_BS(self) -> jax.Array | None:
+        """Which key slots hold a token; None: all do."""
+        return valid_tokens(self.k_positions_BS, self.k_segments_BS)
+
     def row_ids(self, b: jax.Array) -> jax.Array:
         """Global numbers of batch rows, for dropout."""
         return b if self.first_row is None else b + self.first_row
@@ -74,15 +109,15 @@ class Call:
         )
 
 
-def platform(call: Call) -> str:
+def platform(call: SoftmaxCall) -> str:
     """Where the call will run, "cpu", "gpu" or "tpu": its mesh's devices, or the default backend."""
     mesh = jax.typeof(call.q_BTNH).sharding.mesh
     device = getattr(mesh, "abstract_device", None)
     return (device and device.platform) or jax.default_backend()
 
 
-def kernel_refusal(call: Call) -> str | None:
-    """Why no kernel can run the call on its mesh, or None: XLA cannot cut a kernel, nor number its heads."""
+def kernel_refusal(call: SoftmaxCall) -> str | None:
+    """Why no kernel can run the call on its mesh: XLA cannot partition one or number its heads; or None."""
     sharding = jax.typeof(call.q_BTNH).sharding
     mesh = sharding.mesh
     if any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in _axes(mesh)):
@@ -94,24 +129,6 @@ def kernel_refusal(call: Call) -> str | None:
 
 def _axes(mesh) -> list[tuple[str, AxisType]]:
     return [] if mesh.empty else list(zip(mesh.axis_names, mesh.axis_types, strict=True))
-
-
-def positions_of(positions: jax.Array | None, length: int) -> jax.Array:
-    """The given positions, or 0, 1, 2, ... as int32 [1, length]."""
-    return jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
-
-
-def valid_slots(positions: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
-    """True where a slot holds a token: position >= 0 and segment >= 0. None where all slots do."""
-    parts = [x >= 0 for x in (positions, segments) if x is not None]
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
-
-
-def select_valid(x: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """x [B, L, ...] with invalid slots selected to 0: what they hold (NaN, Inf) never enters a product."""
-    if valid is None:
-        return x
-    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
 _GOLDEN = 0x9E3779B9

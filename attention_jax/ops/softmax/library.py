@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
-from attention_jax.ops.softmax.common import Call, platform
+from attention_jax.ops.softmax.common import SoftmaxCall, platform
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: SoftmaxCall) -> str | None:
     """Why cuDNN cannot run the call, forward and backward, or None."""
     if platform(call) != "gpu":
         return f"needs an NVIDIA GPU, the call runs on a {platform(call)}"
@@ -38,14 +38,14 @@ def unsupported(call: Call) -> str | None:
             return f"does not compute {what}"
     options = _options(call.mask)
     if options is None:
-        return f"has no mask {call.mask}; it knows Full(), Causal() and SlidingWindow(w)"
+        return f"has no mask {call.mask}; it has Full(), Causal() and SlidingWindow(w)"
     _, T, S, *_ = call.sizes
     if T != S and call.mask != Full():
         return f"aligns a mask of {T} queries and {S} keys otherwise"
     return _refusal(call, options)
 
 
-def attend(call: Call) -> tuple[jax.Array, None]:
+def attend(call: SoftmaxCall) -> tuple[jax.Array, None]:
     """(out_BTNM in q's dtype, no log-sum-exp)."""
     options = _options(call.mask)
     assert options is not None
@@ -63,12 +63,12 @@ def _options(mask: Mask) -> dict[str, Any] | None:
     return None
 
 
-def _run(call: Call, options: dict[str, Any], q, k, v) -> jax.Array:
+def _run(call: SoftmaxCall, options: dict[str, Any], q, k, v) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, scale=call.scale, implementation="cudnn", **options)
 
 
-def _refusal(call: Call, options: dict[str, Any]) -> str | None:
-    """cuDNN's own word on the shapes, the backward's included; no computing."""
+def _refusal(call: SoftmaxCall, options: dict[str, Any]) -> str | None:
+    """Why cuDNN refuses the shapes, those of the backward included, or None; nothing is computed."""
 
     def both(q, k, v):
         out, pullback = jax.vjp(functools.partial(_run, call, options), q, k, v)

@@ -10,31 +10,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import (
-    Call,
-    dropout_keep,
-    positions_of,
-    select_valid,
-    valid_slots,
-)
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
+from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 
-def unsupported(call: Call) -> str | None:
-    """Why this implementation cannot run the call: it runs every call."""
-    del call
-    return None
-
-
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     B, T, S, N, K, _, M = call.sizes
-    k_valid_BS = valid_slots(call.k_positions_BS, call.k_segments_BS)
-    v_BSKM = select_valid(call.v_BSKM, k_valid_BS).astype(jnp.float32)
+    v_BSKM = select_valid(call.v_BSKM, call.k_valid_BS).astype(jnp.float32)
     w_BNTS, lse_BNT = _probabilities(call)
     if call.dropout_rate > 0:
         rows_B, heads_N = call.row_ids(jnp.arange(B)), call.head_ids(jnp.arange(N))
-        q_pos_BT = positions_of(call.q_positions_BT, T)
-        k_pos_BS = positions_of(call.k_positions_BS, S)
+        q_pos_BT = positions_or_arange(call.q_positions_BT, T)
+        k_pos_BS = positions_or_arange(call.k_positions_BS, S)
         kept = dropout_keep(call.dropout_words, call.dropout_rate, rows_B, heads_N, q_pos_BT, k_pos_BS)
         w_BNTS = jnp.where(kept, w_BNTS / (1 - call.dropout_rate), 0.0)
     w_BKGTS = w_BNTS.reshape(B, K, N // K, T, S)
@@ -42,7 +30,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     return out.reshape(B, T, N, M).astype(call.q_BTNH.dtype), lse_BNT.transpose(0, 2, 1)
 
 
-def weights(call: Call) -> jax.Array:
+def weights(call: SoftmaxCall) -> jax.Array:
     """P, the probabilities before dropout, float32 [B, N, T, S]; v is not read.
 
     A row sums to 1, to 1 minus the sink's share where there are sink logits, and to 0 where no key is seen.
@@ -50,14 +38,13 @@ def weights(call: Call) -> jax.Array:
     return _probabilities(call)[0]
 
 
-def _probabilities(call: Call) -> tuple[jax.Array, jax.Array]:
+def _probabilities(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     """(P_BNTS, lse_BNT)."""
     B, T, S, N, K, H, _ = call.sizes
     heads_N = call.head_ids(jnp.arange(N))
-    q_pos_BT = positions_of(call.q_positions_BT, T)
-    k_pos_BS = positions_of(call.k_positions_BS, S)
-    q_valid_BT = valid_slots(call.q_positions_BT, call.q_segments_BT)
-    k_valid_BS = valid_slots(call.k_positions_BS, call.k_segments_BS)
+    q_pos_BT = positions_or_arange(call.q_positions_BT, T)
+    k_pos_BS = positions_or_arange(call.k_positions_BS, S)
+    q_valid_BT, k_valid_BS = call.q_valid_BT, call.k_valid_BS
     q_BTNH = select_valid(call.q_BTNH, q_valid_BT).astype(jnp.float32) * call.scale
     k_BSKH = select_valid(call.k_BSKH, k_valid_BS).astype(jnp.float32)
 

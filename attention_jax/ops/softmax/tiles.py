@@ -1,13 +1,14 @@
 """The blocked form's tiles: how a call is cut, and what a tile reads of it.
 
-A kv head of a batch row (`Head`) meets tiles of `key_tile` keys one after another; for each, `sweep` visits
+A kv head of a batch row (`KVHead`) meets tiles of `key_tile` keys one after another; for each, `sweep` visits
 the strips of `q_block` queries that the block map lists: full ones without mask code, partial ones cut to the
-key units between their first and last live one. `chunked` says what happens on a `Tile`.
+key units between their first and last live one. `chunked` says what happens on a `ChunkedTile`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,28 +18,47 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention_jax.ops.arguments import finite_number, positive_integer
 from attention_jax.ops.softmax.blocks import (
+    BlockCSR,
     BlockMap,
-    Lists,
     Tokens,
-    lists,
+    csr,
+    padded_tokens,
     runtime_map,
     static_map,
 )
-from attention_jax.ops.softmax.common import Call, dropout_keep, positions_of, valid_slots
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 
 LOG2E = math.log2(math.e)
 
-# Tiles measured on 2 cores that share a 1 MiB L2 cache (docs/results.md): a strip of scores is 256 x 1024, or
-# 512 x 1024 where the live blocks of twice the queries cover no more than WASTE times as many pairs.
-Q_BLOCK = 256
-KEY_UNIT = 256
-UNITS = 4
-WASTE = 1.15
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedConfig:
+    """Tile sizes of "chunked"; the defaults were measured on 2 cores that share 1 MiB of L2 cache.
+
+    Lengths are cut into equal tiles no larger than these, in multiples of 8.
+    """
+
+    #: Queries of a tile.
+    query_tile: int = 256
+    #: Keys of a tile, a multiple of key_unit or less than it.
+    key_tile: int = 1024
+    #: Keys of the units that partial tiles are cut to.
+    key_unit: int = 256
+    #: Tiles have twice the queries where they cover at most this many times as many pairs.
+    max_waste: float = 1.15
+
+    def __post_init__(self) -> None:
+        for name in ("query_tile", "key_tile", "key_unit"):
+            positive_integer(name, getattr(self, name))
+        finite_number("max_waste", self.max_waste)
+        if self.key_tile > self.key_unit and self.key_tile % self.key_unit:
+            raise ValueError(f"key_tile {self.key_tile} is no multiple of key_unit {self.key_unit}")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
+class Piece:
     """One kind of work: strips of queries against `units` key units, with or without mask code.
 
     The lists have a row per key tile; an item is strip * units per tile + first unit within the tile.
@@ -46,17 +66,17 @@ class _Piece:
 
     units: int
     masked: bool
-    lists: Lists
+    csr: BlockCSR
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ChunkedPlan:
     """The call cut into tiles. Both sides are padded to whole tiles: T_pad, S_pad.
 
     Keys, values, the leaves of the bias and the dense mask of `call` have been padded, queries have not.
     """
 
-    call: Call
+    call: SoftmaxCall
     T: int
     S: int
     q_block: int
@@ -64,7 +84,7 @@ class Plan:
     units: int
     q: Tokens | None  # None where positions are implicit and every slot is valid
     k: Tokens | None
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def key_tile(self) -> int:
@@ -79,41 +99,47 @@ class Plan:
         return _round_up(self.S, self.key_tile)
 
     @property
+    def key_tiles(self) -> tuple[jax.Array, jax.Array]:
+        """The bounds of a loop over the key tiles."""
+        return jnp.int32(0), jnp.int32(self.S_pad // self.key_tile)
+
+    @property
     def G(self) -> int:
         """Query heads per kv head."""
         return self.call.q_BTNH.shape[2] // self.call.k_BSKH.shape[2]
 
 
-def make_plan(call: Call) -> Plan:
+def make_plan(call: SoftmaxCall, config: ChunkedConfig) -> ChunkedPlan:
     _, T, S, *_ = call.sizes
-    q_block = _balanced(T, Q_BLOCK)
+    q_block = _balanced(T, config.query_tile)
     # Short sequences take one kind of piece: there, compiling several costs more than they save.
-    k_unit = _balanced(S, KEY_UNIT if S > 2 * KEY_UNIT else 2 * KEY_UNIT)
-    units = min(UNITS, -(-S // k_unit))
+    short = S <= 2 * config.key_unit
+    k_unit = _balanced(S, min((1 + short) * config.key_unit, config.key_tile))
+    units = min(max(1, config.key_tile // config.key_unit), -(-S // k_unit))
     if call.arange_positions:
-        q_block, block_map = _strips(call, q_block, k_unit)
+        q_block, block_map = _strips(call, config, q_block, k_unit)
         q = k = None
     else:
         k_unit, units = k_unit * units, 1
-        q = _tokens(call.q_positions_BT, call.q_segments_BT, T, _round_up(T, q_block))
-        k = _tokens(call.k_positions_BS, call.k_segments_BS, S, _round_up(S, k_unit))
+        q = padded_tokens(call.q_positions_BT, call.q_segments_BT, T, _round_up(T, q_block))
+        k = padded_tokens(call.k_positions_BS, call.k_segments_BS, S, _round_up(S, k_unit))
         block_map = runtime_map(call.mask, q, k, q_block, k_unit)
     if call.mask_BNTS is not None:
-        block_map = BlockMap(block_map.some, block_map.every & False)
-    pieces = tuple(p for p in _pieces(block_map.transpose, units) if not p.lists.empty)
-    plan = Plan(call, T, S, q_block, k_unit, units, q, k, pieces)
+        block_map = BlockMap(block_map.any_kept, block_map.all_kept & False)
+    pieces = tuple(p for p in _pieces(block_map.transpose, units) if not p.csr.empty)
+    plan = ChunkedPlan(call, T, S, q_block, k_unit, units, q, k, pieces)
     return dataclasses.replace(plan, call=_padded(call, plan.T_pad, plan.S_pad))
 
 
-def _strips(call: Call, q_block: int, k_unit: int) -> tuple[int, BlockMap]:
+def _strips(call: SoftmaxCall, config: ChunkedConfig, q_block: int, k_unit: int) -> tuple[int, BlockMap]:
     """The number of queries in a strip, this one or about twice as many, and its map."""
     _, T, S, *_ = call.sizes
     found = static_map(call.mask, T, S, q_block, k_unit)
-    twice = _balanced(T, 2 * Q_BLOCK)
+    twice = _balanced(T, 2 * config.query_tile)
     if twice == q_block:
         return q_block, found
     wide = static_map(call.mask, T, S, twice, k_unit)
-    if wide.some.sum() * twice <= WASTE * found.some.sum() * q_block:
+    if wide.any_kept.sum() * twice <= config.max_waste * found.any_kept.sum() * q_block:
         return twice, wide
     return q_block, found
 
@@ -127,29 +153,19 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _tokens(positions, segments, length: int, padded: int) -> Tokens:
-    valid = valid_slots(positions, segments)
-    valid = jnp.ones((1, length), bool) if valid is None else valid
-    pad = ((0, 0), (0, padded - length))
-    segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
-    return Tokens(
-        jnp.pad(positions_of(positions, length), pad, constant_values=-1), jnp.pad(valid, pad), segments
-    )
-
-
-def _pieces(by_key: BlockMap, units: int) -> list[_Piece]:
+def _pieces(by_key: BlockMap, units: int) -> list[Piece]:
     """The work of a map with key units as rows, as lists with key tiles as rows."""
     if units == 1:
-        return [_Piece(1, False, by_key.full), _Piece(1, True, by_key.partial)]
-    some, every = (_tiled(x, units) for x in (by_key.some, by_key.every))
-    full = every.all(-1)
-    live = some.any(-1) & ~full
-    first = some.argmax(-1)
-    count = units - some[..., ::-1].argmax(-1) - first
-    names = np.arange(some.shape[2]) * units + first
-    found = [_Piece(units, False, lists(full, names))]
+        return [Piece(1, False, by_key.full), Piece(1, True, by_key.partial)]
+    any_kept, all_kept = (_tiled(x, units) for x in (by_key.any_kept, by_key.all_kept))
+    full = all_kept.all(-1)
+    live = any_kept.any(-1) & ~full
+    first = any_kept.argmax(-1)
+    count = units - any_kept[..., ::-1].argmax(-1) - first
+    names = np.arange(any_kept.shape[2]) * units + first
+    found = [Piece(units, False, csr(full, names))]
     for width in range(1, units + 1):
-        found.append(_Piece(width, True, lists(live & (count == width), names)))
+        found.append(Piece(width, True, csr(live & (count == width), names)))
     return found
 
 
@@ -161,14 +177,14 @@ def _tiled(x: np.ndarray, units: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class KVHead:
     """A kv head of a batch row and its G query heads.
 
     q holds the G heads one after another, in float32 with invalid slots selected to 0, scaled so that
     q . k is the base-2 exponent (with a softcap c: the argument of tanh).
     """
 
-    plan: Plan
+    plan: ChunkedPlan
     batch: jax.Array
     kv_head: jax.Array
     q_RH: jax.Array  # R = G * T_pad rows
@@ -177,15 +193,15 @@ class Head:
         return self.kv_head * self.plan.G + g
 
 
-def load_head(plan: Plan, i: jax.Array) -> Head:
+def load_head(plan: ChunkedPlan, i: jax.Array) -> KVHead:
     call = plan.call
     K = call.sizes[4]
     b, kv = i // K, i % K
     scale = call.scale * LOG2E if call.softcap is None else call.scale / call.softcap
-    return Head(plan, b, kv, load_queries(plan, plan.q, call.q_BTNH, b, kv) * scale)
+    return KVHead(plan, b, kv, load_queries(plan, plan.q, call.q_BTNH, b, kv) * scale)
 
 
-def load_queries(plan: Plan, tokens: Tokens | None, x_BTNH: jax.Array, b, kv) -> jax.Array:
+def load_queries(plan: ChunkedPlan, tokens: Tokens | None, x_BTNH: jax.Array, b, kv) -> jax.Array:
     """The G heads of a group as float32 [G * T_pad, H]."""
     x_GTH = _load(x_BTNH, tokens, b, kv, plan.G, 0, plan.T)
     return jnp.pad(x_GTH, ((0, 0), (0, plan.T_pad - plan.T), (0, 0))).reshape(plan.G * plan.T_pad, -1)
@@ -229,10 +245,10 @@ def cut(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class ChunkedTile:
     """A strip of queries against some key units of one head."""
 
-    head: Head
+    head: KVHead
     g: jax.Array  # query head within the group
     q_start: jax.Array  # token index of the strip
     k_start: jax.Array
@@ -325,33 +341,19 @@ class Tile:
         return ~(kept.T if transposed else kept)
 
 
-def key_tiles(plan: Plan, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
-    return lax.fori_loop(jnp.int32(0), jnp.int32(plan.S_pad // plan.key_tile), body, state)
+def sweep(head: KVHead, step: Callable[..., Any], j: jax.Array, state: Any) -> Any:
+    """`state = step(tile_of, at, state)` for every live strip of key tile j and each query head of the group.
 
-
-def sweep(head: Head, j: jax.Array, step: Callable[[Tile, Any], Any], state: Any) -> Any:
-    """`step` over every live strip of key tile j, for each query head of the group."""
-    plan = head.plan
-    tile_start = j * plan.key_tile
-    k_KH, v_KM = (
-        _load(x, plan.k, head.batch, head.kv_head, 1, tile_start, plan.key_tile)[0]
-        for x in (plan.call.k_BSKH, plan.call.v_BSKM)
-    )
-    k_HK = k_KH.T
-
-    def one(piece: _Piece, g: jax.Array, at: jax.Array, state: Any) -> Any:
-        item = piece.lists.item(head.batch, at)
-        strip, unit = item // plan.units, item % plan.units
-        keys, offset = piece.units * plan.k_unit, unit * plan.k_unit
-        held = [x if keys == plan.key_tile else cut(x, offset, keys, axis)
-                for x, axis in ((k_KH, 0), (k_HK, 1), (v_KM, 0))]  # fmt: skip
-        tile = Tile(head, g, strip * plan.q_block, tile_start + offset, keys, piece.masked, *held)
-        return step(tile, state)
+    tile_of(at) is the tile of an entry of the block list.
+    """
+    plan, tile_start = head.plan, j * head.plan.key_tile
+    keys = _load_key_tile(head, tile_start)
 
     def query_head(g: jax.Array, state: Any) -> Any:
         for piece in plan.pieces:
-            start, stop = piece.lists.row(head.batch, j)
-            state = lax.fori_loop(start, stop, lambda at, state, piece=piece: one(piece, g, at, state), state)
+            start, stop = piece.csr.row(head.batch, j)
+            tile_of = functools.partial(_tile, head, keys, piece, g, tile_start)
+            state = lax.fori_loop(start, stop, functools.partial(step, tile_of), state)
         return state
 
     if plan.G == 1:
@@ -359,7 +361,29 @@ def sweep(head: Head, j: jax.Array, step: Callable[[Tile, Any], Any], state: Any
     return lax.fori_loop(jnp.int32(0), jnp.int32(plan.G), query_head, state)
 
 
-def _padded(call: Call, T_pad: int, S_pad: int) -> Call:
+def _load_key_tile(head: KVHead, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """k [keys, H], its transpose, and v [keys, M] of the key tile that begins at `start`."""
+    plan = head.plan
+    k_KH, v_KM = (
+        _load(x, plan.k, head.batch, head.kv_head, 1, start, plan.key_tile)[0]
+        for x in (plan.call.k_BSKH, plan.call.v_BSKM)
+    )
+    return k_KH, k_KH.T, v_KM
+
+
+def _tile(
+    head: KVHead, keys, piece: Piece, g: jax.Array, tile_start: jax.Array, at: jax.Array
+) -> ChunkedTile:
+    """The tile of entry `at` of the piece's list."""
+    plan, item = head.plan, piece.csr.item(head.batch, at)
+    strip, unit = item // plan.units, item % plan.units
+    count, offset = piece.units * plan.k_unit, unit * plan.k_unit
+    held = [x if count == plan.key_tile else cut(x, offset, count, axis)
+            for x, axis in zip(keys, (0, 1, 0), strict=True)]  # fmt: skip
+    return ChunkedTile(head, g, strip * plan.q_block, tile_start + offset, count, piece.masked, *held)
+
+
+def _padded(call: SoftmaxCall, T_pad: int, S_pad: int) -> SoftmaxCall:
     """Keys, values, per-query and per-key leaves of the bias and the dense mask in whole tiles."""
 
     def pad(x: jax.Array, query: int | None, key: int | None) -> jax.Array:

@@ -4,9 +4,9 @@
 
 The D keys of a row are distinct ids from 1 ... V // 2 - 1, the values distinct ids from V // 2 ... V - 1, and
 0 is the blank. After the pairs every second slot may hold a query, slots i = 1 ... S with S = (T - 2 D) // 2:
-the keys, first to last, draw their slots without replacement with probabilities p_i ~ i^(alpha - 1). A small
-alpha asks soon after the pairs, as bigrams recur in text; alpha = 1 is uniform. Only queries are scored: the
-target there is the value, which the row itself does not repeat.
+the keys, first to last, draw their slots without replacement with probabilities p_i ~ i^(alpha - 1). With a
+small alpha queries come soon after the pairs, as bigrams recur in text; alpha = 1 is uniform. Only queries
+are scored: the target there is the value, which the row itself does not repeat.
 
 Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927),
 section 4 and its appendix on synthetics, and the description that comes with the released experiments.

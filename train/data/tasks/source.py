@@ -1,4 +1,4 @@
-"""A synthetic task as the trainer's data: no text, no tokenizer, no bytes."""
+"""A synthetic task as the trainer's data, which has no text, tokenizer or bytes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class TaskData:
 
     @property
     def task(self) -> TaskConfig:
-        """What makes the rows."""
+        """The task's configuration, which makes the rows."""
         assert self.config.task is not None
         return self.config.task
 
     @functools.cached_property
     def corpus_sha256(self) -> str:
-        """Of the first training rows and all held-out ones: a run goes on with its own rows only."""
+        """Of the first training rows and all held-out ones: a run resumes with the same rows only."""
         digest = hashlib.sha256()
         for batch in [self.train_batch(0), *self.validation_batches()]:
             for name in ("tokens", "targets"):
@@ -43,7 +43,7 @@ class TaskData:
 
     @property
     def summary(self) -> str:
-        """One line for a log."""
+        """One line for the log."""
         options = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self.task).items())
         return f"synthetic rows of {self.config.sequence_length} tokens: {options}"
 
@@ -54,7 +54,7 @@ class TaskData:
     def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
         """At most `limit` batches of held-out rows, the first ones; None: all.
 
-        The last batch is filled with rows that score nothing.
+        The last batch is filled up with rows that are not scored.
         """
         B, rows = self.config.batch_size, self.task.validation_rows
         rows = rows if limit is None else min(limit * B, rows)

@@ -1,6 +1,8 @@
 """Softmax attention on Hopper GPUs: flash attention over block lists in Pallas Mosaic GPU.
 
+    config       tile sizes
     plan         how a call is cut: widths, tiles, operands
+    registers    what a kernel's registers hold
     elementwise  functions of positions, on tiles
     bits         masks that are read, not computed
     bias         biases that hold arrays, and their gradients
@@ -10,7 +12,7 @@
     gradients    dZ of a tile
     forward, backward_q, backward_kv, backward_fused    the kernels
 
-docs/kernels.md tells what was verified on what.
+docs/kernels.md lists what was verified on which hardware.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call, kernel_refusal, platform, select_valid, valid_slots
+from attention_jax.ops.softmax.common import SoftmaxCall, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_gpu import plan as planning
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP, WIDTHS, MosaicGPUConfig
+from attention_jax.ops.tokens import select_valid
 
+DEFAULT = MosaicGPUConfig()
 _OLDEST = (0, 11, 2)
 _LN2 = math.log(2)
-_LONGEST = 65_535 * planning.GROUP
+_LONGEST = 65_535 * GROUP
 _forced = False
 
 
@@ -44,12 +49,12 @@ def any_platform() -> Iterator[None]:
         _forced = before
 
 
-def unsupported(call: Call, deterministic: bool = True) -> str | None:
+def unsupported(call: SoftmaxCall, config: MosaicGPUConfig = DEFAULT) -> str | None:
     """Why this implementation cannot run the call, or None."""
-    return _platform(call) or kernel_refusal(call) or _inputs(call, deterministic)
+    return _platform(call) or kernel_refusal(call) or _inputs(call, config)
 
 
-def _platform(call: Call) -> str | None:
+def _platform(call: SoftmaxCall) -> str | None:
     version = jax.version.__version_info__
     if version < _OLDEST:
         need = ".".join(map(str, _OLDEST))
@@ -66,7 +71,7 @@ def _platform(call: Call) -> str | None:
 
 def _cuda_version() -> int | None:
     """The CUDA runtime's number, 13000 for 13.0; None where there is none."""
-    from jax._src.lib import cuda_versions  # as jax's own kernel asks for it; nothing public tells
+    from jax._src.lib import cuda_versions  # as jax's own kernel reads it; there is no public access
 
     return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
 
@@ -79,7 +84,7 @@ def _toolchain(version: int | None) -> str | None:
     return None
 
 
-def _inputs(call: Call, deterministic: bool) -> str | None:
+def _inputs(call: SoftmaxCall, config: MosaicGPUConfig) -> str | None:
     from attention_jax.ops.softmax.mosaic_gpu.scores import scores_of
 
     _, T, S, _, _, H, M = call.sizes
@@ -87,53 +92,49 @@ def _inputs(call: Call, deterministic: bool) -> str | None:
         return f"up to {_LONGEST:,} tokens, as many blocks as a grid has rows; these are {T:,} and {S:,}"
     if call.q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, the inputs are {call.q_BTNH.dtype}"
-    if max(H, M) > planning.WIDTHS[-1]:
-        return f"heads up to {planning.WIDTHS[-1]} wide, these are {H} (keys) and {M} (values)"
+    if max(H, M) > WIDTHS[-1]:
+        return f"heads up to {WIDTHS[-1]} wide, these are {H} (keys) and {M} (values)"
     found = scores_of(call)
     if isinstance(found, str):
         return found
-    if found.learned and not deterministic:
+    if found.learned and not config.deterministic:
         name = type(call.bias).__name__
-        return f"the gradient of bias {name} is not summed in the fused backward; impl='mosaic_gpu' does it"
+        return f"the gradient of bias {name} is not summed in the fused backward; use deterministic=True"
     return None
 
 
-def attend(call: Call, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
-    """(out_BTNM in q's dtype, lse_BTN in float32).
-
-    deterministic: the backward runs as two kernels, bit for bit the same every time. Otherwise it runs as
-      one, which adds to dQ in whatever order its thread blocks arrive.
-    """
-    return _attend(deterministic, call)
+def attend(call: SoftmaxCall, config: MosaicGPUConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNM in q's dtype, lse_BTN in float32)."""
+    return _attend(config, call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(deterministic: bool, call: Call) -> tuple[jax.Array, jax.Array]:
-    return _attend_fwd(deterministic, call)[0]
+def _attend(config: MosaicGPUConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    return _attend_fwd(config, call)[0]
 
 
-def _attend_fwd(deterministic: bool, call: Call):
+def _attend_fwd(config: MosaicGPUConfig, call: SoftmaxCall):
     from attention_jax.ops.softmax.mosaic_gpu.forward import forward
 
     *_, M = call.sizes
-    out_BTNM, lse_BNT = forward(planning.forward_plan(planning.clean(call)))
+    out_BTNM, lse_BNT = forward(planning.forward_plan(planning.clean(call), config.forward))
     out_BTNM = out_BTNM[..., :M]
     lse_BTN = (lse_BNT * _LN2).swapaxes(1, 2)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BNT)
 
 
-def _attend_bwd(deterministic: bool, residuals, cotangents):
+def _attend_bwd(config: MosaicGPUConfig, residuals, cotangents):
     from attention_jax.ops.softmax.mosaic_gpu.backward_fused import gradients_fused
     from attention_jax.ops.softmax.mosaic_gpu.backward_kv import gradient_kv
     from attention_jax.ops.softmax.mosaic_gpu.backward_q import gradient_q
 
     call, out_BTNM, lse_BNT = residuals
     _, T, _, _, _, H, M = call.sizes
-    q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
+    q_valid = call.q_valid_BT
     # An invalid query's output is constant; its lse is its sink where there is one.
     dout_BTNM, dlse_BTN = select_valid(cotangents[0], q_valid), cotangents[1]
     # A row without a key (lse = -inf) passes no gradient, and neither does padding: 2^(z - inf) is 0.
-    padding = ((0, 0), (0, 0), (0, -T % (2 * planning.GROUP)))
+    padding = ((0, 0), (0, 0), (0, -T % (2 * GROUP)))
     lse_BNT = jnp.pad(lse_BNT, padding, constant_values=-jnp.inf)
     dead_BNT = lse_BNT == -jnp.inf
     lse_BNT = jnp.where(dead_BNT, jnp.inf, lse_BNT)
@@ -146,14 +147,14 @@ def _attend_bwd(deterministic: bool, residuals, cotangents):
     dout_BTNM = jnp.pad(dout_BTNM, ((0, 0), (0, 0), (0, 0), (0, width)))
     saved = (dout_BTNM, lse_BNT, delta_BNT)
     dbias = call.bias
-    if deterministic:
-        q_plan = planning.backward_q_plan(cut)
+    if config.deterministic:
+        q_plan = planning.backward_q_plan(cut, config.backward_q)
         dq_BTNH, by_query = gradient_q(q_plan, *saved)
-        dk_BSKH, dv_BSKM, by_key = gradient_kv(planning.backward_k_plan(cut), *saved)
+        dk_BSKH, dv_BSKM, by_key = gradient_kv(planning.backward_kv_plan(cut, config.backward_kv), *saved)
         if call.bias is not None:
             dbias = q_plan.scores.bias.gradient(call, by_query, by_key)
     else:
-        dq_BTNH, dk_BSKH, dv_BSKM = gradients_fused(planning.fused_plan(cut), *saved)
+        dq_BTNH, dk_BSKH, dv_BSKM = gradients_fused(planning.fused_plan(cut, config.fused), *saved)
         dq_BTNH = dq_BTNH.astype(call.q_BTNH.dtype)
     dsinks_N = None
     if call.sink_logits_N is not None:

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops import varying
 from attention_jax.ops.softmax.mosaic_gpu.backward_kv import KeyKernel, accumulating, over_keys
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     gradient_of_handed,
     handed,
@@ -31,11 +32,11 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     tiled,
     vector,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan, round_up
 
 
 def gradients_fused(
-    plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array
+    plan: HopperPlan, dout: jax.Array, lse: jax.Array, delta: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dQ float32, dK, dV) of a clean call and its `fused_plan`; arguments as in `gradient_q`."""
     call = plan.call
@@ -53,13 +54,13 @@ class _FusedKernel(KeyKernel):
     """Half the columns of dQ by each warpgroup, whose terms wait in shared memory for the copy engine."""
 
     @staticmethod
-    def piece(plan: Plan) -> int:
+    def piece(plan: HopperPlan) -> int:
         """The columns of dQ that a warpgroup makes at a time."""
         half = plan.call.sizes[5] // 2
         return half if half <= 96 else half // 2
 
     @classmethod
-    def more_scratch(cls, plan: Plan, swizzle_block: int) -> dict:
+    def more_scratch(cls, plan: HopperPlan, swizzle_block: int) -> dict:
         return {
             "dq": tiled((2, plan.tiles.block, cls.piece(plan)), jnp.float32),
             "done": plgpu.Barrier(num_arrivals=2),
@@ -99,7 +100,7 @@ class _PairKernel(_FusedKernel):
     name = "fused"
 
     @classmethod
-    def more_scratch(cls, plan: Plan, swizzle_block: int) -> dict:
+    def more_scratch(cls, plan: HopperPlan, swizzle_block: int) -> dict:
         dtype, block = plan.call.q_BTNH.dtype, plan.tiles.block
         return super().more_scratch(plan, swizzle_block) | {
             "dz": tiled((2, 2, GROUP, block), dtype, swizzle_block),
@@ -131,12 +132,12 @@ class _RelayKernel(_FusedKernel):
     name = "relay"
 
     @staticmethod
-    def dout_stages(plan: Plan) -> int:
+    def dout_stages(plan: HopperPlan) -> int:
         """Blocks of dO in flight. Shared memory has room for one beside two of Q at a width of 256."""
         return plan.tiles.stages if max(plan.call.sizes[5:]) <= 192 else 1
 
     @classmethod
-    def more_scratch(cls, plan: Plan, swizzle_block: int) -> dict:
+    def more_scratch(cls, plan: HopperPlan, swizzle_block: int) -> dict:
         dtype, block, M = plan.call.q_BTNH.dtype, plan.tiles.block, plan.call.sizes[6]
         stages, given = cls.dout_stages(plan), 2 + plan.copies(plan.q)
         return super().more_scratch(plan, swizzle_block) | {

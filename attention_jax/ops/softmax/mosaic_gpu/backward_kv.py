@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     add_rows,
@@ -40,12 +41,13 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     zero_rows,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
-from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan
+from attention_jax.ops.softmax.mosaic_gpu.registers import dv_product_fits_early
+from attention_jax.ops.softmax.mosaic_gpu.scores import HopperTile
 
 
 def gradient_kv(
-    plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array
+    plan: HopperPlan, dout: jax.Array, lse: jax.Array, delta: jax.Array
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """(dK [B, S, K, H], dV [B, S, K, M], sums for the bias [B, N, S padded]), as in `gradient_q`."""
     kernel = KeyKernel if plan.key_rows == 2 * GROUP else _SplitKernel
@@ -53,7 +55,7 @@ def gradient_kv(
 
 
 def over_keys(
-    kind: type[KeyKernel], plan: Plan, swizzle_block: int, **more: jax.Array
+    kind: type[KeyKernel], plan: HopperPlan, swizzle_block: int, **more: jax.Array
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """As `gradient_kv`, by a kernel over keys; swizzle_block: the columns of what it reads in pieces."""
     call = plan.call
@@ -96,7 +98,7 @@ def over_keys(
     return found["dk"], found["dv"], found["dbias"]
 
 
-def _pulls(plan: Plan) -> list[Traced]:
+def _pulls(plan: HopperPlan) -> list[Traced]:
     """The gradients of a bias that are summed over queries."""
     return plan.scores.bias.by_key if plan.scores.bias else []
 
@@ -116,7 +118,7 @@ class KeyKernel(ThreadBlock):
     name = "kv"
 
     @staticmethod
-    def more_scratch(plan: Plan, swizzle_block: int) -> dict:
+    def more_scratch(plan: HopperPlan, swizzle_block: int) -> dict:
         return {}
 
     def roles(self, group: jax.Array) -> None:
@@ -250,7 +252,7 @@ class KeyKernel(ThreadBlock):
                 return gradient(tile, qk, dp, lse, delta, masked)
 
             # Under dP and what it is used for, where registers have room for the P that this product reads.
-            early = "dv" in sums and plan.scores.roomy(masked)
+            early = "dv" in sums and dv_product_fits_early(plan.scores, masked)
             p, ds, dz = both_products(shape, qk_pair, dp_pair, then, values if early else None)
             if "dv" in sums and not early:
                 values(p)
@@ -264,18 +266,18 @@ class KeyKernel(ThreadBlock):
         release(smem["free"].at[slot], read="dk" not in sums)  # `share` has set a fence
         return found
 
-    def tile(self, i, slot, masked, row, part, k_start, k_vectors) -> Tile:
+    def tile(self, i, slot, masked, row, part, k_start, k_vectors) -> HopperTile:
         """The scores of a step, transposed, once its queries are there."""
         plan, smem, block = self.plan, self.smem, self.plan.tiles.block
         q_block = head = jnp.int32(0)
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             q_block, head = self.visit(row, i)
         plgpu.barrier_wait(smem["ready"].at[slot])
         q_vectors = []
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             q_vectors = [loader(x.at[slot], COLUMNS) for x in smem["q_vectors"]]
         bits = self.own_bits(slot, part) if masked else []
-        return Tile(
+        return HopperTile(
             plan.scores, self.refs, self.batch, head, q_block * block, k_start, q_vectors, k_vectors,
             (GROUP, block), 1, (ROWS, COLUMNS), bits,
         )  # fmt: skip
@@ -308,7 +310,7 @@ class _SplitKernel(KeyKernel):
     name = "split"
 
     @staticmethod
-    def more_scratch(plan: Plan, swizzle_block: int) -> dict:
+    def more_scratch(plan: HopperPlan, swizzle_block: int) -> dict:
         return {"done": plgpu.Barrier(num_arrivals=2)}
 
     def roles(self, group: jax.Array) -> None:

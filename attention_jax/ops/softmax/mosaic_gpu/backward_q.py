@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import Traced
 from attention_jax.ops.softmax.mosaic_gpu.gradients import (
     add_rows,
@@ -34,12 +35,12 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     zero_rows,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
-from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.scores import HopperTile
 
 
 def gradient_q(
-    plan: Plan, dout: jax.Array, lse: jax.Array, delta: jax.Array
+    plan: HopperPlan, dout: jax.Array, lse: jax.Array, delta: jax.Array
 ) -> tuple[jax.Array, list[jax.Array]]:
     """(dQ [B, T, N, H], sums for the bias [B, N, T padded]) of a clean call.
 
@@ -85,7 +86,7 @@ def gradient_q(
     return found["dq"], found["dbias"]
 
 
-def _pulls(plan: Plan) -> list[Traced]:
+def _pulls(plan: HopperPlan) -> list[Traced]:
     """The gradients of a bias that are summed over keys."""
     return plan.scores.bias.by_query if plan.scores.bias else []
 
@@ -154,14 +155,14 @@ class _QueryKernel(ThreadBlock):
         q_smem = smem["q"].at[group]
         stages, block = plan.tiles.stages, plan.tiles.block
         slot, shape = remainder(i, stages), (GROUP, block)
-        k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
+        k_block = self.item(start + i) if plan.scores.needs_position(masked) else jnp.int32(0)
         k_smem = smem["k"].at[slot]
         plgpu.barrier_wait(smem["ready"].at[slot])
         k_vectors = []
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             k_vectors = [loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]]
         bits = self.own_bits(slot, group) if masked else []
-        tile = Tile(
+        tile = HopperTile(
             plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
             shape, 0, (ROWS, COLUMNS), bits,
         )  # fmt: skip

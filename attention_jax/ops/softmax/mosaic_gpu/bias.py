@@ -19,8 +19,9 @@ from jax import lax
 from jax.extend import core
 
 from attention_jax.biases import Axes, Bias
-from attention_jax.ops.softmax.common import Call, positions_of, valid_slots
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import NEITHER, K, Q, Traced, bind, trace
+from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class TracedBias:
         """Gradients to be summed over queries."""
         return [pull for v, pull in self.pulls.items() if self.score.looked.get(v) == K]
 
-    def read(self, call: Call) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    def read(self, call: SoftmaxCall) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         """What the kernels read: scalars [B, N], of queries [1 or B, N, T], of keys [1 or B, N, S]."""
         B, _, _, N, *_ = call.sizes
         scalars = self._evaluate(call, self.score.frontier, NEITHER, jnp.zeros((1, 1), jnp.int32), None)
@@ -51,11 +52,11 @@ class TracedBias:
             (K, call.k_positions_BS, call.k_segments_BS, call.sizes[2]),
         ):
             wanted = [v for v, kind in self.score.looked.items() if kind == side]
-            valid = valid_slots(positions, segments)
-            found.append(self._evaluate(call, wanted, side, positions_of(positions, length), valid))
+            valid = valid_tokens(positions, segments)
+            found.append(self._evaluate(call, wanted, side, positions_or_arange(positions, length), valid))
         return scalars, *found
 
-    def gradient(self, call: Call, by_query: Sequence[jax.Array], by_key: Sequence[jax.Array]) -> Bias:
+    def gradient(self, call: SoftmaxCall, by_query: Sequence[jax.Array], by_key: Sequence[jax.Array]) -> Bias:
         """The bias's cotangent from the kernels' sums [B, N, T or more] and [B, N, S or more]."""
         leaves, treedef = jax.tree.flatten(call.bias)
         floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]

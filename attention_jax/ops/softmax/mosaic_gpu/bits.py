@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.ops.softmax.common import Call, positions_of
+from attention_jax.ops.softmax.common import SoftmaxCall
+from attention_jax.ops.softmax.mosaic_gpu.config import WORD
+from attention_jax.ops.tokens import positions_or_arange
 
-WORD = 32
 
-
-def mask_bits(call: Call, table: bool, by_key: bool, own_pad: int, swept_pad: int) -> jax.Array | np.ndarray:
-    """int32 [b, n, words, own_pad]: bit i of word w tells whether the pair with swept token 32 w + i is kept.
+def mask_bits(
+    call: SoftmaxCall, table: bool, by_key: bool, own_pad: int, swept_pad: int
+) -> jax.Array | np.ndarray:
+    """int32 [b, n, words, own_pad]: bit i of word w is 1 where the pair with swept token 32 w + i is kept.
 
     table: `call.mask` is to be written out as well as `call.mask_BNTS`. by_key: keys are owned and queries
     swept. b and n are 1 where all batch rows or heads share the mask. Padding is hidden.
@@ -43,12 +45,12 @@ def mask_bits(call: Call, table: bool, by_key: bool, own_pad: int, swept_pad: in
     return lax.bitcast_convert_type(words, jnp.int32)
 
 
-def _written_out(call: Call) -> jax.Array | np.ndarray:
+def _written_out(call: SoftmaxCall) -> jax.Array | np.ndarray:
     """[1 or B, 1, T, S]: what the call's Mask keeps; NumPy where positions are implicit."""
     _, T, S, *_ = call.sizes
     if call.q_positions_BT is None and call.k_positions_BS is None:
         return call.mask.dense(np.arange(T, dtype=np.int32), np.arange(S, dtype=np.int32))[None, None]
-    q_BT, k_BS = positions_of(call.q_positions_BT, T), positions_of(call.k_positions_BS, S)
+    q_BT, k_BS = positions_or_arange(call.q_positions_BT, T), positions_or_arange(call.k_positions_BS, S)
     return call.mask.dense(_not_folded(q_BT), _not_folded(k_BS))[:, None]
 
 

@@ -6,9 +6,9 @@ per (batch row, head) outside the kernel; what depends on one position runs on a
 column of the tile; the rest runs on the tile.
 
 What depends on one position is *looked up*, computed outside the kernel as one int32 per token, where it
-cannot run there (it indexes an array) or takes `LONG` equations: a vector is read in less time. Of what
-indexes an array with both positions, `trace` says that it cannot run. Of a bias with leaves what depends on a
-leaf of one token is looked up too, per head and in float32 (`bias.py`).
+cannot run there (it indexes an array) or takes `LONG` equations: a vector is read in less time. A function
+that indexes an array with both positions cannot run; `trace` returns why. Of a bias with leaves what depends
+on a leaf of one token is looked up too, per head and in float32 (`bias.py`).
 """
 
 from __future__ import annotations

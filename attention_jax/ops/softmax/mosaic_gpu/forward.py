@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
 from attention_jax.ops.softmax.mosaic_gpu.launch import (
     COLUMNS,
     ROWS,
@@ -32,11 +33,11 @@ from attention_jax.ops.softmax.mosaic_gpu.launch import (
     vectors_scratch,
     zeros,
 )
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan, round_up
-from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, Tile
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan, round_up
+from attention_jax.ops.softmax.mosaic_gpu.scores import LOG2E, LOWEST, HopperTile
 
 
-def forward(plan: Plan) -> tuple[jax.Array, jax.Array]:
+def forward(plan: HopperPlan) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, M], lse / ln 2 as float32 [B, N, T]) of a clean call."""
     call = plan.call
     B, T, _, N, _, H, M = call.sizes
@@ -172,14 +173,14 @@ class _Kernel(ThreadBlock):
         qk, acc, m, norm = carry
         slot, ahead = remainder(i, stages), remainder(i + 1, stages)
         shape = (GROUP, block)
-        k_block = self.item(start + i) if plan.scores.placed(masked) else jnp.int32(0)
+        k_block = self.item(start + i) if plan.scores.needs_position(masked) else jnp.int32(0)
         k_vectors = []
-        if plan.scores.placed(masked):
+        if plan.scores.needs_position(masked):
             k_vectors = loaded([loader(x.at[slot], COLUMNS) for x in smem["k_vectors"]])
         bits = loaded(self.own_bits(slot, group)) if masked else []
         release(smem["k_free"].at[slot], read=bool(k_vectors or bits))
 
-        tile = Tile(
+        tile = HopperTile(
             plan.scores, self.refs, self.batch, self.head, q_start, k_block * block, q_vectors, k_vectors,
             shape, 0, (ROWS, COLUMNS), bits,
         )  # fmt: skip

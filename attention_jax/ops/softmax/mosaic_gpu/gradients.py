@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops.softmax.mosaic_gpu.launch import times
-from attention_jax.ops.softmax.mosaic_gpu.scores import Tile
+from attention_jax.ops.softmax.mosaic_gpu.scores import HopperTile
 
 
 def add_rows(totals: list, tiles: list[jax.Array]) -> None:
@@ -22,7 +22,7 @@ def add_rows(totals: list, tiles: list[jax.Array]) -> None:
         total[...] += x.sum(axis=1)
 
 
-def gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+def gradient(tile: HopperTile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(P with dropout, d score, d(q . k) / scale) of a tile, by its products and its queries' lse and delta.
 
     A softcap lies between the last two. d score is for a learned bias; without one it may be NaN if hidden.
@@ -44,7 +44,7 @@ def gradient(tile: Tile, qk, dp, lse, delta, masked: bool) -> tuple[jax.Array, j
     return kept, ds, dz
 
 
-def weights(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+def weights(tile: HopperTile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """(P, the factor dropout puts on each entry, the softcap's slope); None where there is none."""
     scores = tile.scores
     z, factor, slope = tile.exponents(qk, masked)
@@ -55,13 +55,13 @@ def weights(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array | N
     return p, share, slope
 
 
-def weights_alone(shape, pair, tile: Tile, lse, masked: bool) -> jax.Array:
+def weights_alone(shape, pair, tile: HopperTile, lse, masked: bool) -> jax.Array:
     """P with dropout, where nothing else is wanted of the scores."""
     p, share, _ = weights(tile, product(shape, *pair), lse, masked)
     return p if share is None else p * share
 
 
-def handed(tile: Tile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array]:
+def handed(tile: HopperTile, qk, lse, masked: bool) -> tuple[jax.Array, jax.Array]:
     """(All that dZ needs of the scores in one array, P with dropout).
 
     The first is P times the softcap's slope, negative where dropout took the entry.

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_jax.ops import varying
-from attention_jax.ops.softmax.mosaic_gpu.plan import GROUP, Plan
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP
+from attention_jax.ops.softmax.mosaic_gpu.plan import HopperPlan
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 from attention_jax.ops.softmax.mosaic_gpu.scores import Vector
 
@@ -70,12 +71,12 @@ def release(barrier: Any, read: bool) -> None:
     plgpu.barrier_arrive(barrier)
 
 
-def vectors_scratch(plan: Plan, side: Side) -> list[Any]:
+def vectors_scratch(plan: HopperPlan, side: Side) -> list[Any]:
     """Shared memory for what a step reads per token of the side it sweeps."""
     return [plgpu.SMEM((plan.tiles.stages, plan.tiles.block), x.dtype) for x in side.vectors]
 
 
-def bits_scratch(plan: Plan, own: int) -> Any:
+def bits_scratch(plan: HopperPlan, own: int) -> Any:
     """Shared memory for the bits of `own` tokens, a row a word; None where the kernel computes the mask."""
     return plgpu.SMEM((plan.tiles.stages * plan.words, own), jnp.int32) if plan.words else None
 
@@ -103,7 +104,7 @@ Row = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of `Schedule.rows`
 class ThreadBlock:
     """The body of one thread block; `refs` are arrays in global memory, `smem` scratch."""
 
-    plan: Plan
+    plan: HopperPlan
     refs: dict[str, Any]
     smem: dict[str, Any]
 

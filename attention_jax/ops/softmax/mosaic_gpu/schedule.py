@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.ops.softmax.blocks import BlockMap, Tokens, runtime_map, static_map
-from attention_jax.ops.softmax.common import Call, positions_of, valid_slots
+from attention_jax.ops.softmax.blocks import BlockMap, padded_tokens, runtime_map, static_map
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_gpu.bits import any_and_all
+from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
 Array = Any  # NumPy for a static map, jax for one made at run time
 
@@ -37,11 +38,11 @@ class Schedule:
 def schedule(block_map: BlockMap) -> Schedule:
     """The lists of a map's rows; `block_map.transpose` gives those of its columns."""
     xp = np if block_map.static else jnp
-    full = block_map.some & block_map.every
-    rank = xp.where(full, 0, xp.where(block_map.some, 1, 2))
+    full = block_map.any_kept & block_map.all_kept
+    rank = xp.where(full, 0, xp.where(block_map.any_kept, 1, 2))
     order = xp.argsort(rank, axis=-1, stable=True).astype(xp.int32)
     full_count = full.sum(-1, dtype=xp.int32)
-    count = block_map.some.sum(-1, dtype=xp.int32)
+    count = block_map.any_kept.sum(-1, dtype=xp.int32)
     b, n, columns = rank.shape
     if block_map.static:
         starts = np.cumsum(count, axis=1, dtype=np.int32) - count
@@ -79,7 +80,7 @@ class Side:
         return [*(x for x in (self.positions, self.segments) if x is not None), *self.looked, *self.by_head]
 
 
-def sides(call: Call, T_pad: int, S_pad: int) -> tuple[Side, Side]:
+def sides(call: SoftmaxCall, T_pad: int, S_pad: int) -> tuple[Side, Side]:
     """The vectors of queries and keys. Both sides have the same ones; padding is invalid."""
     _, T, S, *_ = call.sizes
     given = call.q_positions_BT is not None or call.k_positions_BS is not None
@@ -89,42 +90,33 @@ def sides(call: Call, T_pad: int, S_pad: int) -> tuple[Side, Side]:
         (call.k_positions_BS, call.k_segments_BS, S, S_pad, -1),
     ):
         pad = ((0, 0), (0, padded - length))
-        valid = valid_slots(positions, segments)
+        valid = valid_tokens(positions, segments)
         if segments is not None:
             segments, ok = jnp.broadcast_arrays(segments, valid)
             segments = jnp.pad(jnp.where(ok, segments, none), pad, constant_values=none)
         if given:
             positions, ok = jnp.broadcast_arrays(
-                positions_of(positions, length), True if valid is None else valid
+                positions_or_arange(positions, length), True if valid is None else valid
             )
             positions = jnp.pad(jnp.where(ok, positions, -1), pad, constant_values=-1)
         found.append(Side(positions if given else None, segments))
     return found[0], found[1]
 
 
-def block_map(call: Call, q_block: int, k_block: int) -> BlockMap:
+def block_map(call: SoftmaxCall, q_block: int, k_block: int) -> BlockMap:
     """Which blocks of [q_block, k_block] are empty, partial and full."""
     found = _by_positions(call, q_block, k_block)
     if call.mask_BNTS is None:
         return found
-    some, every = any_and_all(call.mask_BNTS, *call.sizes[1:3], q_block, k_block)
-    return BlockMap(found.some & some, found.every & every)
+    any_kept, all_kept = any_and_all(call.mask_BNTS, *call.sizes[1:3], q_block, k_block)
+    return BlockMap(found.any_kept & any_kept, found.all_kept & all_kept)
 
 
-def _by_positions(call: Call, q_block: int, k_block: int) -> BlockMap:
+def _by_positions(call: SoftmaxCall, q_block: int, k_block: int) -> BlockMap:
     _, T, S, *_ = call.sizes
     if call.arange_positions:
         return static_map(call.mask, T, S, q_block, k_block)
 
-    def tokens(positions, segments, length, block):
-        pad = ((0, 0), (0, -length % block))
-        valid = valid_slots(positions, segments)
-        valid = jnp.ones((1, length), bool) if valid is None else valid
-        segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
-        return Tokens(
-            jnp.pad(positions_of(positions, length), pad, constant_values=-1), jnp.pad(valid, pad), segments
-        )
-
-    q = tokens(call.q_positions_BT, call.q_segments_BT, T, q_block)
-    k = tokens(call.k_positions_BS, call.k_segments_BS, S, k_block)
+    q = padded_tokens(call.q_positions_BT, call.q_segments_BT, T, T + -T % q_block)
+    k = padded_tokens(call.k_positions_BS, call.k_segments_BS, S, S + -S % k_block)
     return runtime_map(call.mask, q, k, q_block, k_block)

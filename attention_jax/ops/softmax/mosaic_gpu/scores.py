@@ -16,14 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.masks import Full
-from attention_jax.ops.softmax.common import Call, dropout_keep
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 from attention_jax.ops.softmax.mosaic_gpu.bias import TracedBias, trace_bias
-from attention_jax.ops.softmax.mosaic_gpu.bits import WORD
+from attention_jax.ops.softmax.mosaic_gpu.config import GROUP, WORD
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import LOG2E, K, Q, Traced, tanh, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import Side
 
-GROUP = 64  # rows of a warpgroup's matrix instruction
-SEVERAL = 12  # operations of a mask that take registers of their own
 MOST_VECTORS = 8  # that shared memory holds beside the tiles of every kernel, bits counted as one
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - LOWEST) is 0 for z = -inf.
@@ -53,7 +51,7 @@ class Scores:
     bits: bool
 
     def operands(self, B: int, N: int, q: Side, k: Side) -> dict[str, list[jax.Array]]:
-        """The arrays `Tile` reads from global memory, beside bits and the bias's scalars."""
+        """The arrays `HopperTile` reads from global memory, beside bits and the bias's scalars."""
         traced = {"keep": self.keep, "dropout": self.dropout}
         found = {name: [] if t is None else t.scalars(B, N) for name, t in traced.items()}
         return found | {"q": q.vectors, "k": k.vectors}
@@ -79,36 +77,16 @@ class Scores:
         return sum(8 if eqn.primitive.name in ("div", "rem") else 1 for eqn in self.keep.inner)
 
     @property
-    def heavy(self) -> bool:
-        """What is done to a score beside the mask takes many registers."""
-        return self.softcap is not None or (self.dropout is not None and self.bias is not None)
-
-    @property
     def changed(self) -> bool:
         """Something is done to a score before its exponential."""
         return self.softcap is not None or self.bias is not None
 
-    @property
-    def crowded(self) -> bool:
-        """More is done to a score beside a mask of several operations."""
-        return self.mask_operations > SEVERAL and (self.changed or self.dropout is not None)
-
-    @property
-    def drawn(self) -> bool:
-        """Entries are dropped beside a mask that is read as bits."""
-        return self.bits and self.dropout is not None
-
-    def roomy(self, masked: bool) -> bool:
-        """Registers have room for one more tile beside what is done to a score."""
-        short = self.softcap is not None or self.dropout is not None
-        return not short and not (masked and self.mask_operations > SEVERAL)
-
-    def placed(self, masked: bool) -> bool:
+    def needs_position(self, masked: bool) -> bool:
         """Whether a step must know where its tile lies."""
         return masked or self.bias is not None or self.dropout is not None
 
 
-def scores_of(call: Call) -> Scores | str:
+def scores_of(call: SoftmaxCall) -> Scores | str:
     """The recipe of a call, or why a kernel cannot follow it."""
 
     def keep(b, n, q, k):
@@ -148,7 +126,7 @@ def _vectors(bias: TracedBias | None) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class HopperTile:
     """A tile of scores in registers: q . k, [queries, keys], or transposed (q_axis 1).
 
     q_vectors, k_vectors: the tile's positions and segments where they are given, then what the mask looks up,

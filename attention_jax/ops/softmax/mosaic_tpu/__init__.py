@@ -18,34 +18,39 @@ the queries come in parts, and partial sums of dK and dV are added afterwards.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops.softmax.common import Call, kernel_refusal, platform
+from attention_jax.ops.softmax.common import SoftmaxCall, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_tpu import plan, steps
 from attention_jax.ops.softmax.mosaic_tpu.backward import backward
 from attention_jax.ops.softmax.mosaic_tpu.bias import bias_refusal, mask_refusal
+from attention_jax.ops.softmax.mosaic_tpu.config import WIDEST, MosaicTPUConfig
 from attention_jax.ops.softmax.mosaic_tpu.forward import forward
 from attention_jax.ops.softmax.mosaic_tpu.plan import forced
 
-__all__ = ["attend", "forced", "unsupported"]
+__all__ = ["MosaicTPUConfig", "attend", "forced", "unsupported"]
+
+DEFAULT = MosaicTPUConfig()
 
 _MAX_DENSE = 2**28  # entries of a dense mask made from a Mask object
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: SoftmaxCall, config: MosaicTPUConfig = DEFAULT) -> str | None:
     """Why the kernels cannot run the call, forward or backward; None where they can."""
     if plan.only_on_tpu() and platform(call) != "tpu":
         return f"needs a TPU, the call runs on a {platform(call)}"
     if why_not := kernel_refusal(call):
         return why_not
-    if plan.vmem() is None:
+    if plan.vmem(config) is None:
         return f"{plan.chip()}; blocks are chosen for TPU v5e, v5p and v6e"
     _, T, S, _, _, H, M = call.sizes
     if call.q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
         return f"{call.q_BTNH.dtype}; a TPU multiplies bfloat16 and float32"
-    if max(H, M) > steps.WIDEST:
-        return f"heads {max(H, M)} wide; the kernels hold at most {steps.WIDEST}"
+    if max(H, M) > WIDEST:
+        return f"heads {max(H, M)} wide; the kernels hold at most {WIDEST}"
     why_not = mask_refusal(call.mask)
     if why_not and not call.arange_positions:
         return f"{call.mask} needs {why_not} in a kernel, and positions are given"
@@ -53,13 +58,13 @@ def unsupported(call: Call) -> str | None:
         return f"{call.mask} needs {why_not} in a kernel, and is no array beyond {_MAX_DENSE} entries"
     if call.bias is not None and (refused := bias_refusal(call.bias)):
         return refused
-    return _too_long(call)
+    return _too_long(call, config)
 
 
-def _too_long(call: Call) -> str | None:
-    """Do block lists fit scalar memory, dQ a bounded number of parts?"""
+def _too_long(call: SoftmaxCall, config: MosaicTPUConfig) -> str | None:
+    """Why block lists do not fit scalar memory, or dQ a bounded number of parts; None where they do."""
     for is_backward in (False, True):
-        geometry = plan.Geometry.of(call, is_backward)
+        geometry = plan.TPUGeometry.of(call, config, is_backward)
         if geometry.parts > steps.MAX_PARTS:
             return (
                 f"dQ of {geometry.G} heads x {geometry.T_pad} queries needs {geometry.parts} sweeps over the "
@@ -77,19 +82,23 @@ def _too_long(call: Call) -> str | None:
     return None
 
 
-@jax.custom_vjp
-def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+def attend(call: SoftmaxCall, config: MosaicTPUConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
-    return forward(call)
+    return _attend(config, call)
 
 
-def _attend_fwd(call: Call):
-    out_BTNM, lse_BTN = forward(call)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(config: MosaicTPUConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    return forward(config, call)
+
+
+def _attend_fwd(config: MosaicTPUConfig, call: SoftmaxCall):
+    out_BTNM, lse_BTN = forward(config, call)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 
 
-def _attend_bwd(residuals, cotangents):
-    return (backward(*residuals, *cotangents),)
+def _attend_bwd(config: MosaicTPUConfig, residuals, cotangents):
+    return (backward(config, *residuals, *cotangents),)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -14,29 +14,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.ops import varying
-from attention_jax.ops.softmax.common import Call, positions_of, select_valid, valid_slots
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
+from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
 from attention_jax.ops.softmax.mosaic_tpu.plan import (
     NN,
     NT,
-    Geometry,
-    Plan,
+    TPUGeometry,
+    TPUPlan,
     keys,
     make_plan,
     params,
     queries,
 )  # fmt: skip
-from attention_jax.ops.softmax.mosaic_tpu.scores import LOG2E, Operand, Tile, operand
+from attention_jax.ops.softmax.mosaic_tpu.scores import LOG2E, Operand, TPUTile, operand
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES
+from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 
-def backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
-    plan = make_plan(call, backward=True)
+def backward(
+    config: MosaicTPUConfig, call: SoftmaxCall, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN
+) -> SoftmaxCall:
+    plan = make_plan(call, config, backward=True)
     geometry = plan.geometry
     _, T, S, _, _, H, M = call.sizes
     # A row without a key (lse = -inf) has P = 0 and passes no gradient, and so have rows of padding:
     # +inf does that, 2^(x - inf).
-    q_valid = valid_slots(call.q_positions_BT, call.q_segments_BT)
+    q_valid = call.q_valid_BT
     out_BTNM, dout_BTNM = (select_valid(x, q_valid) for x in (out_BTNM, dout_BTNM))
     dead_BTN = lse_BTN == -jnp.inf
     delta_BTN = (out_BTNM.astype(jnp.float32) * dout_BTNM.astype(jnp.float32)).sum(-1)
@@ -67,7 +71,7 @@ def backward(call: Call, out_BTNM, lse_BTN, dout_BTNM, dlse_BTN) -> Call:
     )
 
 
-def _sinks_gradient(call: Call, lse_BTN: jax.Array, delta_BTN: jax.Array) -> jax.Array | None:
+def _sinks_gradient(call: SoftmaxCall, lse_BTN: jax.Array, delta_BTN: jax.Array) -> jax.Array | None:
     """lse in base 2, +inf where a row has none."""
     if call.sink_logits_N is None:
         return None
@@ -93,13 +97,13 @@ class _CutGradient:
     def by_query(self) -> bool:
         return self.value.by_query
 
-    def scratch(self, geometry: Geometry) -> Any:
+    def scratch(self, geometry: TPUGeometry) -> Any:
         if self.by_key:
             return pltpu.VMEM((geometry.G, geometry.k_block, 1), jnp.float32)
         rows = geometry.part_rows if self.by_query else geometry.G
         return pltpu.VMEM((rows, 1, geometry.q_block), jnp.float32)
 
-    def out(self, plan: Plan, closing: Any, part: Any) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+    def out(self, plan: TPUPlan, closing: Any, part: Any) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
         B, _, _, N, K, *_ = plan.call.sizes
         g = plan.geometry
         if self.by_query:
@@ -118,7 +122,7 @@ class _CutGradient:
             shape = (B, K, g.G, 1, g.q_block)
         return spec, varying.shape_like(plan.call.q_BTNH, shape, jnp.float32)
 
-    def whole(self, plan: Plan, found: jax.Array) -> jax.Array:
+    def whole(self, plan: TPUPlan, found: jax.Array) -> jax.Array:
         """The kernel's output as the gradient of the value, [B, N, T or 1, S or 1]."""
         B, T, S, N, *_ = plan.call.sizes
         if self.by_query:
@@ -128,18 +132,18 @@ class _CutGradient:
         return found.sum(-1).reshape(B, N, 1, 1)
 
 
-def _cut_gradients(plan: Plan) -> list[_CutGradient]:
+def _cut_gradients(plan: TPUPlan) -> list[_CutGradient]:
     learned = [] if plan.split is None else plan.split.learned
     return [_CutGradient(plan.operands[f"bias{i}"], i) for i in learned]
 
 
-def _bias_gradient(plan: Plan, found: list[jax.Array]) -> Any:
+def _bias_gradient(plan: TPUPlan, found: list[jax.Array]) -> Any:
     """The cotangent of the bias from those of the learned values of its cut."""
     if not found:
         return None
     call = plan.call
     _, T, S, N, *_ = call.sizes
-    q_pos, k_pos = positions_of(call.q_positions_BT, T), positions_of(call.k_positions_BS, S)
+    q_pos, k_pos = positions_or_arange(call.q_positions_BT, T), positions_or_arange(call.k_positions_BS, S)
     values, vjp = jax.vjp(lambda bias: plan.split.outside(bias, N, q_pos, k_pos), call.bias)
     cotangents = [varying.like(x, jnp.zeros_like(x)) if jnp.issubdtype(x.dtype, jnp.floating)
                   else np.zeros(x.shape, jax.dtypes.float0) for x in values]  # fmt: skip
@@ -150,7 +154,7 @@ def _bias_gradient(plan: Plan, found: list[jax.Array]) -> Any:
     return vjp(cotangents)[0]
 
 
-def _backward_call(plan: Plan, dout_BTNM: jax.Array) -> list[jax.Array]:
+def _backward_call(plan: TPUPlan, dout_BTNM: jax.Array) -> list[jax.Array]:
     call, geometry, lists = plan.call, plan.geometry, plan.steps.lists
     B, _, _, N, K, *_ = call.sizes
     q, k, H, M = geometry.q_block, geometry.k_block, geometry.H, geometry.M
@@ -213,7 +217,7 @@ def _backward_call(plan: Plan, dout_BTNM: jax.Array) -> list[jax.Array]:
     )  # fmt: skip
 
 
-def _backward_kernel(plan: Plan, *refs: Any) -> None:
+def _backward_kernel(plan: TPUPlan, *refs: Any) -> None:
     """Scores are transposed: keys along the sublanes, queries along the lanes."""
     geometry, call, cut = plan.geometry, plan.call, _cut_gradients(plan)
     lists, refs = refs[: len(plan.steps.lists)], refs[len(plan.steps.lists) :]
@@ -299,7 +303,7 @@ def _visible(p: jax.Array, ds: jax.Array, masked: bool) -> jax.Array:
     return jnp.where(p == 0, 0.0, ds) if masked else ds
 
 
-def _add_cut_gradients(tile: Tile, cut: list[_CutGradient], accs: list[Any], ds, row, head) -> None:
+def _add_cut_gradients(tile: TPUTile, cut: list[_CutGradient], accs: list[Any], ds, row, head) -> None:
     """Differentiates the block's bias and adds what the learned values of the cut get of it."""
     if not cut:
         return

@@ -21,7 +21,7 @@ from jax.extend import core
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Mask
 
-# Lengths of the trace, distinct primes: the size of an axis tells what runs along it.
+# Lengths of the trace, distinct primes: the size of an axis identifies it.
 _T, _S = 7, 11
 _QUERY, _KEY = 1, 2
 _BOTH = _QUERY | _KEY
@@ -141,7 +141,7 @@ def _refusal(root: _Node) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def mask_refusal(mask: Mask) -> str | None:
-    """Why `mask.keep` cannot run in a kernel."""
+    """Why `mask.keep` cannot run in a kernel, or None."""
     shapes = [jax.ShapeDtypeStruct((_T, 1), jnp.int32), jax.ShapeDtypeStruct((1, _S), jnp.int32)]
     root = _trace(mask.keep, shapes, {0, 1})[-1]
     if found := _refusal(root):

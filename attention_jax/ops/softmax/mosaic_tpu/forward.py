@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.ops import varying
-from attention_jax.ops.softmax.common import Call
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
-from attention_jax.ops.softmax.mosaic_tpu.plan import NN, NT, Plan, keys, make_plan, params, queries
+from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
+from attention_jax.ops.softmax.mosaic_tpu.plan import NN, NT, TPUPlan, keys, make_plan, params, queries
 from attention_jax.ops.softmax.mosaic_tpu.scores import LOG2E, operand
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES
 
@@ -22,8 +23,8 @@ from attention_jax.ops.softmax.mosaic_tpu.steps import LANES
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def forward(call: Call) -> tuple[jax.Array, jax.Array]:
-    plan = make_plan(call, backward=False)
+def forward(config: MosaicTPUConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    plan = make_plan(call, config, backward=False)
     geometry, lists = plan.geometry, plan.steps.lists
     B, T, _, N, _, _, M = call.sizes
     if call.sink_logits_N is not None:
@@ -74,7 +75,7 @@ def _lanes(x: jax.Array, width: int) -> jax.Array:
     return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
 
 
-def _forward_kernel(plan: Plan, *refs: Any) -> None:
+def _forward_kernel(plan: TPUPlan, *refs: Any) -> None:
     """Rows of scores run along the sublanes; the maximum stands in all lanes, the sum is one per lane."""
     lists, refs = refs[: len(plan.steps.lists)], refs[len(plan.steps.lists) :]
     q_ref, k_ref, v_ref, *more = refs

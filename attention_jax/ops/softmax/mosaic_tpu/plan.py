@@ -17,11 +17,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention_jax.masks import Full
 from attention_jax.ops.softmax import blocks
-from attention_jax.ops.softmax.common import Call, positions_of, select_valid, valid_slots
+from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_tpu import steps as steps_of
 from attention_jax.ops.softmax.mosaic_tpu.bias import Split, mask_refusal, split
-from attention_jax.ops.softmax.mosaic_tpu.scores import Operand, Tile, make_operands
+from attention_jax.ops.softmax.mosaic_tpu.config import MosaicTPUConfig
+from attention_jax.ops.softmax.mosaic_tpu.scores import Operand, TPUTile, make_operands
 from attention_jax.ops.softmax.mosaic_tpu.steps import LANES, Steps, balanced, round_up
+from attention_jax.ops.tokens import select_valid
 
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
@@ -67,13 +69,13 @@ def chip() -> str:
     return device.device_kind
 
 
-def vmem() -> int | None:
+def vmem(config: MosaicTPUConfig) -> int | None:
     """Bytes of VMEM of that chip; None where its blocks have not been chosen."""
-    return _VMEM.get(chip())
+    return config.vmem_bytes or _VMEM.get(chip())
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class TPUGeometry:
     """How a call is cut: sizes of blocks, padded lengths and, in the backward, parts of the queries."""
 
     q_block: int
@@ -85,21 +87,22 @@ class Geometry:
     M: int
     parts: int
     itemsize: int
+    vmem: int
 
     @classmethod
-    def of(cls, call: Call, backward: bool) -> Geometry:
+    def of(cls, call: SoftmaxCall, config: MosaicTPUConfig, backward: bool) -> TPUGeometry:
         _, T, S, N, K, H, M = call.sizes
         itemsize, G = call.q_BTNH.dtype.itemsize, N // K
-        blocks = steps_of.blocks_for(max(H, M), itemsize)
-        q_block, k_block = blocks.backward if backward else blocks.forward
+        q_block, k_block = config.blocks(max(H, M), itemsize, backward)
         q_block, k_block = balanced(T, q_block), balanced(S, k_block)
         H, M = round_up(H, 16), round_up(M, 16)
-        nq, parts = -(-T // q_block), 1
+        nq, parts, memory = -(-T // q_block), 1, vmem(config)
+        assert memory is not None, chip()
         if backward:
             # A quarter of VMEM for dQ, float32 and transposed; the parts are equal.
-            parts = -(-G * nq * q_block * H * 4 // (vmem() // 4))
+            parts = -(-G * nq * q_block * H * 4 // (memory // 4))
             nq = round_up(nq, parts // math.gcd(parts, G))
-        return cls(q_block, k_block, nq * q_block, round_up(S, k_block), G, H, M, parts, itemsize)
+        return cls(q_block, k_block, nq * q_block, round_up(S, k_block), G, H, M, parts, itemsize, memory)
 
     @property
     def nq(self) -> int:
@@ -126,41 +129,33 @@ class Geometry:
         size += 4 * (q + 2 * k) * (H + M + 2 * LANES)
         if backward:
             size += 4 * self.part_rows * self.q_block * self.H
-        return min(max(size + 8 * _MIB, 16 * _MIB), vmem() * 15 // 16)
+        return min(max(size + 8 * _MIB, 16 * _MIB), self.vmem * 15 // 16)
 
 
-def static_map(call: Call, geometry: Geometry) -> blocks.BlockMap:
+def static_map(call: SoftmaxCall, geometry: TPUGeometry) -> blocks.BlockMap:
     """The map of implicit positions over the padded lengths."""
     _, T, S, *_ = call.sizes
     found = blocks.static_map(call.mask, T, S, geometry.q_block, geometry.k_block)
-    every = found.every & False if call.mask_BNTS is not None else found.every
-    more = ((0, 0), (0, geometry.nq - found.some.shape[1]), (0, 0))
-    return blocks.BlockMap(np.pad(found.some, more), np.pad(every, more))
+    all_kept = found.all_kept & False if call.mask_BNTS is not None else found.all_kept
+    more = ((0, 0), (0, geometry.nq - found.any_kept.shape[1]), (0, 0))
+    return blocks.BlockMap(np.pad(found.any_kept, more), np.pad(all_kept, more))
 
 
-def runtime_map(call: Call, geometry: Geometry) -> blocks.BlockMap:
-    sides = []
-    for positions, segments, length, padded in (
-        (call.q_positions_BT, call.q_segments_BT, call.sizes[1], geometry.T_pad),
-        (call.k_positions_BS, call.k_segments_BS, call.sizes[2], geometry.S_pad),
-    ):
-        valid = valid_slots(positions, segments)
-        valid = jnp.ones((1, length), bool) if valid is None else valid
-        pad = ((0, 0), (0, padded - length))
-        segments = None if segments is None else jnp.pad(segments, pad, constant_values=-1)
-        positions = jnp.pad(positions_of(positions, length), pad, constant_values=-1)
-        sides.append(blocks.Tokens(positions, jnp.pad(valid, pad), segments))
-    found = blocks.runtime_map(call.mask, *sides, geometry.q_block, geometry.k_block)
-    every = found.every & False if call.mask_BNTS is not None else found.every
-    return blocks.BlockMap(found.some, every)
+def runtime_map(call: SoftmaxCall, geometry: TPUGeometry) -> blocks.BlockMap:
+    _, T, S, *_ = call.sizes
+    q = blocks.padded_tokens(call.q_positions_BT, call.q_segments_BT, T, geometry.T_pad)
+    k = blocks.padded_tokens(call.k_positions_BS, call.k_segments_BS, S, geometry.S_pad)
+    found = blocks.runtime_map(call.mask, q, k, geometry.q_block, geometry.k_block)
+    all_kept = found.all_kept & False if call.mask_BNTS is not None else found.all_kept
+    return blocks.BlockMap(found.any_kept, all_kept)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TPUPlan:
     """What both kernels share: the call, its geometry, its steps and the operands beside q, k and v."""
 
-    call: Call
-    geometry: Geometry
+    call: SoftmaxCall
+    geometry: TPUGeometry
     steps: Steps
     split: Split | None
     mask_inside: bool  # `mask.keep` runs in the kernel
@@ -198,11 +193,11 @@ class Plan:
         g, i = lax.div(row, np.int32(nq)), lax.rem(row, np.int32(nq))
         return b, h * G + g, h, i, k_blocks[at]
 
-    def tile(self, refs: dict[str, Any], lists: tuple[Any, ...]) -> Tile:
+    def tile(self, refs: dict[str, Any], lists: tuple[Any, ...]) -> TPUTile:
         at = (pl.program_id(0), pl.program_id(1), pl.program_id(2))
         *_, i, j = self.where(*at, *lists)
         blocks = self.geometry.q_block, self.geometry.k_block
-        return Tile(self.call, self.split, self.mask_inside, self.operands, refs, blocks, i, j,
+        return TPUTile(self.call, self.split, self.mask_inside, self.operands, refs, blocks, i, j,
                     self.geometry.S_pad, self.backward)  # fmt: skip
 
     def query_spec(self, width: int) -> pl.BlockSpec:
@@ -224,8 +219,8 @@ class Plan:
         return [x.spec(*blocks, self.backward, self.where) for x in self.operands.values()]
 
 
-def make_plan(call: Call, backward: bool) -> Plan:
-    geometry = Geometry.of(call, backward)
+def make_plan(call: SoftmaxCall, config: MosaicTPUConfig, backward: bool) -> TPUPlan:
+    geometry = TPUGeometry.of(call, config, backward)
     block_map = static_map(call, geometry) if call.arange_positions else runtime_map(call, geometry)
     if backward:
         steps = steps_of.backward_steps(block_map, geometry.G, geometry.parts)
@@ -240,7 +235,7 @@ def make_plan(call: Call, backward: bool) -> Plan:
         mask_BNTS = table if mask_BNTS is None else table & mask_BNTS
         inside = False
     operands = make_operands(call, cut, mask_BNTS, geometry.T_pad, geometry.S_pad, backward)
-    return Plan(call, geometry, steps, cut, inside, operands, backward)
+    return TPUPlan(call, geometry, steps, cut, inside, operands, backward)
 
 
 def _heads_first(x_BLNH: jax.Array, valid: jax.Array | None, length: int, width: int) -> jax.Array:
@@ -249,17 +244,17 @@ def _heads_first(x_BLNH: jax.Array, valid: jax.Array | None, length: int, width:
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
 
 
-def queries(plan: Plan, x_BTNH: jax.Array, width: int) -> jax.Array:
-    valid = valid_slots(plan.call.q_positions_BT, plan.call.q_segments_BT)
+def queries(plan: TPUPlan, x_BTNH: jax.Array, width: int) -> jax.Array:
+    valid = plan.call.q_valid_BT
     return _heads_first(x_BTNH, valid, plan.geometry.T_pad, width)
 
 
-def keys(plan: Plan, x_BSKH: jax.Array, width: int) -> jax.Array:
-    valid = valid_slots(plan.call.k_positions_BS, plan.call.k_segments_BS)
+def keys(plan: TPUPlan, x_BSKH: jax.Array, width: int) -> jax.Array:
+    valid = plan.call.k_valid_BS
     return _heads_first(x_BSKH, valid, plan.geometry.S_pad, width)
 
 
-def params(plan: Plan) -> dict[str, Any]:
+def params(plan: TPUPlan) -> dict[str, Any]:
     return {
         "interpret": interpret(),
         "compiler_params": pltpu.CompilerParams(

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from attention_jax.ops.softmax.common import Call, dropout_keeps, dropout_rows, positions_of, valid_slots
+from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keeps, dropout_rows
 from attention_jax.ops.softmax.mosaic_tpu.bias import Split
+from attention_jax.ops.tokens import positions_or_arange, valid_tokens
 
 LOG2E = math.log2(math.e)
 
@@ -83,7 +84,12 @@ def operand(
 
 
 def make_operands(
-    call: Call, split: Split | None, mask_BNTS: jax.Array | None, T_pad: int, S_pad: int, transposed: bool
+    call: SoftmaxCall,
+    split: Split | None,
+    mask_BNTS: jax.Array | None,
+    T_pad: int,
+    S_pad: int,
+    transposed: bool,
 ) -> dict[str, Operand]:
     """What the blocks of a call read beside q, k and v, by name."""
     B, T, S, N, *_ = call.sizes
@@ -93,11 +99,11 @@ def make_operands(
             ("q", call.q_positions_BT, call.q_segments_BT, T, -1),
             ("k", call.k_positions_BS, call.k_segments_BS, S, -2),
         ):
-            valid = valid_slots(positions, segments)
+            valid = valid_tokens(positions, segments)
             segments = jnp.zeros((1, length), jnp.int32) if segments is None else segments
             # Slots without a token belong to a segment that the other side does not have.
             segments = segments if valid is None else jnp.where(valid, segments, other)
-            found[f"{name}_pos"] = (positions_of(positions, length), other)
+            found[f"{name}_pos"] = (positions_or_arange(positions, length), other)
             found[f"{name}_seg"] = (segments, other)
         found = {
             name: operand(
@@ -111,24 +117,27 @@ def make_operands(
         found["mask"] = operand(mask_BNTS, T_pad, S_pad, transposed)
     if call.dropout_rate > 0:
         rows = dropout_rows(
-            call.dropout_words, jnp.arange(B), jnp.arange(N), positions_of(call.q_positions_BT, T)
+            call.dropout_words, jnp.arange(B), jnp.arange(N), positions_or_arange(call.q_positions_BT, T)
         )
         found["dropout"] = operand(rows[..., None], T_pad, S_pad, transposed)
     if split is not None:
-        q_pos, k_pos = positions_of(call.q_positions_BT, T), positions_of(call.k_positions_BS, S)
+        q_pos, k_pos = (
+            positions_or_arange(call.q_positions_BT, T),
+            positions_or_arange(call.k_positions_BS, S),
+        )
         for i, x in enumerate(split.outside(call.bias, N, q_pos, k_pos)):
             found[f"bias{i}"] = operand(x, T_pad, S_pad, transposed)
     return found
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class TPUTile:
     """A block of scores in a kernel. Arrays are 2D and broadcast against it, whichever way it lies.
 
     i, j: its query block within the sequence and its key block, traced scalars.
     """
 
-    call: Call
+    call: SoftmaxCall
     split: Split | None
     has_mask: bool
     operands: dict[str, Operand]

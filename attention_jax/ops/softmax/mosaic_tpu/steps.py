@@ -31,31 +31,8 @@ CLOSES = 32  # backward: the last one, which writes dQ
 LANES = 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Queries x keys of a block, forward and backward."""
-
-    forward: tuple[int, int]
-    backward: tuple[int, int]
-
-
-# The one table of block sizes: (widest head, bytes of an element) to blocks. Found by counting the bundles
-# that the compiler schedules per live block (scripts/kernel_report.py). Chips differ in their VMEM alone.
-_BLOCKS = {
-    (128, 2): Blocks((512, 512), (512, 512)),
-    (256, 2): Blocks((512, 512), (512, 512)),
-    (128, 4): Blocks((512, 512), (256, 512)),
-    (256, 4): Blocks((256, 512), (256, 256)),
-}
-WIDEST = max(width for width, _ in _BLOCKS)
-
 SCALAR_BYTES = 640 * 1024  # of 1 MiB of scalar memory, what lists may take
 MAX_PARTS = 8  # sweeps of the backward over the keys, each with partial sums of dK and dV in HBM
-
-
-def blocks_for(width: int, itemsize: int) -> Blocks:
-    """The table's row for the wider of keys and values."""
-    return next(blocks for (most, size), blocks in _BLOCKS.items() if width <= most and itemsize == size)
 
 
 def balanced(length: int, most: int) -> int:
@@ -101,16 +78,16 @@ def forward_steps(block_map: BlockMap) -> Steps:
     _, nq, nk = visits.shape
     order, alive, count = _order(visits, xp)
     row, column = order // nk, order % nk
-    flags = _ends(row, count, xp) + _kinds(block_map.some, block_map.every, order, xp)
+    flags = _ends(row, count, xp) + _kinds(block_map.any_kept, block_map.all_kept, order, xp)
     return _steps(row, column, flags * alive, None, xp)
 
 
 def _forward_visits(block_map: BlockMap) -> Array:
     """Boolean [b, nq, nk]: blocks with a step, live ones and one for each row that has none."""
     xp = np if block_map.static else jnp
-    some = block_map.some
-    lonely = some.any(2, keepdims=True) == False  # noqa: E712
-    return some | (lonely & (xp.arange(some.shape[2]) == 0))
+    any_kept = block_map.any_kept
+    lonely = any_kept.any(2, keepdims=True) == False  # noqa: E712
+    return any_kept | (lonely & (xp.arange(any_kept.shape[2]) == 0))
 
 
 def backward_length(block_map: BlockMap, G: int, parts: int) -> int:
@@ -120,7 +97,7 @@ def backward_length(block_map: BlockMap, G: int, parts: int) -> int:
 def backward_steps(block_map: BlockMap, G: int, parts: int) -> Steps:
     """Rows are (part, key block): in each of `parts` equal parts of the G * nq query blocks, key blocks."""
     xp = np if block_map.static else jnp
-    visits, some, every = _backward_visits(block_map, G, parts)
+    visits, any_kept, all_kept = _backward_visits(block_map, G, parts)
     b, _, nk, nr = visits.shape
     before = xp.cumsum(visits, 2) - visits
     opens = visits & (before == 0)
@@ -129,7 +106,7 @@ def backward_steps(block_map: BlockMap, G: int, parts: int) -> Steps:
     row = order // nr
     q_block, k_block = row // nk * nr + order % nr, row % nk
     pick = lambda x: xp.take_along_axis(x.reshape(b, -1), order, 1)  # noqa: E731
-    flags = (_ends(row, count, xp) + _kinds(some, every, order, xp) + OPENS * pick(opens)) * alive
+    flags = (_ends(row, count, xp) + _kinds(any_kept, all_kept, order, xp) + OPENS * pick(opens)) * alive
     closing = (pick(closes) & alive).astype(np.int32)
     flags = flags + CLOSES * closing
     # The step at which the next query block closes, at or after each step; after the last: that one.
@@ -148,12 +125,12 @@ def _backward_visits(block_map: BlockMap, G: int, parts: int) -> tuple[Array, Ar
         x = xp.tile(x.swapaxes(1, 2), (1, 1, G))  # [b, nk, G * nq]
         return x.reshape(*x.shape[:2], parts, -1).swapaxes(1, 2)
 
-    some, every = by_part(block_map.some), by_part(block_map.every)
-    nk, nr = some.shape[2:]
-    lonely_key = some.any(3, keepdims=True) == False  # noqa: E712
-    lonely_query = some.any(2, keepdims=True) == False  # noqa: E712
+    any_kept, all_kept = by_part(block_map.any_kept), by_part(block_map.all_kept)
+    nk, nr = any_kept.shape[2:]
+    lonely_key = any_kept.any(3, keepdims=True) == False  # noqa: E712
+    lonely_query = any_kept.any(2, keepdims=True) == False  # noqa: E712
     first_query, first_key = xp.arange(nr) == 0, (xp.arange(nk) == 0)[:, None]
-    return some | (lonely_key & first_query) | (lonely_query & first_key), some, every
+    return any_kept | (lonely_key & first_query) | (lonely_query & first_key), any_kept, all_kept
 
 
 def _length(visits: Array) -> int:
@@ -182,8 +159,8 @@ def _ends(row: Array, count: Array, xp: Any) -> Array:
     return FIRST * first + LAST * last
 
 
-def _kinds(some: Array, every: Array, order: Array, xp: Any) -> Array:
-    kinds = xp.where(every & some, FULL, PARTIAL) * some
+def _kinds(any_kept: Array, all_kept: Array, order: Array, xp: Any) -> Array:
+    kinds = xp.where(all_kept & any_kept, FULL, PARTIAL) * any_kept
     return xp.take_along_axis(kinds.reshape(kinds.shape[0], -1), order, 1)
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from scripts.benchmarks.timing import device_time
+from attention_jax.benchmarks.timing import device_time
 
 
 def qkv(

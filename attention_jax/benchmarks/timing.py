@@ -88,7 +88,7 @@ def wall_clock(call: Callable[[], Any]) -> float:
 
 
 def device_clock(call: Any) -> float:
-    """Milliseconds of a call on the GPU; the call knows how its own system tells them."""
+    """Milliseconds of a call on the GPU; each system has its own clock for its calls."""
     return call.device_time()
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.timing import interleave, table
+from attention_jax.benchmarks.timing import interleave, table
 
 
 def step(args) -> list:
     """One optimiser step of configs/shakespeare_char.yaml and of nanoGPT's model in torch eager mode."""
     if args.nanogpt is None:
-        print("error: --nanogpt FOLDER is needed: a checkout of nanoGPT", file=sys.stderr)
-        raise SystemExit(2)
+        raise ValueError("--nanogpt is missing: give the folder of a checkout of nanoGPT")
     contestants = {"nanoGPT": _nanogpt_step(args.nanogpt), "ours": _our_step(args.config)}
     calls = {name: (lambda one=one: [one() for _ in range(8)]) for name, one in contestants.items()}
     times = {name: ms / 8 for name, ms in interleave(calls, args.rounds).items()}

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.case import Case
-from scripts.benchmarks.contestants import ON_GPU, SLOW, contestants
-from scripts.benchmarks.timing import (
+from attention_jax.benchmarks.case import Case
+from attention_jax.benchmarks.contestants import ON_GPU, SLOW, contestants
+from attention_jax.benchmarks.timing import (
     SETTLE,
     at_once,
     device_clock,
@@ -31,14 +31,14 @@ from scripts.benchmarks.timing import (
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How calls are timed, until when, beside which rate, and which reasons were told already."""
+    """How calls are timed, until when, beside which rate, and which reasons were printed already."""
 
     rounds: int
     clock: Callable[[Any], float]
     settle: float
     peak: float
     end: float  # of time.monotonic(): nothing is begun after it
-    told: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    printed: set[tuple[str, str]] = dataclasses.field(default_factory=set)
 
 
 def attention(args) -> Iterator[dict[str, Any]]:
@@ -91,12 +91,12 @@ def compare(case: Case, takers: list[str], beside: list[str], method: Method) ->
         if time.monotonic() > method.end:
             return
         errors: dict[str, str] = {}
-        calls = _calls(case, takers, what, errors, method.told)
+        calls = _calls(case, takers, what, errors, method.printed)
         if not calls and not errors:
             continue
         print(f"\n{case.mask} T={case.T} B={case.B} N={case.N} K={case.K} H={case.H} {what}: density "
               f"{case.density:.3f}, live blocks {case.live_blocks:.3f}", flush=True)  # fmt: skip
-        calls = _calls(case, beside, what, {}, method.told) | calls
+        calls = _calls(case, beside, what, {}, method.printed) | calls
         times = interleave(calls, method.rounds, clock=method.clock, settle=method.settle, errors=errors)
         for name in takers:
             row = _described(case, what, name)
@@ -116,16 +116,16 @@ def compare(case: Case, takers: list[str], beside: list[str], method: Method) ->
 
 
 def _calls(
-    case: Case, names: list[str], what: str, errors: dict[str, str], told: set[tuple[str, str]]
+    case: Case, names: list[str], what: str, errors: dict[str, str], printed: set[tuple[str, str]]
 ) -> dict[str, Callable[[], Any]]:
-    """The calls of those who can take part. A reason why not is told once, and an error noted."""
+    """The calls of those who can take part. A reason why not is printed once, and an error noted."""
     known = contestants()
     case.inputs  # noqa: B018 (drawn before threads ask for them)
     makers = {name: functools.partial(known[name], case, what != "forward") for name in names}
     made = at_once(makers, errors)
     for name, reason in made.items():
-        if isinstance(reason, str) and (name, reason) not in told:
-            told.add((name, reason))
+        if isinstance(reason, str) and (name, reason) not in printed:
+            printed.add((name, reason))
             print(f"  {name:22} not here: {reason}", flush=True)
     return {name: call for name, call in made.items() if not isinstance(call, str)}
 

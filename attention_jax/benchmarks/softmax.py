@@ -6,8 +6,8 @@ import resource
 
 import numpy as np
 
-from scripts.benchmarks.calls import ours, qkv
-from scripts.benchmarks.timing import interleave, table
+from attention_jax.benchmarks.calls import ours, qkv
+from attention_jax.benchmarks.timing import interleave, table
 
 
 def memory(args) -> list:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.case import Case
-from scripts.benchmarks.timing import event_time
+from attention_jax.benchmarks.case import Case
+from attention_jax.benchmarks.timing import event_time
 
 _ABSENT = "torch is not installed (extra `parity`)"
 
@@ -72,7 +72,7 @@ def rule(mask: Any, T: int, device: Any) -> tuple[Callable, str | None]:
     """(mask_mod, note): a mask of T positions as FlexAttention takes it.
 
     A mask's own `keep` runs on torch's scalars. What indexes an array or hashes does not: random blocks
-    become a table of pairs of blocks, and what else refuses one of pairs of tokens, which the note tells.
+    become a table of pairs of blocks, and what else refuses one of pairs of tokens, which the note says.
     """
     import torch
 
@@ -111,7 +111,7 @@ def _walk(mask: Any, looked_up: Callable[[Any, int], Callable]) -> Callable:
 
     try:  # as FlexAttention evaluates it
         flex.create_mask(keep, None, None, 2, 2, device="cpu")
-    except Exception:  # what a predicate does with torch's tensors, nobody knows
+    except Exception:  # a predicate may do anything with torch's tensors
         return looked_up(mask, 1)
     return keep
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.calls import jitted, ours, qkv
-from scripts.benchmarks.timing import interleave
+from attention_jax.benchmarks.calls import jitted, ours, qkv
+from attention_jax.benchmarks.timing import interleave
 
 _KINDS = (
     "no decay",

@@ -2,7 +2,7 @@
 
 A contestant is a name and a maker: maker(case, backward) gives a call, or a reason (str) why it cannot take
 part. A call returns when its result is there; `.device_time()` is milliseconds on a GPU, `.temporaries` the
-bytes that its compiler plans, `.note` what a reader of its time must know.
+bytes that its compiler plans, `.note` a remark on how its time is to be read.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks import torch_peers
-from scripts.benchmarks.calls import jitted, ours
-from scripts.benchmarks.case import Case
+from attention_jax.benchmarks import torch_peers
+from attention_jax.benchmarks.calls import jitted, ours
+from attention_jax.benchmarks.case import Case
 
 Maker = Callable[[Case, bool], Any]
 
 # On a GPU the dense and the plain XLA forms only take time that others need; asked for by name they run.
-ON_GPU = ("torch", "ours mosaic_gpu", "ours mosaic_gpu_fused", "jax.nn cudnn", "tokamax", "flex")
+ON_GPU = ("torch", "ours mosaic_gpu", "ours mosaic_gpu fused", "jax.nn cudnn", "tokamax", "flex")
 # Its compiler tries kernels for half a minute a case: after all others, whose times are then safe. On a CPU
 # only by name.
 SLOW = ("flex",)
@@ -29,15 +29,17 @@ SLOW = ("flex",)
 
 def contestants() -> dict[str, Maker]:
     """Every contestant by name; the first that takes part is what the others are compared with."""
+    from attention_jax.ops.softmax import MosaicGPUConfig
     from attention_jax.ops.softmax.api import implementations
 
     names = {f"ours {name}": functools.partial(_ours, name) for name in implementations()}
+    names["ours mosaic_gpu fused"] = functools.partial(_ours, MosaicGPUConfig(deterministic=False))
     return {"torch": torch_peers.sdpa, "flex": torch_peers.flex, **names,
             "jax.nn": functools.partial(_jax_nn, "xla"), "jax.nn cudnn": functools.partial(_jax_nn, "cudnn"),
             "tokamax": _tokamax, "splash": _splash}  # fmt: skip
 
 
-def _ours(impl: str, case: Case, backward: bool) -> Any:
+def _ours(impl: Any, case: Case, backward: bool) -> Any:
     from attention_jax import explain
 
     try:
@@ -50,7 +52,7 @@ def _ours(impl: str, case: Case, backward: bool) -> Any:
 
 
 def masking(case: Case) -> dict[str, Any] | None:
-    """The mask as jax.nn and tokamax are told of it without an array, or None."""
+    """The mask as arguments of jax.nn and tokamax without an array, or None."""
     if case.causal or case.full:
         return {"is_causal": case.causal}
     if case.window:  # they count the keys before a query's own
@@ -61,17 +63,17 @@ def masking(case: Case) -> dict[str, Any] | None:
 def _jax_nn(implementation: str, case: Case, backward: bool) -> Any:
     import jax
 
-    told = masking(case)
+    arguments = masking(case)
     if implementation == "cudnn":
         if jax.default_backend() != "gpu":
             return "needs an NVIDIA GPU"
-        if told is None:
+        if arguments is None:
             return "takes no such mask without a dense array"
     elif case.dense_too_large:
         return case.dense_too_large
     elif not (case.causal or case.full):
-        told = {"mask": case.dense()[None, None]}
-    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation, **told)
+        arguments = {"mask": case.dense()[None, None]}
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation, **arguments)
     return jitted(attend, *case.inputs, backward=backward)
 
 
@@ -82,11 +84,11 @@ def _tokamax(case: Case, backward: bool) -> Any:
         return "tokamax is not installed"
     if jax.default_backend() != "gpu":
         return "its Mosaic kernel needs an NVIDIA GPU"
-    if (told := masking(case)) is None:
+    if (arguments := masking(case)) is None:
         return "takes no such mask without a dense array"
     import tokamax
 
-    attend = functools.partial(tokamax.dot_product_attention, implementation="mosaic", **told)
+    attend = functools.partial(tokamax.dot_product_attention, implementation="mosaic", **arguments)
     return jitted(attend, *case.inputs, backward=backward)
 
 

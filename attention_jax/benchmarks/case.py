@@ -1,4 +1,4 @@
-"""What is computed: a mask, sizes, and what each system must be told of them."""
+"""What is computed: a mask, sizes, and how each system is given them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.calls import qkv
-from scripts.benchmarks.timing import flops
+from attention_jax.benchmarks.calls import qkv
+from attention_jax.benchmarks.timing import flops
 
 _DENSE_LIMIT = 2**26  # scores of all heads; more is the dense forms' memory, not their speed
 
@@ -40,7 +40,7 @@ class Case:
         """The share of 128 x 128 blocks with a kept pair."""
         from attention_jax.ops.softmax.blocks import static_map
 
-        return float(static_map(self.mask, self.T, self.T, 128, 128).some.mean())
+        return float(static_map(self.mask, self.T, self.T, 128, 128).any_kept.mean())
 
     def teraflops(self, ms: float, what: str) -> float:
         return flops(self.B, self.N, self.T, self.H, self.density)[what] / ms / 1e9

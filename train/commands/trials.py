@@ -1,4 +1,4 @@
-"""Training runs of scripts that compare: each in a process and a folder of its own."""
+"""Training runs of the commands that compare: each in a process and a folder of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from train.config import shipped
+
+
+def all_of(folder: str) -> list[Path]:
+    """The configurations in a folder of those that come with the package."""
+    return sorted((shipped.FOLDER / folder).glob("*.yaml"))
 
 
 def train(config: Path, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-    """What `result.json` holds of the run in `folder`: trained now, gone on with, or read if finished.
+    """What `result.json` holds of the run in `folder`: trained now, resumed, or read if finished.
 
-    The process's output is ours. ValueError: it ended with another status than 0.
+    The output of the training process goes to our own. ValueError: its exit status was not 0.
     """
     command = [sys.executable, "-m", "train", str(config), *overrides, f"run_dir={folder}"]
     print(f"{folder.name}:", flush=True)
@@ -23,7 +28,7 @@ def train(config: Path, overrides: Sequence[str], folder: Path) -> dict[str, Any
     if status == 130:
         raise KeyboardInterrupt
     if status:
-        raise ValueError(f"{folder.name} ended with status {status}: {' '.join(command)}")
+        raise ValueError(f"{folder.name} ended with exit status {status}: {' '.join(command)}")
     return json.loads((folder / "result.json").read_text())
 
 

@@ -1,0 +1,344 @@
+"""Interfaces for other code: capture, masks of a call, states from configs, direct construction, tabulate."""
+
+import dataclasses
+import pathlib
+import re
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from attention_jax import masks
+from attention_jax.caches import Cache
+from attention_jax.generation import decode_step, prefill
+from attention_jax.mixers import (
+    CAPTURES,
+    Attention,
+    AttentionConfig,
+    Context,
+    MixerConfig,
+    NSAConfig,
+    make_config,
+    make_mixer,
+    mixer_kinds,
+)
+from attention_jax.model import ModelConfig, apply, bind, encode, init_params, init_state
+from attention_jax.positions import RoPE
+from tests.harness import Harness
+from tests.mixers import D_MODEL
+from tests.params import random_params
+
+B, T = 2, 12
+KINDS = list(mixer_kinds())
+# Small enough for rows of T tokens.
+SMALL = {
+    "cosformer": {"horizon": 64},
+    "linformer": {"length": 16, "projected_length": 4},
+    "nystromformer": {"landmarks": 4},
+    "nsa": {"compress_block": 4, "compress_stride": 2, "select_block": 4, "select_count": 3, "window": 4},
+    "mamba2": {"head_dim": 16, "state_dim": 8},
+}
+NO_MAP = {"nsa": "three maps", "linformer": "keys are no tokens", "nystromformer": "a product of three maps"}
+
+
+def harness(kind: str) -> Harness:
+    config = make_config(kind, **SMALL.get(kind, {}))
+    return Harness(config, causal=config.direction != "bidirectional")
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(1).standard_normal((B, T, D_MODEL), np.float32)
+
+
+def memory_of(kind: str, x) -> dict:
+    return {"memory_BSD": x[:, :7]} if mixer_kinds()[kind].reads_memory else {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_capture_gives_what_the_output_is_made_of_and_changes_no_bit(kind, x):
+    """y without capture is bit for bit y with it; queries, keys, values and weights have one layout."""
+    built = harness(kind)
+    ctx = Context(**memory_of(kind, x))
+    everything = dataclasses.replace(ctx, capture=CAPTURES)
+    mixer = nnx.merge(built.graphdef, built.params)
+    plain, full = (jax.jit(lambda x, c=c: mixer.mix(x, ctx=c))(x) for c in (ctx, everything))
+    assert_array_equal(plain.y, full.y)
+    assert plain.aux == {}
+    names = {"queries", "keys", "values"} | ({"attention"} if kind not in NO_MAP else set())
+    assert full.aux.keys() == names
+    if "attention" in full.aux:
+        w_BNTS = np.asarray(full.aux["attention"])
+        assert w_BNTS.shape[::2] == (B, T) and w_BNTS.dtype == np.float32
+        N, v_BSKM = w_BNTS.shape[1], np.asarray(full.aux["values"], np.float64)
+        assert w_BNTS.shape[3] == v_BSKM.shape[1] and not max(N, K := full.aux["keys"].shape[2]) % min(N, K)
+        if mixer.causal and not mixer.config.reads_memory:
+            assert_array_equal(np.triu(w_BNTS, 1), 0)
+        if mixer.config.takes_mask and kind != "differential":
+            assert_allclose(w_BNTS.sum(-1), 1, rtol=1e-5)
+
+
+def test_an_unknown_capture_is_refused_by_name():
+    with pytest.raises(ValueError, match="capture: unknown name 'maps'; choose from attention, queries"):
+        Context(capture={"maps"})
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = ModelConfig(
+        vocab_size=31,
+        d_model=16,
+        num_layers=5,
+        mixers=(
+            make_config("softmax", num_heads=2, sink_logits=True, rope=RoPE()),
+            make_config("gla", num_heads=2),
+        ),
+        mlp_width=24,
+    )
+    return config, random_params(config)
+
+
+def test_a_model_collects_what_its_layers_capture_unrolled_and_scanned(small):
+    config, params = small
+    tokens = jnp.arange(2 * T).reshape(2, T) % 31
+    ctx = Context(capture={"attention", "hidden"})
+    outputs = [
+        jax.jit(lambda t, c=c: apply(c, params, t, ctx=ctx))(tokens)
+        for c in (config, dataclasses.replace(config, scan_layers=True))
+    ]
+    for output in outputs:
+        assert [set(layer) for layer in output.aux] == [{"attention", "hidden"}] * 5
+    for unrolled, scanned in zip(*(output.aux for output in outputs), strict=True):
+        for name in unrolled:
+            assert_allclose(scanned[name], unrolled[name], rtol=1e-5, atol=1e-6)
+    hidden, model = outputs[0].aux[-1]["hidden"], bind(config, params)
+    assert_allclose(model.logits(model.final_norm(hidden)), outputs[0].logits, rtol=1e-5, atol=1e-6)
+    assert apply(config, params, tokens).aux == ({},) * 5
+
+
+def test_an_empty_capture_is_the_same_program(small):
+    config, params = small
+    tokens = jnp.zeros((1, 4), int)
+    contexts = (None, Context(), Context(capture=frozenset()))
+    programs = [jax.make_jaxpr(lambda p, c=c: apply(config, p, tokens, ctx=c).logits) for c in contexts]
+    assert len({str(program(params)) for program in programs}) == 1
+
+
+MASKED = [kind for kind, config in mixer_kinds().items() if config.takes_mask]
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_masks_of_a_call_are_intersected_with_the_layers_own(kind, x):
+    """A Mask, an array, and both equal the layer built with their intersection; a state takes a Mask."""
+    window, sinks = masks.SlidingWindow(5), masks.SlidingWindow(3) | masks.Sinks(2)
+    if mixer_kinds()[kind].reads_memory:
+        window, sinks = masks.SlidingWindow(5, right=4), masks.SlidingWindow(3, right=2)
+    config = make_config(kind, mask=window)
+    built, wanted = (Harness(c) for c in (config, dataclasses.replace(config, mask=window & sinks)))
+    ctx = Context(**memory_of(kind, x))
+    expected = wanted.parallel(x, ctx)
+    S = 7 if memory_of(kind, x) else T
+    table_TS = np.asarray(sinks.dense(np.arange(T)[None], np.arange(S)[None]))[0]
+    assert np.abs(expected - built.parallel(x, ctx)).max() > 1e-3
+    for given in (
+        {"mask": sinks},
+        {"mask_BNTS": jnp.asarray(table_TS)[None, None]},
+        {"mask": sinks, "mask_BNTS": jnp.ones((1, 1, T, S), bool)},
+    ):
+        assert_allclose(built.parallel(x, dataclasses.replace(ctx, **given)), expected, rtol=1e-5, atol=1e-6)
+    cached = dataclasses.replace(ctx, mask=sinks, positions_BT=jnp.tile(jnp.arange(T), (B, 1)))
+    y, state = built.call(built.params, x, built.state(), cached)
+    assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="ctx.mask_BNTS"):
+        built.run(built.params, x, state, dataclasses.replace(cached, mask_BNTS=jnp.ones((1, 1, T, T), bool)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MASKED])
+def test_masks_of_a_call_are_refused_by_name_elsewhere(kind, x):
+    mixer = make_mixer(
+        kind, D_MODEL, rngs=nnx.Rngs(0), causal=mixer_kinds()[kind].direction != "bidirectional",
+        **SMALL.get(kind, {}),
+    )  # fmt: skip
+    for name, mask in (("mask", masks.Causal()), ("mask_BNTS", jnp.ones((1, 1, T, T), bool))):
+        with pytest.raises(ValueError, match=f"{kind} has no attention mask: ctx.{name} must be None"):
+            mixer(x, ctx=Context(**{name: mask}))
+
+
+STATEFUL = [kind for kind, config in mixer_kinds().items() if config.direction != "bidirectional"]
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_config_alone_makes_the_state_of_its_mixer(kind):
+    """As the built mixer makes it; its size in bytes is told; rows are copied by `fork`."""
+    built = harness(kind)
+    state = built.config.init_state(D_MODEL, B, 24)
+    jax.tree.map(assert_array_equal, state, built.state())
+    assert isinstance(state, Cache)
+    assert state.nbytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    numbered = jax.tree.map(lambda leaf: leaf + jnp.arange(B).reshape(B, *[1] * (leaf.ndim - 1)), state)
+    forked = numbered.fork(jnp.array([1, 1, 0]))
+    jax.tree.map(lambda new, old: assert_array_equal(new, np.asarray(old)[[1, 1, 0]]), forked, numbered)
+    with pytest.raises(ValueError, match="fork: row 2 is outside the batch, rows 0..1"):
+        state.fork([0, 2])
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_no_buffer_of_a_fresh_state_is_there_twice(kind):
+    """Else the state cannot be donated."""
+    leaves = jax.tree.leaves(harness(kind).state())
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_bfloat16_states_come_from_configs_too():
+    state = NSAConfig(num_heads=2).init_state(32, 1, 64, dtype=jnp.bfloat16)
+    assert state.selected.k_BSKH.dtype == state.compressed.v_BCKH.dtype == jnp.bfloat16
+    assert make_config("gla").init_state(32, 1, 64, dtype=jnp.bfloat16).matrix_BNHM.dtype == jnp.float32
+
+
+def test_prefill_and_decode_step_give_the_uncached_logits(small):
+    """Two prompts, one left-padded; a row that is not active keeps its caches and its position."""
+    config, params = small
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 9))
+    positions = np.array([np.arange(5), [-1, -1, 0, 1, 2]])
+    whole = jax.jit(lambda t: apply(config, params, t).logits)
+    step = jax.jit(lambda s, t, active: decode_step(config, params, s, t, active))
+    for scan_layers in (False, True):
+        scanned = dataclasses.replace(config, scan_layers=scan_layers)
+        state = jax.jit(lambda t, p, c=scanned: prefill(c, params, t, p, capacity=16))(
+            tokens[:, :5], positions
+        )
+        assert_array_equal(state.positions_B, [5, 3])
+        assert_allclose(state.logits_BV[0], whole(tokens)[0, 4], rtol=1e-5, atol=1e-5)
+        if scan_layers:
+            continue
+        paused = step(state, tokens[:, 5], np.array([True, False]))
+        assert_array_equal(paused.positions_B, [6, 3])
+        jax.tree.map(lambda new, old: assert_array_equal(new[1], old[1]), paused.caches, state.caches)
+        for t in (5, 6, 7, 8):
+            state = step(state, tokens[:, t], np.array([True, True]))
+            assert_allclose(state.logits_BV[0], whole(tokens)[0, t], rtol=1e-5, atol=1e-5)
+            alone = np.concatenate([tokens[1, 2 : t + 1], np.zeros(9 - (t - 1), int)])[None]
+            assert_allclose(state.logits_BV[1], whole(alone)[0, t - 2], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="5 tokens do not fit a cache of capacity 4"):
+        prefill(config, params, tokens[:, :5], capacity=4)
+
+
+def test_the_memory_is_filled_by_the_prefill():
+    config = ModelConfig(
+        vocab_size=31,
+        d_model=16,
+        num_layers=2,
+        mixers=(make_config("softmax", num_heads=2), make_config("cross", num_heads=2)),
+    )
+    params = init_params(config, jax.random.key(0))
+    assert [state.nbytes for state in init_state(config, 2, 8)] == [2 * 8 * (2 * 16 * 4 + 4), 0]
+    memory = jax.random.normal(jax.random.key(1), (2, 3, 16))
+    tokens = jnp.arange(8).reshape(2, 4)
+    state = prefill(config, params, tokens[:, :3], capacity=8, memory_BSD=memory)
+    assert state.caches[1].k_BSKH.shape == (2, 3, 2, 8)
+    logits = decode_step(config, params, state, tokens[:, 3]).logits_BV
+    whole = apply(config, params, tokens, ctx=Context(memory_BSD=memory)).logits
+    assert_allclose(logits, whole[:, 3], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="needs ctx.memory_BSD"):
+        prefill(config, params, tokens, capacity=8)
+    with pytest.raises(ValueError, match="no encoder"):
+        encode(config, params, tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_norm": "foo"}, "qk_norm must be one of rms, l2, None, got 'foo'"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
+        ({"sink_logits": 4}, r"sink_logits must be true or false, got 4; .*Sinks\(n\)"),
+        ({"rope": {}}, "rope must be a RoPE or null, got {}"),
+        ({"num_head": 4}, "mixer 'softmax' has no option 'num_head'; did you mean 'num_heads'"),
+        ({"num_heads": 5}, "d_model 32 is not divisible by num_heads 5"),
+        ({"config": make_config("gla")}, "Attention takes a AttentionConfig or its fields"),
+        (
+            {"config": AttentionConfig(), "num_heads": 2},
+            r"as keywords, got AttentionConfig and \['num_heads'\]",
+        ),
+    ],
+)
+def test_direct_construction_makes_the_checks_of_the_config(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Attention(32, rngs=nnx.Rngs(0), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_direct_construction_and_the_config_make_the_same_mixer():
+    direct = Attention(32, num_heads=2, mask="SlidingWindow(3)", rngs=nnx.Rngs(0))
+    built = AttentionConfig(num_heads=2, mask="SlidingWindow(3)").build(32, nnx.Rngs(0))
+    assert direct.config == built.config
+    jax.tree.map(assert_array_equal, nnx.state(direct), nnx.state(built))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tabulate_works_on_every_mixer(kind, x):
+    options = SMALL.get(kind, {})
+    causal = mixer_kinds()[kind].direction != "bidirectional"
+    mixer = make_mixer(kind, D_MODEL, rngs=nnx.Rngs(0), causal=causal, **options)
+    ctx = {"ctx": Context(**memory)} if (memory := memory_of(kind, x)) else {}
+    table = nnx.tabulate(mixer, x, **ctx, console_kwargs={"width": 200})
+    assert type(mixer).__name__ in table and "Total Parameters" in table
+    # A failed table once left the process unable to call any module.
+    assert mixer(x, **ctx).shape == x.shape
+
+
+def test_tabulate_works_on_the_language_model(small):
+    config, params = small
+    table = nnx.tabulate(bind(config, params), jnp.zeros((1, 4), int), console_kwargs={"width": 200})
+    assert "LanguageModel" in table and "Total Parameters" in table
+
+
+def test_a_mechanism_is_known_to_its_own_file_and_one_registration():
+    """No other file of library and trainer names its classes: they ask for traits."""
+    root = pathlib.Path(__file__).parent.parent
+    files = [p for folder in ("attention_jax", "train") for p in (root / folder).rglob("*.py")]
+    prose = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]*"|#.*')
+    code = {str(path.relative_to(root)): prose.sub("", path.read_text()) for path in files}
+    for config in mixer_kinds().values():
+        for cls in (config, config.module):
+            word = re.compile(rf"(?<![\w.`]){cls.__name__}(?!\w)")
+            known = {path for path, text in code.items() if word.search(text)}
+            own = "/".join(cls.__module__.split(".")) + ".py"
+            assert known - {"attention_jax/__init__.py"} == {own, "attention_jax/mixers/__init__.py"}, (
+                cls.__name__,
+                known,
+            )
+
+
+def test_a_kind_is_registered_by_its_definition():
+    assert all(isinstance(config(), MixerConfig) for config in mixer_kinds().values())
+    assert len({config.module for config in mixer_kinds().values()}) == len(mixer_kinds())
+
+
+@pytest.mark.parametrize(("length", "frames"), [(256, 12), (32, 9)], ids=["blocked", "dense"])
+def test_few_functions_lie_between_apply_and_the_first_product_of_attention(monkeypatch, length, frames):
+    """Who follows a batch with a debugger passes this many functions of the library, `apply` included."""
+    root = str(pathlib.Path(__file__).parent.parent / "attention_jax")
+    config = ModelConfig(
+        vocab_size=31, d_model=32, num_layers=2, mixers=(make_config("softmax", num_kv_heads=2, rope=RoPE()),)
+    )
+    stacks = []
+
+    def record(function):
+        def called(*args, **options):
+            own = [f.name for f in traceback.extract_stack() if f.filename.startswith(root)]
+            if "dot_product_attention" in own:
+                stacks.append(own)
+            return function(*args, **options)
+
+        return called
+
+    monkeypatch.setattr(jax.lax, "dot_general", record(jax.lax.dot_general))
+    monkeypatch.setattr(jnp, "einsum", record(jnp.einsum))
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    jax.eval_shape(lambda p, t: apply(config, p, t), params, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    assert len(stacks[0]) == frames, stacks[0]

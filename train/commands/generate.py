@@ -1,0 +1,74 @@
+"""Prints text that a trained model continues a prompt with, token by token.
+
+    python scripts/generate.py runs/tiny --prompt "class " --top-k 40
+
+For a run of objective seq2seq the prompt is the source text, and the model
+writes its target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+
+from attention_jax.generation import Sampling, stream
+from train import command_line
+from train.commands.types import Integer, MaybeInteger, MaybeNumber, Number, Positional, one
+from train.data.tokenizers import StreamDecoder
+from train.run.restore import TrainedRun, load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line gives."""
+
+    run_dir: Positional[Annotated[str, one("RUN_DIR", str)]]  #: the folder of a run of `python -m train`
+    prompt: str = ""  #: what the text starts with; for seq2seq: the source
+    tokens: Integer = 300  #: how many tokens to sample at most
+    temperature: Number = 0.8  #: 0 always takes the likeliest token
+    top_k: MaybeInteger = None  #: keep the k likeliest tokens
+    top_p: MaybeNumber = None  #: keep the fewest tokens that reach this probability together
+    min_p: MaybeNumber = None  #: keep tokens of at least this share of the largest probability
+    seed: MaybeInteger = None  #: the same seed gives the same text; none: a new one each time
+    step: str = "latest"  #: the checkpoint: its step, latest or best
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, the process's own if None; the exit status."""
+    return command_line.run(Options, _main, __doc__, argv)
+
+
+def _main(options: Options) -> None:
+    step = int(options.step) if options.step.isdecimal() and options.step.isascii() else options.step
+    if step not in ("latest", "best") and not isinstance(step, int):
+        raise ValueError(f"--step must be a number, latest or best, got {options.step}")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be in [0, {2**32}), got {options.seed}")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    _print_text(load_run(options.run_dir, step=step), options, sampling)
+
+
+def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    requests = run.requests([options.prompt])
+    decoder = StreamDecoder(run.tokenizer)
+    pieces = stream(
+        run.model,
+        run.params,
+        requests.prompts,
+        sources=requests.sources,
+        max_new_tokens=options.tokens,
+        sampling=sampling,
+        key=jax.random.key(seed),
+        eos_id=run.tokenizer.end_of_document,
+    )
+    sys.stdout.write(requests.echo[0])
+    for [ids] in pieces:
+        sys.stdout.write("".join(decoder.push(int(token)) for token in ids))
+        sys.stdout.flush()
+    sys.stdout.write(decoder.finish() + "\n")
