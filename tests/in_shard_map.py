@@ -104,15 +104,18 @@ def chosen(rows: dict, shared: dict) -> Any:
     return selected_attention(q, k, v, blocks, block_size=8, impl="gathered")
 
 
-def weights(rows: dict, shared: dict) -> Any:
-    q, k = rows["q"], rows["k"]
-    ids = {"segment_ids": rows["segment_ids"]}
-    return (
-        attention_weights(q, k, mask=Causal(), **ids),
-        selected_weights(q, k, rows["blocks"], block_size=8, **ids),
-        decay_weights(q, k, log_decay=-jnp.abs(shared["decay"]), **ids),
-        delta_weights(q, k, rows["beta"], **ids),
-    )
+# The weights of each op; in one program they may block XLA's CPU threads for ever.
+WEIGHTS = {
+    "softmax": lambda x, ids: attention_weights(x["q"], x["k"], mask=Causal(), **ids),
+    "selected": lambda x, ids: selected_weights(x["q"], x["k"], x["blocks"], block_size=8, **ids),
+    "decay_scan": lambda x, ids: decay_weights(x["q"], x["k"], log_decay=x["log_decay"], **ids),
+    "delta_rule": lambda x, ids: delta_weights(x["q"], x["k"], x["beta"], log_decay=x["log_decay"], **ids),
+}
+
+
+def weights(op: str, rows: dict, shared: dict) -> Any:
+    del shared
+    return WEIGHTS[op](rows, {"segment_ids": rows["segment_ids"]})
 
 
 def drop(rows: dict, shared: dict) -> Any:
@@ -131,11 +134,13 @@ DECAYS = {
 # name: (function of (rows, shared), arrays split over the devices, arrays that all share)
 CASES: dict[str, tuple[Callable, dict, dict]] = {
     "choose blocks": (chosen, ROWS, {}),
-    "weights": (weights, UNIT | IDS | {"blocks": BLOCKS}, {"decay": normal(N)}),
     "drop-in": (
         drop, {"q": Q, "k": KEYS, "bias": normal(B, 1, T, T), "lengths": jnp.array([9, 40, 1, 23])}, {}
     ),
 }  # fmt: skip
+for op in WEIGHTS:
+    rows = UNIT | IDS | {"blocks": BLOCKS, "log_decay": -jnp.abs(normal(B, T, N))}
+    CASES[f"weights of {op}"] = (functools.partial(weights, op), rows, {})
 for impl in ("reference", "chunked"):
     run = functools.partial(softmax, impl)
     causal = functools.partial(run, mask=Causal())
