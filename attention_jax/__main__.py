@@ -11,8 +11,8 @@ from attention_jax.catalogue import table
 COMMANDS = {
     "train": "trains a language model from a YAML configuration",
     "generate": "continues a prompt with a trained model",
-    "compare": "trains the same model with different mechanisms on the same text and prints a table",
-    "recall": "trains mechanisms on associative recall and prints their accuracies",
+    "compare": "trains one model per mechanism on the same text",
+    "recall": "trains mechanisms on associative recall",
     "visualize": "draws masks",
     "benchmark": "times attention against other implementations",
 }
