@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -116,7 +117,11 @@ class ALiBi(Bias):
     num_heads: int = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self):
-        if isinstance(self.num_heads, int) and self.num_heads < 1:
+        if not isinstance(self.num_heads, numbers.Integral) or isinstance(self.num_heads, bool):
+            raise ValueError(
+                f"ALiBi takes the number of query heads, an integer, got {type(self.num_heads).__name__}"
+            )
+        if self.num_heads < 1:
             raise ValueError(f"ALiBi num_heads must be >= 1, got {self.num_heads}")
 
     def check(self, sizes):

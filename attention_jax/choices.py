@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import types
 import typing
 from typing import Any, Literal, Union
@@ -25,11 +26,40 @@ class ByKind:
 
 
 def check_choices(config: Any) -> None:
-    """Raise ValueError if a field of `config` has a value that its `Literal` type does not list."""
+    """Raise ValueError if a field's value is not one that its `Literal` lists, or not a number of its type.
+
+    Integers may be NumPy's, and an integer stands for a float; booleans are no numbers, as in YAML.
+    """
+    for name, (expected, what, none) in _plain(type(config)).items():
+        value = getattr(config, name)
+        if (value is None and none) or (
+            isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+        ):
+            continue
+        raise ValueError(f"{name} must be {what}{' or None' if none else ''}, got {value!r}")
     for name, (words, others) in _choices(type(config)).items():
         value = getattr(config, name)
         if not (isinstance(value, others) or any(value is word or value == word for word in words)):
             raise ValueError(f"{name} must be one of {', '.join(map(str, words))}, got {value!r}")
+
+
+_PLAIN = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "an integer"),
+    float: (numbers.Real, "a number"),
+}
+
+
+@functools.cache
+def _plain(cls: type) -> dict[str, tuple[type, str, bool]]:
+    """For each field with a number or a boolean: the accepted class, its name, and whether None is."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        members = typing.get_args(hints[field.name]) or (hints[field.name],)
+        kinds = [m for m in members if m is not type(None)]
+        if len(kinds) == 1 and kinds[0] in _PLAIN:
+            found[field.name] = (*_PLAIN[kinds[0]], type(None) in members)
+    return found
 
 
 @functools.cache

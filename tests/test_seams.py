@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax import masks
+import attention_jax
+from attention_jax import biases, masks
 from attention_jax.caches import Cache
 from attention_jax.generation import decode_step, prefill
 from attention_jax.mixers import (
@@ -342,3 +343,53 @@ def test_few_functions_lie_between_apply_and_the_first_product_of_attention(monk
     params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     jax.eval_shape(lambda p, t: apply(config, p, t), params, jax.ShapeDtypeStruct((1, length), jnp.int32))
     assert len(stacks[0]) == frames, stacks[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: AttentionConfig(num_heads=4.0), "num_heads must be an integer, got 4.0"),
+        (lambda: AttentionConfig(num_heads="4"), "num_heads must be an integer, got '4'"),
+        (lambda: AttentionConfig(num_heads=True), "num_heads must be an integer, got True"),
+        (lambda: AttentionConfig(use_bias=1), "use_bias must be true or false, got 1"),
+        (lambda: AttentionConfig(scale="2"), "scale must be a number or None, got '2'"),
+        (lambda: AttentionConfig(mask=masks.Causal), r"mask must be a Mask .* write Causal\(\)"),
+        (lambda: ModelConfig(num_layers="1"), "num_layers must be an integer, got '1'"),
+        (lambda: ModelConfig(mixers=AttentionConfig()), "mixers must be a sequence .* put it in a tuple"),
+        (lambda: Context(capture="attention"), "capture must be a set of names, got 'attention'"),
+        (lambda: Attention(8, num_heads=2, rngs=jax.random.key(0)), "rngs must be nnx.Rngs"),
+        (lambda: init_params(ModelConfig(vocab_size=8), 0), "key must be a PRNG key .* got int"),
+        (lambda: biases.ALiBi(jnp.ones(4)), "ALiBi takes the number of query heads"),
+    ],
+)
+def test_a_wrong_type_is_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_numpy_integers_and_whole_floats_for_floats_are_numbers():
+    assert AttentionConfig(num_heads=np.int64(2), scale=1, softcap=np.float32(2.0)).num_heads == 2
+
+
+def test_inputs_of_a_wrong_shape_are_refused_in_our_words(small):
+    config, params = small
+    layer = Attention(8, num_heads=2, rngs=nnx.Rngs(0))
+    for x in (jnp.ones((1, 4, 6)), jnp.ones((4, 8))):
+        with pytest.raises(ValueError, match=r"x must be \[B, T, 8\], got"):
+            layer(x)
+    for tokens in (jnp.zeros(4, int), jnp.zeros((1, 4))):
+        with pytest.raises(ValueError, match=r"tokens must be integers \[B, T\], got"):
+            apply(config, params, tokens)
+    ctx = Context(capture={"attention"})
+    with pytest.raises(ValueError, match=r"call Attention.mix\(...\)"):
+        layer(jnp.ones((1, 4, 8)), ctx=ctx)
+    with pytest.raises(ValueError, match=r"call LanguageModel.run\(...\)"):
+        bind(config, params)(jnp.zeros((1, 4), int), ctx=ctx)
+
+
+def test_every_mask_is_exported_at_the_top():
+    patterns = {
+        n for n in masks.__all__ if isinstance(m := getattr(masks, n), type) and issubclass(m, masks.Mask)
+    }
+    assert {name for name in patterns if getattr(masks, name).about} <= set(attention_jax.__all__)

@@ -126,7 +126,8 @@ def stream(
 def _checked_ids(config: ModelConfig, what: str, ids: Any) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"{what} must be a non-empty list of token ids, got shape {ids.shape}")
+        hint = ": give a list of prompts, such as [[1, 2]]" if ids.ndim == 0 else ""
+        raise ValueError(f"{what} must be a non-empty list of token ids, got shape {ids.shape}{hint}")
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{what} must hold integer token ids, got {ids.dtype}")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]

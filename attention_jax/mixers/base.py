@@ -66,6 +66,10 @@ class Context:
     capture: frozenset[str] = dataclasses.field(default=frozenset(), metadata=_STATIC)
 
     def __post_init__(self):
+        if isinstance(self.capture, str):
+            raise ValueError(
+                f"capture must be a set of names, got {self.capture!r}: write {{{self.capture!r}}}"
+            )
         if not isinstance(self.capture, frozenset):
             object.__setattr__(self, "capture", frozenset(self.capture))
         for name in sorted(self.capture - CAPTURES.keys()):
@@ -156,12 +160,13 @@ class MixerConfig:
         if isinstance(mask, str):
             object.__setattr__(self, "mask", mask := parse(mask))
         if mask is not None and not isinstance(mask, Mask):
-            raise ValueError(f"mask must be a Mask or a mask expression, got {type(mask).__name__}")
+            hint = f": write {mask.__name__}()" if isinstance(mask, type) and issubclass(mask, Mask) else ""
+            raise ValueError(f"mask must be a Mask or a mask expression, got {type(mask).__name__}{hint}")
+        check_choices(self)
         if hasattr(self, "num_heads"):
             check_heads(self.num_heads, getattr(self, "num_kv_heads", None))
         if not 0 <= (dropout := getattr(self, "dropout", 0.0)) < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        check_choices(self)
         known = tuple(self.implementations())
         if (impl := getattr(self, "impl", None)) not in (None, *known):
             raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(known)}")
@@ -229,6 +234,8 @@ class Mixer(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
         if config is None:
             config = make_config(self.config_type.kind, **options)
         elif options or not isinstance(config, self.config_type):
@@ -252,6 +259,7 @@ class Mixer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """y [B, T, D] for whole rows x [B, T, D], the parallel form."""
+        refuse_capture(self, ctx, "mix")
         return self.mix(x_BTD, None, ctx=ctx).y
 
     def init_state(self, batch: int, capacity: int, *, dtype: Any = None) -> Cache:
@@ -259,6 +267,13 @@ class Mixer(nnx.Module):
         return self.config.init_state(
             self.d_model, batch, capacity, causal=self.causal, dtype=dtype or self.dtype
         )
+
+
+def refuse_capture(module: nnx.Module, ctx: Context | None, method: str) -> None:
+    """ValueError if a call that returns one array alone is asked to capture others."""
+    if ctx is not None and ctx.capture:
+        name = type(module).__name__
+        raise ValueError(f"ctx.capture: calling {name} returns no aux; call {name}.{method}(...) to get it")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,6 +124,8 @@ def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tu
     A NaN in an invalid slot would otherwise reach the gradients of the parameters as 0 * NaN.
     """
     ctx, config = ctx or Context(), mixer.config
+    if x_BTD.ndim != 3 or x_BTD.shape[2] != mixer.d_model:
+        raise ValueError(f"x must be [B, T, {mixer.d_model}], got {list(x_BTD.shape)}")
     given = [name for name in ("mask", "mask_BNTS") if getattr(ctx, name) is not None]
     if given and not config.takes_mask:
         raise ValueError(f"{config.kind} has no attention mask: ctx.{given[0]} must be None")

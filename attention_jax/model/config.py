@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -39,7 +39,7 @@ class EncoderConfig:
     mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: mixer configs, tiled over the encoder layers
 
     def __post_init__(self):
-        object.__setattr__(self, "mixers", tuple(self.mixers))
+        _check_sequence(self)
         if self.num_layers < 1:
             raise ValueError(f"num_layers must be >= 1, got {self.num_layers}")
         _check_period(self.mixers, self.num_layers)
@@ -91,8 +91,7 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "mixers", tuple(self.mixers))
-        check_choices(self)
+        _check_sequence(self)
         for name in ("d_model", "num_layers", "vocab_size", "mlp_width", "max_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -138,6 +137,16 @@ class ModelConfig:
         if self.max_positions is not None:
             limits.append((self.max_positions, "max_positions"))
         return min(limits, default=None)
+
+
+def _check_sequence(config: Any) -> None:
+    """Store `mixers` as a tuple, with all fields of the type that they are declared with."""
+    if isinstance(config.mixers, MixerConfig):
+        raise ValueError(
+            f"mixers must be a sequence of configs, got one {type(config.mixers).__name__}: put it in a tuple"
+        )
+    object.__setattr__(config, "mixers", tuple(config.mixers))
+    check_choices(config)
 
 
 def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, name: str) -> None:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from attention_jax.layers import linear, matmul
 from attention_jax.mixers import Context
+from attention_jax.mixers.base import refuse_capture
 from attention_jax.model.block import dropout, make_norm, weight_init
 from attention_jax.model.config import EncoderConfig, ModelConfig
 from attention_jax.model.stack import init_states, make_stacks, run_stacks
@@ -71,6 +72,7 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """float32 logits_BTV for whole rows."""
+        refuse_capture(self, ctx, "run")
         return self.run(tokens_BT, None, ctx=ctx).logits
 
     def run(
@@ -116,6 +118,9 @@ class LanguageModel(nnx.Module):
         return init_state(self.config, batch, capacity, dtype=dtype)
 
     def _embed(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
+        shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
+        if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, T], got {dtype} {list(shape)}")
         for ids in (ctx.positions_BT, ctx.segment_ids_BT):
             if ids is not None:  # an invalid slot may hold any id, which must not index the table
                 tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)
@@ -157,6 +162,8 @@ class Encoder(nnx.Module):
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """New float32 parameters, a nested dict with string keys, such as stacks/0/mixer/q/kernel."""
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {type(key).__name__}")
     return _init_params(config, key)
 
 

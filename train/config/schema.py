@@ -354,8 +354,8 @@ class RunConfig:
             length = decay or max(1, math.ceil(steps / 5))
             if warmup + length > steps:
                 raise ValueError(
-                    f"optimizer.warmup_steps {warmup} and the decay of {length} steps exceed steps {steps}: "
-                    "lower one of them or raise steps"
+                    f"optimizer.warmup_steps {warmup} and the decay of {length} steps (optimizer.decay_steps) "
+                    f"exceed steps {steps}: lower one of them or raise steps"
                 )
 
 
