@@ -79,7 +79,7 @@ _TERMS = (
     ("score", "softcap", About("c tanh(x / c)", "arXiv 2408.00118", "O(1) per pair")),
     ("score", "sink_logits", About("Learned sink logit per head", "arXiv 2508.10925", "O(1) per row")),
     ("score", "qk_norm: rms", About("RMS norm of q and k", "arXiv 2302.05442", "O(1) per token")),
-    ("score", "qk_norm: l2", About("L2 norm of q and k", "Llama 4 model card", "O(1) per token")),
+    ("score", "qk_norm: l2", About("Unscaled RMS norm of q and k", "Llama 4 model card", "O(1) per token")),
     ("score", "temperature", About("Query temperature", "Llama 4 model card", "O(1) per token")),
     ("score", "dropout", About("Attention dropout by position", "arXiv 1706.03762", "O(1) per pair")),
     ("position", "rope", About("Rotary", "arXiv 2104.09864", "O(1) per token")),

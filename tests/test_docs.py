@@ -37,6 +37,9 @@ _SMALLER = {
     "README.md": {"4096": "512", "num_layers=4": "num_layers=2", "max_new_tokens=20": "max_new_tokens=5"}
 }
 
+# Where a reader may copy any one block: each runs in a module of its own.
+_ALONE = {"README.md"}
+
 _STATED = re.compile(r"^\s*print\(.*\)  # -> (.*)$")
 
 
@@ -51,7 +54,10 @@ def blocks(path: Path, language: str) -> list[tuple[int, str]]:
 
 
 def run_page(name: str, path: Path) -> None:
-    """The page's Python, in order, in one module of its own; AssertionError where it prints other words."""
+    """The page's Python, in order, in one module of its own (`_ALONE`: one per block).
+
+    AssertionError where it prints other words.
+    """
     smaller = _SMALLER.get(name, {})
     assert all(shown in path.read_text("utf-8") for shown in smaller), f"_SMALLER[{name!r}] is outdated"
     module = types.ModuleType(re.sub(r"\W", "_", name))
@@ -61,10 +67,11 @@ def run_page(name: str, path: Path) -> None:
         for line, text in blocks(path, "python"):
             for shown, size in smaller.items():
                 text = text.replace(shown, size)
+            scope = {"__name__": module.__name__} if name in _ALONE else vars(module)
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 # Blank lines in front: a traceback names the page's own line.
-                exec(compile("\n" * line + text, str(path), "exec"), vars(module))
+                exec(compile("\n" * line + text, str(path), "exec"), scope)
             stated = [match[1] for row in text.splitlines() if (match := _STATED.match(row))]
             if stated:
                 assert printed.getvalue().splitlines() == stated, f"{name}:{line + 1}"

@@ -40,7 +40,10 @@ class AttentionConfig(SoftmaxMixerConfig):
     """Self-attention; `kind: softmax`."""
 
     about = About(
-        "Softmax attention: MHA, GQA, MQA", "arXiv 1706.03762, 2305.13245", "O(T^2)", cache="by the mask"
+        "Softmax attention: MHA, GQA, MQA",
+        "arXiv 1706.03762, 1911.02150, 2305.13245",
+        "O(T^2)",
+        cache="by the mask",
     )
 
     kind: Literal["softmax"] = "softmax"  #: the mixer
