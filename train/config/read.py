@@ -18,6 +18,7 @@ from typing import Any
 import pydantic
 
 from attention_jax.masks import Mask, parse
+from attention_jax.mixers import mixer_kinds
 from train.config import shipped, yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
 from train.config.schema import RunConfig
@@ -52,7 +53,7 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     """The config of plain dicts, lists and scalars; `from_dict(to_dict(config)) == config`."""
     try:
         # JSON mode is strict about scalars, yet takes lists for tuples and mappings for dataclasses.
-        config = _adapter().validate_json(json.dumps(raw))
+        config = _adapter(*mixer_kinds().values()).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
         raise ConfigError(_message(error, raw)) from None
     to_dict(config)  # early: a run folder could not hold what this refuses
@@ -167,7 +168,9 @@ _TELLING = (
 
 
 @functools.cache
-def _adapter() -> pydantic.TypeAdapter:
+def _adapter(*mixers: type) -> pydantic.TypeAdapter:
+    """One per set of mixers: a schema holds the kinds that are registered when it is made."""
+    del mixers
     return pydantic.TypeAdapter(RunConfig)
 
 
