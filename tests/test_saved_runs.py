@@ -150,6 +150,19 @@ def test_a_saved_configuration_is_compared_as_it_would_be_read_today(runs):
         ("format: 2\nstepps: 3\n", r"config\.yaml cannot be read: unknown key stepps; did you mean steps\?$"),
         ("format: 3\n", r"config\.yaml cannot be read: format is 3, this version reads 1 to 2: use"),
         ("format: true\n", r"config\.yaml cannot be read: format is True, this"),
+        ("format: '2'\n", r"config\.yaml cannot be read: format is '2', this"),
+        (
+            "model: {layers: foo}\n",
+            r"config\.yaml cannot be read: model\.layers must be unrolled or scan, got 'foo'",
+        ),
+        (
+            "model: {layers: scan, scan_layers: false}\n",
+            r"cannot be read: layers and scan_layers are the old and the",
+        ),
+        (
+            "model: {mixers: [{kind: cross, sinks: true, sink_logits: false}]}\n",
+            r"cannot be read: sinks and sink_logits are the old and the new name of one key: remove one$",
+        ),
     ],
 )
 def test_a_saved_configuration_that_cannot_be_read_is_named(runs, text, message):
@@ -220,3 +233,19 @@ def test_arrays_that_format_2_renamed():
     ]:
         assert migration.migrate_path(old, 1) == new
         assert migration.migrate_path(old, 2) == old
+
+
+def test_an_array_under_two_names_is_damage(runs):
+    """One of the two would be read, and which one would depend on their order."""
+    store = Checkpoints(runs / "scan" / "checkpoints", keep=2)
+    info = store.path(4) / "info.json"
+    held = json.loads(info.read_text())
+    name = next(name for name in held["leaves"] if name.endswith("mixer/sinks"))
+    held["leaves"][name.replace("sinks", "sink_logits")] = held["leaves"][name]
+    info.write_text(json.dumps(held))
+    manifest = store.path(4) / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    listed["files"]["info.json"] = hashlib.sha256(info.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="it has an array under both its old and its new name"):
+        load_run(runs / "scan")

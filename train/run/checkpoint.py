@@ -103,6 +103,8 @@ class Checkpoints:
         self._verify(step, manifest)
         info = self.info(step)
         saved = {migrate_path(path, number): leaf for path, leaf in info["leaves"].items()}
+        if len(saved) != len(info["leaves"]):
+            raise self._damaged(step, "it has an array under both its old and its new name")
         self._compare(step, saved, _leaves(like))
         return _load(self.path(step) / "state", like, number), info
 
