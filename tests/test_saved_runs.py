@@ -190,8 +190,9 @@ def test_a_checkpoint_of_another_config_is_refused(runs):
 
 
 def test_a_run_folders_config_starts_another_run(runs, monkeypatch):
-    """As `python -m train RUN/config.yaml run_dir=ELSEWHERE`."""
+    """As `python -m train RUN/config.yaml run_dir=ELSEWHERE`; that of format 1 states no format."""
     config = saved_config(runs / "scan")
+    assert config_lib.load(runs / "scan" / "config.yaml") == config
     with RunFolder(runs / "new", config) as folder:
         folder.begin({})
     path = runs / "new" / "config.yaml"

@@ -33,12 +33,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
     path: a file, or the name of a configuration that comes with the package, such as `tiny`.
     `run_dir: null` becomes runs/NAME_OF_THE_FILE. A run folder's config.yaml, with the `format` that it
-    states, is such a file too. Raises: ConfigError, which names the mistake.
+    states or format 1, is such a file too. Raises: ConfigError, which names the mistake.
     """
     path = shipped.find(path)
     raw = read_yaml(path)
     try:
-        raw = migrate_config(raw, absent=FORMAT)
+        raw = migrate_config(raw, absent=1 if _in_run_folder(path) else FORMAT)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
@@ -47,6 +47,11 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=str(Path("runs") / path.stem))
     return config
+
+
+def _in_run_folder(path: Path) -> bool:
+    """Whether this is the config.yaml that a run's set-up wrote, after versions.json."""
+    return path.name == "config.yaml" and (path.parent / "versions.json").is_file()
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
