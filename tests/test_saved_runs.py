@@ -238,15 +238,21 @@ def test_arrays_that_format_2_renamed():
 
 def test_an_array_under_two_names_is_damage(runs):
     """One of the two would be read, and which one would depend on their order."""
-    store = Checkpoints(runs / "scan" / "checkpoints", keep=2)
-    info = store.path(4) / "info.json"
-    held = json.loads(info.read_text())
+    folder = runs / "scan" / "checkpoints" / "step_00000004"
+    held = json.loads((folder / "info.json").read_text())
     name = next(name for name in held["leaves"] if name.endswith("mixer/sinks"))
     held["leaves"][name.replace("sinks", "sink_logits")] = held["leaves"][name]
-    info.write_text(json.dumps(held))
-    manifest = store.path(4) / "manifest.json"
-    listed = json.loads(manifest.read_text())
-    listed["files"]["info.json"] = hashlib.sha256(info.read_bytes()).hexdigest()
-    manifest.write_text(json.dumps(listed))
+    replace_info(folder, held)
     with pytest.raises(CheckpointError, match="it has an array under both its old and its new name"):
         load_run(runs / "scan")
+    replace_info(folder, {**held, "leaves": None})
+    with pytest.raises(CheckpointError, match=r"its info\.json lists no arrays; delete"):
+        load_run(runs / "scan")
+
+
+def replace_info(folder, value):
+    """Write info.json, and its checksum in the manifest."""
+    (folder / "info.json").write_text(json.dumps(value))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["info.json"] = hashlib.sha256((folder / "info.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
