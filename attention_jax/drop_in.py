@@ -30,7 +30,7 @@ from flax.nnx.nn.dtypes import promote_dtype as promote_nnx
 
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
 from attention_jax.ops import softmax
-from attention_jax.ops.softmax.api import implementations
+from attention_jax.ops.softmax.api import Impl, implementations
 
 # JAX calls its plain XLA implementation "xla"; the equivalent here is "chunked".
 _IMPLEMENTATIONS = {None: None, "xla": "chunked"}
@@ -48,7 +48,7 @@ def dot_product_attention(
     query_seq_lengths: Any | None = None,
     key_value_seq_lengths: Any | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
+    implementation: Impl = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention with the arguments of `jax.nn.dot_product_attention`; the module docstring lists differences.
@@ -177,7 +177,9 @@ def linen_attention_fn(
     return _any_batch(query, key, value, bias, mask, Full(), dropout, sow)
 
 
-def _implementation(name: str | None) -> str | None:
+def _implementation(name: Impl) -> Impl:
+    if name is not None and not isinstance(name, str):
+        return name  # a config, or what the op refuses
     if name in _IMPLEMENTATIONS:
         return _IMPLEMENTATIONS[name]
     if name not in implementations():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from attention_jax.biases import T5
 from attention_jax.masks import SlidingWindow
-from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig
+from attention_jax.mixers import AttentionConfig, CrossAttentionConfig, MixerConfig, base
 from attention_jax.model import EncoderConfig, ModelConfig
 from attention_jax.positions import Llama3, LongRoPE, RoPE, Temperature, XPos, YaRN
 from train import cli, config, process
@@ -234,7 +234,7 @@ REFUSED = [
     ("9" * 5000, ["is not a finite decimal number"]),
     ('seed: 1\nrun_dir: "a\\uD800"', ["tiny.yaml:2:10: text must not hold the code of a surrogate"]),
     ("%YAML 1.1\n---\ncheckpoint: {keep_best: no}", ["expected true or false, got 'no'"]),
-    ("steps: 1\n---\nsteps: 2", ["document"]),
+    ("steps: 1\n---\nsteps: 2", ["expected a single document in the stream, but found another document"]),
 ]
 
 
@@ -246,6 +246,17 @@ def test_a_mistake_gives_one_line(load, text, words):
     assert len(message.splitlines()) == 1
     for word in words:
         assert word in message
+
+
+def test_a_kind_defined_after_a_config_was_read_is_known(load, monkeypatch):
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    load("")
+
+    @dataclasses.dataclass(frozen=True)
+    class Late(AttentionConfig):
+        kind: typing.Literal["late"] = "late"
+
+    assert load("model: {mixers: [{kind: late, num_heads: 2}]}").model.mixers == (Late(num_heads=2),)
 
 
 def test_an_override_of_one_alias_leaves_the_others(load):

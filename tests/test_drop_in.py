@@ -16,6 +16,7 @@ from flax import linen, nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax import drop_in
+from attention_jax.ops.softmax import ChunkedConfig
 from tests.covering import pairwise
 
 
@@ -467,3 +468,12 @@ def test_what_flax_modules_ask_for_and_is_not_there_is_named(kind):
         for name in ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"):
             with pytest.raises(NotImplementedError, match=f"{name} is not supported"):
                 OURS[kind](x, x, x, **{name: jnp.einsum})
+
+
+def test_an_implementation_may_be_a_config():
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 2, 8), np.float32))
+    expected = drop_in.dot_product_attention(q, q, q, implementation="chunked")
+    out = drop_in.dot_product_attention(q, q, q, implementation=ChunkedConfig())
+    assert_array_equal(out, expected)
+    with pytest.raises(ValueError, match=r"unknown impl \['xla'\]; there are"):
+        drop_in.dot_product_attention(q, q, q, implementation=["xla"])

@@ -184,6 +184,9 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
         (lambda: HopperTileSizes(64, 0), "stages must be an integer >= 1"),
         (lambda: HopperTileSizes(64, 2, 4), "warpgroups must be 2 or 3, got 4"),
         (lambda: MosaicGPUConfig(fused=HopperTileSizes(64, 2, 3)), "fused takes 2 warpgroups"),
+        (lambda: MosaicGPUConfig(fused=128), "fused must be HopperTileSizes or None, got 128"),
+        (lambda: MosaicGPUConfig(forward=(64, 2)), r"forward must be HopperTileSizes or None, got \(64, 2\)"),
+        (lambda: MosaicGPUConfig(deterministic="no"), "deterministic must be True or False, got 'no'"),
     ],
 )
 def test_tile_sizes_that_cannot_be(make, message):

@@ -150,6 +150,19 @@ def test_a_saved_configuration_is_compared_as_it_would_be_read_today(runs):
         ("format: 2\nstepps: 3\n", r"config\.yaml cannot be read: unknown key stepps; did you mean steps\?$"),
         ("format: 3\n", r"config\.yaml cannot be read: format is 3, this version reads 1 to 2: use"),
         ("format: true\n", r"config\.yaml cannot be read: format is True, this"),
+        ("format: '2'\n", r"config\.yaml cannot be read: format is '2', this"),
+        (
+            "model: {layers: foo}\n",
+            r"config\.yaml cannot be read: model\.layers must be unrolled or scan, got 'foo'",
+        ),
+        (
+            "model: {layers: scan, scan_layers: false}\n",
+            r"cannot be read: layers and scan_layers are the old and the",
+        ),
+        (
+            "model: {mixers: [{kind: cross, sinks: true, sink_logits: false}]}\n",
+            r"cannot be read: sinks and sink_logits are the old and the new name of one key: remove one$",
+        ),
     ],
 )
 def test_a_saved_configuration_that_cannot_be_read_is_named(runs, text, message):
@@ -177,8 +190,9 @@ def test_a_checkpoint_of_another_config_is_refused(runs):
 
 
 def test_a_run_folders_config_starts_another_run(runs, monkeypatch):
-    """As `python -m train RUN/config.yaml run_dir=ELSEWHERE`."""
+    """As `python -m train RUN/config.yaml run_dir=ELSEWHERE`; that of format 1 states no format."""
     config = saved_config(runs / "scan")
+    assert config_lib.load(runs / "scan" / "config.yaml") == config
     with RunFolder(runs / "new", config) as folder:
         folder.begin({})
     path = runs / "new" / "config.yaml"
@@ -220,3 +234,25 @@ def test_arrays_that_format_2_renamed():
     ]:
         assert migration.migrate_path(old, 1) == new
         assert migration.migrate_path(old, 2) == old
+
+
+def test_an_array_under_two_names_is_damage(runs):
+    """One of the two would be read, and which one would depend on their order."""
+    folder = runs / "scan" / "checkpoints" / "step_00000004"
+    held = json.loads((folder / "info.json").read_text())
+    name = next(name for name in held["leaves"] if name.endswith("mixer/sinks"))
+    held["leaves"][name.replace("sinks", "sink_logits")] = held["leaves"][name]
+    replace_info(folder, held)
+    with pytest.raises(CheckpointError, match="it has an array under both its old and its new name"):
+        load_run(runs / "scan")
+    replace_info(folder, {**held, "leaves": None})
+    with pytest.raises(CheckpointError, match=r"its info\.json lists no arrays; delete"):
+        load_run(runs / "scan")
+
+
+def replace_info(folder, value):
+    """Write info.json, and its checksum in the manifest."""
+    (folder / "info.json").write_text(json.dumps(value))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["info.json"] = hashlib.sha256((folder / "info.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))

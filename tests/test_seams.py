@@ -23,6 +23,7 @@ from attention_jax.mixers import (
     Context,
     MixerConfig,
     NSAConfig,
+    base,
     make_config,
     make_mixer,
     mixer_kinds,
@@ -84,6 +85,8 @@ def test_capture_gives_what_the_output_is_made_of_and_changes_no_bit(kind, x):
 
 
 def test_an_unknown_capture_is_refused_by_name():
+    with pytest.raises(ValueError, match="capture must be a set of names, got 'keys': pass {'keys'}"):
+        Context(capture="keys")
     with pytest.raises(ValueError, match="capture: unknown name 'maps'; choose from attention, queries"):
         Context(capture={"maps"})
 
@@ -393,3 +396,97 @@ def test_every_mask_is_exported_at_the_top():
         n for n in masks.__all__ if isinstance(m := getattr(masks, n), type) and issubclass(m, masks.Mask)
     }
     assert {name for name in patterns if getattr(masks, name).about} <= set(attention_jax.__all__)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The registered kinds, restored after the test."""
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+
+
+def test_a_kind_or_config_that_another_class_has_is_refused(registry):
+    """Else a model of the library would silently be built with the new class."""
+    message = (
+        r"^kind 'softmax' of .*Mine is already that of AttentionConfig in attention_jax.mixers.attention: "
+    )
+    with pytest.raises(ValueError, match=message):
+
+        class Mine(AttentionConfig):
+            kind: str = "softmax"
+
+    with pytest.raises(
+        ValueError, match=r"^config_type AttentionConfig of .*Other already builds Attention: "
+    ):
+
+        class Other(Attention):
+            config_type = AttentionConfig
+
+    assert mixer_kinds()["softmax"] is AttentionConfig and AttentionConfig.module is Attention
+
+
+def test_a_definition_may_be_run_again(registry):
+    """As a cell of a notebook."""
+    for _ in range(2):
+
+        @dataclasses.dataclass(frozen=True)
+        class Again(AttentionConfig):
+            kind: str = dataclasses.field(default="again")
+
+        class AgainAttention(Attention):
+            config_type = Again
+
+        assert mixer_kinds()["again"] is Again and Again.module is AgainAttention
+
+
+def test_a_config_without_a_kind_of_its_own_is_built_from_keywords():
+    @dataclasses.dataclass(frozen=True)
+    class Wide(AttentionConfig):
+        extra: int = 1
+
+    class WideAttention(Attention):
+        config_type = Wide
+
+    mixer = WideAttention(D_MODEL, num_heads=2, extra=3, rngs=nnx.Rngs(0))
+    assert mixer.config == Wide(num_heads=2, extra=3)
+    with pytest.raises(ValueError, match="mixer 'softmax' has no option 'extr'; did you mean 'extra'"):
+        WideAttention(D_MODEL, extr=3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="mixer 'softmax' has no option 'kind'"):
+        Attention(D_MODEL, kind="gla", rngs=nnx.Rngs(0))
+    assert type(Attention(D_MODEL, rngs=nnx.Rngs(0)).config) is AttentionConfig
+
+
+@pytest.mark.parametrize("rows", [2, [True, False], np.array([False, True]), [0.5], [[0, 1]], []])
+def test_rows_to_fork_are_integers(rows):
+    """A boolean array would select rows, as a mask does."""
+    with pytest.raises(ValueError, match=r"^fork: rows must be integers \[B'\], got "):
+        make_config("gla").init_state(D_MODEL, B, 24).fork(rows)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "forgetting", "nsa", "gla"])
+def test_fork_copies_rows_of_scanned_layers_too(kind):
+    """Not layers, which stand on the first axis of stacked states."""
+    config = ModelConfig(
+        vocab_size=11, d_model=D_MODEL, num_layers=3, mixers=(make_config(kind),), scan_layers=True
+    )
+    [state] = jax.tree.map(
+        lambda leaf: leaf + jnp.arange(B).reshape(B, *[1] * (leaf.ndim - 2)), init_state(config, B, 64)
+    )
+    rows = np.array([1, 1, 0])
+    jax.tree.map(lambda new, old: assert_array_equal(new, np.asarray(old)[:, rows]), state.fork(rows), state)
+    with pytest.raises(ValueError, match="fork: row 2 is outside the batch, rows 0..1"):
+        state.fork([2])
+
+
+def test_positions_of_a_prefill_are_checked_and_made_int32_per_row(small):
+    config, params = small
+    tokens = np.arange(6, dtype=np.int32).reshape(2, 3)
+    plain = prefill(config, params, tokens, capacity=8)
+    for positions in (np.arange(3), np.arange(3, dtype=np.int16)[None], [[0, 1, 2], [0, 1, 2]]):
+        state = prefill(config, params, tokens, positions, capacity=8)
+        assert state.positions_B.dtype == jnp.int32 and state.positions_B.tolist() == [3, 3]
+        assert_array_equal(state.logits_BV, plain.logits_BV)
+    for positions in (np.arange(4), np.zeros((3, 3), np.int32), np.zeros((2, 3))):
+        with pytest.raises(ValueError, match=r"^positions_BT must be integers \[2, 3\], got "):
+            prefill(config, params, tokens, positions, capacity=8)
+    with pytest.raises(ValueError, match=r"^prompts must be left-padded: "):
+        prefill(config, params, tokens, np.array([[0, 1, 2], [0, 1, -1]]), capacity=8)

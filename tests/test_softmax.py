@@ -14,7 +14,14 @@ from numpy.testing import assert_array_equal
 
 from attention_jax.biases import ALiBi
 from attention_jax.masks import Causal, Full, SlidingWindow
-from attention_jax.ops.softmax import ChunkedConfig, MosaicGPUConfig, api, dot_product_attention, explain
+from attention_jax.ops.softmax import (
+    ChunkedConfig,
+    MosaicGPUConfig,
+    MosaicTPUConfig,
+    api,
+    dot_product_attention,
+    explain,
+)
 from attention_jax.ops.softmax.common import dropout_keep
 from tests import marks, problems, promises
 from tests.cases import (
@@ -361,6 +368,13 @@ def test_a_config_names_its_implementation_and_sets_its_tiles():
 def test_tile_sizes_that_cannot_be(sizes, message):
     with pytest.raises(ValueError, match=message):
         ChunkedConfig(**sizes)
+
+
+@pytest.mark.parametrize("sizes", [0, 128, (128,), (128, 128, 128), "xy"])
+def test_blocks_of_the_tpu_are_pairs(sizes):
+    with pytest.raises(ValueError, match=r"^forward must be (a pair \(queries, keys\) or None|an integer)"):
+        MosaicTPUConfig(forward=sizes)
+    assert hash(MosaicTPUConfig(backward=[128, 256])) == hash(MosaicTPUConfig(backward=(128, 256)))
 
 
 def test_the_choice_asks_no_implementation_behind_the_chosen_one(monkeypatch):

@@ -1,16 +1,19 @@
 """The interface of decoding states.
 
-A state is a frozen pytree whose leaves all have the batch as their first axis. It is an argument and a return
-value: nothing is changed in place.
+A state is a frozen pytree whose leaves all have the batch as their first axis, as the names of its fields say
+(`k_BSKH`). A model with `scan_layers` stacks the states of its layers along one more axis in front. A state
+is an argument and a return value: nothing is changed in place.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @runtime_checkable
@@ -41,17 +44,35 @@ class State:
     def fork(self, rows: jax.Array) -> Self:
         """The state whose row i is a copy of row rows[i]; rows: int [B'], each in [0, B).
 
-        Raises: ValueError for a concrete row outside the batch, since JAX indexing would clamp or wrap it.
+        The stacked state of scanned layers is forked along its batch axis, too.
+
+        Raises: ValueError for rows that are not integers [B'], and for a concrete row outside the batch,
+        since JAX indexing would clamp or wrap it.
         """
-        batch = jax.tree.leaves(self)[0].shape[0]
+        axis = _batch_axis(self)
+        batch = jax.tree.leaves(self)[0].shape[axis]
+        rows = rows if isinstance(rows, jax.core.Tracer) else np.asarray(rows)
+        if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise ValueError(f"fork: rows must be integers [B'], got {rows.dtype} {rows.shape}")
         if not isinstance(rows, jax.core.Tracer):
             for row in rows:
-                if not 0 <= int(row) < batch:
-                    raise ValueError(f"fork: row {int(row)} is outside the batch, rows 0..{batch - 1}")
-        return jax.tree.map(lambda x: x[jnp.asarray(rows)], self)
+                if not 0 <= row < batch:
+                    raise ValueError(f"fork: row {row} is outside the batch, rows 0..{batch - 1}")
+        return jax.tree.map(lambda x: x[(slice(None),) * axis + (jnp.asarray(rows),)], self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays; the leaves may be ShapeDtypeStructs."""
         leaves = jax.tree.leaves(self)
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _batch_axis(state: State) -> int:
+    """The number of axes in front of the batch: those that a field has beyond the axes in its name."""
+    for field in dataclasses.fields(state):
+        value, axes = getattr(state, field.name), field.name.rpartition("_")[2]
+        if isinstance(value, State):
+            return _batch_axis(value)
+        if axes.isupper() and hasattr(value, "ndim"):
+            return value.ndim - len(axes)
+    return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention_jax.generation.sampling import Sampling, sample
 from attention_jax.mixers import Context
@@ -54,17 +55,31 @@ def prefill(
       dtype: dtype of cached keys and values; the model's by default.
 
     A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
-    tokens than the capacity, and for a model without a state.
+    tokens than the capacity, for positions of another shape or padded on the right, and for a model without a
+    state.
     """
     B, T = tokens_BT.shape
     if T > capacity:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    positions_BT = _positions(positions_BT, B, T)
     ctx = Context(positions_BT, memory_BSD=memory_BSD, memory_positions_BS=memory_positions_BS)
     caches = init_state(config, B, capacity, dtype=dtype)
     logits_B1V, caches, _ = bind(config, params).run(tokens_BT, caches, ctx=ctx, last_only=True)
     return DecodeState(caches, positions_BT[:, -1] + 1, logits_B1V[:, 0])
+
+
+def _positions(positions_BT: Any, B: int, T: int) -> jax.Array:
+    """The positions of prompts as int32 [B, T]; ValueError for other shapes and for padding on the right."""
+    if positions_BT is None:
+        return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    traced = isinstance(positions_BT, jax.core.Tracer)
+    positions_BT = positions_BT if traced else np.asarray(positions_BT)
+    shape = positions_BT.shape
+    if shape not in ((T,), (1, T), (B, T)) or not jnp.issubdtype(positions_BT.dtype, jnp.integer):
+        raise ValueError(f"positions_BT must be integers [{B}, {T}], got {positions_BT.dtype} {shape}")
+    if not traced and ((positions_BT[..., -1:] < 0) & (positions_BT >= 0)).any():
+        raise ValueError("prompts must be left-padded: a row of positions_BT ends in padding (-1)")
+    return jnp.broadcast_to(jnp.asarray(positions_BT, jnp.int32), (B, T))
 
 
 def decode_step(

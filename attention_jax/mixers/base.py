@@ -114,7 +114,8 @@ _KINDS: dict[str, type[MixerConfig]] = {}
 class MixerConfig:
     """Base class of the configs of all mechanisms, validated on construction.
 
-    A subclass that gives `kind` a default is registered under it. Other code uses only these traits:
+    A subclass that gives `kind` a default is registered under it; a kind that another class has is refused.
+    Other code uses only these traits:
       about: title, paper and costs.
       module: the `Mixer` class, set when that class is defined.
       implementations: the allowed values of the option `impl`.
@@ -144,7 +145,14 @@ class MixerConfig:
 
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)
-        if kind := cls.__dict__.get("kind"):
+        kind = cls.__dict__.get("kind")
+        kind = kind.default if isinstance(kind, dataclasses.Field) else kind
+        if isinstance(kind, str) and kind:
+            if not _same_definition(known := _KINDS.get(kind, cls), cls):
+                raise ValueError(
+                    f"kind {kind!r} of {cls.__qualname__} is already that of {known.__qualname__} in "
+                    f"{known.__module__}: choose another kind"
+                )
             _KINDS[kind] = cls
 
     @classmethod
@@ -220,6 +228,11 @@ class Mixer(nnx.Module):
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)
         if "config_type" in cls.__dict__:
+            if not _same_definition(known := cls.config_type.__dict__.get("module", cls), cls):
+                raise ValueError(
+                    f"config_type {cls.config_type.__name__} of {cls.__qualname__} already builds "
+                    f"{known.__qualname__}: derive a config with a kind of its own"
+                )
             cls.config_type.module = cls
 
     def __init__(
@@ -237,7 +250,7 @@ class Mixer(nnx.Module):
         if not isinstance(rngs, nnx.Rngs):
             raise ValueError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
         if config is None:
-            config = make_config(self.config_type.kind, **options)
+            config = _from_options(self.config_type, options)
         elif options or not isinstance(config, self.config_type):
             raise ValueError(
                 f"{type(self).__name__} takes a {self.config_type.__name__} or its fields as keywords, got "
@@ -302,15 +315,28 @@ def mixer_kinds() -> dict[str, type[MixerConfig]]:
 
 def make_config(kind: str, **options: Any) -> MixerConfig:
     """The config of a `kind`; ValueError for an unknown kind or option, with the nearest known one."""
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         near = difflib.get_close_matches(str(kind), _KINDS, 1, 0)[0]
         raise ValueError(f"unknown mixer {kind!r}; did you mean {near!r}? Choose from {', '.join(_KINDS)}")
-    known = [f.name for f in dataclasses.fields(_KINDS[kind]) if f.name != "kind"]
+    return _from_options(_KINDS[kind], options)
+
+
+def _from_options(config_type: type[MixerConfig], options: dict[str, Any]) -> MixerConfig:
+    """The config with these options; ValueError for one that it does not have."""
+    known = [f.name for f in dataclasses.fields(config_type) if f.name != "kind"]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)[0]
-            raise ValueError(f"mixer {kind!r} has no option {name!r}; did you mean {near!r}?")
-    return _KINDS[kind](**options)
+            near = difflib.get_close_matches(name, known, 1, 0)
+            hint = f"; did you mean {near[0]!r}?" if near else ": it has none"
+            raise ValueError(
+                f"mixer {config_type.kind or config_type.__name__!r} has no option {name!r}{hint}"
+            )
+    return config_type(**options)
+
+
+def _same_definition(known: type, cls: type) -> bool:
+    """Whether two classes come from the same statement, as when a notebook's cell is run again."""
+    return (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
 
 
 def make_mixer(

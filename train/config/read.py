@@ -18,6 +18,7 @@ from typing import Any
 import pydantic
 
 from attention_jax.masks import Mask, parse
+from attention_jax.mixers import mixer_kinds
 from train.config import shipped, yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
 from train.config.schema import RunConfig
@@ -32,12 +33,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
     path: a file, or the name of a configuration that comes with the package, such as `tiny`.
     `run_dir: null` becomes runs/NAME_OF_THE_FILE. A run folder's config.yaml, with the `format` that it
-    states, is such a file too. Raises: ConfigError, which names the mistake.
+    states or format 1, is such a file too. Raises: ConfigError, which names the mistake.
     """
     path = shipped.find(path)
     raw = read_yaml(path)
     try:
-        raw = migrate_config(raw, absent=FORMAT)
+        raw = migrate_config(raw, absent=1 if _in_run_folder(path) else FORMAT)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
@@ -48,11 +49,16 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     return config
 
 
+def _in_run_folder(path: Path) -> bool:
+    """Whether this is the config.yaml that a run's set-up wrote, after versions.json."""
+    return path.name == "config.yaml" and (path.parent / "versions.json").is_file()
+
+
 def from_dict(raw: dict[str, Any]) -> RunConfig:
     """The config of plain dicts, lists and scalars; `from_dict(to_dict(config)) == config`."""
     try:
         # JSON mode is strict about scalars, yet takes lists for tuples and mappings for dataclasses.
-        config = _adapter().validate_json(json.dumps(raw))
+        config = _adapter(*mixer_kinds().values()).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
         raise ConfigError(_message(error, raw)) from None
     to_dict(config)  # early: a run folder could not hold what this refuses
@@ -167,7 +173,9 @@ _TELLING = (
 
 
 @functools.cache
-def _adapter() -> pydantic.TypeAdapter:
+def _adapter(*mixers: type) -> pydantic.TypeAdapter:
+    """One per set of mixers: a schema holds the kinds that are registered when it is made."""
+    del mixers
     return pydantic.TypeAdapter(RunConfig)
 
 

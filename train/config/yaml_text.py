@@ -55,7 +55,10 @@ def parse(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         several = mark is not None and "\n" in text.strip()
         place = f":{mark.line + 1}:{mark.column + 1}" if several else ""
-        raise ConfigError(f"{source}{place}: {_one_line(error.problem or error.context)}") from None
+        problem = error.problem or error.context
+        if problem.startswith("but "):  # the second half of a sentence
+            problem = f"{error.context}, {problem}"
+        raise ConfigError(f"{source}{place}: {_one_line(problem)}") from None
     except ReaderError as error:
         before = text[: error.position].split("\n")
         place = f"{len(before)}:{len(before[-1]) + 1}"

@@ -102,7 +102,11 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {self.path(step)}: {error}, or {self._remedy(step)}") from None
         self._verify(step, manifest)
         info = self.info(step)
+        if not isinstance(info.get("leaves"), dict):
+            raise self._damaged(step, "its info.json lists no arrays")
         saved = {migrate_path(path, number): leaf for path, leaf in info["leaves"].items()}
+        if len(saved) != len(info["leaves"]):
+            raise self._damaged(step, "it has an array under both its old and its new name")
         self._compare(step, saved, _leaves(like))
         return _load(self.path(step) / "state", like, number), info
 

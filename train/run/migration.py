@@ -55,7 +55,7 @@ def check_format(number: Any) -> None:
     """ValueError for a format that this version does not read."""
     if type(number) is not int or not 1 <= number <= FORMAT:
         raise ValueError(
-            f"format is {number}, this version reads 1 to {FORMAT}: use the version that wrote it"
+            f"format is {number!r}, this version reads 1 to {FORMAT}: use the version that wrote it"
         )
 
 
@@ -85,12 +85,23 @@ def _rename_config_of_format_1(raw: dict[str, Any]) -> None:
     """model.layers -> model.scan_layers; softmax and cross: sinks -> sink_logits; mosaic_gpu_fused."""
     model = raw.get("model")
     if isinstance(model, dict) and "layers" in model:
-        model["scan_layers"] = model.pop("layers") == "scan"
+        if model["layers"] not in ("unrolled", "scan"):
+            raise ValueError(f"model.layers must be unrolled or scan, got {model['layers']!r}")
+        _rename(model, "layers", "scan_layers")
+        model["scan_layers"] = model["scan_layers"] == "scan"
     for section in _dicts(model):
-        if section.get("kind") in ("softmax", "cross") and "sinks" in section:
-            section["sink_logits"] = section.pop("sinks")
+        if section.get("kind") in ("softmax", "cross"):
+            _rename(section, "sinks", "sink_logits")
         if section.get("impl") == "mosaic_gpu_fused":
             section["impl"] = "mosaic_gpu"
+
+
+def _rename(section: dict[str, Any], old: str, new: str) -> None:
+    """Move a key, if it exists; ValueError if the section has the new one, too."""
+    if old in section and new in section:
+        raise ValueError(f"{old} and {new} are the old and the new name of one key: remove one")
+    if old in section:
+        section[new] = section.pop(old)
 
 
 def _dicts(value: Any) -> Iterator[dict[str, Any]]:

@@ -67,9 +67,15 @@ class MosaicGPUConfig:
     fused: HopperTileSizes | None = None
 
     def __post_init__(self) -> None:
-        for name in ("backward_kv", "fused"):
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic must be True or False, got {self.deterministic!r}")
+        for name in ("forward", "backward_q", "backward_kv", "fused"):
             sizes = getattr(self, name)
-            if sizes is not None and sizes.warpgroups != 2:
+            if sizes is None:
+                continue
+            if not isinstance(sizes, HopperTileSizes):
+                raise ValueError(f"{name} must be HopperTileSizes or None, got {sizes!r}")
+            if name in ("backward_kv", "fused") and sizes.warpgroups != 2:
                 raise ValueError(f"{name} takes 2 warpgroups, got {sizes}")
 
 

@@ -24,8 +24,12 @@ class MosaicTPUConfig:
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward"):
-            for size in getattr(self, name) or ():
-                positive_integer(name, size)
+            sizes = getattr(self, name)
+            if sizes is None:
+                continue
+            if not isinstance(sizes, tuple | list) or len(sizes) != 2:
+                raise ValueError(f"{name} must be a pair (queries, keys) or None, got {sizes!r}")
+            object.__setattr__(self, name, tuple(positive_integer(name, size) for size in sizes))
         if self.vmem_bytes is not None:
             positive_integer("vmem_bytes", self.vmem_bytes)
 
