@@ -1,6 +1,6 @@
 """Tables the tests run over: masks with their truth formulas, cases of the attention op, tolerances.
 
-A new mask is one row of LEAVES (or of MASKS): its truth table, bounds, cache span, str / parse, density, and the attention
+A new mask is one row of LEAVES: its truth table, bounds, cache span, str / parse, density, and the attention
 op in every implementation follow.
 """
 

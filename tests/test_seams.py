@@ -85,7 +85,7 @@ def test_capture_gives_what_the_output_is_made_of_and_changes_no_bit(kind, x):
 
 
 def test_an_unknown_capture_is_refused_by_name():
-    with pytest.raises(ValueError, match="capture must be a set of names, got 'keys': pass {'keys'}"):
+    with pytest.raises(ValueError, match="capture must be a set of names, got 'keys': write {'keys'}"):
         Context(capture="keys")
     with pytest.raises(ValueError, match="capture: unknown name 'maps'; choose from attention, queries"):
         Context(capture={"maps"})

@@ -71,6 +71,11 @@ class AttentionConfig(SoftmaxMixerConfig):
     )
 
     def __post_init__(self):
+        if not isinstance(self.sink_logits, bool):
+            raise ValueError(
+                f"sink_logits must be true or false, got {self.sink_logits!r}; for n sink tokens use the mask "
+                "Sinks(n)"
+            )
         super().__post_init__()
         if self.bias == "t5":
             object.__setattr__(self, "bias", T5())
@@ -78,11 +83,6 @@ class AttentionConfig(SoftmaxMixerConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, cls):
                 raise ValueError(f"{name} must be a {cls.__name__} or null, got {value!r}")
-        if not isinstance(self.sink_logits, bool):
-            raise ValueError(
-                f"sink_logits must be true or false, got {self.sink_logits!r}; for n sink tokens use the mask "
-                "Sinks(n)"
-            )
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; use null to disable it")
         if self.scale is not None and not math.isfinite(self.scale):
