@@ -85,6 +85,13 @@ class Context:
             return self
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, data))
 
+    def refuse_capture(self, module: str, method: str) -> None:
+        """ValueError if a call that returns one array alone is asked to capture others."""
+        if self.capture:
+            raise ValueError(
+                f"ctx.capture: calling {module} returns no aux; call {module}.{method}(...) to get it"
+            )
+
     def captured(self, **arrays: Callable[[], jax.Array]) -> dict[str, jax.Array]:
         """The arrays named in `capture`, by name; the others are not computed."""
         return {name: make() for name, make in arrays.items() if name in self.capture}
@@ -272,7 +279,8 @@ class Mixer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """y [B, T, D] for whole rows x [B, T, D], the parallel form."""
-        refuse_capture(self, ctx, "mix")
+        if ctx is not None:
+            ctx.refuse_capture(type(self).__name__, "mix")
         return self.mix(x_BTD, None, ctx=ctx).y
 
     def init_state(self, batch: int, capacity: int, *, dtype: Any = None) -> Cache:
@@ -280,13 +288,6 @@ class Mixer(nnx.Module):
         return self.config.init_state(
             self.d_model, batch, capacity, causal=self.causal, dtype=dtype or self.dtype
         )
-
-
-def refuse_capture(module: nnx.Module, ctx: Context | None, method: str) -> None:
-    """ValueError if a call that returns one array alone is asked to capture others."""
-    if ctx is not None and ctx.capture:
-        name = type(module).__name__
-        raise ValueError(f"ctx.capture: calling {name} returns no aux; call {name}.{method}(...) to get it")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,6 @@ from flax import nnx
 
 from attention_jax.layers import linear, matmul
 from attention_jax.mixers import Context
-from attention_jax.mixers.base import refuse_capture
 from attention_jax.model.block import dropout, make_norm, weight_init
 from attention_jax.model.config import EncoderConfig, ModelConfig
 from attention_jax.model.stack import init_states, make_stacks, run_stacks
@@ -72,7 +71,8 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """float32 logits_BTV for whole rows."""
-        refuse_capture(self, ctx, "run")
+        if ctx is not None:
+            ctx.refuse_capture("LanguageModel", "run")
         return self.run(tokens_BT, None, ctx=ctx).logits
 
     def run(
