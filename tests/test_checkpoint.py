@@ -140,7 +140,9 @@ def test_another_format_is_refused(copied, number):
     path = copied.path(10) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": number}))
     error = message(copied.restore, 10, like(state()))
-    assert f"{copied.path(10)}: format is {number}, this version reads 1 to 2: use the version that" in error
+    assert (
+        f"{copied.path(10)}: format is {number!r}, this version reads 1 to 2: use the version that" in error
+    )
     assert error.endswith(f"or delete {copied.path(10)} to resume from step 5")
 
 

@@ -111,6 +111,7 @@ REFUSED = [
     # (YAML, words the one-line message must hold)
     ("optimzer: {}", ["unknown key optimzer", "optimizer?"]),
     ("optimizer:\n  learning_rat: 1e-4", ["unknown key optimizer.learning_rat", "optimizer.learning_rate?"]),
+    ("model:\n  layers: scan", ["unknown key model.layers", "it is model.scan_layers now"]),
     ("learning_rate: 1", ["unknown key learning_rate", "optimizer.learning_rate?"]),
     ("num_heads: 1", ["unknown key num_heads", "model.mixers.0.num_heads?"]),
     ("xyzzy: 1", ["unknown key xyzzy", "the nearest is "]),

@@ -139,8 +139,6 @@ MASKED = [kind for kind, config in mixer_kinds().items() if config.takes_mask]
 def test_masks_of_a_call_are_intersected_with_the_layers_own(kind, x):
     """A Mask, an array, and both equal the layer built with their intersection; a state takes a Mask."""
     window, sinks = masks.SlidingWindow(5), masks.SlidingWindow(3) | masks.Sinks(2)
-    if mixer_kinds()[kind].reads_memory:
-        window, sinks = masks.SlidingWindow(5, right=4), masks.SlidingWindow(3, right=2)
     config = make_config(kind, mask=window)
     built, wanted = (Harness(c) for c in (config, dataclasses.replace(config, mask=window & sinks)))
     ctx = Context(**memory_of(kind, x))
@@ -245,6 +243,10 @@ def test_the_memory_is_filled_by_the_prefill():
     tokens = jnp.arange(8).reshape(2, 4)
     state = prefill(config, params, tokens[:, :3], capacity=8, memory_BSD=memory)
     assert state.caches[1].k_BSKH.shape == (2, 3, 2, 8)
+    with pytest.raises(ValueError, match="the state of cross-attention holds the memory of the first call"):
+        apply(
+            config, params, tokens[:, 3:], state.caches, ctx=Context(jnp.array([[3], [3]]), memory_BSD=memory)
+        )
     logits = decode_step(config, params, state, tokens[:, 3]).logits_BV
     whole = apply(config, params, tokens, ctx=Context(memory_BSD=memory)).logits
     assert_allclose(logits, whole[:, 3], rtol=1e-5, atol=1e-5)
@@ -485,6 +487,9 @@ def test_positions_of_a_prefill_are_checked_and_made_int32_per_row(small):
         state = prefill(config, params, tokens, positions, capacity=8)
         assert state.positions_B.dtype == jnp.int32 and state.positions_B.tolist() == [3, 3]
         assert_array_equal(state.logits_BV, plain.logits_BV)
+    for wrong in (np.zeros((2, 1), int), np.zeros(3, int), np.zeros(2)):
+        with pytest.raises(ValueError, match=r"^tokens_B must be integers \[2\], got "):
+            decode_step(config, params, plain, wrong)
     for positions in (np.arange(4), np.zeros((3, 3), np.int32), np.zeros((2, 3))):
         with pytest.raises(ValueError, match=r"^positions_BT must be integers \[2, 3\], got "):
             prefill(config, params, tokens, positions, capacity=8)

@@ -95,6 +95,9 @@ def decode_step(
     undefined. A token at a position past the capacity gives NaN logits.
     """
     positions_B = state.positions_B
+    if jnp.shape(tokens_B) != positions_B.shape or not jnp.issubdtype(jnp.result_type(tokens_B), jnp.integer):
+        shape, dtype = list(jnp.shape(tokens_B)), jnp.result_type(tokens_B)
+        raise ValueError(f"tokens_B must be integers {list(positions_B.shape)}, got {dtype} {shape}")
     if active_B is not None:
         positions_B = jnp.where(active_B, positions_B, -1)
         tokens_B = jnp.where(active_B, tokens_B, 0)

@@ -152,6 +152,7 @@ class CrossAttentionConfig(AttentionConfig):
 
     about = About("Cross-attention", "arXiv 1706.03762", "O(T S)", "O(T + S)", "the memory's keys, once")
     reads_memory = True
+    takes_mask = False  # the mask of a call is about the tokens of the row, not about those of the memory
 
     kind: Literal["cross"] = "cross"  #: the mixer
 
@@ -175,10 +176,14 @@ class CrossAttention(Attention):
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the MemoryCache, filled from the context if it was empty.
 
-        Raises: ValueError if neither the state nor the context has a memory.
+        Raises: ValueError if neither the state nor the context has a memory, or both have one.
         """
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         if state is not None and state.positions_BS.shape[1]:
+            if ctx.memory_BSD is not None:
+                raise ValueError(
+                    "the state of cross-attention holds the memory of the first call: ctx.memory_BSD must be None"
+                )
             memory = state
         elif ctx.memory_BSD is None:
             raise ValueError("cross-attention needs ctx.memory_BSD, the output of an encoder")

@@ -23,7 +23,7 @@ from train.config import shipped, yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
 from train.config.schema import RunConfig
 from train.config.yaml_text import ConfigError
-from train.run.migration import FORMAT, migrate_config
+from train.run.migration import FORMAT, RENAMED, migrate_config
 
 __all__ = ["ConfigError", "dump_yaml", "from_dict", "load", "to_dict"]
 
@@ -144,6 +144,8 @@ def _unknown(cls: type, key: str, path: str) -> ConfigError:
     for place in _all_keys(RunConfig, ""):
         everywhere.setdefault(place.rpartition(".")[2], place)
     here = {name: _join(path, name) for name in hints(cls)}
+    if (renamed := RENAMED.get(key)) in here:
+        return ConfigError(f"unknown key {_join(path, key)}; it is {here[renamed]} now")
     for names, cutoff in ((here, 0.6), (everywhere, 0.8), (here, 0.0)):
         near = difflib.get_close_matches(key, names, 1, cutoff)
         if near:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 FORMAT = 2
+#: Keys of earlier formats and what they are called now, for the message about a key in a user's own file.
+RENAMED = {"layers": "scan_layers", "sinks": "sink_logits"}
 
 
 @dataclasses.dataclass(frozen=True)
