@@ -237,18 +237,19 @@ def test_the_memory_is_filled_by_the_prefill():
         num_layers=2,
         mixers=(make_config("softmax", num_heads=2), make_config("cross", num_heads=2)),
     )
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config)
     assert [state.nbytes for state in init_state(config, 2, 8)] == [2 * 8 * (2 * 16 * 4 + 4), 0]
     memory = jax.random.normal(jax.random.key(1), (2, 3, 16))
     tokens = jnp.arange(8).reshape(2, 4)
-    state = prefill(config, params, tokens[:, :3], capacity=8, memory_BSD=memory)
+    start = jax.jit(lambda t, m: prefill(config, params, t, capacity=8, memory_BSD=m))
+    state = start(tokens[:, :3], memory)
     assert state.caches[1].k_BSKH.shape == (2, 3, 2, 8)
     with pytest.raises(ValueError, match="the state of cross-attention holds the memory of the first call"):
         apply(
             config, params, tokens[:, 3:], state.caches, ctx=Context(jnp.array([[3], [3]]), memory_BSD=memory)
         )
-    logits = decode_step(config, params, state, tokens[:, 3]).logits_BV
-    whole = apply(config, params, tokens, ctx=Context(memory_BSD=memory)).logits
+    logits = jax.jit(lambda s, t: decode_step(config, params, s, t))(state, tokens[:, 3]).logits_BV
+    whole = jax.jit(lambda t, m: apply(config, params, t, ctx=Context(memory_BSD=m)).logits)(tokens, memory)
     assert_allclose(logits, whole[:, 3], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="needs ctx.memory_BSD"):
         prefill(config, params, tokens, capacity=8)
