@@ -19,22 +19,9 @@ from flax import nnx
 from attention_jax.layers import linear, matmul
 from attention_jax.mixers import Context
 from attention_jax.model.block import dropout, make_norm, weight_init
-from attention_jax.model.config import EncoderConfig, ModelConfig
+from attention_jax.model.config import ModelConfig
 from attention_jax.model.stack import init_states, make_stacks, run_stacks
 from attention_jax.positions import sinusoidal
-
-__all__ = [
-    "EncoderConfig",
-    "LanguageModel",
-    "ModelConfig",
-    "ModelOutput",
-    "apply",
-    "bind",
-    "count_params",
-    "encode",
-    "init_params",
-    "init_state",
-]
 
 
 class ModelOutput(NamedTuple):
