@@ -12,8 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
+
+# A test's worker has one core, and so have the processes that it starts. There XLA has one thread, on which
+# some programs wait for the interpreter's callbacks, which need it too.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 import tests.conftest  # noqa: F401 (compile quickly, multiply in full precision)
 
