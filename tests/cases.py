@@ -105,7 +105,7 @@ MASKS = LEAVES | {
         (SlidingWindow(9) | Sinks(3)) & Causal(),
         truth.both(truth.either(truth.sliding_window(9), truth.sinks(3)), truth.causal),
     ),
-    "causal two-sided": MaskCase(
+    "causal bidirectional window": MaskCase(
         Causal() & SlidingWindow(7, 4), truth.both(truth.causal, truth.sliding_window(7, 4))
     ),
     "far past": MaskCase(

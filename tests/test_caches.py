@@ -23,7 +23,7 @@ CACHED = {
     "ring and pins": (SlidingWindow(6) | Sinks(3)) & Causal(),
     "pins alone": Sinks(2),
     "one short of all": SlidingWindow(CAPACITY - 1),
-    "two-sided": SlidingWindow(4, 3),
+    "bidirectional window": SlidingWindow(4, 3),
 }
 SLOTS = dict(zip(CACHED, (40, 5, 1, 9, 3, 39, 4), strict=True))
 

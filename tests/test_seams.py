@@ -84,6 +84,51 @@ def test_capture_gives_what_the_output_is_made_of_and_changes_no_bit(kind, x):
             assert_allclose(w_BNTS.sum(-1), 1, rtol=1e-5)
 
 
+# What W v goes into: the norm of the heads' outputs, or the output projection. A gate in front of it is in neither.
+INTO = {kind: "norm" for kind in ("retention", "gla", "lightning", "deltanet", "gated_deltanet", "kda")}
+INTO |= {"differential": "head_norm"}
+INTO |= {kind: "out" for kind in ("softmax", "cross", "forgetting", "mla", "linear", "cosformer", "based")}
+INTO |= {"hedgehog": "out", "performer": "out", "linear-rope": "out"}
+DIRECTIONS = [(kind, True) for kind in INTO] + [
+    (kind, False)
+    for kind in INTO
+    if kind in ("linear", "cosformer", "based", "hedgehog", "performer", "linear-rope")
+]
+
+
+@pytest.mark.parametrize(("kind", "causal"), DIRECTIONS)
+def test_captured_weights_times_captured_values_are_what_the_layer_goes_on_with(monkeypatch, kind, causal, x):
+    """In packed rows with invalid slots, causal and bidirectional; weights of hidden pairs are 0."""
+    options = SMALL.get(kind, {}) | ({"rope": RoPE(), "num_kv_heads": 2} if kind == "linear-rope" else {})
+    built = Harness(make_config(kind.removesuffix("-rope"), **options), causal=causal)
+    mixer = nnx.merge(built.graphdef, built.params)
+    module, seen = getattr(mixer, INTO[kind]), []
+    original = type(module).__call__
+
+    def record(self, first, *others):
+        if self is module:
+            seen.append(first)
+        return original(self, first, *others)
+
+    monkeypatch.setattr(type(module), "__call__", record)
+    segments = np.tile([0] * 5 + [1] * 5 + [-1] * 2, (B, 1))
+    ids = {
+        "positions_BT": np.tile([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, -1, -1], (B, 1)),
+        "segment_ids_BT": segments,
+    }
+    memory = memory_of(kind, x) if kind in mixer_kinds() else {}
+    ctx = Context(**(memory or ids), capture={"attention", "values"})
+    aux, into = jax.jit(lambda x: (mixer.mix(x, ctx=ctx).aux, seen[-1]))(x)
+    w_BNTS, v_BSNM = np.asarray(aux["attention"], np.float64), np.asarray(aux["values"], np.float64)
+    if not memory:
+        hidden = (segments[:, :, None] != segments[:, None]) | (segments[:, :, None] < 0)
+        assert_array_equal(w_BNTS[np.broadcast_to(hidden[:, None], w_BNTS.shape)], 0)
+        assert np.any(np.triu(w_BNTS, 1)) != causal
+    v_BSNM = np.repeat(v_BSNM, w_BNTS.shape[1] // v_BSNM.shape[2], axis=2)
+    wanted = np.einsum("bnts,bsnm->btnm", w_BNTS, np.where(np.isfinite(v_BSNM), v_BSNM, 0))
+    assert_allclose(np.reshape(into, wanted.shape), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_an_unknown_capture_is_refused_by_name():
     with pytest.raises(ValueError, match="capture must be a set of names, got 'keys': write {'keys'}"):
         Context(capture="keys")
@@ -166,7 +211,9 @@ def test_masks_of_a_call_are_refused_by_name_elsewhere(kind, x):
         **SMALL.get(kind, {}),
     )  # fmt: skip
     for name, mask in (("mask", masks.Causal()), ("mask_BNTS", jnp.ones((1, 1, T, T), bool))):
-        with pytest.raises(ValueError, match=f"{kind} has no attention mask: ctx.{name} must be None"):
+        with pytest.raises(
+            ValueError, match=f"{kind} does not support the mask of a call: ctx.{name} must be None"
+        ):
             mixer(x, ctx=Context(**{name: mask}))
 
 

@@ -61,7 +61,7 @@ class LinearAttentionConfig(LinearBaseConfig):
         """True if the numerator has rotated features, unlike the denominator."""
         return self.normalized and self.rope is not None
 
-    def features(self, d_model: int) -> int:
+    def feature_count(self, d_model: int) -> int:
         """H."""
         return self.query_width(d_model)
 
@@ -114,7 +114,7 @@ class CosformerConfig(LinearBaseConfig):
         if self.horizon < 1:
             raise ValueError(f"horizon must be >= 1, got {self.horizon}")
 
-    def features(self, d_model: int) -> int:
+    def feature_count(self, d_model: int) -> int:
         """2 H: H features times a cosine and H times a sine."""
         return 2 * self.query_width(d_model)
 
@@ -177,7 +177,7 @@ class BasedConfig(LinearBaseConfig):
         """d'."""
         return self.feature_dim
 
-    def features(self, d_model: int) -> int:
+    def feature_count(self, d_model: int) -> int:
         """1 + d' + d' (d' + 1) / 2."""
         return feature_maps.taylor2_features(self.feature_dim)
 
@@ -202,7 +202,7 @@ class HedgehogConfig(LinearBaseConfig):
 
     kind: Literal["hedgehog"] = "hedgehog"  #: the mixer
 
-    def features(self, d_model: int) -> int:
+    def feature_count(self, d_model: int) -> int:
         """2 H: the mapped features and their negatives."""
         return 2 * self.query_width(d_model)
 

@@ -75,7 +75,7 @@ class LinearBaseConfig(MixerConfig):
         """The width of the queries and keys of a head."""
         return head_width(d_model, self.num_heads, self.head_dim)
 
-    def features(self, d_model: int) -> int:
+    def feature_count(self, d_model: int) -> int:
         """F, the number of features that phi returns per head."""
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class LinearBaseConfig(MixerConfig):
                 "later tokens: pass state=None"
             )
         columns = head_width(d_model, self.num_heads, self.head_dim) + (self.normalized and not self.rotates)
-        shape = (batch, self.num_heads, self.features(d_model))
+        shape = (batch, self.num_heads, self.feature_count(d_model))
         return LinearState(
             jnp.zeros((*shape, columns), jnp.float32),
             jnp.zeros((*shape, 1), jnp.float32) if self.rotates else None,

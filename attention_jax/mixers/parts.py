@@ -128,7 +128,7 @@ def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tu
         raise ValueError(f"x must be [B, T, {mixer.d_model}], got {list(x_BTD.shape)}")
     given = [name for name in ("mask", "mask_BNTS") if getattr(ctx, name) is not None]
     if given and not config.takes_mask:
-        raise ValueError(f"{config.kind} has no attention mask: ctx.{given[0]} must be None")
+        raise ValueError(f"{config.kind} does not support the mask of a call: ctx.{given[0]} must be None")
     if "mask_BNTS" in given and state is not None:
         raise ValueError(
             "ctx.mask_BNTS covers only the slots of one call and cannot be used with a state: use ctx.mask"

@@ -56,7 +56,7 @@ class PerformerConfig(LinearBaseConfig):
         """True: the sums are divided by the exponential of the running maximum of the key exponents."""
         return True
 
-    def features(self, d_model: int) -> int:
+    def feature_count(self, d_model: int) -> int:
         """F."""
         return self.num_features
 
