@@ -36,7 +36,7 @@ UPWARD = {
 }
 
 # In an op's folder: what its implementations share, and what imports them. The rest are implementations.
-OP_SHARED, OP_ENTRY = {"common", "blocks", "tiles"}, {"api", "__init__"}
+OP_SHARED, OP_ENTRY = {"common", "blocks", "chunked_plan", "tiles"}, {"api", "__init__"}
 # What every mixer may use: the contract, what the softmax family, recurrences and linear attention share.
 MIXERS_SHARED = {f"attention_jax.mixers.{name}" for name in ("base", "parts", "recurrent", "linear_parts")}
 

@@ -84,7 +84,7 @@ def test_capture_gives_what_the_output_is_made_of_and_changes_no_bit(kind, x):
             assert_allclose(w_BNTS.sum(-1), 1, rtol=1e-5)
 
 
-# What W v goes into: the norm of the heads' outputs, or the output projection. A gate in front of it is in neither.
+# What W v goes into: the norm of the heads' outputs or the output projection, with no gate in between.
 INTO = {kind: "norm" for kind in ("retention", "gla", "lightning", "deltanet", "gated_deltanet", "kda")}
 INTO |= {"differential": "head_norm"}
 INTO |= {kind: "out" for kind in ("softmax", "cross", "forgetting", "mla", "linear", "cosformer", "based")}

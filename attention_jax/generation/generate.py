@@ -79,16 +79,7 @@ def stream(
             "the model is not causal: it predicts masked tokens from bidirectional context and cannot "
             "continue a prompt; use a model with causal: true"
         )
-    prompts = [_checked_ids(config, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
-    if not prompts:
-        raise ValueError("no prompts given: give at least one")
-    for index, prompt in enumerate(prompts):
-        if prompt.size < config.prefix:
-            # Earlier prefix tokens would have to attend to tokens that are generated inside the prefix.
-            raise ValueError(
-                f"prompt {index} has {prompt.size} tokens, fewer than the prefix of {config.prefix} tokens "
-                "within which the mask is bidirectional; give a longer prompt"
-            )
+    prompts = _checked_prompts(config, prompts)
     if max_new_tokens < 1 or chunk < 1:
         raise ValueError(f"max_new_tokens and chunk must be >= 1, got {max_new_tokens} and {chunk}")
     if sampling.temperature > 0 and key is None:
@@ -121,6 +112,21 @@ def stream(
                 return
 
     return produce(carry)
+
+
+def _checked_prompts(config: ModelConfig, prompts: Sequence[Any]) -> list[np.ndarray]:
+    """The prompts as int32 arrays; ValueError for none, a bad id, or one shorter than the mask's prefix."""
+    prompts = [_checked_ids(config, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
+    if not prompts:
+        raise ValueError("no prompts given: give at least one")
+    for index, prompt in enumerate(prompts):
+        if prompt.size < config.prefix:
+            # Earlier prefix tokens would have to attend to tokens that are generated inside the prefix.
+            raise ValueError(
+                f"prompt {index} has {prompt.size} tokens, fewer than the prefix of {config.prefix} tokens "
+                "within which the mask is bidirectional; give a longer prompt"
+            )
+    return prompts
 
 
 def _checked_ids(config: ModelConfig, what: str, ids: Any) -> np.ndarray:

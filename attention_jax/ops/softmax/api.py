@@ -22,10 +22,10 @@ from attention_jax.ops import sharded, varying
 from attention_jax.ops.arguments import is_array
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
 from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
+from attention_jax.ops.softmax.chunked_plan import ChunkedConfig
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_gpu import MosaicGPUConfig
 from attention_jax.ops.softmax.mosaic_tpu import MosaicTPUConfig
-from attention_jax.ops.softmax.tiles import ChunkedConfig
 from attention_jax.ops.tokens import per_token, segment_pair
 
 # Below this many scores per head (T * S) the dense form beats the blocked one on a CPU

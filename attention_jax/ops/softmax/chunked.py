@@ -25,16 +25,15 @@ from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
 from attention_jax.ops import varying
+from attention_jax.ops.softmax.chunked_plan import ChunkedConfig, make_plan
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
     LOG2E,
-    ChunkedConfig,
     ChunkedTile,
     KVHead,
     cut,
     load_head,
     load_queries,
-    make_plan,
     paste,
     store,
     sweep,
