@@ -1,4 +1,4 @@
-"""How the blocked form cuts a call: its config, the tile sizes that follow, and the lists of tiles to visit."""
+"""How the blocked form cuts a call: its config, the tile sizes that follow, and the tiles to visit."""
 
 from __future__ import annotations
 
