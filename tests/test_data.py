@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config.schema import DataConfig
-from train.data import batches as data
 from train.data import corpus, packing, snapshot, tokenizers
+from train.data.batches import Data, TextData
 from train.data.corpus import Corpus, Document
 from train.data.packing import Piece, Split, assemble
+from train.data.prepare import _check_config, prepare
 
 ONE_LINE = r"\A[^\n]+\Z"
 TEXTS = {
@@ -387,13 +388,13 @@ def made(folder, tmp_path):
     """Data of `small` with changes, each in a folder of its own."""
     count = iter(range(100))
 
-    def made(**changes) -> data.Data:
-        return data.prepare(small(folder, **changes), tmp_path / f"run{next(count)}")
+    def made(**changes) -> Data:
+        return prepare(small(folder, **changes), tmp_path / f"run{next(count)}")
 
     return made
 
 
-def indexed(some: data.Data) -> data.Data:
+def indexed(some: Data) -> Data:
     """The same data with every token replaced by its index, so that batches show where they come from."""
     snap = some.snapshot
 
@@ -498,11 +499,11 @@ def test_the_periodic_rows_are_fixed_and_spread(made):
 
 def test_the_snapshot_is_read_without_the_corpus(folder, tmp_path, monkeypatch):
     config = small(folder)
-    first = data.prepare(config, tmp_path / "run")
+    first = prepare(config, tmp_path / "run")
     batch = first.train_batch(5)
     shutil.rmtree(folder)
     monkeypatch.setattr(corpus, "read", lambda files: pytest.fail("the corpus was read again"))
-    again = data.prepare(config, tmp_path / "run")
+    again = prepare(config, tmp_path / "run")
     assert again.corpus_sha256 == first.corpus_sha256 and again.summary == first.summary
     assert all((again.train_batch(5)[name] == batch[name]).all() for name in batch)
     assert isinstance(again.snapshot.train.tokens.base, np.memmap)
@@ -514,7 +515,7 @@ def test_the_snapshot_is_read_without_the_corpus(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
 def test_a_damaged_snapshot_is_named(folder, tmp_path, name, damage):
     config = small(folder)
-    data.prepare(config, tmp_path)
+    prepare(config, tmp_path)
     path = tmp_path / "data" / name
     raw = bytearray(path.read_bytes())
     if damage == "remove":
@@ -525,35 +526,35 @@ def test_a_damaged_snapshot_is_named(folder, tmp_path, name, damage):
     what = "cannot be read: No such file" if damage == "remove" else "is damaged"
     remedy = r"restore the folder \S+ from a copy, or choose another run_dir\Z"
     with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))} {what}[^\n]*; {remedy}"):
-        data.prepare(config, tmp_path)
+        prepare(config, tmp_path)
 
 
 def test_a_snapshot_of_another_format_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "FORMAT", 99)
-    data.prepare(small(folder), tmp_path)
+    prepare(small(folder), tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="meta.json has format 99, this version reads 1: choose"):
-        data.prepare(small(folder), tmp_path)
+        prepare(small(folder), tmp_path)
 
 
 def test_another_data_section_is_refused_by_its_differences(folder, tmp_path):
-    data.prepare(small(folder), tmp_path)
+    prepare(small(folder), tmp_path)
     message = (
         f"{tmp_path / 'data'} was made by another configuration: "
         'data.tokenizer was "bytes", is "chars"; data.shuffle_seed was 0, is 4; choose another run_dir'
     )
     with pytest.raises(ValueError, match=rf"\A{re.escape(message)}\Z"):
-        data.prepare(small(folder, tokenizer="chars", shuffle_seed=4), tmp_path)
+        prepare(small(folder, tokenizer="chars", shuffle_seed=4), tmp_path)
 
 
 def test_a_key_that_a_snapshot_lacks_had_its_default(folder, tmp_path):
-    own = data.prepare(small(folder), tmp_path)
+    own = prepare(small(folder), tmp_path)
     saved = {key: value for key, value in own.snapshot.meta["config"].items() if key != "packing"}
     older = dataclasses.replace(own.snapshot, meta={**own.snapshot.meta, "config": saved})
-    data._check_config(data.TextData(own.config, older), tmp_path)
+    _check_config(TextData(own.config, older), tmp_path)
     stream = dataclasses.replace(own.config, packing="stream")
     with pytest.raises(ValueError, match='data.packing was "documents", is "stream"; choose'):
-        data._check_config(data.TextData(stream, older), tmp_path)
+        _check_config(TextData(stream, older), tmp_path)
 
 
 def test_a_snapshot_is_whole_or_absent(folder, tmp_path, monkeypatch):
@@ -562,11 +563,11 @@ def test_a_snapshot_is_whole_or_absent(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.prepare(small(folder), tmp_path / "run")
+        prepare(small(folder), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     monkeypatch.undo()
     (tmp_path / "run" / "tmp.data" / "left over").write_text("by the killed process")
-    data.prepare(small(folder), tmp_path / "run")
+    prepare(small(folder), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == NAMES
 
 
@@ -583,9 +584,9 @@ def test_a_text_too_short_for_one_row_is_refused(tmp_path, packing_, part, fract
         "give more text or lower data.sequence_length"
     )
     with pytest.raises(ValueError, match=rf"\A{message}\Z"):
-        data.prepare(config, tmp_path / "run")
+        prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    data.prepare(dataclasses.replace(config, sequence_length=9), tmp_path / "run")
+    prepare(dataclasses.replace(config, sequence_length=9), tmp_path / "run")
 
 
 def test_the_hash_and_the_sizes_are_in_the_summary(made):

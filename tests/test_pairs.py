@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from train.config.schema import DataConfig
-from train.data import batches as data
 from train.data import corpus, pairs
 from train.data.corpus import Corpus, Document
 from train.data.pairs import Pair
+from train.data.prepare import prepare
 from train.data.tokenizers import ByteTokenizer
 
 END = ByteTokenizer.end_of_document
@@ -94,7 +94,7 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, line, words):
     (tmp_path / "one.tsv").write_text("a\tb\n")
     (tmp_path / "two.tsv").write_text(f"a\tb\n\n{line}\n")
     with pytest.raises(ValueError, match=rf"\Adata\.files: [^\n]*{re.escape(words)}[^\n]*\Z"):
-        data.prepare(DataConfig(files=f"{tmp_path}/*.tsv"), tmp_path / "run", "seq2seq")
+        prepare(DataConfig(files=f"{tmp_path}/*.tsv"), tmp_path / "run", "seq2seq")
     assert not (tmp_path / "run").exists()
 
 
@@ -147,7 +147,7 @@ def all_pairs(table: Path) -> list[Pair]:
 
 
 def test_a_pair_is_a_row(table, tmp_path):
-    some = data.prepare(small(table), tmp_path / "run", "seq2seq")
+    some = prepare(small(table), tmp_path / "run", "seq2seq")
     batch = next(some.validation_batches())
     first = read_row(batch, 0)
     assert {name: array.shape for name, array in batch.items()} == {
@@ -161,7 +161,7 @@ def test_a_pair_is_a_row(table, tmp_path):
 
 
 def test_every_pair_comes_once_an_epoch_and_what_is_too_long_is_counted(table, tmp_path):
-    some = data.prepare(small(table), tmp_path / "run", "seq2seq")
+    some = prepare(small(table), tmp_path / "run", "seq2seq")
     every = all_pairs(table)
     cut = 24  # of 32
     train = [pair for pair in every[:cut] if len(pair.source) <= 3 and len(pair.target) <= 3]
@@ -183,15 +183,15 @@ def test_every_pair_comes_once_an_epoch_and_what_is_too_long_is_counted(table, t
 
 
 def test_the_last_held_out_batch_is_filled_with_empty_rows(table, tmp_path):
-    some = data.prepare(small(table, batch_size=3), tmp_path / "run", "seq2seq")
+    some = prepare(small(table, batch_size=3), tmp_path / "run", "seq2seq")
     found = [read_batch(batch) for batch in some.scoring_batches()]
     assert [len(batch) for batch in found] == [3, 3, 3] and found[-1][-1] is None
     assert sum(pair is not None for batch in found for pair in batch) == 8
 
 
 def test_a_batch_is_a_function_of_seed_and_step(table, tmp_path):
-    one, two = (data.prepare(small(table), tmp_path / name, "seq2seq") for name in "ab")
-    other = data.prepare(small(table, shuffle_seed=1), tmp_path / "c", "seq2seq")
+    one, two = (prepare(small(table), tmp_path / name, "seq2seq") for name in "ab")
+    other = prepare(small(table, shuffle_seed=1), tmp_path / "c", "seq2seq")
     forwards = [read_batch(one.train_batch(step)) for step in range(12)]
     for step in (11, 3, 0):
         assert read_batch(two.train_batch(step)) == forwards[step] != read_batch(other.train_batch(step))
@@ -200,7 +200,7 @@ def test_a_batch_is_a_function_of_seed_and_step(table, tmp_path):
 def test_pairs_that_stand_in_both_parts_are_counted(tmp_path):
     (tmp_path / "one.tsv").write_text("a\tb\nc\td\ne\tf\na\tb")
     config = DataConfig(files=f"{tmp_path}/one.tsv", validation_split="tail", validation_fraction=0.5)
-    meta = data.prepare(config, tmp_path / "run", "seq2seq").snapshot.meta
+    meta = prepare(config, tmp_path / "run", "seq2seq").snapshot.meta
     assert meta["validation"]["also_in_training"] == 1
 
 
@@ -211,16 +211,16 @@ def test_pairs_that_stand_in_both_parts_are_counted(tmp_path):
 ])  # fmt: skip
 def test_a_corpus_without_a_pair_is_refused(table, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        data.prepare(small(table, **changes), tmp_path / "run", "seq2seq")
+        prepare(small(table, **changes), tmp_path / "run", "seq2seq")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_snapshot_is_read_without_the_corpus(table, tmp_path, monkeypatch):
     config = small(table)
-    first = data.prepare(config, tmp_path / "run", "seq2seq")
+    first = prepare(config, tmp_path / "run", "seq2seq")
     shutil.rmtree(table)
     monkeypatch.setattr(corpus, "read", lambda files: pytest.fail("the corpus was read again"))
-    again = data.prepare(config, tmp_path / "run", "seq2seq")
+    again = prepare(config, tmp_path / "run", "seq2seq")
     assert read_batch(again.train_batch(5)) == read_batch(first.train_batch(5))
     assert again.summary == first.summary and again.corpus_sha256 == first.corpus_sha256
 
@@ -228,7 +228,7 @@ def test_the_snapshot_is_read_without_the_corpus(table, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["train_sources.npy", "validation_sources_spans.npy", "train.npy"])
 @pytest.mark.parametrize("damage", ["flip", "remove"])
 def test_a_damaged_snapshot_is_named(table, tmp_path, name, damage):
-    data.prepare(small(table), tmp_path / "run", "seq2seq")
+    prepare(small(table), tmp_path / "run", "seq2seq")
     path = tmp_path / "run" / "data" / name
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
@@ -236,4 +236,4 @@ def test_a_damaged_snapshot_is_named(table, tmp_path, name, damage):
     if damage == "remove":
         path.unlink()
     with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))} [^\n]*; restore the folder [^\n]*\Z"):
-        data.prepare(small(table), tmp_path / "run", "seq2seq")
+        prepare(small(table), tmp_path / "run", "seq2seq")

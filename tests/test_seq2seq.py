@@ -23,8 +23,8 @@ from train import config as config_lib
 from train import loop
 from train.commands import generate as generate_script
 from train.config.schema import OptimizerConfig
-from train.data import batches as data
 from train.data import corpus
+from train.data.prepare import prepare
 from train.data.tokenizers import ByteTokenizer
 from train.optimizer import make_optimizer
 from train.run import restore
@@ -256,7 +256,7 @@ def test_the_config_trains_on_the_standard_library(tmp_path, monkeypatch):
     every = corpus.read(None)
     some = tuple(document for document in every.documents if document.name < "c" and "/" not in document.name)
     monkeypatch.setattr(corpus, "read", lambda files: dataclasses.replace(every, documents=some))
-    own = data.prepare(run.data, tmp_path, run.objective)
+    own = prepare(run.data, tmp_path, run.objective)
     assert own.snapshot.meta["train"]["pairs"] > 100 and own.snapshot.meta["unparsed_files"] == 0
     encoder = dataclasses.replace(run.model.encoder, num_layers=1)
     model = dataclasses.replace(run.model, vocab_size=257, num_layers=2, encoder=encoder)

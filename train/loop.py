@@ -19,8 +19,8 @@ import numpy as np
 from attention_jax.generation import Sampling, generate
 from attention_jax.model import ModelConfig, count_params
 from train.config.schema import RunConfig
-from train.data import batches as data_lib
 from train.data.masking import vocabulary_size
+from train.data.prepare import prepare
 from train.objective import check_ids
 from train.run.checkpoint import Checkpoints
 from train.run.console import Console, printable
@@ -75,7 +75,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
-        self.data = data_lib.prepare(config.data, folder.path, config.objective)
+        self.data = prepare(config.data, folder.path, config.objective)
         self.masked = config.objective == "masked_lm"
         self.unit = scored_unit(config)
         ids = vocabulary_size(config.objective, config.data.task or self.data.tokenizer)
