@@ -24,6 +24,7 @@ from train.data.batches import Data, TextData
 from train.data.corpus import Corpus, Document
 from train.data.packing import Piece, Split, assemble
 from train.data.prepare import _check_config, prepare
+from train.data.tasks import MQARConfig
 
 ONE_LINE = r"\A[^\n]+\Z"
 TEXTS = {
@@ -438,6 +439,25 @@ def test_a_batch_is_a_function_of_seed_and_step(made, packing_):
     assert len({batch["tokens"].tobytes() for batch in forwards}) == 40
     forwards[3]["tokens"][:] = 99  # what a caller does to a batch does not come back
     assert same(one.train_batch(3), two.train_batch(3))
+
+
+@pytest.mark.parametrize("source", ["documents", "stream", "masked_lm", "mqar"])
+def test_no_batch_of_a_seed_is_one_of_another_seed(folder, tmp_path, source):
+    """Neither the seed plus the step or the epoch, nor a seed modulo 2^32, decides what a batch holds."""
+    seen = Counter()
+    for seed in (0, 1, 2**32 - 1):
+        if source == "mqar":
+            task = MQARConfig(pairs=2, vocab_size=32)
+            config = DataConfig(task=task, sequence_length=8, batch_size=4, shuffle_seed=seed)
+            some = prepare(config, "unused")
+        else:
+            packing_ = "stream" if source == "stream" else "documents"
+            config = small(folder, batch_size=4, packing=packing_, shuffle_seed=seed)
+            objective = source if source == "masked_lm" else "causal_lm"
+            some = indexed(prepare(config, tmp_path / str(seed), objective))
+        for step in range(40):  # about four epochs
+            seen[some.train_batch(step)["tokens"].tobytes()] += 1
+    assert seen.total() == 120 and max(seen.values()) == 1
 
 
 def test_streams_are_windows_at_uniform_starts(made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import shutil
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from train.config.schema import DataConfig
-from train.data import corpus, pairs
+from train.data import corpus, pairs, snapshot
+from train.data.batches import PairData
 from train.data.corpus import Corpus, Document
 from train.data.pairs import Pair
 from train.data.prepare import prepare
@@ -236,4 +238,54 @@ def test_a_damaged_snapshot_is_named(table, tmp_path, name, damage):
     if damage == "remove":
         path.unlink()
     with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))} [^\n]*; restore the folder [^\n]*\Z"):
+        prepare(small(table), tmp_path / "run", "seq2seq")
+
+
+def orders(some, epochs=3):
+    """The pairs of each of the first epochs, in order."""
+    pairs = len(some.snapshot.train.counts)
+    steps = range(-(-epochs * pairs // some.config.batch_size))
+    seen = [pair for step in steps for pair in read_batch(some.train_batch(step))]
+    return [tuple(seen[pairs * n : pairs * (n + 1)]) for n in range(epochs)]
+
+
+def test_no_two_pairs_of_seed_and_epoch_have_one_order(table, tmp_path):
+    """Least of all the next epoch of a seed and the first of the next seed; and seeds do not wrap."""
+    seeds = (0, 1, 2, 2**32 - 2, 2**32 - 1)
+    found = [
+        order
+        for seed in seeds
+        for order in orders(prepare(small(table, shuffle_seed=seed), tmp_path / str(seed), "seq2seq"))
+    ]
+    assert len(set(found)) == len(found) == 15
+    # Neither are they the same up to a rotation, or equal at more places than chance has it.
+    for a, b in itertools.combinations(found, 2):
+        assert sum(x == y for x, y in zip(a, b, strict=True)) < 8
+        assert not any(a[n:] + a[:n] == b for n in range(22))
+
+
+# The sources in the first three epochs of `small`, by the code before `pair_order` existed.
+RECORDED = [
+    "dv az cv dz by dy cz bz bv ev ew bx ax cy aw dx dw av ay cw cx bw",
+    "cy bx dv cx dy by bz ev cv dz aw bv cz cw ew bw ax ay az dx dw av",
+    "ev az aw bx dx cz ay cy av ew dv cv by ax dy cw dw bw bz cx dz bv",
+]
+
+
+def test_a_snapshot_without_an_order_of_pairs_keeps_its_own(table, tmp_path):
+    """A run that began before the key existed goes on with the pairs it would have had."""
+    own = prepare(small(table), tmp_path / "run", "seq2seq")
+    assert own.snapshot.meta["pair_order"] == 2
+    meta = {name: value for name, value in own.snapshot.meta.items() if name != "pair_order"}
+    older = PairData(own.config, dataclasses.replace(own.snapshot, meta=meta))
+    sources = [[pair.source for pair in order] for order in orders(older)]
+    assert [" ".join(epoch) for epoch in sources] == RECORDED
+    other = dataclasses.replace(older, config=small(table, shuffle_seed=1))
+    assert orders(other)[:2] == orders(older)[1:]  # what the key was added for
+    future = dataclasses.replace(own.snapshot, meta={**meta, "pair_order": 3})
+    shutil.rmtree(tmp_path / "run" / "data")
+    snapshot.write(tmp_path / "run" / "data", future)
+    with pytest.raises(
+        ValueError, match=r"\A\S+data has pair_order 3, this version knows 1 to 2: use [^\n]*\Z"
+    ):
         prepare(small(table), tmp_path / "run", "seq2seq")

@@ -10,7 +10,7 @@ from typing import Any
 from train.config.schema import MASKING_KEYS, DataConfig
 from train.data import corpus, snapshot, tokenizers
 from train.data import pairs as pairs_lib
-from train.data.batches import Data, MaskedData, PairData, TextData
+from train.data.batches import PAIR_ORDER, Data, MaskedData, PairData, TextData
 from train.data.corpus import Document
 from train.data.pairs import Pair
 from train.data.tasks.source import TaskData
@@ -37,6 +37,12 @@ def prepare(
         snapshot.write(folder, make(config))
     data = kind(config, snapshot.read(folder))
     _check_config(data, folder)
+    order = data.snapshot.meta.get("pair_order", 1)
+    if order not in range(1, PAIR_ORDER + 1):
+        raise ValueError(
+            f"{folder} has pair_order {order}, this version knows 1 to {PAIR_ORDER}: use the version that "
+            "wrote it, or choose another run_dir"
+        )
     assert (data.snapshot.train_sources is not None) == (kind is PairData), "RunFolder compares objectives"
     return data
 
@@ -58,7 +64,10 @@ def _make_pairs(config: DataConfig) -> snapshot.Snapshot:
     found = pairs_lib.read(config.files, config.validation_split, config.validation_fraction)
     tokenizer = tokenizers.make(config.tokenizer, ())
     assert tokenizer.end_of_document is not None, "train.config.schema refuses a tokenizer without it"
-    meta = _meta(config, found.text, tokenizer) | {"unparsed_files": found.unparsed}
+    meta = _meta(config, found.text, tokenizer) | {
+        "unparsed_files": found.unparsed,
+        "pair_order": PAIR_ORDER,
+    }
     splits, known = {}, set(found.train)
     for name, every in (("train", found.train), ("validation", found.validation)):
         pairs = [pair for pair in every if _fits(config, pair, tokenizer)]
