@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -280,13 +281,37 @@ def test_what_a_corpus_refuses(folder, monkeypatch):
     (folder / "empty.dat").write_bytes(b"")
     (folder / "empty2.dat").write_bytes(b"")
     os.symlink(folder / "nowhere", folder / "broken.link")
+    os.mkfifo(folder / "pipe")
+    os.symlink("pipe", folder / "pipe.link")
+    os.symlink("loop", folder / "loop")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind("socket")  # relative: the path of a socket is short
+    (folder / "wide.txt").write_text("text", encoding="utf-16")
+    (folder / "nul.dat").write_bytes(b"ab\0c")
+    for name in ("a.jsonl", "A.JSON", "a.csv", "a.txt.gz", "a.zip", "a.parquet"):
+        (folder / name).write_text("plain text")
     for files, words in {
         "none*.txt": ["data.files=none*.txt matches no file in "],
         "deep": ["data.files=deep is a folder", "deep/**/*.txt"],
         "latin.dat": ["latin.dat is not UTF-8 at byte 3 (0xe9)"],
         "empty.dat": ["data.files: empty.dat is empty"],
         "empty*.dat": ["data.files: every one of the 2 files of empty*.dat is empty"],
-        "*.link": ["data.files: cannot read broken.link: No such file"],
+        "dee*": ["data.files=dee* matches folders only"],
+        "*.link": ["data.files: broken.link is a link to ", "nowhere, which does not exist"],
+        "broken.link": ["data.files: broken.link is a link to ", "nowhere, which does not exist"],
+        "pi*": ["data.files: pipe is a FIFO (a pipe): write its text to a file"],
+        "pipe.link": ["data.files: pipe.link is a FIFO"],
+        "socket": ["data.files: socket is a socket"],
+        "/dev/null": ["data.files: /dev/null is a device"],
+        "loop": ["data.files: cannot read loop: "],
+        "wide.txt": ["wide.txt is UTF-16 or UTF-32 by its byte order mark", "iconv -f UTF-16 -t UTF-8"],
+        "nul.dat": ["nul.dat has a NUL byte at byte 2: it is not text"],
+        "a.jsonl": ["a.jsonl is JSON by its suffix .jsonl", "jq -r .text", "name it a.jsonl.txt"],
+        "A.JSON": ["A.JSON is JSON by its suffix .json"],
+        "a.csv": ["a.csv is a table", "write its texts to a .txt file"],
+        "a.txt.gz": ["a.txt.gz is compressed by its suffix .gz", "decompress it first"],
+        "a.zip": ["a.zip is an archive", "unpack it first"],
+        "a.parquet": ["a.parquet is a table"],
     }.items():
         with pytest.raises(ValueError, match=ONE_LINE) as error:
             corpus.read(files)
@@ -305,6 +330,38 @@ def test_an_empty_file_among_others_is_counted(folder):
     (folder / "empty.txt").write_bytes(b"")
     text = corpus.read(f"{folder}/*.txt")
     assert text.skipped == 1 and len(text.documents) == len(TEXTS)
+    assert text.notes() == ["1 of 5 files: empty, skipped"]
+
+
+def test_a_name_that_exists_is_that_file_and_a_link_is_what_it_leads_to(folder, monkeypatch):
+    for name in ("a[b].txt", "*.dat", "x?.txt", "~"):
+        (folder / name).write_text(f"in {name}")
+    (folder / "more.dat").write_text("more")
+    os.symlink(folder / "a.txt", folder / "to.a")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    for files in ("a[b].txt", str(folder / "a[b].txt"), "*.dat", "x?.txt"):
+        name = os.path.basename(files)
+        assert corpus.read(files).documents == (Document(name, f"in {name}"),)
+    assert corpus.read("to.a").documents == (Document("to.a", TEXTS["a.txt"]),)
+    assert corpus.read("[a].txt").documents == corpus.read("~/a.txt").documents
+    assert len(corpus.read("~/[a-d].txt").documents) == 4
+
+
+def test_what_surprises_in_a_text_is_said(folder, tmp_path):
+    (folder / "a.txt").write_bytes("\ufeffWer reitet\r\nso sp\xe4t\r\n".encode())
+    (folder / "line.txt").write_text("x" * 2_000_000)
+    (folder / "empty.txt").write_bytes(b"")
+    some = prepare(small(folder), tmp_path / "run")
+    assert some.summary.endswith(
+        "; note: 1 of 6 files: empty, skipped"
+        "; note: 1 of 6 files: start with a byte order mark (U+FEFF), which is kept"
+        "; note: 1 of 6 files: have CRLF line ends"
+    )
+    again = prepare(small(folder), tmp_path / "run")
+    assert again.summary == some.summary and "\n" not in some.summary
+    older = {name: value for name, value in some.snapshot.meta.items() if name != "notes"}
+    assert "note" not in TextData(some.config, dataclasses.replace(some.snapshot, meta=older)).summary
 
 
 documents = st.lists(st.integers(1, 200), min_size=2, max_size=30).map(

@@ -91,6 +91,7 @@ def _meta(config: DataConfig, text: corpus.Corpus, tokenizer: tokenizers.Tokeniz
         "corpus_sha256": text.sha256(),
         "documents": len(text.documents),
         "skipped_files": text.skipped,
+        "notes": text.notes(),
         "vocab_size": tokenizer.vocab_size,
         "config": {"format": FORMAT, **_choices(config)},
     }
