@@ -167,7 +167,7 @@ def _check_kind(path: str) -> None:
     except FileNotFoundError:
         if os.path.islink(path):
             raise ValueError(
-                f"data.files: {path} is a link to {os.readlink(path)}, which does not exist: repair or delete it"
+                f"data.files: {path} is a link to {os.readlink(path)}, which does not exist: repair it"
             ) from None
         raise ValueError(f"data.files: {path} does not exist any more") from None
     except OSError as error:
