@@ -58,11 +58,15 @@ def prefill(
     tokens than the capacity, for positions of another shape or padded on the right, for a model without a
     state, and for a token id outside the vocabulary (traced ids give NaN logits).
     """
-    shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
-    if len(shape) != 2 or not shape[1] or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"tokens_BT must be integers [B, T] with T >= 1, got {dtype} {list(shape)}")
-    B, T = shape
     tokens_BT = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
+    shape = tokens_BT.shape
+    if len(shape) != 2 or not shape[1] or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens_BT must be integers [B, T] with T >= 1, got {tokens_BT.dtype} {list(shape)}"
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype of cached keys and values must be floating point, got {jnp.dtype(dtype)}")
+    B, T = shape
     if T > capacity:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
     positions_BT = _positions(positions_BT, B, T)

@@ -204,7 +204,7 @@ def apply(
     """The float32 logits_BTV, the new state and aux; a pure function of its arguments.
 
     Raises: ValueError for a token id outside the vocabulary. Under `jit`, where ids are traced, it gives NaN
-    instead, in the logits of its token and of those that attend to it. An invalid slot may hold any id.
+    logits from its token on. An invalid slot may hold any id.
     """
     return bind(config, params).run(tokens_BT, state, ctx=ctx)
 
