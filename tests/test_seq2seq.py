@@ -202,6 +202,7 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
     assert loop.train(whole) == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 40)
+        patch.setattr(loop, "_SAMPLED_TOKENS", 2)  # in pieces, which change no sample
         with pytest.raises(KeyboardInterrupt):
             loop.train(parts)
     monkeypatch.setattr(corpus, "read", lambda files: pytest.fail("the corpus was read again"))
@@ -222,7 +223,9 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
         assert sample == (Path(parts.run_dir) / path).read_text()
         for source in ("dcb", "dcc", "dda", "ddc"):  # dcb dcc dcd dda ddb ddc ddd are held out
             assert f"{source} -> " in sample
-    assert "57 pairs to train on, 7 held out; 0 left out" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "57 pairs to train on, 7 held out; 0 left out" in out
+    assert out.count("sampling: 2 of at most 5 tokens\n") == 1
 
 
 def printed(*argv):
