@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attention_jax.generation import Sampling, generate
+from attention_jax.generation import Sampling, stream
 from attention_jax.model import ModelConfig, count_params
 from train.config.schema import RunConfig
-from train.data import batches as data_lib
 from train.data.masking import vocabulary_size
+from train.data.prepare import prepare
 from train.objective import check_ids
 from train.run.checkpoint import Checkpoints
 from train.run.console import Console, printable
@@ -32,6 +32,7 @@ from train.step import Batch, make_eval_step, make_fill_in, make_train_step
 
 _SAMPLING = Sampling(temperature=0.8)
 _SAMPLED_SOURCES = 4
+_SAMPLED_TOKENS = 1000  # between two signs of life of a long sample
 _MASK = "█"  # stands for a masked token in a sample
 
 
@@ -75,7 +76,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
-        self.data = data_lib.prepare(config.data, folder.path, config.objective)
+        self.data = prepare(config.data, folder.path, config.objective)
         self.masked = config.objective == "masked_lm"
         self.unit = scored_unit(config)
         ids = vocabulary_size(config.objective, config.data.task or self.data.tokenizer)
@@ -215,7 +216,8 @@ class Run:
     def _written(self, step: int) -> list[str]:
         """The prompts, each with its generated text."""
         evaluation, tokenizer = self.config.evaluation, self.data.tokenizer
-        rows = generate(
+        pieces = []
+        for piece in stream(
             self.model,
             self.params,
             self.requests.prompts,
@@ -224,7 +226,13 @@ class Run:
             sampling=_SAMPLING,
             key=jax.random.fold_in(self.sample_key, step),
             eos_id=tokenizer.end_of_document,
-        )
+            chunk=_SAMPLED_TOKENS,
+        ):
+            pieces.append(piece)
+            done = len(pieces) * _SAMPLED_TOKENS
+            if done < evaluation.sample_tokens:
+                self.console.line(f"sampling: {done:,} of at most {evaluation.sample_tokens:,} tokens")
+        rows = [np.concatenate(row) for row in zip(*pieces, strict=True)]
         return [echo + tokenizer.decode(ids) for echo, ids in zip(self.requests.echo, rows, strict=True)]
 
     def _sample_path(self, step: int) -> Path:

@@ -59,7 +59,15 @@ _EXACT_BLOCKS = 4096  # the most partial blocks that `density` counts entry by e
 
 
 class Mask:
-    """Base class of all masks. Subclasses are frozen dataclasses of plain Python values."""
+    """Base class of all masks. Subclasses are frozen dataclasses of plain Python values.
+
+    Raises: TypeError on construction of a class that is not one: its masks would be equal, or unequal,
+    whatever they hold, and equal masks share a compiled program. `masks.check` compares the methods.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        frozen_class(cls)
+        return super().__new__(cls)
 
     about: ClassVar[About | None] = None  # its entry in the catalogue
     plot: ClassVar[Callable[..., Any]]  # mask.plot(T, S=None, ...) -> figure, defined in masks/picture.py
@@ -138,6 +146,15 @@ class Mask:
         return Density((kept + found * share) / (T * S), exact=chosen is undecided)
 
 
+def frozen_class(cls: type) -> None:
+    """TypeError unless the class itself is a frozen dataclass; a base class that is one is not enough."""
+    parameters = cls.__dict__.get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise TypeError(
+            f"{cls.__name__} is not a frozen dataclass: write @dataclasses.dataclass(frozen=True) above it"
+        )
+
+
 def like(*arrays: Array) -> Array:
     """An all-True boolean array of the broadcast shape, for NumPy and traced arrays."""
     total = arrays[0]
@@ -166,7 +183,7 @@ def parse(text: str) -> Mask:
     An expression combines calls of Mask classes with literal arguments by & | ~. `str(mask)` is an expression
     that parses to an equal mask. Raises: ValueError for any other text.
     """
-    known = {cls.__name__: cls for cls in _subclasses(Mask) - {And, Or, Not, Recipe}}
+    known = {cls.__name__: cls for cls in _subclasses(Mask) if cls not in (And, Or, Not, Recipe)}
 
     def build(node: ast.AST) -> Mask:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
@@ -204,8 +221,9 @@ def _literal(node: ast.AST) -> Any:
         raise ValueError(f"arguments must be numbers or tuples of numbers, got {ast.unparse(node)}") from None
 
 
-def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*map(_subclasses, cls.__subclasses__())) - {Mask}
+def _subclasses(cls: type) -> list[type]:
+    """In the order of their definition: of two with one name, as in a notebook, the newer comes later."""
+    return [c for below in cls.__subclasses__() for c in (below, *_subclasses(below))]
 
 
 # Positions are int32: a larger parameter would not fit, and sums in `bounds` would overflow.

@@ -20,7 +20,9 @@ from attention_jax.generation import Sampling, stream
 from train import command_line
 from train.commands.types import Integer, MaybeInteger, MaybeNumber, Number, Positional, one
 from train.data.tokenizers import StreamDecoder
-from train.run.restore import TrainedRun, load_run
+from train.run.restore import Requests, TrainedRun, load_run
+
+_LONG = 4096  # tokens that a small model takes seconds to read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ def _main(options: Options) -> None:
         raise ValueError(f"--step must be a number, latest or best, got {options.step}")
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be in [0, {2**32}), got {options.seed}")
+    if options.tokens < 1:
+        raise ValueError(f"--tokens must be >= 1, got {options.tokens}")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     _print_text(load_run(options.run_dir, step=step), options, sampling)
 
@@ -56,6 +60,8 @@ def _main(options: Options) -> None:
 def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
     seed = secrets.randbits(32) if options.seed is None else options.seed
     requests = run.requests([options.prompt])
+    for note in notes(run, requests):
+        print(note, file=sys.stderr, flush=True)
     decoder = StreamDecoder(run.tokenizer)
     pieces = stream(
         run.model,
@@ -72,3 +78,20 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
         sys.stdout.write("".join(decoder.push(int(token)) for token in ids))
         sys.stdout.flush()
     sys.stdout.write(decoder.finish() + "\n")
+
+
+def notes(run: TrainedRun, requests: Requests) -> list[str]:
+    """What to say before a text that is longer than in training, or takes long to read."""
+    data, found = run.config.data, []
+    kinds = [("prompt", requests.prompts[0], data.sequence_length)]
+    if requests.sources is not None:
+        kinds.append(("source", requests.sources[0], data.source_width))
+    for name, ids, trained in kinds:
+        if len(ids) > trained:
+            found.append(
+                f"note: the {name} has {len(ids):,} tokens, and the model was trained on at most {trained:,}:"
+                " its text after a longer one may be worse"
+            )
+        if len(ids) > _LONG:
+            found.append(f"note: reading the {len(ids):,} tokens of the {name} before the first new one")
+    return found
