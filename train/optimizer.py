@@ -124,8 +124,10 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         mu = keep(optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
         nu = keep(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
         count = state.count + finite.astype(state.count.dtype)
-        mu_hat = optax.tree.bias_correction(mu, b1, count)
-        nu_hat = optax.tree.bias_correction(nu, b2, count)
+        # optax raises a float to the power of an integer.
+        with jax.numpy_dtype_promotion("standard"):
+            mu_hat = optax.tree.bias_correction(mu, b1, count)
+            nu_hat = optax.tree.bias_correction(nu, b2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
         return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 

@@ -80,7 +80,7 @@ def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
 def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: jax.Array) -> jax.Array:
     """The batch's share of the mean over `count` tokens."""
     logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, key)).logits
-    return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1)
+    return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def drop_prefix_targets(model: ModelConfig, batch: Batch) -> Batch:
@@ -122,5 +122,5 @@ def _accumulate(gradient, parts: int, params: Any, batch: Batch, count: jax.Arra
             jnp.add, total, gradient(params, micro, count, jax.random.fold_in(key, index))
         ), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, (jnp.arange(parts), slices))[0]

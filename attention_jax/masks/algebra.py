@@ -163,6 +163,11 @@ def like(*arrays: Array) -> Array:
     return total == total
 
 
+def as_integer(condition: Any, x: Any) -> Any:
+    """A comparison as 0 or 1 in the type of x, a Python integer or an array."""
+    return condition.astype(x.dtype) if hasattr(x, "dtype") else int(condition)
+
+
 def _checked(other: Any) -> Mask:
     if not isinstance(other, Mask):
         raise TypeError(f"a Mask combines with a Mask by & and |, got {type(other).__name__}")

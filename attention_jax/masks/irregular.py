@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.about import About
-from attention_jax.masks.algebra import CacheSpan, Mask, Recipe, like, natural
+from attention_jax.masks.algebra import CacheSpan, Mask, Recipe, as_integer, like, natural
 from attention_jax.masks.patterns import BlockLocal, SlidingWindow
 
 
@@ -87,7 +87,7 @@ def _runs(positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 def _clip(x, lo: int, hi: int):
     """x clipped to [lo, hi] with arithmetic and comparisons only."""
-    return lo + (x > lo) * (x - lo) - (x > hi) * (x - hi)
+    return lo + as_integer(x > lo, x) * (x - lo) - as_integer(x > hi, x) * (x - hi)
 
 
 def _look_up(table: np.ndarray, x):
@@ -190,10 +190,10 @@ class RandomBlocks(Mask):
         lo, hi = stratum * span // self.count, (stratum + 1) * span // self.count
         size = hi - lo
         # The hash has 24 bits, so that all values fit int32 and are >= 0.
-        drawn = self.first + lo + _hash(self.seed, stratum, i) % (size + (size == 0))
+        drawn = self.first + lo + _hash(self.seed, stratum, i) % (size + as_integer(size == 0, size))
         if isinstance(i, np.ndarray):
             drawn = drawn.astype(i.dtype)  # comparisons of one dtype are twice as fast
-        return drawn * (size > 0) - (size == 0) * 2**30
+        return drawn * as_integer(size > 0, drawn) - as_integer(size == 0, drawn) * 2**30
 
 
 def _is_grid(q_lo, q_hi, k_lo, k_hi) -> bool:

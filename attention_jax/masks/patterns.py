@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from attention_jax.about import About
-from attention_jax.masks.algebra import CacheSpan, Mask, like, natural
+from attention_jax.masks.algebra import CacheSpan, Mask, as_integer, like, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Dilated(Mask):
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         nearest, farthest = q_lo - k_hi, q_hi - k_lo
         # The first multiple of the stride that is >= 0 and >= nearest.
-        first = (nearest > 0) * ((nearest + self.stride - 1) // self.stride) * self.stride
+        first = as_integer(nearest > 0, nearest) * ((nearest + self.stride - 1) // self.stride) * self.stride
         any_kept = (first <= farthest) & (first <= self._reach)
         all_kept = (nearest >= 0) & (farthest <= self._reach)
         if self.stride > 1:

@@ -28,7 +28,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
-from attention_jax.layers import GatedRMSNorm, ShortConvolution, fused_linear
+from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import check_steps, convolve, initial_decays, scan_options
@@ -213,7 +213,7 @@ class DeltaNet(_DeltaMixer):
         return {}
 
     def _create_parameters(self, parts):
-        self.norm = nnx.RMSNorm(self.value_dim, epsilon=1e-5, dtype=self.dtype, rngs=parts.rngs)
+        self.norm = RMSNorm(self.value_dim, epsilon=1e-5, dtype=self.dtype, rngs=parts.rngs)
 
     def _log_decay(self, projections):
         return None
@@ -237,8 +237,8 @@ class GatedDeltaNet(_DeltaMixer):
         self.norm = GatedRMSNorm(self.value_dim, gate="silu", dtype=self.dtype, rngs=parts.rngs)
 
     def _log_decay(self, projections):
-        steps_BTN = jax.nn.softplus(projections["decay"].astype(jnp.float32) + self.dt_bias[...])
-        return -jnp.exp(self.A_log[...]) * steps_BTN
+        logits_BTN = projections["decay"].astype(jnp.float32) + self.dt_bias[...][None, None]
+        return -jnp.exp(self.A_log[...])[None, None] * jax.nn.softplus(logits_BTN)
 
     def _normalize(self, o_BTNM, projections):
         return self.norm(o_BTNM, split_heads(projections["gate"], self.value_dim))
@@ -263,8 +263,9 @@ class KimiDeltaAttention(_DeltaMixer):
         self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", dtype=self.dtype, rngs=parts.rngs)
 
     def _log_decay(self, projections):
-        logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32)) + self.dt_bias[...]
-        return -jnp.exp(self.A_log[...])[:, None] * split_heads(jax.nn.softplus(logits_BTE), self.head_dim)
+        logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32))
+        steps_BTE = jax.nn.softplus(logits_BTE + self.dt_bias[...][None, None])
+        return -jnp.exp(self.A_log[...])[None, None, :, None] * split_heads(steps_BTE, self.head_dim)
 
     def _normalize(self, o_BTNM, projections):
         gate_BTE = self.gate_up(projections["gate_down"])

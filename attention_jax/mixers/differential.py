@@ -20,7 +20,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import KVCache
-from attention_jax.layers import fused_linear
+from attention_jax.layers import RMSNorm, fused_linear
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -84,7 +84,7 @@ class DifferentialAttention(Mixer):
         init = nnx.initializers.normal(0.1)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             setattr(self, name, nnx.Param(init(parts.rngs.params(), (H,), jnp.float32)))
-        self.head_norm = nnx.RMSNorm(2 * H, epsilon=1e-5, dtype=jnp.float32, rngs=parts.rngs)
+        self.head_norm = RMSNorm(2 * H, epsilon=1e-5, dtype=jnp.float32, rngs=parts.rngs)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache with x appended.

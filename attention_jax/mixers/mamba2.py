@@ -117,15 +117,15 @@ class Mamba2(Mixer):
         mixed, inputs_BUC = convolve(self.convolution, mixed, state, ctx)
         u, b, c = jnp.split(mixed, [E, E + self.shared], axis=-1)
         u_BTNM = split_heads(u, config.head_dim).astype(jnp.float32)
-        dt_BTN = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
+        dt_BTN = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
         if config.dt_limit_low > 0 or config.dt_limit_high is not None:
             dt_BTN = jnp.clip(dt_BTN, config.dt_limit_low, config.dt_limit_high)
         o_BTNM, state, aux = decayed(
             split_heads(c, config.state_dim), split_heads(b, config.state_dim),
             (u_BTNM * dt_BTN[..., None]).astype(self.dtype), state, ctx, inputs_BUC,
-            log_decay=-jnp.exp(self.A_log[...]) * dt_BTN,
+            log_decay=-jnp.exp(self.A_log[...])[None, None] * dt_BTN,
             impl=config.impl,
         )  # fmt: skip
-        o_BTNM = o_BTNM + self.D[...][:, None] * u_BTNM
+        o_BTNM = o_BTNM.astype(jnp.float32) + self.D[...][None, None, :, None] * u_BTNM
         y_BTD = self.out(self.norm(o_BTNM.reshape(z_BTE.shape), z_BTE))
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)

@@ -126,6 +126,10 @@ def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tu
     ctx, config = ctx or Context(), mixer.config
     if x_BTD.ndim != 3 or x_BTD.shape[2] != mixer.d_model:
         raise ValueError(f"x must be [B, T, {mixer.d_model}], got {list(x_BTD.shape)}")
+    if 0 in x_BTD.shape:
+        raise ValueError(
+            f"x must hold at least one row and one token, got {list(x_BTD.shape)}: skip the call"
+        )
     given = [name for name in ("mask", "mask_BNTS") if getattr(ctx, name) is not None]
     if given and not config.takes_mask:
         raise ValueError(f"{config.kind} does not support the mask of a call: ctx.{given[0]} must be None")

@@ -46,9 +46,9 @@ def initial_decays(
     Rates exp(A_log) are drawn uniformly from 1 to 16, steps softplus(dt_bias) log-uniformly from dt_min to
     dt_max (Dao & Gu 2024, arXiv 2405.21060).
     """
-    rates = jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)
+    rates = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=1.0, maxval=16.0)
     low, high = math.log(dt_min), math.log(dt_max)
-    steps = jnp.exp(jax.random.uniform(rngs.params(), (width,), minval=low, maxval=high))
+    steps = jnp.exp(jax.random.uniform(rngs.params(), (width,), jnp.float32, minval=low, maxval=high))
     # The inverse of softplus.
     return nnx.Param(jnp.log(rates)), nnx.Param(steps + jnp.log(-jnp.expm1(-steps)))
 

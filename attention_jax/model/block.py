@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.layers import FeedForward
+from attention_jax.layers import FeedForward, LayerNorm, RMSNorm
 from attention_jax.mixers import Context, MixerConfig, MixerOutput
 from attention_jax.model.config import ModelConfig
 
@@ -63,8 +63,8 @@ def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The norm before each mixer, each feed-forward and the output projection."""
     dtype = jnp.dtype(config.dtype)
     if config.norm == "rmsnorm":
-        return nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-    return nnx.LayerNorm(
+        return RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+    return LayerNorm(
         config.d_model, epsilon=config.norm_eps, use_bias=config.use_bias, dtype=dtype, rngs=rngs
     )
 

@@ -109,6 +109,10 @@ class LanguageModel(nnx.Module):
         shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
         if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {dtype} {list(shape)}")
+        if 0 in shape:
+            raise ValueError(
+                f"tokens must hold at least one row and one token, got {list(shape)}: skip the call"
+            )
         for ids in (ctx.positions_BT, ctx.segment_ids_BT):
             if ids is not None:  # an invalid slot may hold any id, which must not index the table
                 tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)

@@ -49,5 +49,6 @@ def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even width, got {width}")
     frequencies = plain_frequencies(10000.0, width).astype(np.float32)
-    angles = positions_BT.astype(jnp.float32)[..., None] * frequencies
+    angles = jnp.expand_dims(positions_BT.astype(jnp.float32), -1)
+    angles = angles * np.expand_dims(frequencies, tuple(range(positions_BT.ndim)))
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, width)

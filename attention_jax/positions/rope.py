@@ -60,7 +60,8 @@ class XPos:
         # Invalid slots (position < 0) get finite factors, so that no NaN reaches a gradient there.
         offset_BT = jnp.where(positions_BT < 0, 0, positions_BT - self.centre)
         offset_BT = jnp.where(jnp.abs(offset_BT) > self.reach(dtype), jnp.nan, offset_BT.astype(jnp.float32))
-        return jnp.exp(offset_BT[..., None] * (np.log(zeta) / self.scale_base).astype(np.float32))
+        rates = (np.log(zeta) / self.scale_base).astype(np.float32)[None, None]
+        return jnp.exp(offset_BT[..., None] * rates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,8 @@ class RoPE:
         frequencies = self.frequencies(x_BTNH.shape[-1])
         width = 2 * frequencies.size
         rotated, rest = x_BTNH[..., :width].astype(jnp.float32), x_BTNH[..., width:]
-        angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies.astype(np.float32)
+        frequencies = frequencies.astype(np.float32)[None, None, None]
+        angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if not (isinstance(gain, float) and gain == 1.0):
             cos, sin = gain * cos, gain * sin

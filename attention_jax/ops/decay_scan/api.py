@@ -19,7 +19,7 @@ from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
 from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
-from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
+from attention_jax.ops.recurrences import check_decays, document_runs, sum_dtype, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -169,7 +169,7 @@ def _checked_call(
     scale = finite_number("scale", scale)
     if not isinstance(normalize, bool):
         raise ValueError(f"normalize must be True or False, got {normalize!r}")
-    dtype = jnp.result_type(q, k, v, jnp.float32)
+    dtype = sum_dtype(q, k, v)
     valid = valid_tokens(positions, segments)
     log_decay = _log_decay(log_decay, (B, T, N, H), dtype, valid)
     out_dtype = dtype if normalize else v.dtype

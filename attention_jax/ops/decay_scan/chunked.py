@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.ops import varying
+from attention_jax.ops import derivatives, varying
 from attention_jax.ops.arguments import positive_integer
 from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.recurrences import einsum, spread
@@ -36,6 +36,9 @@ class ChunkedScanConfig:
 
     def __post_init__(self) -> None:
         positive_integer("chunk_size", self.chunk_size)
+
+
+_NO_FORWARD = derivatives.no_forward_mode("chunked", "decay_scan", use="recurrent")
 
 
 class _Inputs(NamedTuple):
@@ -62,7 +65,7 @@ class _Weights(NamedTuple):
 
 def attend(call: DecayScanCall, config: ChunkedScanConfig) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
-    return _attend(config.chunk_size, call)
+    return _attend(config.chunk_size, derivatives.reverse_only(_NO_FORWARD, call))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -260,7 +263,8 @@ def _decayed(x: jax.Array, weight: jax.Array | None, keep: jax.Array | None) -> 
 
 def _constant_weights(log_decay_N: jax.Array, C: int) -> _Weights:
     def weight(steps):
-        return jnp.exp(jnp.where(steps > 0, log_decay_N.reshape(-1, *(1,) * steps.ndim) * steps, 0.0))[None]
+        log_decay = log_decay_N.reshape(-1, *(1,) * steps.ndim) * steps.astype(log_decay_N.dtype)[None]
+        return jnp.exp(jnp.where(steps > 0, log_decay, 0.0))[None]
 
     t = np.arange(C)
     return _Weights(

@@ -21,7 +21,7 @@ from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
 from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
-from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
+from attention_jax.ops.recurrences import check_decays, document_runs, sum_dtype, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -167,7 +167,7 @@ def _check_dtypes(q, k, v, beta, log_decay, state) -> Any:
     for name, x in given.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    dtype = sum_dtype(v)
     if state is not None and state.dtype != dtype:
         raise ValueError(f"initial_state_BNHM must be {jnp.dtype(dtype)}, got {state.dtype}; cast it first")
     return dtype

@@ -81,7 +81,7 @@ def _aligned(p_BTKC: jax.Array, shift_BT: jax.Array | None) -> jax.Array:
     if shift_BT is None:
         return p_BTKC
     C = p_BTKC.shape[-1]
-    index_BT1C = (jnp.arange(C) + shift_BT[..., None])[:, :, None]
+    index_BT1C = (jnp.arange(C, dtype=jnp.int32)[None, None] + shift_BT[..., None])[:, :, None]
     p_BTKC = jnp.take_along_axis(p_BTKC, jnp.clip(index_BT1C, 0, C - 1), axis=-1)
     return jnp.where((index_BT1C >= 0) & (index_BT1C < C), p_BTKC, 0.0)
 
@@ -96,7 +96,8 @@ def _importance(p_BTKC: jax.Array, a: int, r: int, J: int) -> jax.Array:
 
 def _largest(importance_BTKJ: jax.Array, own_BT: jax.Array, count: int) -> jax.Array:
     """The `count` most important blocks up to the query's own, which is `own_BT`."""
-    j, own = jnp.arange(importance_BTKJ.shape[-1]), own_BT[..., None, None]
+    j = jnp.arange(importance_BTKJ.shape[-1], dtype=jnp.int32)[None, None, None]
+    own = own_BT[..., None, None]
     forced = (j == 0) | (j == own) | (j == own - 1)
     rounded = jax.lax.reduce_precision(importance_BTKJ, exponent_bits=8, mantissa_bits=_IMPORTANCE_BITS)
     score = jnp.where(j <= own, jnp.where(forced, jnp.inf, rounded), -jnp.inf)

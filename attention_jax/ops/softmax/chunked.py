@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
-from attention_jax.ops import varying
+from attention_jax.ops import derivatives, varying
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig, make_plan
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
@@ -40,6 +40,12 @@ from attention_jax.ops.softmax.tiles import (
 )
 
 DEFAULT = ChunkedConfig()
+
+_NO_FORWARD = derivatives.no_forward_mode("chunked", "dot_product_attention", use="reference")
+_NO_SECOND_REVERSE = (
+    "the gradient of impl='chunked' of dot_product_attention has no reverse-mode derivative (grad of grad): "
+    "use impl='reference', or jax.jvp of jax.grad, as jax.hessian does"
+)
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - _LOWEST) cannot be reached
 # by a masked z = -inf, whose probability is exactly 0.
@@ -145,8 +151,13 @@ def _exp2(x: jax.Array) -> jax.Array:
 _exp2.defjvps(lambda dx, y, x: dx * y * (1 / LOG2E))
 
 
+def attend(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNM in q's dtype, lse_BTN in float32)."""
+    return _attend(derivatives.reverse_only(_NO_FORWARD, call), config)
+
+
 def _residuals(call: SoftmaxCall, config: ChunkedConfig):
-    out_BTNM, lse_BTN = _forward(call, config)
+    out_BTNM, lse_BTN = derivatives.forward_only(_NO_SECOND_REVERSE, _forward(call, config))
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 
 
@@ -188,11 +199,11 @@ def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall
         first_row=None,
         first_head=None,
     )
-    return (cotangent,)
+    return (derivatives.forward_only(_NO_SECOND_REVERSE, cotangent),)
 
 
-attend = jax.custom_vjp(_forward, nondiff_argnums=(1,))
-attend.defvjp(_residuals, _backward)
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(1,))
+_attend.defvjp(_residuals, _backward)
 
 
 def _backward_head(head: KVHead, saved, totals):
