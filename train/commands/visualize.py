@@ -16,6 +16,7 @@ from typing import Literal
 from attention_jax import masks
 from train import command_line
 from train.commands.types import Count, MaybePath, MaybeText, Positional
+from train.run.files import writing
 
 # What the gallery shows, at 64 positions.
 GALLERY = {
@@ -63,7 +64,8 @@ def _main(options: Options) -> None:
     path = options.out or Path(f"{options.command}.png")
     figure = _draw(options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
     print(path)
 
 
