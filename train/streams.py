@@ -32,7 +32,8 @@ def prepare() -> None:
             os.set_inheritable(descriptor, True)  # `train.process` starts the process anew
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, open(nowhere, "w", encoding="utf-8", closefd=False))
         elif getattr(sys, name) is getattr(sys, f"__{name}__"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
