@@ -182,7 +182,7 @@ def test_a_signal_with_nothing_to_save_ends_the_run(config, stand_in, tmp_path, 
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
         at_batch(patch, 1, kill)
-        with pytest.raises(Stopped, match="SIGTERM: no step was done yet; the same command goes on"):
+        with pytest.raises(Stopped, match="SIGTERM: no step was done yet; the same command starts again"):
             loop.train(config())
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:

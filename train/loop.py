@@ -169,8 +169,9 @@ class Run:
             except Stopped as stopped:
                 if self.reached != self._saved[0]:
                     self._save(self.reached)
-                at = f"step {self.reached} is saved; the" if self.reached else "no step was done yet; the"
-                stopped.text = f"{at} same command goes on from there"
+                stopped.text = "no step was done yet; the same command starts again"
+                if self.reached:
+                    stopped.text = f"step {self.reached} is saved; the same command goes on from there"
                 raise
             finally:
                 self.signals.defer(False)
