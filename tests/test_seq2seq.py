@@ -20,7 +20,7 @@ from attention_jax.model import EncoderConfig, ModelConfig, ModelOutput, apply, 
 from attention_jax.positions import RoPE
 from tests.runs import interrupt, rows, saved
 from train import config as config_lib
-from train import loop
+from train import loop, samples
 from train.commands import generate as generate_script
 from train.config.schema import OptimizerConfig
 from train.data import corpus
@@ -202,7 +202,7 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
     assert loop.train(whole) == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 40)
-        patch.setattr(loop, "_SAMPLED_TOKENS", 2)  # in pieces, which change no sample
+        patch.setattr(samples, "_SAMPLED_TOKENS", 2)  # in pieces, which change no sample
         with pytest.raises(KeyboardInterrupt):
             loop.train(parts)
     monkeypatch.setattr(corpus, "read", lambda files: pytest.fail("the corpus was read again"))

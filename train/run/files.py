@@ -14,15 +14,27 @@ from typing import Any
 TEMPORARY = "tmp."  # a folder with such a name is not complete
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an OSError of writing names `path` if it names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        raise
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`; after a crash it holds the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    with writing(path):
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,3 +113,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def same_file(path: Path, descriptor: int) -> bool:
+    """Whether the file or folder at `path` is the one that is open as `descriptor`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except (FileNotFoundError, NotADirectoryError):
+        return False

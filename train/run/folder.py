@@ -23,12 +23,20 @@ from typing import Any
 from train import config as config_lib
 from train.config import yaml_text
 from train.config.schema import RunConfig
-from train.run.files import write_atomically, write_json
+from train.run.failure import RunError
+from train.run.files import same_file, write_atomically, write_json
 from train.run.migration import FORMAT, config_hash_of_format_1, flatten, migrate_config
 
 # Keys that may change between two starts: parameters, optimiser state, losses and data order do not depend
 # on them.
-FREE = ("run_dir", "log_every", "evaluation.sample_prompt", "evaluation.sample_tokens")
+FREE = (
+    "run_dir",
+    "log_every",
+    "evaluation.sample_prompt",
+    "evaluation.sample_tokens",
+    "optimizer.max_consecutive_skips",
+    "checkpoint.minutes",
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _LOCK = "run.lock"
 
@@ -45,6 +53,7 @@ class RunFolder:
         self.path = path.absolute()
         self._config = config
         self._lock: int | None = None
+        self._place: os.stat_result | None = None
 
     def __enter__(self) -> RunFolder:
         self._check()
@@ -53,6 +62,7 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"run_dir {self.path} cannot be made: {error.strerror}") from None
         self._lock = _locked(self.path / _LOCK)
+        self._place = os.stat(self.path)
         try:
             self._check()  # again, now that nobody else writes
             if not self.begun:
@@ -63,12 +73,26 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if not self.begun:
+        if self._in_place() and not self.begun:
             self._clear()
-            (self.path / _LOCK).unlink()
+            (self.path / _LOCK).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         os.close(self._lock)
+
+    def still_there(self) -> None:
+        """RunError if the folder is no longer the one that was entered: what is written would be lost."""
+        if not self._in_place():
+            raise RunError(
+                f"run_dir {self.path} was removed or replaced during training: the run stops, because nothing"
+                " that it saves would be kept; the same command starts it again"
+            )
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), self._place)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     @property
     def begun(self) -> bool:
@@ -198,18 +222,11 @@ def _locked(path: Path) -> int:
                 f"run_dir {path.parent} is in use by process {owner}: wait for it, or choose another run_dir"
             ) from None
         # The holder before us may have removed the file while leaving: then this lock locks nothing.
-        if _same(path, descriptor):
+        if same_file(path, descriptor):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
             return descriptor
         os.close(descriptor)
-
-
-def _same(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _text(path: Path) -> str:
