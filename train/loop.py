@@ -7,6 +7,7 @@ before its checkpoint, and a run that resumes from it first removes later rows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterable
@@ -24,8 +25,9 @@ from train.data.masking import vocabulary_size
 from train.objective import check_ids
 from train.run.checkpoint import Checkpoints
 from train.run.console import Console, printable
+from train.run.environment import record
 from train.run.files import write_atomically
-from train.run.folder import RunFolder, package_versions, saved_keys
+from train.run.folder import RunFolder, saved_keys
 from train.run.metrics import BITS, FINAL, MetricsWriter, draw_losses
 from train.run.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
 from train.step import Batch, make_eval_step, make_fill_in, make_train_step
@@ -52,13 +54,15 @@ class NonFiniteError(ValueError):
     """A loss or gradient that is NaN or infinite; the parameters are unchanged."""
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *, start_over: bool = False, accept_environment: bool = False) -> int:
     """Train the run that `config` describes in config.run_dir, or resume it; return the exit status.
 
+    start_over, accept_environment: see `RunFolder`.
     ValueError, in one line: a mistake of the user, or a loss that is not finite.
     """
     assert config.run_dir is not None, "train.config.load resolves run_dir"
-    with RunFolder(Path(config.run_dir), config) as folder:
+    options = {"start_over": start_over, "accept_environment": accept_environment}
+    with RunFolder(Path(config.run_dir), config, **options) as folder:
         result = folder.result()
         if result is None:
             with contextlib.closing(Run(config, folder)) as run:
@@ -90,12 +94,14 @@ class Run:
         if self.masked:
             self.fill_in = make_fill_in(self.model)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
-        self._start(init_key)
+        self.checkpoints.clean()
+        damaged = self._start(init_key)
         if not folder.begun:
             # What cannot run here, such as a named `impl`, is refused before the folder is set up.
             jax.eval_shape(self.eval_step, self.params, next(self.data.validation_batches(1)))
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
-        notes = folder.begin(facts)
+        notes = folder.begin(facts) + self.checkpoints.set_aside(damaged)
+        notes += folder.check_start(self.done or None)
         self.checkpoints.collect(self.best and self.best["step"])
         self.metrics = MetricsWriter(folder.path, self.done)
         self.console = Console(config.steps, self.done, unit=self.unit)
@@ -109,18 +115,19 @@ class Run:
         for note in notes:
             self.console.line(f"note: {note}")
 
-    def _start(self, init_key: jax.Array) -> None:
-        """Set the parameters: new ones, or those of the newest checkpoint."""
-        saved = self.checkpoints.steps()
-        self.done, self.tokens, self.best = saved[-1] if saved else 0, 0, None
-        if saved:
+    def _start(self, init_key: jax.Array) -> dict[int, str]:
+        """Set the parameters: new ones, or the newest sound checkpoint's; the damaged ones after that."""
+        self.done, self.tokens, self.best, damaged = 0, 0, None, {}
+        if self.checkpoints.steps():
             like = abstract_state(self.config, self.model)
-            state, info = self.checkpoints.restore(self.done, like)
+            check = functools.partial(self.folder.check_checkpoint, corpus_sha256=self.data.corpus_sha256)
+            self.done, state, info, damaged = self.checkpoints.newest(like, check)
             self.tokens, self.best = info["tokens"], info["best"]
-            self.folder.check_checkpoint(info, self.checkpoints.path(self.done))
         else:
+            self.folder.check_start(None)
             state = fresh_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
+        return damaged
 
     def steps(self) -> None:
         """Train up to the last step."""
@@ -239,11 +246,13 @@ class Run:
             "best": self.best,
             "config": saved_keys(self.config),
             "corpus_sha256": self.data.corpus_sha256,
-            "versions": package_versions(),
+            "versions": record(),
         }
         state = {"params": self.params, "opt_state": self.opt_state}
         self.metrics.sync()
+        self.folder.check_still_there()
         self.checkpoints.save(step, state, info, best=self.best and self.best["step"])
+        self.folder.reached(step)
 
     def finish(self) -> dict[str, Any]:
         """Score every held-out token, draw the losses, write result.json; its content."""
@@ -253,7 +262,8 @@ class Run:
         if last is None:
             raise ValueError(
                 f"{self.folder.path}/metrics.jsonl has lost the row of step {steps}, written before the "
-                "checkpoint: restore it from a copy, or delete the checkpoints of that step"
+                f"checkpoint: restore it from a copy, or move {self.checkpoints.path(steps)} to another place"
+                " to train its last steps again"
             )
         names = ("train/loss", "val/loss", "val/accuracy")
         result = {"step": steps} | {name: last[name] for name in names if name in last}

@@ -112,7 +112,10 @@ def _text(path: str) -> str:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"data.files: cannot read {path}: {error.strerror}") from None
+        reason = error.strerror
+        if os.path.islink(path) and not os.path.exists(path):
+            reason += f", it is a dangling link to {os.readlink(path)}"
+        raise ValueError(f"data.files: cannot read {path}: {reason}") from None
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
