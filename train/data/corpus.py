@@ -98,6 +98,9 @@ def _matching(files: str) -> Corpus:
     if not paths:
         if matches:
             raise ValueError(f"data.files={files} is a folder: name its files, such as {files}/**/*.txt")
+        for path in (Path(pattern), *Path(pattern).parents):
+            if os.path.islink(path) and not os.path.exists(path):
+                raise ValueError(f"data.files={files}: {path} is a dangling link to {os.readlink(path)}")
         raise ValueError(f"data.files={files} matches no file in {os.getcwd()}")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     texts = {os.path.relpath(os.path.abspath(path), root): _text(path) for path in paths}
@@ -113,8 +116,9 @@ def _text(path: str) -> str:
         raw = Path(path).read_bytes()
     except OSError as error:
         reason = error.strerror
-        if os.path.islink(path) and not os.path.exists(path):
-            reason += f", it is a dangling link to {os.readlink(path)}"
+        link = path.rstrip("/")
+        if os.path.islink(link) and not os.path.exists(link):
+            reason += f", it is a dangling link to {os.readlink(link)}"
         raise ValueError(f"data.files: cannot read {path}: {reason}") from None
     try:
         return raw.decode()

@@ -276,7 +276,7 @@ def check_checkpoint(
 
     folder: the run folder, of whose config.yaml checkpoints of format 1 hold a hash.
     """
-    if "config" in info:
+    if isinstance(info.get("config"), dict):
         differing = differences(info["config"], config, path)
     else:
         made = config_hash_of_format_1(_read_keys(folder))
