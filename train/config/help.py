@@ -27,7 +27,7 @@ resumes the run in its folder. Overrides take precedence over the file, later
 ones over earlier ones. Their values are YAML; text needs no quotes. An item of
 a list has its number in the path: model.mixers.0.num_heads=8.
 
-  --print-config        print the whole configuration with its defaults, and exit
+  --print-config        print the whole configuration, with defaults, and exit
   --start-over          begin at step 0; what was trained so far is kept in the
                         run folder's before.1, before.2, ...
   --accept-environment  resume with other settings of jax than a checkpoint was

@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -115,7 +116,8 @@ class Checkpoints:
         path = self.path(step)
         with files.writing(path):
             self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was removed stays so
-        with whole_folder(path) as temporary:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        with whole_folder(path, size) as temporary:
             _save(temporary / "state", state)
             write_json(temporary / "info.json", {**info, "step": step, "leaves": _leaves(state)})
             manifest = {"format": FORMAT, "files": digests(temporary, sync=True)}
@@ -298,7 +300,16 @@ def _sha256(manifest: dict[str, Any]) -> str:
 
 
 def _save(path: Path, state: Any) -> None:
-    """`ocp.save`, whose file system's errors are a ValueError that ends in [os_error_code='28']."""
+    """`ocp.save`, whose file system's errors are a ValueError that ends in [os_error_code='28'].
+
+    Each of its threads also logs the traceback of the error that is raised here: that is left out.
+    """
+
+    def unlike_a_thread(line: logging.LogRecord) -> bool:
+        return "_SignalingThread" not in line.getMessage()
+
+    log = logging.getLogger("absl")
+    log.addFilter(unlike_a_thread)
     try:
         ocp.save(path, state)
     except ValueError as error:
@@ -306,6 +317,8 @@ def _save(path: Path, state: Any) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    finally:
+        log.removeFilter(unlike_a_thread)
 
 
 def _load(path: Path, like: Any, number: int) -> Any:

@@ -95,13 +95,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, size: int = 0) -> Iterator[Path]:
     """`with whole_folder(path) as temporary:` fills a folder that gets the name `path` when the block ends.
 
     A block that fails leaves `path` as it was and nothing else: what it had written is deleted, so that it
     holds no space. A process that is killed leaves a folder `tmp.NAME` beside it, which the next attempt
     deletes. The block ends with a file that holds `digests(temporary, sync=True)`: that call puts the other
-    files on the disk. DiskFullError names `path`.
+    files on the disk. DiskFullError names `path`; size: the least number of bytes that it takes.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     delete(temporary)
@@ -111,7 +111,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield temporary
             os.rename(temporary, path)
     except (Exception, KeyboardInterrupt) as error:
-        written = _size(temporary)
+        written = max(size, _size(temporary))
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _FULL:
             _raise_full(error, path, written)
