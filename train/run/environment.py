@@ -2,7 +2,7 @@
 
 `record` is saved in versions.json and in every checkpoint. A setting that changes random numbers, dtypes or
 the precision of matrix products (`SETTINGS`) must be what it was when a checkpoint was made; any other
-difference may change the last bits and is reported.
+difference is reported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import jax
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+#: What changes the order of sums and the compiler's choices; flags and another platform may change more.
+LAST_BITS = ("python", *_PACKAGES, "device", "devices", "processor")
 #: Settings that change random numbers, dtypes or the precision of matrix products.
 SETTINGS = (
     "jax_default_prng_impl",
@@ -30,7 +32,7 @@ SETTINGS = (
     "jax_default_matmul_precision",
     "NVIDIA_TF32_OVERRIDE",
 )
-# Settings that may change the last bits.
+# Other settings that may change numbers, most of them in the last bits.
 _COMPILER = (
     "jax_allow_f16_reductions",
     "jax_softmax_custom_jvp",

@@ -128,7 +128,7 @@ class RunFolder:
                 raise ValueError(f"{self.path}: {name} was {old}, is {new}: choose another run_dir")
         saved = self._read("versions.json")
         for name, change in environment.differences(saved, now).items():
-            much = "" if name in environment.SETTINGS else " in the last bits"
+            much = " in the last bits" if name in environment.LAST_BITS else ""
             notes.append(f"{name} {change}: results may differ{much}")
         if saved != now:
             write_json(self.path / "versions.json", now)
