@@ -96,12 +96,12 @@ class Run:
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
         self.checkpoints.clean()
         damaged = self._start(init_key)
+        older = folder.check_start(self.done or None)
         if not folder.begun:
             # What cannot run here, such as a named `impl`, is refused before the folder is set up.
             jax.eval_shape(self.eval_step, self.params, next(self.data.validation_batches(1)))
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
-        notes = folder.begin(facts) + self.checkpoints.set_aside(damaged)
-        notes += folder.check_start(self.done or None)
+        notes = folder.begin(facts) + self.checkpoints.set_aside(damaged) + older
         self.checkpoints.collect(self.best and self.best["step"])
         self.metrics = MetricsWriter(folder.path, self.done)
         self.console = Console(config.steps, self.done, unit=self.unit)
@@ -124,7 +124,6 @@ class Run:
             self.done, state, info, damaged = self.checkpoints.newest(like, check)
             self.tokens, self.best = info["tokens"], info["best"]
         else:
-            self.folder.check_start(None)
             state = fresh_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
         return damaged
