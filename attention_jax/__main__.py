@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -19,15 +20,18 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the catalogue and the commands; return the exit status."""
+    """Print the catalogue and the commands; return the exit status, 141 if the reader has closed the pipe."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words and set(words) != {"--help"} and set(words) != {"-h"}:
         print(f"error: attention-jax takes no arguments, got {' '.join(words)}", file=sys.stderr)
         return 2
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
     try:
         print(help_text() if words else f"{table()}\n\n{commands()}", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 

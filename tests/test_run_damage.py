@@ -26,6 +26,7 @@ from train.commands import generate
 from train.data import batches as data_lib
 from train.run import checkpoint, environment, files, restore
 from train.run.checkpoint import CheckpointError, Checkpoints, UnreadableError
+from train.run.failure import RunError
 from train.run.folder import RunFolder
 from train.run.restore import load_run
 
@@ -478,9 +479,7 @@ def test_a_folder_that_is_gone_is_noticed(run, whole, deed, monkeypatch, tmp_pat
 
     monkeypatch.setattr(data_lib.Data, "train_batch", asked)
     config = config_of(run)
-    with pytest.raises(
-        ValueError, match=r"\Arun_dir \S+ or its run\.lock was removed, renamed or replaced .*\Z"
-    ):
+    with pytest.raises(RunError, match=r"\Arun_dir \S+ was removed or replaced during training: .*\Z"):
         loop.train(config)
     assert run.exists() == (deed not in ("removed", "renamed"))
     if run.is_dir():
@@ -489,11 +488,12 @@ def test_a_folder_that_is_gone_is_noticed(run, whole, deed, monkeypatch, tmp_pat
 
 def test_still_there(run):
     with RunFolder(run, config_of(run)) as folder:
-        assert folder.still_there()
+        folder.still_there()
         run.rename(run.with_name("other"))
-        assert not folder.still_there()
+        with pytest.raises(RunError, match="was removed or replaced during training"):
+            folder.still_there()
         run.with_name("other").rename(run)
-        assert folder.still_there()
+        folder.still_there()
         (run / "config.yaml").unlink()  # leaving removes nothing of a folder that was set up
         before = contents(run)
     assert contents(run) == before
@@ -552,7 +552,7 @@ def test_a_full_disk_while_saving(run, whole, monkeypatch, point, failure, size)
             store.save(8, {"x": jnp.ones(500_000)}, {})
         monkeypatch.undo()
     assert re.fullmatch(
-        rf"{step(run, 8)} cannot be written: no space is left; [\d,.]+ MB are free, more than {size} are"
+        rf"{step(run, 8)}: No space left on device; [\d,.]+ MB are free, more than {size} are"
         r" needed: free some space and run the same command again",
         str(caught.value),
     )
@@ -564,13 +564,13 @@ def test_a_full_disk_at_other_writes(run, place, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr("numpy.lib.format.write_array", full)
         patch.setattr("numpy.save", full)
-        with pytest.raises(files.DiskFullError, match=r"\A\S+new/data cannot be written: no space is left;"):
+        with pytest.raises(files.DiskFullError, match=r"\A\S+new/data: No space left on device; "):
             loop.train(config)
     assert not (tmp_path / "new").exists()
     held = (run / "progress.json").read_bytes()
     with RunFolder(run, config_of(run)) as folder, monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(files.DiskFullError, match=r"\A\S+progress\.json cannot be written: no space"):
+        with pytest.raises(files.DiskFullError, match=r"\A\S+progress\.json: No space left"):
             folder.reached(8)
     assert (run / "progress.json").read_bytes() == held and not list(run.glob(".*"))
 

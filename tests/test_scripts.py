@@ -71,7 +71,7 @@ def test_defects_keep_their_traceback():
 
 @pytest.mark.parametrize("name", ["benchmark", "compare", "generate", "recall", "visualize"])
 def test_a_script_runs_from_another_folder(tmp_path, name):
-    """As the documentation has it, without an installation; a closed pipe is no failure."""
+    """As the documentation has it, without an installation."""
     script = shipped.FOLDER.resolve().parent / "scripts" / f"{name}.py"
     command = f'"{sys.executable}" -W error "{script}" --help | head -n 1'
     done = subprocess.run(

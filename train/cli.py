@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -17,8 +18,8 @@ _FLAGS = ("--help", "--print-config", "--start-over", "--accept-environment")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, the process's own if None; the exit status.
 
-    0: done. 2: a mistake of the user, described in one line on stderr. 130: interrupted. Any other failure
-    is a defect and leaves as an exception.
+    0: done. Other statuses, each with one line on stderr: see `train.command_line.guard`. A run that SIGINT,
+    SIGTERM or SIGHUP ends has 128 and the number of the signal. A defect leaves as an exception.
     """
     return guard(lambda: _run(sys.argv[1:] if argv is None else list(argv), own_process=argv is None))
 
@@ -31,8 +32,9 @@ def leave(status: int) -> NoReturn:
     """
     if status == 0:
         sys.exit(0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
 
 

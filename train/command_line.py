@@ -12,14 +12,18 @@ import importlib
 import io
 import os
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from train import streams
 from train.process import prepare_process
+from train.run.failure import FULL
 
 Options = TypeVar("Options")
 
@@ -32,29 +36,73 @@ class UsageError(ValueError):
 
 
 def guard(run: Callable[[], int]) -> int:
-    """The exit status of `run()`: its own, 2 for a user's mistake, 130 if interrupted.
+    """The exit status of `run()`: its own, or what its exception stands for. No traceback but a defect's.
 
-    A mistake is one line on stderr: a ValueError or NotImplementedError that this project raised, what the
-    operating system refuses, or a package that is not installed. Any other exception is a defect and leaves
-    with its traceback. A reader of stdout that has closed it, such as head, ends the program with status 0.
+    2    a mistake of the user, in one line: a ValueError or NotImplementedError that this project raised,
+         what the operating system refuses, a package that is not installed
+    1    a run that cannot go on, in one line: a full disk, memory that is used up, losses that are not finite
+    130  interrupted (128 and the number of the signal)
+    141  the reader of standard output has closed it, such as head: nothing is said
+
+    Any other exception is a defect and leaves with its traceback.
     """
+    streams.prepare()
     try:
-        return run()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        with _threads_reported():
+            status = run()
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as error:
+        streams.report(str(error) or "interrupted")
+        return 128 + getattr(error, "number", signal.SIGINT)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", *_OURS):
             raise
-        return _mistake(f"the package {package} is not installed: {_INSTALL} brings it")
-    except (ValueError, NotImplementedError, OSError) as error:
+        return _failed(f"the package {package} is not installed: {_INSTALL} brings it")
+    except OSError as error:
+        return _refused(error)
+    except FloatingPointError as error:  # jax_debug_nans
+        return _failed(f"{error} ({_place(error)})", 1)
+    except (ValueError, NotImplementedError) as error:
         if not _is_users(error):
             raise
-        return _mistake(str(error))
+        return _failed(str(error), getattr(error, "exit_status", 2))
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        first = next(iter(str(error).splitlines()), "out of memory")
+        return _failed(f"{first}; less memory is needed with fewer rows, shorter ones or a smaller model", 1)
+
+
+def _refused(error: OSError) -> int:
+    """The exit status of what the operating system refused, after saying so."""
+    if isinstance(error, BrokenPipeError):
+        streams.discard(sys.stdout)
+        return 128 + signal.SIGPIPE
+    if error.errno not in FULL:
+        return _failed(str(error))
+    if error.filename is None:  # every file is written within `files.writing` or the like, which names it
+        streams.discard(sys.stdout)
+    return _failed(f"{error.filename or 'standard output'}: {error.strerror}", 1)
+
+
+@contextlib.contextmanager
+def _threads_reported() -> Iterator[None]:
+    """Within, a thread that ends by an exception is reported in one line."""
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_type is not SystemExit:
+            name = arguments.thread.name if arguments.thread else "unknown"
+            what = f"{arguments.exc_type.__name__}: {arguments.exc_value}"
+            streams.report(f"error: the thread {name} ended by {what}")
+
+    before = threading.excepthook
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def run(
@@ -139,34 +187,43 @@ def _program() -> str:
     return Path(sys.argv[0]).name
 
 
-def _mistake(message: str) -> int:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return 2
+def _failed(message: str, status: int = 2) -> int:
+    streams.report(f"error: {message}")
+    return status
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of this project that an exception has passed."""
+    frames = [f for f, _ in traceback.walk_tb(error.__traceback__) if _is_ours(f.f_globals)]
+    return f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "elsewhere"
+
+
+def _is_ours(names: dict[str, Any]) -> bool:
+    return names.get("__name__", "").partition(".")[0] in (*_OURS, "__main__")
 
 
 def _is_users(error: BaseException) -> bool:
-    """Whether an error is a user's mistake: raised by our own code, or the operating system's refusal.
+    """Whether an error is a user's mistake: raised by our own code.
 
     A ValueError that jax or NumPy raised is a defect of ours, and its traceback is what is needed.
     """
-    if isinstance(error, OSError):
-        return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] in (*_OURS, "__main__")
+    return _is_ours(frame.f_globals)
 
 
 def _launch(name: str) -> int:
     """Run the command of this name with the process's own command line."""
-    # Imported within the guard: a package that is not installed is a mistake like any other.
-    return guard(lambda: importlib.import_module(f"train.commands.{name}").main())
+
+    def run() -> int:
+        if name == "benchmark":  # with the allocator's settings of training: a step is timed as it is trained
+            prepare_process()
+        # Imported within the guard: a package that is not installed is a mistake like any other.
+        return importlib.import_module(f"train.commands.{name}").main()
+
+    return guard(run)
 
 
-def benchmark() -> int:
-    """Run the benchmarks, with the allocator's settings of training: a step is timed as it is trained."""
-    prepare_process()
-    return _launch("benchmark")
-
-
+benchmark = functools.partial(_launch, "benchmark")
 compare = functools.partial(_launch, "compare")
 generate = functools.partial(_launch, "generate")
 recall = functools.partial(_launch, "recall")

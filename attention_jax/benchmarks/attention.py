@@ -24,6 +24,7 @@ from attention_jax.benchmarks.timing import (
     device_clock,
     interleave,
     matmul_peak,
+    naming,
     on_gpu,
     wall_clock,
 )
@@ -210,5 +211,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -3,7 +3,8 @@
     python scripts/generate.py runs/tiny --prompt "class " --top-k 40
 
 For a run of objective seq2seq the prompt is the source text, and the model
-writes its target.
+writes its target. On a terminal, control characters that the model writes are
+shown as escapes such as \\x1b; a file or a pipe gets the text as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from train import command_line
 from train.commands.types import Integer, MaybeInteger, MaybeNumber, Number, Positional, one
 from train.data.tokenizers import StreamDecoder
 from train.run.restore import TrainedRun, load_run
+from train.streams import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,9 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
         key=jax.random.key(seed),
         eos_id=run.tokenizer.end_of_document,
     )
-    sys.stdout.write(requests.echo[0])
+    shown = printable if sys.stdout.isatty() else str
+    sys.stdout.write(shown(requests.echo[0]))
     for [ids] in pieces:
-        sys.stdout.write("".join(decoder.push(int(token)) for token in ids))
+        sys.stdout.write(shown("".join(decoder.push(int(token)) for token in ids)))
         sys.stdout.flush()
-    sys.stdout.write(decoder.finish() + "\n")
+    sys.stdout.write(shown(decoder.finish()) + "\n")

@@ -123,11 +123,14 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0  #: maximum of the gradient's global norm; null: no clipping
     accumulation_steps: int = 1  #: micro-batches per step, a divisor of data.batch_size
+    #: steps in a row that may be skipped because their loss or gradient is not finite; one more ends the run.
+    #: A skipped step leaves parameters and optimizer state as they are; the schedule and the data go on
+    max_consecutive_skips: int = 10
 
     def __post_init__(self):
         _finite(self, "learning_rate", "epsilon", "clip_norm", above=0)
         _finite(self, "final_learning_rate", "weight_decay", least=0)
-        _at_least(self, 0, "warmup_steps")
+        _at_least(self, 0, "warmup_steps", "max_consecutive_skips")
         _at_least(self, 1, "decay_steps", "accumulation_steps")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -171,11 +174,14 @@ class CheckpointConfig:
     __pydantic_config__ = _FORBID
 
     every: int = 500  #: steps between checkpoints; the last step is always saved
+    #: also save when so many minutes have passed since the last checkpoint; null: by steps alone
+    minutes: float | None = None
     keep: int = 2  #: how many of the newest checkpoints to keep
     keep_best: bool = True  #: also keep the checkpoint with the lowest val/loss
 
     def __post_init__(self):
         _at_least(self, 1, "every", "keep")
+        _finite(self, "minutes", above=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from train.run import files
+from train.run.failure import orbax_errors
 from train.run.files import TEMPORARY, delete, delete_folder, digests, whole_folder, write_json
 from train.run.migration import FORMAT, check_format, migrate_path
 
@@ -118,7 +118,8 @@ class Checkpoints:
             self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was removed stays so
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with whole_folder(path, size) as temporary:
-            _save(temporary / "state", state)
+            with orbax_errors(path):
+                ocp.save(temporary / "state", state)
             write_json(temporary / "info.json", {**info, "step": step, "leaves": _leaves(state)})
             manifest = {"format": FORMAT, "files": digests(temporary, sync=True)}
             manifest["sha256"] = _sha256(manifest)
@@ -297,28 +298,6 @@ def _sha256(manifest: dict[str, Any]) -> str:
     """The checksum of a manifest, of everything in it but the checksum."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _save(path: Path, state: Any) -> None:
-    """`ocp.save`, whose file system's errors are a ValueError that ends in [os_error_code='28'].
-
-    Each of its threads also logs the traceback of the error that is raised here: that is left out.
-    """
-
-    def unlike_a_thread(line: logging.LogRecord) -> bool:
-        return "_SignalingThread" not in line.getMessage()
-
-    log = logging.getLogger("absl")
-    log.addFilter(unlike_a_thread)
-    try:
-        ocp.save(path, state)
-    except ValueError as error:
-        code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-    finally:
-        log.removeFilter(unlike_a_thread)
 
 
 def _load(path: Path, like: Any, number: int) -> Any:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TEMPORARY = "tmp."  # a folder with such a name is not complete
-_FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the disk quota is exceeded"}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DiskFullError(OSError):
-    """A file or folder that did not fit the disk; the message is one line that names it and the space."""
+    """A file or folder that did not fit the disk: `filename`, and in `strerror` the space, in one line."""
 
     def __str__(self) -> str:
-        return self.strerror
+        return f"{self.filename}: {self.strerror}"
 
 
 def exists(path: Path) -> bool:
@@ -54,11 +54,10 @@ def writing(path: Path) -> Iterator[None]:
 def _raise_full(error: OSError, path: Path, written: int | None = None) -> NoReturn:
     free = _megabytes(shutil.disk_usage(_existing(path)).free)
     needs = "" if written is None else f", more than {_megabytes(written)} are needed"
-    message = (
-        f"{path} cannot be written: {_FULL[error.errno]}; {free} are free{needs}: free some space and run the"
-        " same command again"
+    what = (
+        f"{os.strerror(error.errno)}; {free} are free{needs}: free some space and run the same command again"
     )
-    raise DiskFullError(error.errno, message, str(path)) from None
+    raise DiskFullError(error.errno, what, str(path)) from None
 
 
 def _existing(path: Path) -> Path:
@@ -209,3 +208,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def same_file(path: Path, descriptor: int) -> bool:
+    """Whether the file or folder at `path` is the one that is open as `descriptor`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            raise
+        return False

@@ -15,7 +15,6 @@ not set up. A folder with result.json is finished.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -28,12 +27,20 @@ from train.config import yaml_text
 from train.config.schema import RunConfig
 from train.data import snapshot
 from train.run import environment
-from train.run.files import delete, exists, write_atomically, write_json, writing
+from train.run.failure import RunError
+from train.run.files import delete, exists, same_file, write_atomically, write_json, writing
 from train.run.migration import FORMAT, config_hash_of_format_1, flatten, migrate_config
 
 # Keys that may change between two starts: parameters, optimiser state, losses and data order do not depend
 # on them.
-FREE = ("run_dir", "log_every", "evaluation.sample_prompt", "evaluation.sample_tokens")
+FREE = (
+    "run_dir",
+    "log_every",
+    "evaluation.sample_prompt",
+    "evaluation.sample_tokens",
+    "optimizer.max_consecutive_skips",
+    "checkpoint.minutes",
+)
 _LOCK = "run.lock"
 # What a set-up writes before config.yaml.
 _SET_UP = ("data", "tmp.data", "run.json", "versions.json", ".run.json.tmp", ".versions.json.tmp",
@@ -86,29 +93,30 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._new and self.still_there():
+        if self._new and self._in_place():
             self._clear()
-            (self.path / _LOCK).unlink()
+            (self.path / _LOCK).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         os.close(self._lock)
+
+    def still_there(self) -> None:
+        """RunError if the folder is no longer the one that was entered: what is written would be lost."""
+        if not self._in_place():
+            raise RunError(
+                f"run_dir {self.path} was removed or replaced during training: the run stops, because nothing"
+                f" that it saves would be kept; put the folder, with its {_LOCK}, back, and the same command"
+                " goes on from the newest checkpoint in it"
+            )
+
+    def _in_place(self) -> bool:
+        """Whether the lock that this process holds still is run_dir's: one system call for both."""
+        return same_file(self.path / _LOCK, self._lock)
 
     @property
     def begun(self) -> bool:
         """Whether the set-up was completed, now or in an earlier process."""
         return not self._new and _there(self.path / "config.yaml")
-
-    def still_there(self) -> bool:
-        """Whether run_dir still is the folder that this process has locked; costs one system call."""
-        return _same(self.path / _LOCK, self._lock)
-
-    def check_still_there(self) -> None:
-        """ValueError unless `still_there`."""
-        if not self.still_there():
-            raise ValueError(
-                f"run_dir {self.path} or its {_LOCK} was removed, renamed or replaced while it was in use:"
-                " put it back and run the same command again, which resumes after its newest checkpoint"
-            )
 
     def begin(self, facts: dict[str, Any]) -> list[str]:
         """Write config.yaml, versions.json and run.json (`facts`), or return notes on what changed since.
@@ -309,21 +317,12 @@ def _locked(path: Path) -> int:
                 f"run_dir {path.parent} is in use by process {owner}: wait for it, or choose another run_dir"
             ) from None
         # The holder before us may have removed the file while leaving: then this lock locks nothing.
-        if _same(path, descriptor):
+        if same_file(path, descriptor):
             with writing(path):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()}\n".encode())
             return descriptor
         os.close(descriptor)
-
-
-def _same(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-            raise
-        return False
 
 
 def _there(path: Path) -> bool:
