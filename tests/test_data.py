@@ -643,7 +643,8 @@ def test_a_snapshot_is_whole_or_absent(folder, tmp_path, monkeypatch):
         prepare(small(folder), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     monkeypatch.undo()
-    (tmp_path / "run" / "tmp.data" / "left over").write_text("by the killed process")
+    (tmp_path / "run" / "tmp.data").mkdir()
+    (tmp_path / "run" / "tmp.data" / "left over").write_text("by a killed process")
     prepare(small(folder), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == NAMES
 

@@ -550,7 +550,7 @@ def test_a_full_disk_leaves_whole_rows_and_names_the_file(tmp_path, monkeypatch,
     before = part.path.read_bytes()
     part._file.close()
     part._file = Full(part.path, "ab")
-    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/{name}") as caught:
+    with pytest.raises(OSError, match=rf"{tmp_path}/{name}\S*: No space left on device;") as caught:
         writer.write(2, {"train/loss": 0.5})
     assert caught.value.errno == errno.ENOSPC
     assert part.path.read_bytes() == before
@@ -570,7 +570,7 @@ def test_a_disk_that_orbax_fills_is_one_line_and_leaves_the_checkpoints(config, 
     monkeypatch.setattr(checkpoint.ocp, "save", full)
     run = config()
     level = logging.getLogger("absl").level
-    with pytest.raises(OSError, match=rf"No space left on device: '{run.run_dir}/checkpoints/step_00000006'"):
+    with pytest.raises(OSError, match=rf"^{run.run_dir}/checkpoints/step_00000006: No space left"):
         loop.train(run)
     assert logging.getLogger("absl").level == level
     assert sorted(path.name for path in (Path(run.run_dir) / "checkpoints").iterdir()) == [

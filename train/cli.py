@@ -12,7 +12,7 @@ from typing import NoReturn
 from train.command_line import UsageError, guard
 from train.process import prepare_process
 
-_FLAGS = ("--help", "--print-config")
+_FLAGS = ("--help", "--print-config", "--start-over", "--accept-environment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,8 @@ def _run(argv: list[str], *, own_process: bool) -> int:
 
         print(help_text(), end="")
         return 0
-    path, overrides, print_only = _parse(argv)
+    path, overrides = _parse(argv)
+    print_only = "--print-config" in argv
     if own_process and not print_only:
         prepare_process()
     # Imported late: a mistyped flag need not wait for jax.
@@ -64,11 +65,12 @@ def _run(argv: list[str], *, own_process: bool) -> int:
     from train import loop
 
     jax.config.update("jax_traceback_filtering", "off")  # `guard` looks at the frame that raised
-    return loop.train(run)
+    options = {name.replace("-", "_"): f"--{name}" in argv for name in ("start-over", "accept-environment")}
+    return loop.train(run, **options)
 
 
-def _parse(argv: list[str]) -> tuple[str, list[str], bool]:
-    """(config path or name, overrides, whether to print only)."""
+def _parse(argv: list[str]) -> tuple[str, list[str]]:
+    """(config path or name, overrides)."""
     words = []
     for word in argv:
         if not word.startswith("-"):
@@ -80,4 +82,4 @@ def _parse(argv: list[str]) -> tuple[str, list[str], bool]:
         raise UsageError("no configuration given: python -m train CONFIG [key.path=value ...]; see --help")
     if "=" in words[0] and not os.path.exists(words[0]):
         raise UsageError(f"the configuration comes first, then overrides such as {words[0]}")
-    return words[0], words[1:], "--print-config" in argv
+    return words[0], words[1:]

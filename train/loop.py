@@ -14,6 +14,7 @@ reported and counted as skipped, and more than optimizer.max_consecutive_skips o
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -33,9 +34,10 @@ from train.data.prepare import prepare
 from train.objective import check_ids
 from train.run.checkpoint import Checkpoints
 from train.run.console import Console, print_result
-from train.run.failure import NonFiniteError, orbax_errors
+from train.run.environment import record
+from train.run.failure import NonFiniteError
 from train.run.files import write_atomically, writing
-from train.run.folder import RunFolder, package_versions, saved_keys
+from train.run.folder import RunFolder, saved_keys
 from train.run.metrics import BITS, MetricsWriter, draw_losses
 from train.run.restore import abstract_state, fresh_state, with_vocabulary
 from train.signals import NOTHING_NEW, Signals, Stopped
@@ -56,17 +58,19 @@ class Scores(NamedTuple):
         return {f"{prefix}loss": self.nll / self.count} | accuracy
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *, start_over: bool = False, accept_environment: bool = False) -> int:
     """Train the run that `config` describes in config.run_dir, or resume it; return the exit status.
 
+    start_over, accept_environment: see `RunFolder`.
     ValueError, in one line: a mistake of the user, or a run that cannot go on (`RunError`). `Stopped`: a
     signal ended it; what was done is saved. Called in the main thread, it handles signals until it returns.
     """
     assert config.run_dir is not None, "train.config.load resolves run_dir"
     path = Path(config.run_dir)
+    options = {"start_over": start_over, "accept_environment": accept_environment}
     output = Lasting(sys.stdout, f"{path}/metrics.jsonl")
     try:
-        with Signals() as signals, RunFolder(path, config) as folder:
+        with Signals() as signals, RunFolder(path, config, **options) as folder:
             result = folder.result()
             if result is None:
                 with contextlib.closing(Run(config, folder, output, signals)) as run:
@@ -114,12 +118,14 @@ class Run:
         if self.masked:
             self.fill_in = make_fill_in(self.model)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
-        self._start(init_key)
+        self.checkpoints.clean()
+        damaged = self._start(init_key)
+        older = folder.check_start(self.done or None)
         if not folder.begun:
             # What cannot run here, such as a named `impl`, is refused before the folder is set up.
             jax.eval_shape(self.eval_step, self.params, next(self.data.validation_batches(1)))
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
-        notes = folder.begin(facts)
+        notes = folder.begin(facts) + self.checkpoints.set_aside(damaged) + older
         self.checkpoints.collect(self.best and self.best["step"])
         # The row of a step whose evaluation is still due is written again.
         self.metrics = MetricsWriter(folder.path, self.done - (self.due is not None))
@@ -140,21 +146,21 @@ class Run:
         for note in notes:
             self.console.line(f"note: {note}")
 
-    def _start(self, init_key: jax.Array) -> None:
-        """Set the parameters: new ones, or those of the newest checkpoint."""
-        saved = self.checkpoints.steps()
-        self.done, self.tokens, self.best = saved[-1] if saved else 0, 0, None
+    def _start(self, init_key: jax.Array) -> dict[int, str]:
+        """Set the parameters: new ones, or the newest sound checkpoint's; the damaged ones after that."""
+        self.done, self.tokens, self.best, damaged = 0, 0, None, {}
         self.skips, self.due = Skips(), None
-        if saved:
+        if self.checkpoints.steps():
             like = abstract_state(self.config, self.model)
-            state, info = self.checkpoints.restore(self.done, like)
+            check = functools.partial(self.folder.check_checkpoint, corpus_sha256=self.data.corpus_sha256)
+            self.done, state, info, damaged = self.checkpoints.newest(like, check)
             self.tokens, self.best = info["tokens"], info["best"]
             self.skips, self.due = Skips(**info.get("skips", {})), info.get("due")
-            self.folder.check_checkpoint(info, self.checkpoints.path(self.done))
         else:
             state = fresh_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
         self.reached, self._saved = self.done, (self.done, time.monotonic())
+        return damaged
 
     def steps(self) -> None:
         """Train up to the last step. `Stopped`: a signal ended it before, and the step reached is saved."""
@@ -325,20 +331,14 @@ class Run:
             "best": self.best,
             "config": saved_keys(self.config),
             "corpus_sha256": self.data.corpus_sha256,
-            "versions": package_versions(),
+            "versions": record(),
         }
         info |= {"skips": self.skips._asdict()} if self.skips.total else {}
         info |= {"due": self.due} if self.due is not None else {}
         state = {"params": self.params, "opt_state": self.opt_state}
         self.metrics.sync()
-        best = self.best and self.best["step"]
-        try:
-            with orbax_errors(self.checkpoints.path(step)):
-                self.checkpoints.save(step, state, info, best=best)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.checkpoints.collect(best)  # what was written of it holds space
-            raise
+        self.checkpoints.save(step, state, info, best=self.best and self.best["step"])
+        self.folder.reached(step)
         self._saved = (step, time.monotonic())
 
     def finish(self) -> dict[str, Any]:
@@ -349,7 +349,8 @@ class Run:
         if last is None:
             raise ValueError(
                 f"{self.folder.path}/metrics.jsonl has lost the row of step {steps}, written before the "
-                "checkpoint: restore it from a copy, or delete the checkpoints of that step"
+                f"checkpoint: restore it from a copy, or move {self.checkpoints.path(steps)} to another place"
+                " to train its last steps again"
             )
         names = ("train/loss", "val/loss", "val/accuracy")
         result = {"step": steps} | {name: last[name] for name in names if name in last}

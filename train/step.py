@@ -24,7 +24,7 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
 
     batch: int32 [B, T] arrays tokens, targets (-1: not scored), optionally positions and segment_ids. For
     seq2seq also [B, S] arrays sources and source_positions, which the encoder reads first.
-    step: int32 [], the number of updates done before; key: dropout depends on (key, step, micro-batch).
+    step: int32 [], the number of steps done before; key: dropout depends on (key, step, micro-batch).
     params and opt_state are donated: the caller must not use them again. metrics: `finite` (bool), and
     train/loss (nats), grad_norm (before clipping), learning_rate, tokens (scored ones). Where the loss or
     the gradient is not finite, params and opt_state are returned unchanged.

@@ -56,7 +56,9 @@ def _main(options: Options) -> None:
     if options.tokens < 1:
         raise ValueError(f"--tokens must be >= 1, got {options.tokens}")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    _print_text(load_run(options.run_dir, step=step), options, sampling)
+    run = load_run(options.run_dir, step=step)
+    print(f"{options.run_dir}: checkpoint of step {run.step}, {run.chosen}", file=sys.stderr, flush=True)
+    _print_text(run, options, sampling)
 
 
 def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:

@@ -14,6 +14,7 @@ from train.data.batches import PAIR_ORDER, Data, MaskedData, PairData, TextData
 from train.data.corpus import Document
 from train.data.pairs import Pair
 from train.data.tasks.source import TaskData
+from train.run.files import exists
 from train.run.migration import FORMAT, migrate_config
 
 
@@ -33,8 +34,14 @@ def prepare(
         "masked_lm": (_make, MaskedData),
         "seq2seq": (_make_pairs, PairData),
     }[objective]
-    if not folder.exists():
-        snapshot.write(folder, make(config))
+    try:
+        made = exists(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be used: {error.strerror}; it may be sound") from None
+    if not made:
+        new = make(config)
+        snapshot.check_corpus(Path(run_dir), new)
+        snapshot.write(folder, new)
     data = kind(config, snapshot.read(folder))
     _check_config(data, folder)
     order = data.snapshot.meta.get("pair_order", 1)

@@ -32,7 +32,7 @@ class NonFiniteError(RunError):
 
 @contextlib.contextmanager
 def orbax_errors(path: Path) -> Iterator[None]:
-    """Within, a full disk is an OSError that names `path`, whichever thread of orbax met it.
+    """Within, an error of the file system, such as a full disk, is an OSError that names `path`.
 
     orbax raises a ValueError then, after a log of several hundred lines, one traceback per thread.
     """
@@ -45,7 +45,7 @@ def orbax_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         found = re.search(r"os_error_code='(\d+)'", str(error))
-        if found is None or int(found[1]) not in FULL:
+        if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
     finally:

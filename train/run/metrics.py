@@ -65,7 +65,7 @@ class MetricsWriter:
         if not self._file.in_place():
             raise RunError(
                 f"{self._path} was removed or replaced during training: the run stops, because its rows are"
-                " lost; the same command goes on from the newest checkpoint"
+                " lost; the same command goes on from the newest checkpoint that is left"
             )
 
     def close(self) -> None:
