@@ -96,10 +96,11 @@ def test_a_made_mixer_runs():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("softmx", 32), "unknown mixer 'softmx'; did you mean 'softmax'"),
+        (("softmx", 32), r"unknown mixer 'softmx'; choose from softmax, .*; did you mean softmax\?"),
+        (("gqa", 32), "; grouped-query attention is kind softmax with num_kv_heads below num_heads$"),
         (
             ("mla", 32, {"latent_dims": 3}),
-            "mixer 'mla' has no option 'latent_dims'; did you mean 'latent_dim'",
+            "mixer 'mla' has no option 'latent_dims'; did you mean latent_dim",
         ),
         (("gated", 30), "d_model 30 is not divisible by num_heads 4"),
     ],
