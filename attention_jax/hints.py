@@ -154,18 +154,14 @@ VALUES: dict[str, dict[str, str]] = {
     ),
     "impl": by_word(
         {
-            "null chooses attention in blocks where it is the best; by name it is chunked": (
-                "flash flashattention memoryefficient"
+            "attention in blocks is chunked; null chooses it where it is the best": (
+                "flash flashattention memoryefficient sdpa xformers"
             ),
-            "the plain one is reference, the one in blocks chunked": "xla jax sdpa",
-            "the plain one is reference": "dense naive eager math",
-            "cuDNN's is library, on an NVIDIA GPU": "cudnn",
-            "Pallas kernels are mosaic_tpu and mosaic_gpu": "pallas",
+            "the readable form is reference, of linear mixers recurrent": "dense naive eager math xla jax scan",
+            "the form with the whole matrix of weights is quadratic, of softmax reference": "parallel",
+            "Pallas kernels are mosaic_tpu and mosaic_gpu": "pallas splash",
             "there are no Triton kernels; Pallas kernels are mosaic_tpu and mosaic_gpu": "triton",
-            "the TPU kernel is mosaic_tpu": "splash",
-            "the form that goes token by token is recurrent": "scan",
-            "the form with the whole matrix of weights is quadratic": "parallel",
-            "null chooses the best": "auto default",
+            "null chooses the best": "auto default best",
         }
     ),
     "feature_map": by_word(

@@ -51,8 +51,8 @@ def test_commands_exist_and_are_listed(setup_cfg, capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in scripts) and max(map(len, out.splitlines())) <= 100
-    assert main(["masks"]) == 2
-    assert capsys.readouterr().err == "error: attention-jax takes no arguments, got masks\n"
+    assert main(["--masks"]) == 2
+    assert capsys.readouterr().err == "error: unknown option --masks; there is --help\n"
 
 
 def test_the_version_is_written_once(setup_cfg):

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from attention_jax.hints import near
+from attention_jax.optional import install_line
 from train.process import prepare_process
 
 Options = TypeVar("Options")
 
 _OURS = ("train", "attention_jax", "scripts")
-_INSTALL = 'pip install "attention_jax[train]"'
 
 
 class UsageError(ValueError):
@@ -35,26 +36,81 @@ def guard(run: Callable[[], int]) -> int:
     """The exit status of `run()`: its own, 2 for a user's mistake, 130 if interrupted.
 
     A mistake is one line on stderr: a ValueError or NotImplementedError that this project raised, what the
-    operating system refuses, or a package that is not installed. Any other exception is a defect and leaves
-    with its traceback. A reader of stdout that has closed it, such as head, ends the program with status 0.
+    operating system refuses, a package that is not installed, a platform that jax does not have, or memory
+    that does not suffice. Any other exception is a defect and leaves with its traceback. A reader of stdout
+    that has closed it, such as head, ends the program with status 0.
     """
+    open_closed_streams()
     try:
-        return run()
+        status = run()
+        sys.stdout.flush()  # here and not at the end of the process, where a full disk has no message
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return 0
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", *_OURS):
             raise
-        return _mistake(f"the package {package} is not installed: {_INSTALL} brings it")
+        return _mistake(f"the package {package} is not installed: {install_line(package)} brings it")
     except (ValueError, NotImplementedError, OSError) as error:
         if not _is_users(error):
             raise
         return _mistake(str(error))
+    except MemoryError:
+        return _mistake("the memory does not suffice: lower the sizes")
+    except (RuntimeError, AssertionError) as error:
+        if (message := _of_the_machine(error)) is None:
+            raise
+        return _mistake(message)
+
+
+def open_closed_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr (`>&-`) one that goes nowhere.
+
+    Else `sys.stdout` is None, and the next file that is opened becomes the descriptor that others write to.
+    """
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        opened = os.open(os.devnull, os.O_RDWR)
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            descriptor = opened  # the number is in use by now
+        if opened != descriptor:
+            os.dup2(opened, descriptor)
+            os.close(opened)
+        os.set_inheritable(descriptor, True)
+        setattr(sys, name, os.fdopen(descriptor, mode))
+
+
+def _silence_stdout() -> None:
+    """Let what is still to be flushed at the end go nowhere."""
+    with contextlib.suppress(OSError):  # a stand-in has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _of_the_machine(error: BaseException) -> str | None:
+    """The message for what jax says of the machine: a platform that it lacks, too little memory."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and frame.f_globals.get("__name__") == "jax._src.xla_bridge":
+        return (
+            f"JAX_PLATFORMS={platforms}: jax cannot use this platform here{_near_platform(platforms)}; "
+            "without the variable it chooses one"
+        )
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return f"the memory of the device does not suffice: {str(error).splitlines()[0]}"
+    return None
+
+
+def _near_platform(platforms: str) -> str:
+    """What to append about a name that is none of jax's platforms."""
+    meant = near(platforms, ("cpu", "cuda", "rocm", "tpu"))
+    return f"; did you mean {meant}?" if meant and meant != platforms.lower() else ""
 
 
 def run(
@@ -140,6 +196,10 @@ def _program() -> str:
 
 
 def _mistake(message: str) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:  # the mistake may be that of stdout, such as a full disk
+        _silence_stdout()
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
 
@@ -163,6 +223,7 @@ def _launch(name: str) -> int:
 
 def benchmark() -> int:
     """Run the benchmarks, with the allocator's settings of training: a step is timed as it is trained."""
+    open_closed_streams()
     prepare_process()
     return _launch("benchmark")
 
