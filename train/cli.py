@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from attention_jax.hints import near
 from train.command_line import UsageError, guard
 from train.process import prepare_process
 
@@ -74,6 +73,8 @@ def _parse(argv: list[str]) -> tuple[str, list[str], bool]:
         if not word.startswith("-"):
             words.append(word)
         elif word not in _FLAGS:
+            from attention_jax.hints import near  # this loads jax
+
             meant = near(word, _FLAGS)
             more = f"did you mean {meant}?" if meant else f"there are {', '.join(_FLAGS)}"
             raise UsageError(f"unknown option {word}; {more}")

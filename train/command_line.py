@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attention_jax.hints import near
-from attention_jax.optional import install_line
 from train.process import prepare_process
 
 Options = TypeVar("Options")
@@ -55,7 +53,7 @@ def guard(run: Callable[[], int]) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", *_OURS):
             raise
-        return _mistake(f"the package {package} is not installed: {install_line(package)} brings it")
+        return _mistake(f"the package {package} is not installed: {_install_line(package)} brings it")
     except (ValueError, NotImplementedError, OSError) as error:
         if not _is_users(error):
             raise
@@ -84,7 +82,16 @@ def open_closed_streams() -> None:
             os.dup2(opened, descriptor)
             os.close(opened)
         os.set_inheritable(descriptor, True)
-        setattr(sys, name, os.fdopen(descriptor, mode))
+        setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
+def _install_line(package: str) -> str:
+    """The pip command that brings a package."""
+    try:
+        from attention_jax.optional import install_line  # not at the top: it loads jax
+    except ModuleNotFoundError:  # jax itself is missing
+        return "pip install attention_jax"
+    return install_line(package)
 
 
 def _silence_stdout() -> None:
@@ -109,6 +116,8 @@ def _of_the_machine(error: BaseException) -> str | None:
 
 def _near_platform(platforms: str) -> str:
     """What to append about a name that is none of jax's platforms."""
+    from attention_jax.hints import near
+
     meant = near(platforms, ("cpu", "cuda", "rocm", "tpu"))
     return f"; did you mean {meant}?" if meant and meant != platforms.lower() else ""
 

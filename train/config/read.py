@@ -108,14 +108,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(yaml_text.MOST_CHARACTERS + 1)  # /dev/zero has no end
+        if len(data) > yaml_text.MOST_CHARACTERS:
+            raise ConfigError(
+                f"{path}: a configuration has at most {yaml_text.MOST_CHARACTERS} bytes: shorten it"
+            )
         text = data.decode("utf-8-sig")
     except OSError as error:
         hint = shipped.hint(path) if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
-        if len(data) <= yaml_text.MOST_CHARACTERS:  # else the end may cut a character
-            raise ConfigError(f"the configuration {path} is not UTF-8 at byte {error.start}") from None
-        text = data.decode(errors="replace")
+        raise ConfigError(f"the configuration {path} is not UTF-8 at byte {error.start}") from None
     raw = yaml_text.parse(text, str(path))
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {_show(raw)}")
@@ -178,21 +180,21 @@ def _last_name(path: str) -> str:
 
 
 def _unknown(cls: type, key: str, path: str) -> ConfigError:
-    """The error for an unknown key: one like it in its section, another library's word, or one elsewhere."""
+    """The error for an unknown key: another library's word, one of that name elsewhere, or one like it."""
     what = f"unknown key {_brief(_join(path, key))}"
     here = {name: _join(path, name) for name in hints(cls)}
     if (renamed := RENAMED.get(key)) in here:
         return ConfigError(f"{what}; it is {here[renamed]} now")
-    if meant := near(key, here):
-        return ConfigError(f"{what}; did you mean {here[meant]}?")
     if said := look_up(synonyms.KEYS, _last_name(path) + key) or look_up(synonyms.KEYS, key):
         return ConfigError(f"{what}; {said}")
     everywhere: dict[str, str] = {}
     for place in _all_keys(RunConfig, ""):
         everywhere.setdefault(place.rpartition(".")[2], place)
     del everywhere["kind"]  # every choice has one: that of a section without a choice is none of them
-    if meant := near(key, everywhere):
-        return ConfigError(f"{what}; did you mean {everywhere[meant]}?")
+    places = [everywhere[key]] if key in everywhere else []
+    places += [names[meant] for names in (here, everywhere) if (meant := near(key, names))]
+    if places:
+        return ConfigError(f"{what}; did you mean {places[0]}?")
     return ConfigError(f"{what}; the keys {f'of {path}' if path else 'at the top'} are {', '.join(here)}")
 
 
