@@ -73,8 +73,13 @@ def test_configurations_go_by_name(tmp_path, monkeypatch):
         ("tinny", "tiny"),
         ("mechanism/gla.yml", "mechanisms/gla"),
     ):
-        with pytest.raises(config.ConfigError, match=f"No such file or directory; the nearest .* is {near}$"):
+        message = f"No such file or directory; the configuration {near} comes with the package$"
+        with pytest.raises(config.ConfigError, match=message):
             config.load(name)
+    with pytest.raises(
+        config.ConfigError, match="; the package brings gemma_shaped, .*, mechanisms/NAME and mqar"
+    ):
+        config.load("xyzzy")
     with pytest.raises(config.ConfigError, match="cannot read"):
         config.load("../configs/tiny")
 
