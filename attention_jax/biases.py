@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.choices import check_between, check_choices
+
 
 class Axes(NamedTuple):
     """The indices of a leaf's batch, query and key axes; None for an axis that the leaf does not have."""
@@ -164,12 +166,15 @@ class T5:
     bidirectional: bool | None = None
 
     def __post_init__(self):
+        check_choices(self)
         if self.buckets < 4 or self.buckets % 2:
             raise ValueError(f"T5 buckets must be even and >= 4, got {self.buckets}")
         if self.max_distance <= self.buckets // 2:
             raise ValueError(
                 f"T5 max_distance must exceed buckets / 2 = {self.buckets // 2}, got {self.max_distance}"
             )
+        check_between(self, "buckets", 4, 1024, "a bucket is a row of the table, and far ones are rare")
+        check_between(self, "max_distance", 3, 2**20, "a table has an entry for each distance below it")
 
     def over(self, causal: bool) -> T5:
         """A copy with `bidirectional` resolved: its own value, or `not causal` if that is None."""

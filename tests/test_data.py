@@ -401,9 +401,19 @@ def test_nine_tenths_are_cut_as_nanogpt_cuts_them():
         assert len(corpus.split(text, "tail", 0.9)[0][0].text) == int(0.1 * length)
 
 
-def test_one_file_cannot_be_parted_by_files():
-    with pytest.raises(ValueError, match="needs 2 files, there is a.txt: use data.validation_split=tail"):
-        corpus.split(Corpus("", (Document("a.txt", "text"),), 0), "files", 0.1)
+def test_an_only_file_is_parted_by_its_end(tmp_path):
+    """Of text and of pairs, and the log says so."""
+    only = Corpus("", (Document("a.txt", "0123456789"),), 0)
+    assert corpus.split(only, "files", 0.2) == corpus.split(only, "tail", 0.2)
+    (tmp_path / "a.txt").write_text("x\ty\n" * 100)
+    for objective in ("causal_lm", "seq2seq"):
+        config = DataConfig(files=f"{tmp_path}/a.txt", sequence_length=8, validation_fraction=0.2)
+        some = prepare(config, tmp_path / objective, objective)
+        tail = dataclasses.replace(config, validation_split="tail")
+        other = prepare(tail, tmp_path / f"{objective}-tail", objective)
+        assert some.validation_text() == other.validation_text() != b""
+        assert "held out at the end of the only file" in some.summary
+        assert "the only file" not in other.summary
 
 
 def test_the_smallest_type_holds_every_id():

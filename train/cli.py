@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -63,7 +62,9 @@ def _run(argv: list[str], *, own_process: bool) -> int:
     import jax
 
     from train import loop
+    from train.memory import check_memory
 
+    check_memory(run)
     jax.config.update("jax_traceback_filtering", "off")  # `guard` looks at the frame that raised
     options = {name.replace("-", "_"): f"--{name}" in argv for name in ("start-over", "accept-environment")}
     return loop.train(run, **options)
@@ -76,8 +77,11 @@ def _parse(argv: list[str]) -> tuple[str, list[str]]:
         if not word.startswith("-"):
             words.append(word)
         elif word not in _FLAGS:
-            near = difflib.get_close_matches(word, _FLAGS, 1, 0.0)[0]
-            raise UsageError(f"unknown option {word}; did you mean {near}?")
+            from attention_jax.hints import near  # this loads jax
+
+            meant = near(word, _FLAGS)
+            more = f"did you mean {meant}?" if meant else f"there are {', '.join(_FLAGS)}"
+            raise UsageError(f"unknown option {word}; {more}")
     if not words:
         raise UsageError("no configuration given: python -m train CONFIG [key.path=value ...]; see --help")
     if "=" in words[0] and not os.path.exists(words[0]):

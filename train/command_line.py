@@ -28,7 +28,6 @@ from train.run.failure import FULL
 Options = TypeVar("Options")
 
 _OURS = ("train", "attention_jax", "scripts")
-_INSTALL = 'pip install "attention_jax[train]"'
 
 
 class UsageError(ValueError):
@@ -59,7 +58,7 @@ def guard(run: Callable[[], int]) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", *_OURS):
             raise
-        return _failed(f"the package {package} is not installed: {_INSTALL} brings it")
+        return _failed(f"the package {package} is not installed: {_install_line(package)} brings it")
     except OSError as error:
         return _refused(error)
     except FloatingPointError as error:  # jax_debug_nans
@@ -68,7 +67,9 @@ def guard(run: Callable[[], int]) -> int:
         if not _is_users(error):
             raise
         return _failed(str(error), getattr(error, "exit_status", 2))
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        if _platform_is_absent(error):
+            return _failed(_absent_platform())
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
         first = next(iter(str(error).splitlines()), "out of memory")
@@ -103,6 +104,33 @@ def _threads_reported() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def _install_line(package: str) -> str:
+    """The pip command that brings a package."""
+    try:
+        from attention_jax.optional import install_line  # not at the top: it loads jax
+    except ModuleNotFoundError:  # jax itself is missing
+        return "pip install attention_jax"
+    return install_line(package)
+
+
+def _platform_is_absent(error: BaseException) -> bool:
+    """Whether jax raised the error because it lacks the platform of JAX_PLATFORMS."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return bool(os.environ.get("JAX_PLATFORMS")) and frame.f_globals.get("__name__") == "jax._src.xla_bridge"
+
+
+def _absent_platform() -> str:
+    from attention_jax.hints import near
+
+    platforms = os.environ["JAX_PLATFORMS"]
+    meant = near(platforms, ("cpu", "cuda", "rocm", "tpu"))
+    more = f"; did you mean {meant}?" if meant and meant != platforms.lower() else ""
+    return (
+        f"JAX_PLATFORMS={platforms}: jax cannot use this platform here{more}; without the variable it "
+        "chooses one"
+    )
 
 
 def run(

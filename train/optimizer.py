@@ -13,7 +13,6 @@ step, and not for Adam's bias correction, whose count is of the gradients in its
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +35,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array | 
 
     with p clipped to [0, 1]: past the end of a decay the rate is `final`. W < E; W + D <= steps.
     """
+    config = config.resolved(steps)
     peak, final, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         start, end = warmup, config.decay_steps or steps
     else:
-        start, end = steps - (config.decay_steps or max(1, math.ceil(steps / 5))), steps
+        start, end = steps - config.wsd_decay(steps), steps
 
     def schedule(count):
         n = jnp.asarray(count, jnp.float32) + 1.0

@@ -28,6 +28,7 @@ from attention_jax.benchmarks.timing import (
     on_gpu,
     wall_clock,
 )
+from attention_jax.optional import need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +188,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """TFLOP/s over the length: a panel per mask, width and direction."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    need("matplotlib", "--plot").use("Agg")
     import matplotlib.pyplot as plt
 
     if not (timed := [row for row in rows if "tflops" in row]):

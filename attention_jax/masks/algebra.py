@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from attention_jax.about import About
+from attention_jax.hints import hint
 
 Array = Any  # a NumPy array, a jax array, a tracer or a value inside a kernel
 
@@ -189,6 +191,7 @@ def parse(text: str) -> Mask:
     that parses to an equal mask. Raises: ValueError for any other text.
     """
     known = {cls.__name__: cls for cls in _subclasses(Mask) if cls not in (And, Or, Not, Recipe)}
+    shown = repr(text if len(text) <= 80 else text[:77] + "...")
 
     def build(node: ast.AST) -> Mask:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
@@ -199,24 +202,43 @@ def parse(text: str) -> Mask:
         if isinstance(node, ast.Name):
             node = ast.Call(node, [], [])
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-            raise ValueError(f"mask {text!r}: only masks combined with & | ~ are allowed")
+            raise ValueError(f"mask {shown}: only masks combined with & | ~ are allowed")
         if node.func.id not in known:
-            names = ", ".join(sorted(known))
-            raise ValueError(f"mask {text!r}: unknown mask {node.func.id!r}; choose from {names}")
+            names = ", ".join(sorted(known)) + hint("mask", node.func.id, known)
+            raise ValueError(f"mask {shown}: unknown mask {node.func.id!r}; choose from {names}")
         try:
             args = [_literal(arg) for arg in node.args]
             kwargs = {kw.arg: _literal(kw.value) for kw in node.keywords}
             return known[node.func.id](*args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"mask {text!r}: {error}") from None
+            raise ValueError(f"mask {shown}: {error}") from None
 
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"mask {shown} has {len(text)} characters: an expression has <= {_MOST_CHARACTERS}")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+        with warnings.catch_warnings(action="ignore"):  # such as 1if: Python's words about its own syntax
+            tree = ast.parse(text.strip(), mode="eval").body
+    except (RecursionError, MemoryError):
+        raise ValueError(f"mask {shown} nests too deeply: an expression has <= {_DEEPEST} levels") from None
+    except (SyntaxError, ValueError):
         raise ValueError(
-            f"mask {text!r} cannot be parsed: give an expression such as 'SlidingWindow(128) & Causal()'"
+            f"mask {shown} cannot be parsed: give an expression such as 'SlidingWindow(128) & Causal()'"
         ) from None
+    if (depth := _depth(tree)) > _DEEPEST:
+        raise ValueError(
+            f"mask {shown} nests {depth} levels of & | ~ and calls: an expression has <= {_DEEPEST}"
+        )
     return build(tree)
+
+
+def _depth(tree: ast.AST) -> int:
+    """How many levels of nodes a tree has; a loop, since recursion is what the depth would break."""
+    deepest, pending = 0, [(tree, 1)]
+    while pending:
+        node, depth = pending.pop()
+        deepest = max(deepest, depth)
+        pending += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
+    return deepest
 
 
 def _literal(node: ast.AST) -> Any:
@@ -231,8 +253,13 @@ def _subclasses(cls: type) -> list[type]:
     return [c for below in cls.__subclasses__() for c in (below, *_subclasses(below))]
 
 
+# An expression that a person writes has one line; each of its masks is evaluated in every block.
+_MOST_CHARACTERS, _DEEPEST = 100_000, 50
+
 # Positions are int32: a larger parameter would not fit, and sums in `bounds` would overflow.
 _LARGEST = 2**30
+#: The most positions that a mask names one by one: a cache keeps each of them.
+MOST_PINNED = 2**20
 
 
 def natural(name: str, value: int, least: int = 0, most: int = _LARGEST) -> None:

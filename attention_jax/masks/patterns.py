@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from attention_jax.about import About
-from attention_jax.masks.algebra import CacheSpan, Mask, as_integer, like, natural
+from attention_jax.masks.algebra import MOST_PINNED, CacheSpan, Mask, as_integer, like, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +189,7 @@ class BlockLocal(Mask):
     def __post_init__(self):
         natural("BlockLocal block", self.block, 1)
         natural("BlockLocal neighbours", self.neighbours)
+        natural("BlockLocal block (neighbours + 1)", self.block * (self.neighbours + 1))
 
     def keep(self, q_pos, k_pos):
         apart = q_pos // self.block - k_pos // self.block
@@ -213,7 +214,7 @@ class Sinks(Mask):
     count: int
 
     def __post_init__(self):
-        natural("Sinks count", self.count, 1)
+        natural("Sinks count", self.count, 1, MOST_PINNED)
 
     def keep(self, q_pos, k_pos):
         return k_pos + 0 * q_pos < self.count
@@ -239,7 +240,7 @@ class Prefix(Mask):
     length: int
 
     def __post_init__(self):
-        natural("Prefix length", self.length, 1)
+        natural("Prefix length", self.length, 1, MOST_PINNED)
 
     def keep(self, q_pos, k_pos):
         return k_pos + 0 * q_pos < self.length

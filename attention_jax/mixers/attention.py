@@ -8,7 +8,6 @@ Vaswani et al. 2017 (arXiv 1706.03762); MQA: Shazeer 2019 (1911.02150); GQA: Ain
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Annotated, Any, Literal
 
 import jax
@@ -18,7 +17,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import MemoryCache
-from attention_jax.choices import ByKind
+from attention_jax.choices import ByKind, check_between
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -83,10 +82,8 @@ class AttentionConfig(SoftmaxMixerConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, cls):
                 raise ValueError(f"{name} must be a {cls.__name__} or null, got {value!r}")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; use null to disable it")
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale must be finite, got {self.scale}")
+        check_between(self, "softcap", 0.1, 1e6, "less caps every score at almost 0, and null turns it off")
+        check_between(self, "scale", 1e-6, 1e6, "scores vanish or overflow otherwise", zero=True, signed=True)
 
 
 class Attention(Mixer):

@@ -31,7 +31,13 @@ from attention_jax.caches import RecurrentState
 from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
-from attention_jax.mixers.recurrent import check_steps, convolve, initial_decays, scan_options
+from attention_jax.mixers.recurrent import (
+    check_convolution,
+    check_steps,
+    convolve,
+    initial_decays,
+    scan_options,
+)
 from attention_jax.ops.delta_rule import delta_rule, delta_weights
 from attention_jax.ops.delta_rule.api import implementations
 
@@ -57,6 +63,7 @@ class DeltaBaseConfig(MixerConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "value_dim", "convolution", "chunk_size")
+        check_convolution(self.convolution)
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(H, M); ValueError if H is not an integer."""

@@ -20,6 +20,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import KVCache
+from attention_jax.choices import check_between
 from attention_jax.layers import RMSNorm, fused_linear
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -56,6 +57,7 @@ class DifferentialAttentionConfig(SoftmaxMixerConfig):
         super().__post_init__()
         if not 0 < self.lambda_init < 1:
             raise ValueError(f"lambda_init must be in (0, 1), got {self.lambda_init}")
+        check_between(self, "lambda_init", 1e-3, 1 - 1e-3, "the output is multiplied by 1 - lambda_init")
 
     def head_width(self, d_model: int) -> int:
         """The head width H; ValueError if it is not an integer."""

@@ -12,7 +12,6 @@ over the whole row: for |c| = 4096, c_t - c_s has a resolution of 2^-11.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -22,6 +21,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
 from attention_jax.caches import HeldKeys, KVCache, State
+from attention_jax.choices import check_between
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -59,8 +59,9 @@ class ForgettingAttentionConfig(SoftmaxMixerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not math.isfinite(self.gate_bias):
-            raise ValueError(f"gate_bias must be finite, got {self.gate_bias}")
+        check_between(
+            self, "gate_bias", -16, 16, "the sigmoid of more is 0 or 1 in float32 and passes no gradient"
+        )
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""

@@ -23,11 +23,13 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
+from attention_jax.choices import check_between
 from attention_jax.layers import GatedRMSNorm, ShortConvolution
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
     DecayMixerConfig,
+    check_convolution,
     check_steps,
     convolve,
     decayed,
@@ -66,6 +68,9 @@ class Mamba2Config(DecayMixerConfig):
         high = math.inf if self.dt_limit_high is None else self.dt_limit_high
         if not 0 <= self.dt_limit_low < high:
             raise ValueError(f"dt_limit_low {self.dt_limit_low} must be >= 0 and below dt_limit_high {high}")
+        for name in ("dt_limit_low", "dt_limit_high"):
+            check_between(self, name, 1e-8, 1e4, "a step multiplies the input of a token", zero=True)
+        check_convolution(self.convolution)
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.about import About
+from attention_jax.choices import check_between
 from attention_jax.layers import fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -60,6 +61,9 @@ class NystromformerConfig(MixerConfig):
         width = self.conv_width
         if width is not None and (width < 1 or width % 2 == 0):
             raise ValueError(f"conv_width must be odd and >= 1, got {width}; use null to disable it")
+        check_between(
+            self, "iterations", 1, 1000, "each is compiled, and the pseudo-inverse converges in a few"
+        )
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from attention_jax.caches import KVCache
-from attention_jax.mixers.base import Context, Mixer, MixerConfig
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, check_encoder_memory
 from attention_jax.ops import tokens
 from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
+
+_MOST_HEAD_DIM = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,8 @@ def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tu
         raise ValueError(
             f"x must hold at least one row and one token, got {list(x_BTD.shape)}: skip the call"
         )
+    if config.reads_memory and ctx.memory_BSD is not None:
+        check_encoder_memory(ctx, x_BTD.shape[0], mixer.d_model)
     given = [name for name in ("mask", "mask_BNTS") if getattr(ctx, name) is not None]
     if given and not config.takes_mask:
         raise ValueError(f"{config.kind} does not support the mask of a call: ctx.{given[0]} must be None")
@@ -207,8 +211,9 @@ def merge_heads(y_BTNM: jax.Array) -> jax.Array:
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
     """head_dim, or d_model / num_heads if that is None; ValueError if the quotient is not an integer."""
     if head_dim is not None:
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be >= 1, got {head_dim}")
+        if not 1 <= head_dim <= _MOST_HEAD_DIM:
+            limit = ">= 1" if head_dim < 1 else f"<= {_MOST_HEAD_DIM}"
+            raise ValueError(f"head_dim must be {limit}, got {head_dim}")
         return head_dim
     if d_model % num_heads:
         raise ValueError(f"d_model {d_model} is not divisible by num_heads {num_heads}; set head_dim")

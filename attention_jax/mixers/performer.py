@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
+from attention_jax.choices import check_between
 from attention_jax.feature_maps import log_positive_random, random_directions
 from attention_jax.mixers.base import Context, Parts
 from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
@@ -50,6 +51,7 @@ class PerformerConfig(LinearBaseConfig):
         super().__post_init__()
         if self.num_features < 1:
             raise ValueError(f"num_features must be >= 1, got {self.num_features}")
+        check_between(self, "num_features", 1, 2**20, "each token has as many features per head")
 
     @property
     def rescales(self) -> bool:

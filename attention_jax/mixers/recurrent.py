@@ -33,9 +33,19 @@ class DecayMixerConfig(MixerConfig):
 
 
 def check_steps(dt_min: float, dt_max: float) -> None:
-    """Raise ValueError unless 0 < dt_min <= dt_max."""
+    """Raise ValueError unless 1e-8 <= dt_min <= dt_max <= 100: other decays are 1 or 0 in float32."""
     if not 0 < dt_min <= dt_max < math.inf:
         raise ValueError(f"dt_min {dt_min} and dt_max {dt_max} must satisfy 0 < dt_min <= dt_max < inf")
+    if not 1e-8 <= dt_min <= dt_max <= 100:
+        raise ValueError(
+            f"dt_min {dt_min} and dt_max {dt_max} must be from 1e-08 to 100: other decays are 1 or 0 in float32"
+        )
+
+
+def check_convolution(width: int) -> None:
+    """Raise ValueError for a short convolution of more than 1024 tokens: a product is compiled for each."""
+    if width > 1024:
+        raise ValueError(f"convolution must be <= 1024 tokens, got {width}: a product is compiled for each")
 
 
 def initial_decays(

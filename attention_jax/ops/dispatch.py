@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from attention_jax.hints import hint
+
 
 def runs_every_call(call: Any, config: Any = None) -> str | None:
     """The `unsupported` of an implementation without limits: None."""
@@ -105,7 +107,8 @@ def _asked_for(table: Mapping[str, Implementation], call: Any, impl: Any) -> tup
         )
     if name is None:
         configs = [type(x.config).__name__ for x in table.values() if x.config is not None]
-        raise ValueError(f"unknown impl {impl!r}; there are {', '.join([*table, *configs])}")
+        known = [*table, *configs]
+        raise ValueError(f"unknown impl {impl!r}; there are {', '.join(known)}{hint('impl', impl, known)}")
     found = table[name] if isinstance(impl, str) else dataclasses.replace(table[name], config=impl)
     if why_not := found.refusal(call):
         raise NotImplementedError(f"impl={impl!r} cannot run this call: {why_not}")

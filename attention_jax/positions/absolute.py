@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.positions.scalings import FORBID, INFINITY, check, plain_frequencies
+from attention_jax.choices import check_choices
+from attention_jax.positions.scalings import FORBID, check, plain_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Temperature:
     scale: float = 0.1  #: factor of the logarithm
 
     def __post_init__(self):
+        check_choices(self)
         check("Temperature", "floor", self.floor, self.floor >= 1, ">= 1")
-        check("Temperature", "scale", self.scale, 0 <= self.scale < INFINITY, "finite and >= 0")
+        check("Temperature", "scale", self.scale, 0 <= self.scale <= 100, "from 0 to 100")
 
     def __call__(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """q [B, T, heads, H] times the factors of its positions, computed in float32, in the dtype of q."""

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.positions.scalings import FORBID, INFINITY, Scaling, check, plain_frequencies
+from attention_jax.choices import check_choices
+from attention_jax.positions.scalings import FORBID, Scaling, check, plain_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class XPos:
     centre: int = 0  #: the position with scale 1; half the maximum length doubles the usable range
 
     def __post_init__(self):
-        check("XPos", "scale_base", self.scale_base, 0 < self.scale_base < INFINITY, "finite and > 0")
+        check_choices(self)
+        check("XPos", "scale_base", self.scale_base, 0.1 <= self.scale_base <= 1e9, "from 0.1 to 1e9")
         check("XPos", "centre", self.centre, self.centre >= 0, ">= 0")
 
     def reach(self, dtype: Any) -> int:
@@ -81,12 +83,13 @@ class RoPE:
     xpos: XPos | None = None  #: scores that decay with distance; null: off
 
     def __post_init__(self):
+        check_choices(self)
         if self.width is not None and (self.width < 2 or self.width % 2):
             raise ValueError(f"RoPE width must be even and >= 2, got {self.width}")
-        if not 0 < self.theta < INFINITY:
-            raise ValueError(f"RoPE theta must be > 0 and finite, got {self.theta}")
-        if self.layout not in ("half", "interleaved"):
-            raise ValueError(f"RoPE layout must be 'half' or 'interleaved', got {self.layout!r}")
+        if not 1 <= self.theta <= 1e15:
+            raise ValueError(
+                f"RoPE theta must be from 1 to 1e15, got {self.theta}: it is the base of the wavelengths"
+            )
 
     def rotated_width(self, head_dim: int) -> int:
         """The number of rotated features of a head of `head_dim`; ValueError if it does not fit the head."""

@@ -35,7 +35,7 @@ from attention_jax.model import ModelConfig, count_params, init_state
 from train import command_line
 from train import config as config_lib
 from train.commands import trials
-from train.commands.types import Configs, Counts, Integer, Integers, Overrides, Positional
+from train.commands.types import Configs, Counts, Folder, Integer, Integers, Overrides, Positional
 from train.config import shipped
 from train.data.prepare import prepare
 from train.run.metrics import BITS
@@ -68,7 +68,7 @@ class Options:
     seeds: Integers = (0,)  #: seeds to average over
     capacities: Counts = (256, 4096)  #: tokens that a state has room for
     rounds: Integer = 5  #: rounds of timing; 0 times nothing
-    runs: Path = Path("runs/compare")  #: where the run folders are
+    runs: Folder = Path("runs/compare")  #: where the run folders are
     set: Overrides = ()  #: overrides for every run
 
 

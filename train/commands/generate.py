@@ -13,13 +13,12 @@ import dataclasses
 import secrets
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
 import jax
 
 from attention_jax.generation import Sampling, stream
 from train import command_line
-from train.commands.types import Integer, MaybeInteger, MaybeNumber, Number, Positional, one
+from train.commands.types import Folder, Integer, MaybeInteger, MaybeNumber, Number, Positional
 from train.data.tokenizers import StreamDecoder
 from train.run.restore import Requests, TrainedRun, load_run
 from train.streams import printable
@@ -31,7 +30,7 @@ _LONG = 4096  # tokens that a small model takes seconds to read
 class Options:
     """What the command line gives."""
 
-    run_dir: Positional[Annotated[str, one("RUN_DIR", str)]]  #: the folder of a run of `python -m train`
+    run_dir: Positional[Folder]  #: the folder of a run of `python -m train`
     prompt: str = ""  #: what the text starts with; for seq2seq: the source
     tokens: Integer = 300  #: how many tokens to sample at most
     temperature: Number = 0.8  #: 0 always takes the likeliest token

@@ -65,6 +65,12 @@ class Data:
         """Of the names and contents of all documents, training and held out."""
         return self.snapshot.meta["corpus_sha256"]
 
+    @property
+    def _where(self) -> str:
+        """For the log: that a single file was split, where whole files were asked for."""
+        only = self.snapshot.meta["documents"] == 1 and self.config.validation_split == "files"
+        return " at the end of the only file" if only else ""
+
     def train_batch(self, step: int) -> Batch:
         """The batch of step 0, 1, 2, ...: always the same for the same configuration and corpus.
 
@@ -104,7 +110,7 @@ class TextData(Data):
         meta = self.snapshot.meta
         return (
             f"{meta['source']}: {meta['documents']} files, {meta['train']['bytes']:,} bytes to train on, "
-            f"{meta['validation']['bytes']:,} held out, {self.tokenizer.vocab_size} token ids, "
+            f"{meta['validation']['bytes']:,} held out{self._where}, {self.tokenizer.vocab_size} token ids, "
             f"sha256 {self.corpus_sha256[:16]}{self._notes}"
         )
 
@@ -242,7 +248,8 @@ class PairData(Data):
         meta = self.snapshot.meta
         train, held = meta["train"], meta["validation"]
         return (
-            f"{meta['source']}: {train['pairs']:,} pairs to train on, {held['pairs']:,} held out; "
+            f"{meta['source']}: {train['pairs']:,} pairs to train on, "
+            f"{held['pairs']:,} held out{self._where}; "
             f"{train['left_out'] + held['left_out']:,} left out as longer than a row; "
             f"{self.tokenizer.vocab_size} token ids, sha256 {self.corpus_sha256[:16]}{self._notes}"
         )

@@ -97,11 +97,11 @@ def split(corpus: Corpus, how: str, fraction: float) -> tuple[tuple[Document, ..
 
     files: whole documents in the order of the SHA-256 of their names, each one taken that brings the
       held-out bytes closer to the fraction; those above a quarter of the held-out bytes only if the others
-      do not suffice; at least one, and never all.
+      do not suffice; at least one, and never all. An only document is split as by tail.
     tail: of the n concatenated characters, the first int((1 - fraction) n) train, the others are held out;
       the document in which the cut falls is split.
     """
-    if how == "files":
+    if how == "files" and len(corpus.documents) > 1:
         return _split_files(corpus.documents, fraction)
     return _split_tail(corpus.documents, fraction)
 
@@ -213,11 +213,6 @@ def _text(path: str) -> str:
 
 
 def _split_files(documents: Sequence[Document], fraction: float):
-    if len(documents) < 2:
-        raise ValueError(
-            f"data.validation_split=files needs 2 files, there is {documents[0].name}: "
-            "use data.validation_split=tail"
-        )
     sizes = {document.name: len(document.text.encode()) for document in documents}
     target = fraction * sum(sizes.values())
     by_hash = sorted(sizes, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
