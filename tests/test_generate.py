@@ -1,6 +1,7 @@
 """Generation: cached = uncached, the same request anywhere gives the same tokens, filters, errors."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -21,7 +22,7 @@ from attention_jax.generation import (
 )
 from attention_jax.generation import sampling as sampling_lib
 from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
-from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_state
+from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_state, language_model
 from attention_jax.positions import RoPE
 from tests import marks
 from tests.marks import Row
@@ -235,7 +236,7 @@ def test_the_filters_keep_what_float64_keeps(name):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{options}")
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("scale", [4.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.0, 1.0, 12.0))])
 def test_a_nucleus_of_128k_ids_is_that_of_float64(scale):
     """A cumulative sum in float32 reaches 1 thousands of tokens too early."""
     z = (scale * np.random.default_rng(0).normal(size=128_256)).astype(np.float32)
@@ -391,12 +392,13 @@ def test_an_id_outside_the_vocabulary_is_refused_or_seen(small):
     with pytest.raises(ValueError, match="dtype of cached keys and values must be floating point, got int32"):
         prefill(config, params, good, capacity=4, dtype=jnp.int32)
 
-    logits = jax.jit(lambda ids: apply(config, params, ids).logits)
-    for dtype in (np.int32, np.uint32, np.int8):
-        rows = [[1, 60, 2], [1, -1, 2], [1, 61, 2], [1, 100, 2], [1, -61, 2]]
-        found = np.asarray(logits(np.array(rows).astype(dtype)))
-        assert np.isfinite(found[0]).all()
-        assert np.isnan(found[1:, 1:]).all()
+    rows = np.array([[1, 60, 2], [1, -1, 2], [1, 61, 2], [1, 100, 2], [1, -61, 2]])
+    found = np.asarray(jax.jit(lambda ids: apply(config, params, ids).logits)(rows))
+    assert np.isfinite(found[0]).all() and np.isnan(found[1:, 1:]).all()
+    for dtype in (np.int8, np.int16, np.int32, np.uint8, np.uint32):  # also where 300 does not fit
+        ids = rows.astype(dtype)
+        seen = np.asarray(jax.jit(functools.partial(language_model._checked_ids, vocab_size=300))(ids))
+        assert_array_equal(seen, np.where(ids.astype(int) < 0, 300, ids.astype(int)).astype(seen.dtype))
 
 
 @pytest.mark.parametrize(

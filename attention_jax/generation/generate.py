@@ -48,8 +48,7 @@ def generate(
       prompts: the token ids of each request, at least one per request; lengths may differ.
       key: a JAX PRNG key; required unless the temperature is 0.
       eos_id: the id that ends a request.
-      request_ids: integers in [0, 2^32), each another, folded into the key of each request; 0, 1, 2, ... by
-        default.
+      request_ids: distinct integers in [0, 2^32), folded into the key of each request; 0, 1, ... by default.
       capacity: the largest position + 1 of the state; by default enough for the prompts and new tokens.
       sources: the source token ids of each request, for a model with an encoder.
 

@@ -166,7 +166,7 @@ def _paths(files: str) -> list[str]:
 
 
 def _check_kind(path: str) -> None:
-    """ValueError for what is not a regular file (reading a FIFO would wait for ever), or is not text."""
+    """ValueError for what is not a regular file (reading a FIFO would wait forever), or is not text."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
