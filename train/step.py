@@ -44,7 +44,9 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
         grads, norm = clip_by_global_norm(grads, optimizer.clip_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = transform.update(grads, opt_state, params, step=step, finite=finite)
-        params = optax.apply_updates(params, updates)
+        # The updates are -0.0 where a step is skipped, but a processor may flush a denormal sum to 0.
+        updated = optax.apply_updates(params, updates)
+        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, params)
         metrics = {"train/loss": loss, "grad_norm": norm, "learning_rate": schedule(step)}
         return params, opt_state, metrics | {"tokens": count, "finite": finite}
 
