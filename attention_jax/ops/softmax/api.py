@@ -111,7 +111,8 @@ def dot_product_attention(
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together.
-      NotImplementedError: a named `impl` cannot do this call (it never falls back), or has no such derivative.
+      NotImplementedError: a named `impl` cannot do this call (it never falls back), or the
+        implementation has no such derivative.
     """
     call = _checked_call(
         q_BTNH, k_BSKH, v_BSKM, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
