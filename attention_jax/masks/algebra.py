@@ -167,7 +167,9 @@ def like(*arrays: Array) -> Array:
 
 def as_integer(condition: Any, x: Any) -> Any:
     """A comparison as 0 or 1 in the type of x, a Python integer or an array."""
-    return condition.astype(x.dtype) if hasattr(x, "dtype") else int(condition)
+    if not hasattr(condition, "astype"):
+        return int(condition)
+    return condition.astype(getattr(x, "dtype", np.int32))
 
 
 def _checked(other: Any) -> Mask:

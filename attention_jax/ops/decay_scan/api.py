@@ -83,7 +83,8 @@ def decay_scan(
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
-      NotImplementedError: a named `impl` cannot do this call; it never falls back.
+      NotImplementedError: a named `impl` cannot do this call (it never falls back), or forward mode
+        (`jax.jvp`) through "chunked", which has reverse mode to any order.
     """
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,

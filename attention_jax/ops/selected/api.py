@@ -73,7 +73,7 @@ def selected_attention(
 
     Returns:
       out_BTNM in q's dtype, accumulated in float32. A row that sees no key gives 0 and passes no gradient.
-      Differentiable in q, k and v.
+      Differentiable in q, k and v; "gathered" has no forward mode and raises NotImplementedError there.
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together.

@@ -106,12 +106,13 @@ def dot_product_attention(
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
       -inf (or the sink), and passes no gradient. Everything accumulates in float32. Every implementation
-      has a gradient; `jax.jvp` of a gradient (Hessian-vector products) works through "chunked" and
-      "reference", any other derivative through "reference" alone, and JAX refuses it elsewhere.
+      has a gradient; "reference" has every derivative, "chunked" also `jax.jvp` of a gradient
+      (Hessian-vector products).
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together.
-      NotImplementedError: a named `impl` cannot do this call; it never falls back.
+      NotImplementedError: a named `impl` cannot do this call (it never falls back), or the
+        implementation has no such derivative.
     """
     call = _checked_call(
         q_BTNH, k_BSKH, v_BSKM, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
