@@ -12,11 +12,14 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_array_equal
 
+from attention_jax.biases import ALiBi
+from attention_jax.feature_maps import cos_reweighted
 from attention_jax.masks import Causal
 from attention_jax.mixers import Context, ForgettingAttentionConfig
 from attention_jax.ops import two_float
 from attention_jax.ops.decay_scan import decay_scan
 from attention_jax.ops.delta_rule import delta_rule
+from attention_jax.positions import XPos
 from tests.reference import decay_scan as truth_scan
 from tests.reference import delta_rule as truth_delta
 
@@ -269,3 +272,41 @@ def float32_delta(q, k, v, beta, a, starts):
         S = S + beta[t] * np.outer(k[t], v[t] - S.T @ k[t])
         y[t] = S.T @ q[t]
     return y
+
+
+def test_a_chunk_of_any_length_keeps_small_decays_beside_large_ones():
+    """Sums in a chunk of 2,048 tokens; the default is 64."""
+    T = 2048
+    rng = np.random.default_rng(7)
+    q, k = np.ones((2, 1, T, 1, 1), np.float32)
+    v = rng.standard_normal((1, T, 1, 4)).astype(np.float32)
+    g = np.where(np.arange(T) < T // 2, np.log(0.5), -1e-6 * rng.exponential(size=T)).astype(np.float32)
+    found = decay_scan(q, k, v, log_decay=g[None, :, None], chunk_size=T)
+    rows = (q[0], k[0], v[0], g[:, None, None], np.zeros((1, 1, 4)), range(T), [False] * T)
+    wanted, naive = (truth_scan.Row(*rows, dtype=dtype).y for dtype in (np.float64, np.float32))
+    check("one chunk", found[0], wanted, naive, np.abs(v).max())
+
+
+# ---- positions
+
+
+@pytest.mark.parametrize("scale_base", [64.0, 512.0, 4096.0])
+def test_xpos_factors_cancel_as_far_as_it_reaches(scale_base):
+    xpos, width = XPos(scale_base), 32
+    reach = xpos.reach(np.float32)
+    at = np.unique(np.linspace(0, reach, 2000).astype(np.int32))[None]
+    zeta = (np.arange(0, width, 2) / width + 0.4) / 1.4
+    wanted = np.exp(at[0][:, None] * np.log(zeta) / scale_base)
+    gain = np.asarray(xpos.gain(at, width, jnp.float32), np.float64)[0]
+    assert np.abs(gain / wanted - 1).max() <= 4 * EPS
+
+
+def test_alibi_and_cosformer_are_exact_at_65536_positions():
+    at = np.arange(65536 - 256, 65536, dtype=np.int32)[None]
+    score = np.asarray(ALiBi(8).score(np.arange(8), at[:, -1:], at), np.float64)[0, :, 0]
+    assert_array_equal(score, -(2.0 ** -np.arange(1, 9))[:, None] * (65535.0 - at[0]))
+    x = np.abs(np.random.default_rng(8).standard_normal((1, 256, 1, 4)).astype(np.float32))
+    found = np.asarray(cos_reweighted(x, at, 65536), np.float64)[0, :, 0]
+    angles = at[0][:, None] * np.pi / 2 / 65536
+    wanted = np.concatenate([x[0, :, 0] * np.cos(angles), x[0, :, 0] * np.sin(angles)], axis=-1)
+    assert np.abs(found - wanted).max() <= 4 * EPS * x.max()
