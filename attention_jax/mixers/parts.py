@@ -12,6 +12,7 @@ from einops import rearrange
 from attention_jax.caches import KVCache
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, check_encoder_memory
 from attention_jax.ops import tokens
+from attention_jax.ops.recurrences import document_runs
 from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
 
@@ -195,6 +196,15 @@ def zero_invalid(y_BTD: jax.Array, ctx: Context) -> jax.Array:
 def valid_tokens(ctx: Context) -> jax.Array | None:
     """True [B or 1, T] for slots that hold a token; None if all do."""
     return tokens.valid_tokens(ctx.positions_BT, ctx.segment_ids_BT)
+
+
+def document_starts(ctx: Context) -> jax.Array:
+    """True [1 or B, T] for tokens whose segment id differs from that of the token before them.
+
+    `ctx` has segment ids. The first token of a row goes on from a state and starts nothing.
+    """
+    valid_BT = jnp.broadcast_to(valid_tokens(ctx), ctx.segment_ids_BT.shape)
+    return jnp.diff(document_runs(ctx.segment_ids_BT, valid_BT), axis=1, prepend=0) > 0
 
 
 def split_heads(y_BTE: jax.Array, head_dim: int, norm: Any = None) -> jax.Array:

@@ -62,8 +62,14 @@ class XPos:
         # Invalid slots (position < 0) get finite factors, so that no NaN reaches a gradient there.
         offset_BT = jnp.where(positions_BT < 0, 0, positions_BT - self.centre)
         offset_BT = jnp.where(jnp.abs(offset_BT) > self.reach(dtype), jnp.nan, offset_BT.astype(jnp.float32))
-        rates = (np.log(zeta) / self.scale_base).astype(np.float32)[None, None]
-        return jnp.exp(offset_BT[..., None] * rates)
+        # A query's exponent and a key's cancel. The error of a float32 exponent grows with the offset, so that
+        # most of it is a product with few bits, which float32 holds, and the rest is small.
+        rates = np.log(zeta) / self.scale_base
+        bits = max(1, 24 - self.reach(dtype).bit_length())
+        unit = 2.0 ** (np.ceil(np.log2(np.abs(rates).max())) - bits)
+        high = np.round(rates / unit) * unit
+        high, low = (offset_BT[..., None] * x.astype(np.float32)[None, None] for x in (high, rates - high))
+        return jnp.exp(high) * jnp.exp(low)
 
 
 @dataclasses.dataclass(frozen=True)
