@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from attention_jax.ops import sharded, varying
+
 
 def runs_every_call(call: Any, config: Any = None) -> str | None:
     """The `unsupported` of an implementation without limits: None."""
@@ -57,6 +59,43 @@ class Explanation:
     def __str__(self) -> str:
         rows = [f"{name:<16} {reason}" for name, reason in self.reasons.items()]
         return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
+
+
+def evaluate(implementation: Implementation, call: Any, split: sharded.Shards | None = None) -> Any:
+    """What the implementation returns for the call, with `split` from each shard of it.
+
+    A call outside of `jax.jit`, and its gradient, is compiled once per implementation, shapes and static fields
+    and then comes from jit's cache: JAX compiles a loop that runs by itself anew each time. Within a program
+    that is being traced the call becomes a part of it, as if it had been written there.
+    """
+    leaves, treedef = jax.tree.flatten(call)
+    if not _hashable(treedef):
+        # A bias of the user's with a static field that has no hash, which no cache can know again.
+        return _evaluate(implementation, split, call)
+    return (_inlined if any(map(_is_traced, leaves)) else _compiled)(implementation, split, call)
+
+
+def _evaluate(implementation: Implementation, split: sharded.Shards | None, call: Any) -> Any:
+    if split is None:
+        return implementation.run(varying.aligned(call))
+    return sharded.per_shard(implementation.run, call, split)
+
+
+_compiled = jax.jit(_evaluate, static_argnums=(0, 1))
+_inlined = jax.jit(_evaluate, static_argnums=(0, 1), inline=True)
+
+
+def _is_traced(x: Any) -> bool:
+    """Whether x has no value yet. While a gradient is taken outside of jit, a tracer has one."""
+    return isinstance(x, jax.core.Tracer) and x.to_concrete_value() is None
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def choose(table: Mapping[str, Implementation], call: Any, impl: Any) -> Implementation:

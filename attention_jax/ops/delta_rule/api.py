@@ -15,12 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops import varying
 from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
 from attention_jax.ops.delta_rule.common import DeltaRuleCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, evaluate, explain_choice, explained
 from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
@@ -91,7 +90,7 @@ def delta_rule(
     implementation = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl)
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
-        y_BTNM, state_BNHM = implementation.run(varying.aligned(call))
+        y_BTNM, state_BNHM = evaluate(implementation, call)
     y_BTNM = select_valid(y_BTNM, valid_BT)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
