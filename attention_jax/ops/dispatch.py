@@ -61,28 +61,25 @@ class Explanation:
         return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
 
 
-def evaluate(implementation: Implementation, call: Any, split: sharded.Shards | None = None) -> Any:
-    """What the implementation returns for the call, with `split` from each shard of it.
+def compiled_once(function: Callable, **static: Any) -> Callable:
+    """The function, which outside of `jax.jit` is compiled once per shapes and static arguments.
 
-    A call outside of `jax.jit`, and its gradient, is compiled once per implementation, shapes and static fields
-    and then comes from jit's cache: JAX compiles a loop that runs by itself anew each time. Within a program
-    that is being traced the call becomes a part of it, as if it had been written there.
+    JAX compiles a loop that runs by itself anew in every call; this comes from jit's cache, and so does its
+    gradient. Within a program that is being traced the call becomes a part of it, as if it stood there.
+
+    static: `static_argnums` or `static_argnames` of `jax.jit`.
     """
-    leaves, treedef = jax.tree.flatten(call)
-    if not _hashable(treedef):
-        # A bias of the user's with a static field that has no hash, which no cache can know again.
-        return _evaluate(implementation, split, call)
-    return (_inlined if any(map(_is_traced, leaves)) else _compiled)(implementation, split, call)
+    compiled, inlined = jax.jit(function, **static), jax.jit(function, inline=True, **static)
 
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        if not _hashable(treedef):
+            # A bias of the user's with a static field that has no hash, which no cache can know again.
+            return function(*args, **kwargs)
+        return (inlined if any(map(_is_traced, leaves)) else compiled)(*args, **kwargs)
 
-def _evaluate(implementation: Implementation, split: sharded.Shards | None, call: Any) -> Any:
-    if split is None:
-        return implementation.run(varying.aligned(call))
-    return sharded.per_shard(implementation.run, call, split)
-
-
-_compiled = jax.jit(_evaluate, static_argnums=(0, 1))
-_inlined = jax.jit(_evaluate, static_argnums=(0, 1), inline=True)
+    return call
 
 
 def _is_traced(x: Any) -> bool:
@@ -96,6 +93,20 @@ def _hashable(x: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def evaluate(implementation: Implementation, call: Any, split: sharded.Shards | None = None) -> Any:
+    """What the implementation returns for the call, with `split` from each shard of it."""
+    return _evaluate(implementation, split, call)
+
+
+def _run(implementation: Implementation, split: sharded.Shards | None, call: Any) -> Any:
+    if split is None:
+        return implementation.run(varying.aligned(call))
+    return sharded.per_shard(implementation.run, call, split)
+
+
+_evaluate = compiled_once(_run, static_argnums=(0, 1))
 
 
 def choose(table: Mapping[str, Implementation], call: Any, impl: Any) -> Implementation:

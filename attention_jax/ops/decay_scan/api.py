@@ -17,7 +17,14 @@ from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
 from attention_jax.ops.decay_scan.common import DecayScanCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, evaluate, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 

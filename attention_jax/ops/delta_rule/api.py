@@ -19,7 +19,15 @@ from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
 from attention_jax.ops.delta_rule.common import DeltaRuleCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, evaluate, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    compiled_once,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
@@ -115,7 +123,10 @@ def delta_weights(
     v_BTNM = jnp.zeros((*k_BTKH.shape[:2], beta_BTN.shape[2], 1), k_BTKH.dtype) if fits else k_BTKH
     call, _ = _checked_call(q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, None, segment_ids, positions, scale)
     with jax.default_matmul_precision("highest"):
-        return quadratic.weights(call)
+        return _weights(call)
+
+
+_weights = compiled_once(quadratic.weights)
 
 
 def explain(*args, impl: str | ChunkedDeltaConfig | None = None, **kwargs) -> Explanation:

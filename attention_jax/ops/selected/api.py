@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.ops.arguments import finite_number, positive_integer
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, evaluate, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.selected import gathered, reference
 from attention_jax.ops.selected.common import SelectedCall
 from attention_jax.ops.selected.gathered import GatheredConfig

@@ -20,7 +20,14 @@ from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
 from attention_jax.ops import sharded
 from attention_jax.ops.arguments import is_array
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, evaluate, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig
 from attention_jax.ops.softmax.common import SoftmaxCall
