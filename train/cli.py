@@ -59,7 +59,10 @@ def _run(argv: list[str], *, own_process: bool) -> int:
         return 0
     import jax
 
-    from train import loop
+    from train import compilation_cache, loop
+
+    if own_process:
+        compilation_cache.enable()
 
     jax.config.update("jax_traceback_filtering", "off")  # `guard` looks at the frame that raised
     return loop.train(run)
