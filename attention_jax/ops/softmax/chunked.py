@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
-from attention_jax.ops import varying
+from attention_jax.ops import sharded, varying
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig, make_plan
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
@@ -65,7 +65,7 @@ _ROWS, _COLUMNS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 _FULL = lax.Precision.HIGHEST
 
 
-def _forward(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
+def _forward(call: SoftmaxCall, config: ChunkedConfig) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     plan = make_plan(call, config)
     B, T, _, N, K, _, M = call.sizes
@@ -145,12 +145,26 @@ def _exp2(x: jax.Array) -> jax.Array:
 _exp2.defjvps(lambda dx, y, x: dx * y * (1 / LOG2E))
 
 
+def _attend(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
+    return sharded.partitioned(lambda call: _forward(call, config), call, axes=("BTNM", "BTN"))
+
+
 def _residuals(call: SoftmaxCall, config: ChunkedConfig):
-    out_BTNM, lse_BTN = _forward(call, config)
+    out_BTNM, lse_BTN = _attend(call, config)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 
 
-def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall]:
+def _cotangent(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall]:
+    call, *arrays = (*residuals, *cotangents)
+    axes = ("BTNM", "BTN") * 2
+
+    def backward(call, *arrays):
+        return _backward(config, (call, *arrays[:2]), arrays[2:])
+
+    return (sharded.partitioned(backward, call, *arrays, axes=axes),)
+
+
+def _backward(config: ChunkedConfig, residuals, cotangents) -> SoftmaxCall:
     call, out_BTNM, lse_BTN = residuals
     dout_BTNM, dlse_BTN = cotangents
     plan = make_plan(call, config)
@@ -172,7 +186,7 @@ def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall
     if dsinks_N is not None:
         dsinks_N = dsinks_N.astype(call.sink_logits_N.dtype)
     # None stands for the zero cotangents of integer and boolean arrays.
-    cotangent = dataclasses.replace(
+    return dataclasses.replace(
         call,
         q_BTNH=dq_BTNH,
         k_BSKH=dk_BSKH[:, :S],
@@ -188,11 +202,10 @@ def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall
         first_row=None,
         first_head=None,
     )
-    return (cotangent,)
 
 
-attend = jax.custom_vjp(_forward, nondiff_argnums=(1,))
-attend.defvjp(_residuals, _backward)
+attend = jax.custom_vjp(_attend, nondiff_argnums=(1,))
+attend.defvjp(_residuals, _cotangent)
 
 
 def _backward_head(head: KVHead, saved, totals):
