@@ -2,9 +2,9 @@
 
 XLA cannot partition a loop over heads or a kernel: it would gather every shard on every device. Where q's
 mesh axes are Explicit its sharding is known while tracing, and `shard_map` gives each device its rows and
-heads (`per_shard`). Over Auto axes it is known when XLA compiles, which `partitioned` tells what to do then. In
-both cases the gradients of what all shards share are the only communication, and rows and heads keep their
-global indices, so that biases and dropout do not depend on the mesh.
+heads (`per_shard`). Over Auto axes it is known only when XLA compiles: `partitioned` states how to split the
+call then. In both cases the gradients of what all shards share are the only communication, and rows and heads
+keep their global indices, so that biases and dropout do not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def partitioned(function: Callable[..., Any], call: Any, *others: jax.Array, axe
     program = jax.make_jaxpr(flat)(*given)
     structure = jax.tree.structure(found[-1])
     results = list(axes[len(others) :]) or _axes_of_cotangent(call, found[-1])
-    # Constants of the program become arguments, as custom_partitioning wants, and so does its hash: JAX's cache
-    # of compiled programs would else take two programs for one that differ in nothing but what is called here.
+    # custom_partitioning takes no constants, so that they become arguments. So does a hash of the program: JAX's
+    # cache of compiled programs sees no difference between programs that differ only in the function called.
     constants = [*program.consts, _fingerprint(program.jaxpr)]
     count = len(given)
     sizes = _Sizes(B, N, K, [*names, *("." * np.ndim(x) for x in constants)], results)
