@@ -1,8 +1,8 @@
 """Compares attention on eight virtual CPU devices with attention on one: `python -m tests.on_mesh NAME ...`.
 
 NAME is `errors`; or a case of CASES and an implementation, as in "heads: chunked", with "auto" in front where
-the mesh axes are Auto and XLA splits the call; or "auto" and the kind of a mixer. The kernels refuse biases and
-dropout of a sharded call.
+the mesh axes are Auto and XLA splits the call; or "auto" and the kind of a mixer. The kernels refuse biases
+and dropout of a sharded call.
 """
 
 import json

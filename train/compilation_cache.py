@@ -2,8 +2,8 @@
 
 The folder is `attention_jax/compiled` in `$XDG_CACHE_HOME` or `~/.cache`. It has a subfolder for each
 combination of the versions of jax and jaxlib and the CPU's instruction set, since XLA compiles for the
-machine it runs on and JAX's keys do not name that machine. `ATTENTION_JAX_COMPILATION_CACHE` is another folder,
-or `off`. Where the user has set JAX's own variables, `JAX_COMPILATION_CACHE_DIR` or
+machine it runs on and JAX's keys do not name that machine. `ATTENTION_JAX_COMPILATION_CACHE` is another
+folder, or `off`. Where the user has set JAX's own variables, `JAX_COMPILATION_CACHE_DIR` or
 `JAX_ENABLE_COMPILATION_CACHE`, those hold.
 """
 

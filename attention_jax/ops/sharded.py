@@ -123,8 +123,8 @@ def partitioned(function: Callable[..., Any], call: Any, *others: jax.Array, axe
     program = jax.make_jaxpr(flat)(*given)
     structure = jax.tree.structure(found[-1])
     results = list(axes[len(others) :]) or _axes_of_cotangent(call, found[-1])
-    # custom_partitioning takes no constants, so that they become arguments. So does a hash of the program: JAX's
-    # cache of compiled programs sees no difference between programs that differ only in the function called.
+    # custom_partitioning takes no constants, so that they become arguments. So does a hash of the program:
+    # JAX's cache of compiled programs sees no difference between programs that differ only in what is called.
     constants = [*program.consts, _fingerprint(program.jaxpr)]
     count = len(given)
     sizes = _Sizes(B, N, K, [*names, *("." * np.ndim(x) for x in constants)], results)
