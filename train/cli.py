@@ -61,8 +61,11 @@ def _run(argv: list[str], *, own_process: bool) -> int:
         return 0
     import jax
 
-    from train import loop
+    from train import compilation_cache, loop
     from train.memory import check_memory
+
+    if own_process:
+        compilation_cache.enable()
 
     check_memory(run)
     jax.config.update("jax_traceback_filtering", "off")  # `guard` looks at the frame that raised

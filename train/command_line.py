@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from train import streams
+from train import compilation_cache, streams
 from train.process import prepare_process
 from train.run.failure import FULL
 
@@ -140,14 +140,24 @@ def run(
 
     text: the description that --help prints, at most 80 columns wide.
     """
-    return guard(lambda: _run(options, body, text, sys.argv[1:] if argv is None else list(argv)))
+    own = argv is None
+    return guard(lambda: _run(options, body, text, sys.argv[1:] if own else list(argv), own_process=own))
 
 
-def _run(options: type[Options], body: Callable[[Options], int | None], text: str, argv: list[str]) -> int:
+def _run(
+    options: type[Options],
+    body: Callable[[Options], int | None],
+    text: str,
+    argv: list[str],
+    *,
+    own_process: bool,
+) -> int:
     if {"-h", "--help"} & set(argv):
         print(_help(options, text), end="")
         return 0
     chosen = parse(options, argv)
+    if own_process:
+        compilation_cache.enable()
     if "jax" in sys.modules:  # `_is_users` looks at the frame that raised
         sys.modules["jax"].config.update("jax_traceback_filtering", "off")
     return body(chosen) or 0

@@ -13,12 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops import varying
 from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
 from attention_jax.ops.decay_scan.common import DecayScanCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.recurrences import check_decays, document_runs, sum_dtype, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
@@ -89,9 +95,8 @@ def decay_scan(
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
     )  # fmt: skip
-    y_BTNM, state_BNHM = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl).run(
-        varying.aligned(call)
-    )
+    table = with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl)
+    y_BTNM, state_BNHM = evaluate(choose(table, call, impl), call)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)

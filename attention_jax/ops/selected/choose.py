@@ -11,9 +11,12 @@ The paper writes the index as (l'/d) j - m - n, which is the same with blocks co
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops.dispatch import compiled_once
 from attention_jax.ops.selected.common import chunk_length, over_chunks
 
 # Bits kept of an importance's mantissa. Blocks that tie in exact arithmetic come out a few units in the last
@@ -22,6 +25,17 @@ from attention_jax.ops.selected.common import chunk_length, over_chunks
 _IMPORTANCE_BITS = 12
 
 
+@functools.partial(
+    compiled_once,
+    static_argnames=(
+        "scale",
+        "compress_block",
+        "compress_stride",
+        "select_block",
+        "select_count",
+        "num_blocks",
+    ),
+)
 def choose_blocks(
     q_BTNH: jax.Array,
     k_BCKH: jax.Array,

@@ -18,9 +18,16 @@ import numpy as np
 
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
-from attention_jax.ops import sharded, varying
+from attention_jax.ops import sharded
 from attention_jax.ops.arguments import is_array
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig
 from attention_jax.ops.softmax.common import SoftmaxCall
@@ -118,11 +125,7 @@ def dot_product_attention(
         q_BTNH, k_BSKH, v_BSKM, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
         q_positions, k_positions, dropout_rate, dropout_key, return_lse,
     )  # fmt: skip
-    attend, shards = choose(_IMPLEMENTATIONS, call, impl).run, sharded.shards(call)
-    if shards is None:
-        out_BTNM, lse_BTN = attend(varying.aligned(call))
-    else:
-        out_BTNM, lse_BTN = sharded.per_shard(attend, call, shards)
+    out_BTNM, lse_BTN = evaluate(choose(_IMPLEMENTATIONS, call, impl), call, sharded.shards(call))
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
 
 
