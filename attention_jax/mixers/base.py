@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -182,6 +183,9 @@ class MixerConfig:
             check_heads(self.num_heads, getattr(self, "num_kv_heads", None))
         if not 0 <= (dropout := getattr(self, "dropout", 0.0)) < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("_eps")):
+            if not 0 <= (epsilon := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {epsilon}")
         known = tuple(self.implementations())
         if (impl := getattr(self, "impl", None)) not in (None, *known):
             raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(known)}")
@@ -204,6 +208,12 @@ class MixerConfig:
         if not hasattr(self, "mask"):
             return self
         return dataclasses.replace(self, mask=restrict_to_causal(self.mask, causal))
+
+    @property
+    def biased_output(self) -> bool:
+        """Whether the output projection has a bias: `out_bias`, or `use_bias` if that is null."""
+        out_bias = getattr(self, "out_bias", None)
+        return self.use_bias if out_bias is None else out_bias
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **options: Any) -> Mixer:
         """The mixer for a model of this width, after `check`. options: dtype, kernel_init and out_init."""

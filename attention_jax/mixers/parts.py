@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -209,6 +210,14 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
     if d_model % num_heads:
         raise ValueError(f"d_model {d_model} is not divisible by num_heads {num_heads}; set head_dim")
     return d_model // num_heads
+
+
+def check_scores(config: Any) -> None:
+    """Raise ValueError unless the options `softcap` and `scale` are numbers that scores can have."""
+    if config.softcap is not None and not 0 < config.softcap < math.inf:
+        raise ValueError(f"softcap must be finite and > 0, got {config.softcap}; use null to disable it")
+    if config.scale is not None and not math.isfinite(config.scale):
+        raise ValueError(f"scale must be finite, got {config.scale}")
 
 
 def check_positive(config: Any, *names: str) -> None:
