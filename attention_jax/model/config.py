@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from typing import Any, Literal
 
 import jax
 
 from attention_jax.choices import check_choices
+from attention_jax.layers import FeedForwardKind, is_gated
 from attention_jax.masks import Full
 from attention_jax.mixers import MixerConfig, make_config
 from attention_jax.positions import RoPE
@@ -60,18 +62,23 @@ class ModelConfig:
     d_model: int = 128  #: width of the residual stream (D)
     num_layers: int = 4  #: layers (L)
     mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: mixer configs, tiled over the layers
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"  #: feed-forward kind
-    mlp_width: int | None = (
-        None  #: feed-forward width (F); null: 4 d_model (gelu) or 8/3 d_model rounded to a multiple of 8
+    #: feed-forward kind; _tanh: the tanh approximation of GELU, which GPT-2, Gemma and Phi have
+    mlp: FeedForwardKind = "swiglu"
+    #: feed-forward width (F); null: 4 d_model (without a gate) or 8/3 d_model rounded to a multiple of 8 (with)
+    mlp_width: int | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  #: norm of the layers and before the output projection
+    #: where a layer has norms, with f a mixer or an mlp; pre: x + f(norm(x)); post: x + norm(f(x)), as OLMo 2;
+    #: sandwich: x + norm(f(norm(x))), as Gemma 2
+    norm_order: Literal["pre", "post", "sandwich"] = "pre"
+    norm_eps: float = (
+        1e-5  #: added to the variance by these norms; those inside a mixer have options of their own
     )
-    norm: Literal["rmsnorm", "layernorm"] = (
-        "rmsnorm"  #: norm before each mixer, each mlp and the output projection
-    )
-    norm_eps: float = 1e-5  #: constant added to the variance
     use_bias: bool = False  #: biases in mlp and layernorm (mixers have their own option)
     tie_embeddings: bool = True  #: use the transposed token embedding as the output projection
+    #: multiplies the token embedding, sqrt(d_model) in Gemma; null: 1, or sqrt(d_model) if sinusoidal
+    embedding_scale: float | None = None
     max_positions: int | None = None  #: rows of a learned absolute position embedding; null: none
-    #: add sines and cosines of the position to sqrt(d_model) times the token embedding; any length
+    #: add sines and cosines of the position to the scaled token embedding; any length
     sinusoidal: bool = False
     dropout: float = 0.0  #: dropout rate of the embeddings and of each residual branch
     logit_softcap: float | None = None  #: cap c: replaces a logit x by c tanh(x / c); null: off
@@ -103,6 +110,12 @@ class ModelConfig:
             )
         if self.sinusoidal and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be finite and >= 0, got {self.norm_eps}")
+        if self.embedding_scale is not None and not 0 < self.embedding_scale < math.inf:
+            raise ValueError(
+                f"embedding_scale must be finite and > 0, got {self.embedding_scale}; use null for none"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.remat is not None and self.remat not in _CHECKPOINT_POLICIES:
@@ -119,7 +132,7 @@ class ModelConfig:
         """The feed-forward width F."""
         if self.mlp_width is not None:
             return self.mlp_width
-        return 4 * self.d_model if self.mlp == "gelu" else 8 * round(self.d_model / 3)
+        return 8 * round(self.d_model / 3) if is_gated(self.mlp) else 4 * self.d_model
 
     @property
     def prefix(self) -> int:
