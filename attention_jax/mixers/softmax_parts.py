@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.biases import T5, ALiBi, ALiBiConfig
+from attention_jax.biases import T5, ALiBiConfig
 from attention_jax.choices import ByKind
 from attention_jax.layers import HeadNorm, fused_linear, head_norm
 from attention_jax.masks import Full, Mask
@@ -171,5 +171,5 @@ class BiasedAttention(SelfAttention):
 
     def options(self) -> dict[str, Any]:
         """The arguments of `KVView.attend` that the config determines, the bias included."""
-        bias: ALiBi | Any = self.bias if self.bias_table is None else self.bias.of(self.bias_table[...])
+        bias = self.bias if self.bias_table is None else self.bias.of(self.bias_table[...])
         return super().options() | {"bias": bias}
