@@ -81,20 +81,20 @@ class Attention(BiasedAttention):
         if self.config.global_projections:
             y_BTNH, state, aux = self._with_global_queries(x_BTD, state, ctx)
         else:
-            q_BTNH, k_BTKH, v_BTKH, _ = self.project(x_BTD, ctx)
+            q_BTNH, k_BTKH, v_BTKH, _ = self._project(x_BTD, ctx)
             view, state = update_cache(state, ctx, k_BTKH, v_BTKH)
-            y_BTNH, aux = view.attend(q_BTNH, ctx, **self.options())
+            y_BTNH, aux = view.attend(q_BTNH, ctx, **self._options())
         return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNH)), ctx), state, aux)
 
     def _with_global_queries(self, x_BTD: jax.Array, state: Any, ctx: Context):
         """y [B, T, N, H] before the output projection, the state, and the captured arrays."""
         K, positions = self.config.kv_heads, self.config.global_positions
-        q_BTNH, *plain, rest = self.project(x_BTD, ctx, self.q_global, self.k_global, self.v_global)
-        further = (self.keys(rest[1], ctx), self.values(rest[2]))
+        q_BTNH, *plain, rest = self._project(x_BTD, ctx, self.q_global, self.k_global, self.v_global)
+        further = (self._keys(rest[1], ctx), self._values(rest[2]))
         view, state = update_cache(
             state, ctx, *(jnp.concatenate(pair, axis=2) for pair in zip(plain, further, strict=True))
         )
-        options = self.options()
+        options = self._options()
         at_BT = jnp.broadcast_to(positions_of(ctx, x_BTD.shape[1]), x_BTD.shape[:2])
         is_global_BT = jnp.isin(at_BT, jnp.array(positions))
         y_BTNH, aux = view.attend(q_BTNH, ctx, k=view.k_BSKH[:, :, :K], v=view.v_BSKM[:, :, :K], **options)
@@ -104,7 +104,7 @@ class Attention(BiasedAttention):
             view, q_positions_BT=jnp.where(is_global_BT, at_BT, -1), k_positions_BS=keys_BS
         )
         y_global, aux_global = of_global.attend(
-            self.queries(rest[0], ctx), ctx.fold_key(1),
+            self._queries(rest[0], ctx), ctx.fold_key(1),
             k=view.k_BSKH[:, :, K:], v=view.v_BSKM[:, :, K:], **options,
         )  # fmt: skip
         if "attention" in aux:
@@ -171,17 +171,17 @@ class CrossAttention(Attention):
         else:
             memory = self._memory(ctx.memory_BSD, ctx.memory_positions_BS, state)
         state = None if state is None else memory
-        q_BTNH = self.queries(self.q(x_BTD), ctx)
+        q_BTNH = self._queries(self.q(x_BTD), ctx)
         k, v, k_positions_BS, _ = memory.view()
         view = KVView(k, v, None, ctx.positions_BT, k_positions_BS, None, None)
-        y_BTNH, aux = view.attend(q_BTNH, ctx, **self.options())
+        y_BTNH, aux = view.attend(q_BTNH, ctx, **self._options())
         return MixerOutput(zero_invalid(self.out(merge_heads(y_BTNH)), ctx), state, aux)
 
     def _memory(self, memory_BSD, positions_BS, state: MemoryCache | None) -> MemoryCache:
         """The projected memory; with a state, in the dtype of the state and with explicit positions."""
         ctx = Context(positions_BT=positions_BS)
         k, v = fused_linear([self.k, self.v], zero_invalid(memory_BSD, ctx))
-        k_BSKH, v_BSKH = self.keys(k, ctx), self.values(v)
+        k_BSKH, v_BSKH = self._keys(k, ctx), self._values(v)
         if state is None:
             return MemoryCache(k_BSKH, v_BSKH, positions_BS)
         if positions_BS is None:

@@ -91,7 +91,7 @@ class DifferentialAttention(SelfAttention):
         captured attention is the difference of the maps, which multiplies the values before the norm.
         """
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
-        q_BTNH, k_BTKH, v_BTKM, _ = self.project(x_BTD, ctx)
+        q_BTNH, k_BTKH, v_BTKM, _ = self._project(x_BTD, ctx)
         view, state = update_cache(state, ctx, k_BTKH, v_BTKM)
         (first, first_aux), (second, second_aux) = (
             view.attend(q_BTNH[:, :, i::2], ctx.fold_key(i), k=view.k_BSKH[:, :, i::2], **self._options_of(i))
@@ -108,13 +108,13 @@ class DifferentialAttention(SelfAttention):
         )
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)
 
-    def values(self, v_BSE: jax.Array) -> jax.Array:
+    def _values(self, v_BSE: jax.Array) -> jax.Array:
         """Projected values, [B, S, K, 2 H]."""
         return split_heads(self._clipped(v_BSE), 2 * self.head_dim)
 
     def _options_of(self, i: int) -> dict[str, Any]:
         """The options of the first or the second map, whose heads are i, 2 + i, 4 + i, ..."""
-        options = self.options()
+        options = self._options()
         sinks_N = options["sink_logits_N"]
         return options | {"sink_logits_N": None if sinks_N is None else sinks_N[i::2]}
 

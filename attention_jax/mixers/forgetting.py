@@ -123,7 +123,7 @@ class ForgettingAttention(SelfAttention):
         """y [B, T, D] and the ForgettingState with x appended."""
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         gates = () if self.output_gate is None else (self.output_gate,)
-        q_BTNH, k_BTKH, v_BTKH, gates = self.project(x_BTD, ctx, *gates)
+        q_BTNH, k_BTKH, v_BTKH, gates = self._project(x_BTD, ctx, *gates)
         log_f_BTN = jax.nn.log_sigmoid(self.gate(x_BTD))
         valid_BT = valid_tokens(ctx)
         if valid_BT is not None:
@@ -134,7 +134,7 @@ class ForgettingAttention(SelfAttention):
             c_BTN = c_BTN + state.total_BN[:, None]
         cache = None if state is None else state.cache
         view, cache = update_cache(cache, ctx, k_BTKH, v_BTKH, c_BTN)
-        y_BTNH, aux = view.attend(q_BTNH, ctx, bias=ForgetBias(c_BTN, view.per_key), **self.options())
+        y_BTNH, aux = view.attend(q_BTNH, ctx, bias=ForgetBias(c_BTN, view.per_key), **self._options())
         y_BTE = merge_heads(y_BTNH if self.output_norm is None else self.output_norm(y_BTNH))
         for gate_BTE in gates:
             y_BTE = y_BTE * ACTIVATIONS[self.config.output_gate](gate_BTE)

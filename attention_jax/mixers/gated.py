@@ -45,9 +45,9 @@ class GatedAttention(BiasedAttention):
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache with x appended."""
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
-        q_BTNH, k_BTKH, v_BTKH, (gate,) = self.project(x_BTD, ctx, self.gate)
+        q_BTNH, k_BTKH, v_BTKH, (gate,) = self._project(x_BTD, ctx, self.gate)
         view, state = update_cache(state, ctx, k_BTKH, v_BTKH)
-        y_BTNH, aux = view.attend(q_BTNH, ctx, **self.options())
+        y_BTNH, aux = view.attend(q_BTNH, ctx, **self._options())
         # A gate per head broadcasts over the features of the head.
         gate_BTNG = rearrange(nnx.sigmoid(gate), "b t (n g) -> b t n g", n=self.config.num_heads)
         y_BTD = self.out(merge_heads(y_BTNH * gate_BTNG))

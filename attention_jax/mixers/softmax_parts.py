@@ -93,7 +93,10 @@ class BiasedAttentionConfig(SelfAttentionConfig):
 
 
 class SelfAttention(Mixer):
-    """Base class with projections, their norms and the options of a score; a subclass implements `mix`."""
+    """Base class with projections, their norms and the options of a score; a subclass implements `mix`.
+
+    The names of what subclasses share begin with an underscore: `nnx.tabulate` runs every other method by itself.
+    """
 
     def setup(self, parts: Parts) -> None:
         """Create q, k, v, the gates, out, the norms of q and k, and sink logits."""
@@ -111,14 +114,14 @@ class SelfAttention(Mixer):
     def setup_gates(self, parts: Parts) -> None:
         """Create the gates of a subclass, of the same inputs as q, k and v."""
 
-    def project(
+    def _project(
         self, x_BTD: jax.Array, ctx: Context, *more: nnx.Linear
     ) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
         """q [B, T, N, H] and k [B, T, K, H] as they enter the scores, v, and the outputs of `more` linear layers."""
         q, k, v, *rest = fused_linear([self.q, self.k, self.v, *more], x_BTD)
-        return self.queries(q, ctx), self.keys(k, ctx), self.values(v), rest
+        return self._queries(q, ctx), self._keys(k, ctx), self._values(v), rest
 
-    def queries(self, q_BTE: jax.Array, ctx: Context) -> jax.Array:
+    def _queries(self, q_BTE: jax.Array, ctx: Context) -> jax.Array:
         """Projected queries as they enter the scores, [B, T, N, H]."""
         rope, temperature = self.config.rope, self.config.temperature
         q_BTNH = split_heads(self._clipped(q_BTE), self.head_dim, self.q_norm)
@@ -126,17 +129,17 @@ class SelfAttention(Mixer):
         q_BTNH = q_BTNH if rope is None else rope.queries(q_BTNH, positions_BT)
         return q_BTNH if temperature is None else temperature(q_BTNH, positions_BT)
 
-    def keys(self, k_BSE: jax.Array, ctx: Context) -> jax.Array:
+    def _keys(self, k_BSE: jax.Array, ctx: Context) -> jax.Array:
         """Projected keys as they enter the scores, [B, S, K, H]."""
         rope = self.config.rope
         k_BSKH = split_heads(self._clipped(k_BSE), self.head_dim, self.k_norm)
         return k_BSKH if rope is None else rope.keys(k_BSKH, positions_of(ctx, k_BSKH.shape[1]))
 
-    def values(self, v_BSE: jax.Array) -> jax.Array:
+    def _values(self, v_BSE: jax.Array) -> jax.Array:
         """Projected values, [B, S, K, M]."""
         return split_heads(self._clipped(v_BSE), self.head_dim)
 
-    def options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """The arguments of `KVView.attend` that the config determines."""
         config = self.config
         return {
@@ -169,7 +172,7 @@ class BiasedAttention(SelfAttention):
             table = init(parts.rngs.params(), (self.bias.buckets, N), jnp.float32)
         self.bias_table = None if table is None else nnx.Param(table)
 
-    def options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """The arguments of `KVView.attend` that the config determines, the bias included."""
         bias = self.bias if self.bias_table is None else self.bias.of(self.bias_table[...])
-        return super().options() | {"bias": bias}
+        return super()._options() | {"bias": bias}
