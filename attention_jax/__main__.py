@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from attention_jax.catalogue import table
+from attention_jax.catalogue import catalogue, described, table
+from attention_jax.hints import hint
 
 COMMANDS = {
     "train": "trains a language model from a YAML configuration",
@@ -19,21 +21,52 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the catalogue and the commands; return the exit status."""
+    """Print the catalogue, or the mechanisms named; the exit status, 141 if the reader closed the pipe."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if words and set(words) != {"--help"} and set(words) != {"-h"}:
-        print(f"error: attention-jax takes no arguments, got {' '.join(words)}", file=sys.stderr)
-        return 2
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
     try:
-        print(help_text() if words else f"{table()}\n\n{commands()}", flush=True)
+        text, status = _answer(words)
+        print(text, file=sys.stderr if status else sys.stdout, flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        _silence()
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # such as a full disk
+        _silence()
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _answer(words: list[str]) -> tuple[str, int]:
+    """(what to print, the exit status)."""
+    if {"--help", "-h"} & set(words):
+        return help_text(), 0
+    if not words:
+        return f"{table()}\n\n{commands()}", 0
+    known = {entry.name.lower(): entry for entry in catalogue()}
+    for word in words:
+        if word.startswith("-"):
+            return f"error: unknown option {word}; there is --help", 2
+        if word.lower() not in known:
+            more = hint("kind", word, [entry.name for entry in known.values()])
+            more = more or "; `attention-jax` without a name lists all"
+            return f"error: there is no mechanism {word!r}{more}", 2
+    return "\n\n".join(described(known[word.lower()]) for word in words), 0
+
+
+def _silence() -> None:
+    """Let what is still to be flushed at the end go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text() -> str:
     """The text of --help."""
-    return f"usage: attention-jax\n\nPrints every mechanism with its paper, cost and cache.\n\n{commands()}"
+    return (
+        "usage: attention-jax [NAME ...]\n\n"
+        "Prints every mechanism with its paper, cost and cache, or those that are named.\n\n"
+        f"{commands()}"
+    )
 
 
 def commands() -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.choices import check_choices
+from attention_jax.choices import check_between, check_choices
 
 
 class Axes(NamedTuple):
@@ -203,12 +204,15 @@ class T5:
     bidirectional: bool | None = None
 
     def __post_init__(self):
+        check_choices(self)
         if self.buckets < 4 or self.buckets % 2:
             raise ValueError(f"T5 buckets must be even and >= 4, got {self.buckets}")
         if self.max_distance <= self.buckets // 2:
             raise ValueError(
                 f"T5 max_distance must exceed buckets / 2 = {self.buckets // 2}, got {self.max_distance}"
             )
+        check_between(self, "buckets", 4, 1024, "a bucket is a row of the table, and far ones are rare")
+        check_between(self, "max_distance", 3, 2**20, "a table has an entry for each distance below it")
 
     def over(self, causal: bool) -> T5:
         """A copy with `bidirectional` resolved: its own value, or `not causal` if that is None."""
@@ -288,3 +292,61 @@ def _t5_buckets(side: int, max_distance: int) -> np.ndarray:
     """The buckets of the distances 0 .. max_distance, int32 [max_distance + 1]."""
     starts = np.array(t5_boundaries(side, max_distance))
     return np.searchsorted(starts, np.arange(max_distance + 1), side="right").astype(np.int32)
+
+
+def check(bias: Bias, sizes: tuple[int, int, int, int] = (2, 4, 12, 16)) -> None:
+    """Raise ValueError, in one line, if the score of a block is not that block of the whole score.
+
+    Implementations slice the leaves where `axes()` says and call `score` with the positions and heads of a
+    block; a leaf whose axis is not named is given whole, with wrong numbers. sizes: (B, N, T, S), at least 2
+    each, of which the leaves are. Positions are drawn, so that a score that counts slots is found, too.
+
+    Raises: ValueError; TypeError for what is not a `Bias` registered as a pytree.
+    """
+    if not isinstance(bias, Bias):
+        raise TypeError(f"check takes a Bias, got {type(bias).__name__}")
+    name = type(bias).__name__
+    leaves = jax.tree.leaves(bias)
+    if any(leaf is bias for leaf in leaves):
+        raise TypeError(f"{name} is not a pytree: write @jax.tree_util.register_dataclass above the class")
+    if min(sizes) < 2:
+        raise ValueError(f"sizes (B, N, T, S) must be >= 2 each, got {sizes}")
+    if len(bias.axes()) != len(leaves):
+        raise ValueError(f"{name}: axes() has {len(bias.axes())} entries for {len(leaves)} leaves")
+    for leaf, axes in zip(leaves, bias.axes(), strict=True):
+        named = [axis for axis in axes if axis is not None]
+        if len(set(named)) != len(named) or any(not 0 <= axis < leaf.ndim for axis in named):
+            raise ValueError(f"{name}: {axes} are not different axes of a leaf of shape {leaf.shape}")
+    bias.check(sizes)
+    B, N, T, S = sizes
+    rng = np.random.default_rng(0)
+    q_pos_BT, k_pos_BS = (rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1) for n in (T, S))
+
+    def score(at: tuple[slice, slice, slice, slice]) -> np.ndarray:
+        b, n, t, s = (range(size)[part] for size, part in zip(sizes, at, strict=True))
+        cut = slice_leaves(bias, **{
+            key: (r[0], len(r)) for key, r in zip(("batch", "query", "key"), (b, t, s), strict=True)
+        })  # fmt: skip
+        shape = (len(b), len(n), len(t), len(s))
+        try:
+            found = cut.score(
+                jnp.array(n), jnp.array(q_pos_BT[at[0], at[2]]), jnp.array(k_pos_BS[at[0], at[3]])
+            )
+            found = jnp.broadcast_to(found, shape)
+        except (TypeError, ValueError) as error:
+            text = str(error).partition("\n")[0]
+            raise ValueError(f"{name}: score of a block of sizes {shape} fails: {text}") from None
+        if found.dtype != jnp.float32:
+            raise ValueError(f"{name}: score must be float32, got {found.dtype}")
+        return np.asarray(found)
+
+    whole_BNTS = score(tuple(slice(0, size) for size in sizes))
+    # Blocks of one shape, so that each operation is compiled twice at most.
+    halves = [(slice(0, size // 2), slice(size - size // 2, size)) for size in sizes]
+    for at in itertools.product(*halves):
+        if not np.allclose(score(at), whole_BNTS[at], rtol=1e-5, atol=1e-6, equal_nan=True):
+            b, n, t, s = (f"{part.start}..{part.stop - 1}" for part in at)
+            raise ValueError(
+                f"{name}: score of the block of batch rows {b}, heads {n}, queries {t}, keys {s} is not that "
+                "part of the whole score: name every axis in axes(), and use the heads and positions given"
+            )

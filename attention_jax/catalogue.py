@@ -7,6 +7,8 @@ its class.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import textwrap
 from collections.abc import Iterable
 
 import attention_jax.masks as masks
@@ -44,23 +46,47 @@ def catalogue() -> list[Entry]:
     ]
 
 
+_WIDTH, _NAME_WIDTH = 80, 28
+
+
 def table() -> str:
-    """The catalogue as text."""
-    rows = [("name", "what", "paper", "time", "memory", "cache", "causal", "implementations")]
-    entries = catalogue()
-    for e in entries:
-        causal = "yes" if e.causal else "no"
-        runs = ", ".join(e.implementations)
-        rows.append((e.name, e.title, e.paper or "-", e.time, e.memory, e.cache, causal, runs))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines, group = [cells[0]], None
-    for line, entry in zip(cells[1:], entries, strict=True):
+    """The catalogue as text of at most 80 columns."""
+    lines, group = [], None
+    for entry in catalogue():
         if entry.group != group:
             group = entry.group
             lines += ["", _HEADINGS[group]]
-        lines.append(line)
-    return "\n".join(lines)
+        facts = f"{entry.title} ({entry.paper})" if entry.paper else entry.title
+        costs = f"time {entry.time}, memory {entry.memory}"
+        if entry.cache != "-":
+            costs += f"; cache: {entry.cache}"
+        lines += _wrapped(entry.name, facts) + _wrapped("", costs if entry.causal else f"{costs}; not causal")
+        if group == "mixer":
+            lines += _wrapped("", f"impl: {', '.join(entry.implementations)}")
+    return "\n".join(lines[1:])
+
+
+def described(entry: Entry) -> str:
+    """One entry as text, a fact per line, of at most 80 columns."""
+    facts = {
+        "what": entry.title,
+        "group": _HEADINGS[entry.group],
+        "paper": entry.paper or "-",
+        "time": entry.time,
+        "memory": entry.memory,
+        "cache": entry.cache,
+        "causal": "yes" if entry.causal else "no",
+        "implementations": ", ".join(entry.implementations),
+    }
+    lines = [_wrapped(f"  {name}", fact) for name, fact in facts.items()]
+    return "\n".join([entry.name, *itertools.chain(*lines)])
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    """The text beside a head, wrapped."""
+    width = _WIDTH - _NAME_WIDTH
+    first, *rest = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return [f"{head:<{_NAME_WIDTH - 2}}  {first}", *(" " * _NAME_WIDTH + line for line in rest)]
 
 
 _HEADINGS = {

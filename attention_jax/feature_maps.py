@@ -128,7 +128,9 @@ def taylor2(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     i, j = np.triu_indices(x.shape[-1])
     weights = np.where(i == j, math.sqrt(0.5), 1.0).astype(np.float32)
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * weights], axis=-1)
+    products = x[..., i] * x[..., j]
+    products = products * np.broadcast_to(weights, products.shape)
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, products], axis=-1)
 
 
 def taylor2_features(width: int) -> int:

@@ -151,7 +151,7 @@ def _call(config: Config, dtype: Any):
         shapes["mask_BNTS"] = jax.ShapeDtypeStruct((2, N, T, S), jnp.bool_)
     per_token = [jax.ShapeDtypeStruct((2, n, *more), jnp.float32) for n in (T, S) for more in ((), (N,))]
     if "forget" in config.extras:
-        shapes["bias"] = ForgetBias(per_token[1], per_token[3])
+        shapes["bias"] = ForgetBias(per_token[1], per_token[3], per_token[3])
     if "gate" in config.extras:
         weight, row = (jax.ShapeDtypeStruct((n,), x) for n, x in ((N, jnp.float32), (2, jnp.int32)))
         shapes["bias"] = Gate(weight, per_token[0], per_token[2], row)

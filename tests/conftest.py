@@ -1,7 +1,10 @@
 """How tests run: a core per worker, quick compilation, full precision of matrix products everywhere."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 # Each pytest-xdist worker gets a core of its own, before jax counts them: two runtimes whose threads spin
 # for each other's cores take several times as long.
@@ -17,6 +20,12 @@ if int(importlib.metadata.version("jax").split(".")[1]) < 11:
 else:
     _QUICK += " --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+
+# What commands in processes of their own compile is kept for the session, in a folder that workers share:
+# never in the user's.
+if not worker:
+    os.environ["ATTENTION_JAX_COMPILATION_CACHE"] = tempfile.mkdtemp(prefix="attention_jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["ATTENTION_JAX_COMPILATION_CACHE"], ignore_errors=True)
 
 import jax  # noqa: E402 (after the environment it reads)
 import pytest  # noqa: E402

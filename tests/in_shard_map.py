@@ -54,7 +54,7 @@ def softmax(impl: str, rows: dict, shared: dict, bias: Any = None, mask: Any = N
     given = {"sink_logits_N": shared.get("sinks"), "segment_ids": rows.get("segment_ids")}
     given |= {"mask": shared.get("mask", mask), "bias": shared.get("bias", bias)}
     if "forget" in rows:
-        given["bias"] = ForgetBias(rows["forget"], rows["forget"])
+        given["bias"] = ForgetBias(rows["forget"], rows["forget"], 1e-3 * rows["forget"])
     if "key" in shared:
         given |= {"dropout_rate": 0.25, "dropout_key": shared["key"]}
     if "positions" in rows:

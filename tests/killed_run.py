@@ -1,4 +1,4 @@
-"""A program for tests/test_resume.py: `python -m train` that ends itself by SIGKILL at a named point.
+"""A program for tests/test_resume.py: `python -m train` that gets SIGKILL, or SIGTERM, at a named point.
 
     python killed_run.py POINT BATCHES CONFIG [key=value ...]
 
@@ -50,8 +50,7 @@ def in_the_middle_of_a_row(step):
 
     def replaced(self, at, values):
         if at == step:
-            self._file.write('{"step": ')
-            self._file.flush()
+            self._file.append(b'{"step": ')
             die()
         return real(self, at, values)
 
@@ -73,7 +72,20 @@ def in_the_middle_of_evaluating(step):
     loop.Run._score = replaced
 
 
+def by_sigterm(step):
+    """SIGTERM while this step is computed."""
+    real = loop.Run._arrived
+
+    def replaced(self, at, metrics):
+        if at == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, at, metrics)
+
+    loop.Run._arrived = replaced
+
+
 _POINTS = {
+    "sigterm": by_sigterm,
     # orbax is done, the manifest is not written
     "save": lambda step: before(checkpoint, "digests", step),
     # orbax has begun to write in its own background

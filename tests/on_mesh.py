@@ -1,11 +1,13 @@
 """Compares attention on eight virtual CPU devices with attention on one: `python -m tests.on_mesh NAME ...`.
 
-NAME is `errors` or a case of CASES and an implementation, as in "heads: chunked". The kernels refuse biases
+NAME is `errors`; or a case of CASES and an implementation, as in "heads: chunked", with "auto" in front where
+the mesh axes are Auto and XLA splits the call; or "auto" and the kind of a mixer. The kernels refuse biases
 and dropout of a sharded call.
 """
 
 import json
 import os
+import re
 import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -13,10 +15,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention_jax import Causal, SlidingWindow, dot_product_attention, explain
+from attention_jax import Causal, SlidingWindow, dot_product_attention, explain, make_mixer
 from attention_jax.biases import ALiBi
 from attention_jax.ops.softmax import mosaic_tpu
 
@@ -42,9 +45,69 @@ CASES = {
 def main(*names: str) -> None:
     """A line of JSON: for each case and implementation the largest differences from one device."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    found = {}
     with mosaic_tpu.forced(True):
-        found = {name: _errors(mesh) if name == "errors" else _compare(mesh, name) for name in names}
+        for name in names:
+            if name == "errors":
+                found[name] = _errors(mesh)
+            elif name.startswith("auto ") and ":" not in name:
+                found[name] = _compare_mixer(name.removeprefix("auto "))
+            else:
+                found[name] = (_compare_auto if name.startswith("auto ") else _compare)(mesh, name)
     print(json.dumps(found))
+
+
+def _compare_auto(mesh, name: str) -> dict:
+    """The same over Auto axes, of which nothing is known while tracing; `gathers`: what is gathered."""
+    case, impl = name.removeprefix("auto ").split(": ")
+    K, rows, heads, options = CASES[case]
+    arrays, specs = _arrays(8 if rows == ("data", "model") else B, K, rows, heads)
+    call = jax.jit(jax.value_and_grad(_loss(impl, **options), has_aux=True, argnums=tuple(range(5))))
+    (_, outs), grads = call(*arrays)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    compiled = call.lower(*placed).compile()
+    (_, split_outs), split_grads = compiled(*placed)
+    return {
+        "outputs": _furthest(outs, split_outs),
+        "gradients": _furthest(grads, split_grads),
+        "sharding": all(
+            x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+            for x, spec in zip((split_outs[0], *split_grads[:3]), (specs[0], *specs[:3]), strict=True)
+        ),
+        "gathers": _gathers(compiled),
+    }
+
+
+def _gathers(compiled) -> list[str]:
+    """The shapes that a program gathers or moves between devices."""
+    return re.findall(r"(\S+) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+
+
+def _compare_mixer(kind: str) -> dict:
+    """A mixer, its rows over Auto axes, beside the mixer on one device; its parameters are not split."""
+    x = jax.random.normal(jax.random.key(0), (8, 136, 32))
+    options = {"impl": "chunked", "num_heads": 4} if kind not in ("mla", "gla") else {}
+    mixer = make_mixer(kind, 32, rngs=nnx.Rngs(0), causal=True, **options)
+    graph, state = nnx.split(mixer)
+
+    def loss(state, x):
+        y = nnx.merge(graph, state)(x)
+        return jnp.sin(y).sum(), y
+
+    call = jax.jit(jax.value_and_grad(loss, has_aux=True, argnums=(0, 1)))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    (_, y), grads = call(state, x)
+    sharding = NamedSharding(mesh, P("data"))
+    placed = jax.device_put(state, NamedSharding(mesh, P())), jax.device_put(x, sharding)
+    compiled = call.lower(*placed).compile()
+    (_, split_y), split_grads = compiled(*placed)
+    return {
+        "outputs": _furthest([y], [split_y]),
+        "gradients": _furthest(*map(jax.tree.leaves, (grads, split_grads))),
+        "sharding": all(z.sharding.is_equivalent_to(sharding, 3) for z in (split_y, split_grads[1])),
+        "gathers": _gathers(compiled),
+    }
 
 
 def _compare(mesh, name: str) -> dict:

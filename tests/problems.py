@@ -202,12 +202,15 @@ def _bias(case, rng, q_pos, k_pos):
 
 def _forget(rng, B, N, T, S):
     past, present = (rng.normal(size=(B, n, N)).astype(np.float32) for n in (T, S))
-    q, k = (x.astype(np.float64).swapaxes(1, 2) for x in (past, present))
+    # As large as the high words, so that no rounding hides where they go.
+    low = rng.permuted(present, axis=1)
+    q, k = (x.astype(np.float64).swapaxes(1, 2) for x in (past, present + low.astype(np.float64)))
 
     def gradient(ds, magnitude=False):
-        return [ds.sum(3).swapaxes(1, 2), (1 if magnitude else -1) * ds.sum(2).swapaxes(1, 2)]
+        by_key = (1 if magnitude else -1) * ds.sum(2).swapaxes(1, 2)
+        return [ds.sum(3).swapaxes(1, 2), by_key, np.zeros_like(by_key)]
 
-    return ForgetBias(past, present), q[..., None] - k[:, :, None], gradient
+    return ForgetBias(past, present, low), q[..., None] - k[:, :, None], gradient
 
 
 def _gate(rng, B, N, T, S):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from train import loop
+from train.data.batches import Data
 from train.run.checkpoint import Checkpoints
 from train.run.folder import RunFolder
 from train.run.metrics import TIMING, read_rows
@@ -36,14 +36,14 @@ def rows(config):
 
 def interrupt(monkeypatch, at):
     """Ctrl-C when the batch of step index `at` is asked for."""
-    train_batch = loop.data_lib.Data.train_batch
+    train_batch = Data.train_batch
 
     def asked(self, step):
         if step == at:
             raise KeyboardInterrupt
         return train_batch(self, step)
 
-    monkeypatch.setattr(loop.data_lib.Data, "train_batch", asked)
+    monkeypatch.setattr(Data, "train_batch", asked)
 
 
 def measured(loss):

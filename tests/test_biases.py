@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from attention_jax import biases
 from attention_jax.biases import (
     T5,
     ALiBi,
     ALiBiConfig,
     ArrayBias,
+    Axes,
+    Bias,
     T5Bias,
     add_to_slices,
     alibi_slopes,
@@ -212,15 +217,6 @@ def test_slices_are_cut_where_axes_say_and_score_as_the_whole():
     assert_array_equal(untouched.present_BS, bias.present_BS)
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 10, 12), (1, 4, 10, 1), (3, 1, 1, 12), (1, 1, 1, 1)])
-def test_array_bias_broadcasts_and_slices(shape):
-    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    cut = slice_leaves(ArrayBias(jnp.asarray(array)), batch=(2, 1), query=(4, 5), key=(8, 4))
-    found = cut.score(jnp.array([3]), jnp.zeros((1, 5), int), jnp.zeros((1, 4), int))
-    wanted = np.broadcast_to(array, (3, 4, 10, 12))[2:3, 3:4, 4:9, 8:12]
-    assert_array_equal(np.broadcast_to(found, wanted.shape), wanted)
-
-
 def test_adding_to_slices_is_the_transpose_of_slicing():
     rng = np.random.default_rng(0)
     bias, total = _gate(rng), _gate(rng)
@@ -242,3 +238,88 @@ def test_a_leaf_of_the_wrong_length_is_refused(leaf):
     with pytest.raises(ValueError, match="Gate: a leaf of shape .* axis .*; it must be .* or 1") as error:
         explain(q, k, k, bias=bias)
     assert "\n" not in str(error.value)
+
+
+def test_every_bias_keeps_its_promise():
+    rng, sizes = np.random.default_rng(0), (3, 4, 10, 12)
+    table, array = rng.normal(size=(8, 4)), rng.normal(size=(3, 4, 10, 12))
+    some = [_gate(rng), ALiBi(4), T5Bias(jnp.asarray(table, jnp.float32), True, 14)]
+    shapes = [array, array[:1, ..., :1]]
+    for bias in (*some, *(ArrayBias(jnp.asarray(x, jnp.float32)) for x in shapes)):
+        biases.check(bias, sizes)
+
+
+def _own(score, axes=None, leaf=(2, 12)):
+    """A bias of one leaf, per batch row and query by default."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Own(Bias):
+        leaf: Any
+
+        def axes(self):
+            return (Axes(batch=0, query=1),) if axes is None else axes
+
+    Own.score = score
+    return Own(jnp.asarray(np.random.default_rng(0).normal(size=leaf), jnp.float32))
+
+
+def _by_query(self, heads_N, q_pos_BT, k_pos_BS):
+    return self.leaf[:, None, :, None]
+
+
+BROKEN = {
+    "none": (_own(_by_query), None),
+    "unnamed query": (
+        _own(_by_query, (Axes(batch=0),)),
+        r"score of a block of sizes \(1, 2, 6, 8\) fails: ",
+    ),
+    "unnamed batch": (
+        _own(_by_query, (Axes(query=1),)),
+        r"score of a block of sizes \(1, 2, 6, 8\) fails: ",
+    ),
+    "an index by slot": (
+        _own(lambda self, h, q, k: self.leaf[jnp.arange(len(h))][None, :, None, None], (Axes(),), (4,)),
+        r"block of batch rows 0..0, heads 2..3, queries 0..5, keys 0..7 is not that part of the whole",
+    ),
+    "slots for positions": (
+        _own(lambda self, h, q, k: 1.0 * jnp.arange(k.shape[1], dtype=jnp.float32), (Axes(),), (4,)),
+        r"queries 0..5, keys 8..15 is not that part of the whole",
+    ),
+    "half": (
+        _own(lambda self, h, q, k: _by_query(self, h, q, k).astype(jnp.bfloat16)),
+        "float32, got bfloat16",
+    ),
+    "too few axes": (_own(_by_query, ()), r"axes\(\) has 0 entries for 1 leaves"),
+    "no such axis": (_own(_by_query, (Axes(batch=0, query=2),)), "are not different axes of a leaf of shape"),
+    "one axis twice": (
+        _own(_by_query, (Axes(batch=0, query=0),)),
+        "are not different axes of a leaf of shape",
+    ),
+    "a wrong size": (_own(_by_query, leaf=(2, 11)), "has size 11 on its query axis 1; it must be 12 or 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_promise_is_named(name):
+    bias, message = BROKEN[name]
+    if message is None:
+        biases.check(bias)
+        return
+    with pytest.raises(ValueError, match=rf"\AOwn: [^\n]*{message}[^\n]*\Z"):
+        biases.check(bias)
+
+
+def test_what_is_no_bias_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Unregistered(Bias):
+        leaf: Any
+
+    with pytest.raises(
+        TypeError, match="Unregistered is not a pytree: write @jax.tree_util.register_dataclass"
+    ):
+        biases.check(Unregistered(jnp.zeros(3)))
+    with pytest.raises(TypeError, match="check takes a Bias, got"):
+        biases.check(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"sizes .B, N, T, S. must be >= 2 each, got \(1, 4, 12, 16\)"):
+        biases.check(ALiBi(4), (1, 4, 12, 16))

@@ -1,5 +1,7 @@
 """The catalogue lists every mechanism, the factory makes every mixer, the gallery draws every pattern."""
 
+import configparser
+import pathlib
 import re
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import catalogue, make_mixer, masks, mixers
+from attention_jax import catalogue, make_mixer, masks, mixers, optional
+from attention_jax.__main__ import main as command_line
 from attention_jax.masks.picture import gallery, shades
 from attention_jax.mixers import mixer_kinds
 from tests.reference import masks as truth
@@ -73,6 +76,45 @@ def test_python_m_attention_jax_prints_it():
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     for name in (*mixer_kinds(), "BigBird", "alibi", "rope.scaling: yarn"):
         assert any(line.startswith(f"{name}  ") for line in text.splitlines()), name
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_named_mechanisms_are_described(capsys):
+    assert command_line(["MLA", "SlidingWindow", "alibi"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^\S+", out, re.MULTILINE) == ["mla", "SlidingWindow", "alibi"]
+    assert max(map(len, out.splitlines())) <= 80 and "arXiv 2405.04434" in out
+    for name, words in (
+        ("gqa", "kind softmax with num_kv_heads"),
+        ("sofmax", "did you mean softmax?"),
+        ("xyzzy", "lists all"),
+    ):
+        assert command_line([name]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: there is no mechanism '{name}'; ") and words in error
+    command_line(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_a_plot_without_matplotlib_names_what_installs_it(monkeypatch):
+    for name in ("matplotlib", "matplotlib.colors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r'a plot of a mask needs .*: pip install "attention_jax\[train\]"$'
+    ):
+        masks.Causal().plot(8)
+
+
+def test_every_optional_package_has_its_extra():
+    """setup.cfg's extras and the table of what brings a package agree."""
+    setup = configparser.ConfigParser()
+    setup.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    for extra, packages in optional._EXTRAS.items():
+        wanted = setup["options.extras_require"][extra]
+        for package in packages.split():
+            assert re.search(rf"^{package}\b", wanted, re.MULTILINE), (extra, package)
+            assert optional.install_line(package) == f'pip install "attention_jax[{extra}]"'
+    assert optional.install_line("xyzzy") == "pip install xyzzy"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in mixer_kinds() if kind != "cross"])
@@ -96,10 +138,11 @@ def test_a_made_mixer_runs():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("softmx", 32), "unknown mixer 'softmx'; did you mean 'softmax'"),
+        (("softmx", 32), r"unknown mixer 'softmx'; choose from softmax, .*; did you mean softmax\?"),
+        (("gqa", 32), "; grouped-query attention is kind softmax with num_kv_heads below num_heads$"),
         (
             ("mla", 32, {"latent_dims": 3}),
-            "mixer 'mla' has no option 'latent_dims'; did you mean 'latent_dim'",
+            "mixer 'mla' has no option 'latent_dims'; did you mean latent_dim",
         ),
         (("gated", 30), "d_model 30 is not divisible by num_heads 4"),
     ],

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config.schema import DataConfig
-from train.data import batches as data
 from train.data import corpus, packing, snapshot, tokenizers
+from train.data.batches import Data, TextData
 from train.data.corpus import Corpus, Document
 from train.data.packing import Piece, Split, assemble
+from train.data.prepare import _check_config, prepare
+from train.data.tasks import MQARConfig
 
 ONE_LINE = r"\A[^\n]+\Z"
 TEXTS = {
@@ -278,13 +281,37 @@ def test_what_a_corpus_refuses(folder, monkeypatch):
     (folder / "empty.dat").write_bytes(b"")
     (folder / "empty2.dat").write_bytes(b"")
     os.symlink(folder / "nowhere", folder / "broken.link")
+    os.mkfifo(folder / "pipe")
+    os.symlink("pipe", folder / "pipe.link")
+    os.symlink("loop", folder / "loop")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind("socket")  # relative: the path of a socket is short
+    (folder / "wide.txt").write_text("text", encoding="utf-16")
+    (folder / "nul.dat").write_bytes(b"ab\0c")
+    for name in ("a.jsonl", "A.JSON", "a.csv", "a.txt.gz", "a.zip", "a.parquet"):
+        (folder / name).write_text("plain text")
     for files, words in {
         "none*.txt": ["data.files=none*.txt matches no file in "],
         "deep": ["data.files=deep is a folder", "deep/**/*.txt"],
         "latin.dat": ["latin.dat is not UTF-8 at byte 3 (0xe9)"],
         "empty.dat": ["data.files: empty.dat is empty"],
         "empty*.dat": ["data.files: every one of the 2 files of empty*.dat is empty"],
-        "*.link": ["data.files: cannot read broken.link: No such file"],
+        "dee*": ["data.files=dee* matches folders only"],
+        "*.link": ["data.files: broken.link is a link to ", "nowhere, which does not exist"],
+        "broken.link": ["data.files: broken.link is a link to ", "nowhere, which does not exist"],
+        "pi*": ["data.files: pipe is a FIFO (a pipe): write its text to a file"],
+        "pipe.link": ["data.files: pipe.link is a FIFO"],
+        "socket": ["data.files: socket is a socket"],
+        "/dev/null": ["data.files: /dev/null is a device"],
+        "loop": ["data.files: cannot read loop: "],
+        "wide.txt": ["wide.txt is UTF-16 or UTF-32 by its byte order mark", "iconv -f UTF-16 -t UTF-8"],
+        "nul.dat": ["nul.dat has a NUL byte at byte 2: it is not text"],
+        "a.jsonl": ["a.jsonl is JSON by its suffix .jsonl", "jq -r .text", "name it a.jsonl.txt"],
+        "A.JSON": ["A.JSON is JSON by its suffix .json"],
+        "a.csv": ["a.csv is a table", "write its texts to a .txt file"],
+        "a.txt.gz": ["a.txt.gz is compressed by its suffix .gz", "decompress it first"],
+        "a.zip": ["a.zip is an archive", "unpack it first"],
+        "a.parquet": ["a.parquet is a table"],
     }.items():
         with pytest.raises(ValueError, match=ONE_LINE) as error:
             corpus.read(files)
@@ -303,6 +330,38 @@ def test_an_empty_file_among_others_is_counted(folder):
     (folder / "empty.txt").write_bytes(b"")
     text = corpus.read(f"{folder}/*.txt")
     assert text.skipped == 1 and len(text.documents) == len(TEXTS)
+    assert text.notes() == ["1 of 5 files: empty, skipped"]
+
+
+def test_a_name_that_exists_is_that_file_and_a_link_is_what_it_leads_to(folder, monkeypatch):
+    for name in ("a[b].txt", "*.dat", "x?.txt", "~"):
+        (folder / name).write_text(f"in {name}")
+    (folder / "more.dat").write_text("more")
+    os.symlink(folder / "a.txt", folder / "to.a")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    for files in ("a[b].txt", str(folder / "a[b].txt"), "*.dat", "x?.txt"):
+        name = os.path.basename(files)
+        assert corpus.read(files).documents == (Document(name, f"in {name}"),)
+    assert corpus.read("to.a").documents == (Document("to.a", TEXTS["a.txt"]),)
+    assert corpus.read("[a].txt").documents == corpus.read("~/a.txt").documents
+    assert len(corpus.read("~/[a-d].txt").documents) == 4
+
+
+def test_what_surprises_in_a_text_is_said(folder, tmp_path):
+    (folder / "a.txt").write_bytes("\ufeffWer reitet\r\nso sp\xe4t\r\n".encode())
+    (folder / "line.txt").write_text("x" * 2_000_000)
+    (folder / "empty.txt").write_bytes(b"")
+    some = prepare(small(folder), tmp_path / "run")
+    assert some.summary.endswith(
+        "; note: 1 of 6 files: empty, skipped"
+        "; note: 1 of 6 files: start with a byte order mark (U+FEFF), which is kept"
+        "; note: 1 of 6 files: have CRLF line ends"
+    )
+    again = prepare(small(folder), tmp_path / "run")
+    assert again.summary == some.summary and "\n" not in some.summary
+    older = {name: value for name, value in some.snapshot.meta.items() if name != "notes"}
+    assert "note" not in TextData(some.config, dataclasses.replace(some.snapshot, meta=older)).summary
 
 
 documents = st.lists(st.integers(1, 200), min_size=2, max_size=30).map(
@@ -342,9 +401,19 @@ def test_nine_tenths_are_cut_as_nanogpt_cuts_them():
         assert len(corpus.split(text, "tail", 0.9)[0][0].text) == int(0.1 * length)
 
 
-def test_one_file_cannot_be_parted_by_files():
-    with pytest.raises(ValueError, match="needs 2 files, there is a.txt: use data.validation_split=tail"):
-        corpus.split(Corpus("", (Document("a.txt", "text"),), 0), "files", 0.1)
+def test_an_only_file_is_parted_by_its_end(tmp_path):
+    """Of text and of pairs, and the log says so."""
+    only = Corpus("", (Document("a.txt", "0123456789"),), 0)
+    assert corpus.split(only, "files", 0.2) == corpus.split(only, "tail", 0.2)
+    (tmp_path / "a.txt").write_text("x\ty\n" * 100)
+    for objective in ("causal_lm", "seq2seq"):
+        config = DataConfig(files=f"{tmp_path}/a.txt", sequence_length=8, validation_fraction=0.2)
+        some = prepare(config, tmp_path / objective, objective)
+        tail = dataclasses.replace(config, validation_split="tail")
+        other = prepare(tail, tmp_path / f"{objective}-tail", objective)
+        assert some.validation_text() == other.validation_text() != b""
+        assert "held out at the end of the only file" in some.summary
+        assert "the only file" not in other.summary
 
 
 def test_the_smallest_type_holds_every_id():
@@ -387,13 +456,13 @@ def made(folder, tmp_path):
     """Data of `small` with changes, each in a folder of its own."""
     count = iter(range(100))
 
-    def made(**changes) -> data.Data:
-        return data.prepare(small(folder, **changes), tmp_path / f"run{next(count)}")
+    def made(**changes) -> Data:
+        return prepare(small(folder, **changes), tmp_path / f"run{next(count)}")
 
     return made
 
 
-def indexed(some: data.Data) -> data.Data:
+def indexed(some: Data) -> Data:
     """The same data with every token replaced by its index, so that batches show where they come from."""
     snap = some.snapshot
 
@@ -437,6 +506,25 @@ def test_a_batch_is_a_function_of_seed_and_step(made, packing_):
     assert len({batch["tokens"].tobytes() for batch in forwards}) == 40
     forwards[3]["tokens"][:] = 99  # what a caller does to a batch does not come back
     assert same(one.train_batch(3), two.train_batch(3))
+
+
+@pytest.mark.parametrize("source", ["documents", "stream", "masked_lm", "mqar"])
+def test_no_batch_of_a_seed_is_one_of_another_seed(folder, tmp_path, source):
+    """Neither the seed plus the step or the epoch, nor a seed modulo 2^32, decides what a batch holds."""
+    seen = Counter()
+    for seed in (0, 1, 2**32 - 1):
+        if source == "mqar":
+            task = MQARConfig(pairs=2, vocab_size=32)
+            config = DataConfig(task=task, sequence_length=8, batch_size=4, shuffle_seed=seed)
+            some = prepare(config, "unused")
+        else:
+            packing_ = "stream" if source == "stream" else "documents"
+            config = small(folder, batch_size=4, packing=packing_, shuffle_seed=seed)
+            objective = source if source == "masked_lm" else "causal_lm"
+            some = indexed(prepare(config, tmp_path / str(seed), objective))
+        for step in range(40):  # about four epochs
+            seen[some.train_batch(step)["tokens"].tobytes()] += 1
+    assert seen.total() == 120 and max(seen.values()) == 1
 
 
 def test_streams_are_windows_at_uniform_starts(made):
@@ -498,11 +586,11 @@ def test_the_periodic_rows_are_fixed_and_spread(made):
 
 def test_the_snapshot_is_read_without_the_corpus(folder, tmp_path, monkeypatch):
     config = small(folder)
-    first = data.prepare(config, tmp_path / "run")
+    first = prepare(config, tmp_path / "run")
     batch = first.train_batch(5)
     shutil.rmtree(folder)
     monkeypatch.setattr(corpus, "read", lambda files: pytest.fail("the corpus was read again"))
-    again = data.prepare(config, tmp_path / "run")
+    again = prepare(config, tmp_path / "run")
     assert again.corpus_sha256 == first.corpus_sha256 and again.summary == first.summary
     assert all((again.train_batch(5)[name] == batch[name]).all() for name in batch)
     assert isinstance(again.snapshot.train.tokens.base, np.memmap)
@@ -514,7 +602,7 @@ def test_the_snapshot_is_read_without_the_corpus(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
 def test_a_damaged_snapshot_is_named(folder, tmp_path, name, damage):
     config = small(folder)
-    data.prepare(config, tmp_path)
+    prepare(config, tmp_path)
     path = tmp_path / "data" / name
     raw = bytearray(path.read_bytes())
     if damage == "remove":
@@ -525,35 +613,35 @@ def test_a_damaged_snapshot_is_named(folder, tmp_path, name, damage):
     what = "cannot be read: No such file" if damage == "remove" else "is damaged"
     remedy = r"restore the folder \S+ from a copy, or choose another run_dir\Z"
     with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))} {what}[^\n]*; {remedy}"):
-        data.prepare(config, tmp_path)
+        prepare(config, tmp_path)
 
 
 def test_a_snapshot_of_another_format_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "FORMAT", 99)
-    data.prepare(small(folder), tmp_path)
+    prepare(small(folder), tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="meta.json has format 99, this version reads 1: choose"):
-        data.prepare(small(folder), tmp_path)
+        prepare(small(folder), tmp_path)
 
 
 def test_another_data_section_is_refused_by_its_differences(folder, tmp_path):
-    data.prepare(small(folder), tmp_path)
+    prepare(small(folder), tmp_path)
     message = (
         f"{tmp_path / 'data'} was made by another configuration: "
         'data.tokenizer was "bytes", is "chars"; data.shuffle_seed was 0, is 4; choose another run_dir'
     )
     with pytest.raises(ValueError, match=rf"\A{re.escape(message)}\Z"):
-        data.prepare(small(folder, tokenizer="chars", shuffle_seed=4), tmp_path)
+        prepare(small(folder, tokenizer="chars", shuffle_seed=4), tmp_path)
 
 
 def test_a_key_that_a_snapshot_lacks_had_its_default(folder, tmp_path):
-    own = data.prepare(small(folder), tmp_path)
+    own = prepare(small(folder), tmp_path)
     saved = {key: value for key, value in own.snapshot.meta["config"].items() if key != "packing"}
     older = dataclasses.replace(own.snapshot, meta={**own.snapshot.meta, "config": saved})
-    data._check_config(data.TextData(own.config, older), tmp_path)
+    _check_config(TextData(own.config, older), tmp_path)
     stream = dataclasses.replace(own.config, packing="stream")
     with pytest.raises(ValueError, match='data.packing was "documents", is "stream"; choose'):
-        data._check_config(data.TextData(stream, older), tmp_path)
+        _check_config(TextData(stream, older), tmp_path)
 
 
 def test_a_snapshot_is_whole_or_absent(folder, tmp_path, monkeypatch):
@@ -562,11 +650,12 @@ def test_a_snapshot_is_whole_or_absent(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.prepare(small(folder), tmp_path / "run")
+        prepare(small(folder), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     monkeypatch.undo()
-    (tmp_path / "run" / "tmp.data" / "left over").write_text("by the killed process")
-    data.prepare(small(folder), tmp_path / "run")
+    (tmp_path / "run" / "tmp.data").mkdir()
+    (tmp_path / "run" / "tmp.data" / "left over").write_text("by a killed process")
+    prepare(small(folder), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == NAMES
 
 
@@ -583,9 +672,9 @@ def test_a_text_too_short_for_one_row_is_refused(tmp_path, packing_, part, fract
         "give more text or lower data.sequence_length"
     )
     with pytest.raises(ValueError, match=rf"\A{message}\Z"):
-        data.prepare(config, tmp_path / "run")
+        prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    data.prepare(dataclasses.replace(config, sequence_length=9), tmp_path / "run")
+    prepare(dataclasses.replace(config, sequence_length=9), tmp_path / "run")
 
 
 def test_the_hash_and_the_sizes_are_in_the_summary(made):

@@ -1,6 +1,8 @@
 """Generation: cached = uncached, the same request anywhere gives the same tokens, filters, errors."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,24 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from attention_jax.generation import Sampling, generate, sample, stream
+from attention_jax.generation import (
+    DecodeState,
+    Sampling,
+    decode_step,
+    generate,
+    prefill,
+    requests,
+    sample,
+    stream,
+)
+from attention_jax.generation import sampling as sampling_lib
 from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
-from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
+from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_state, language_model
 from attention_jax.positions import RoPE
 from tests import marks
 from tests.marks import Row
 from tests.params import random_params
+from tests.reference.sampling import distribution, nucleus
 
 GREEDY = Sampling(temperature=0)
 
@@ -127,6 +140,19 @@ def test_a_request_gets_the_same_tokens_in_any_batch_and_slot(small):
     assert (other[0] != alone[0]).any()
 
 
+def test_the_bits_of_a_request_id():
+    """They are those of `fold_in` of the 32-bit word, of every type of integer."""
+    ids = [0, 5, 2**31, 2**32 - 1]
+    for given in (ids, np.array(ids), np.array(ids, np.uint32), [np.int64(n) for n in ids]):
+        found = requests.checked_request_ids(given, 4)
+        assert found.dtype == np.uint32 and found.tolist() == ids
+    key = jax.random.key(3)
+    words = jax.vmap(lambda n: jax.random.key_data(jax.random.fold_in(key, n)))(found)
+    wanted = [jax.random.key_data(jax.random.fold_in(key, np.uint32(n))) for n in ids]
+    assert_array_equal(words, wanted)
+    assert len({tuple(row) for row in np.asarray(words).tolist()}) == 4
+
+
 def test_streaming_is_generation_in_pieces(small):
     arguments = {"max_new_tokens": 21, "sampling": Sampling(0.8), "key": jax.random.key(1)}
     whole = generate(*small, [[1, 2], [3]], **arguments)
@@ -178,8 +204,91 @@ def test_filters_allow_exactly_what_they_should(sampling, allowed):
         assert np.abs(counts - p / p.sum()).max() < 0.03
 
 
+def kept(logits, **options):
+    """The probabilities [V] that the filters of `sample` leave, of logits whose largest is 0."""
+    sorted_1V, order_1V = sampling_lib._kept(jnp.asarray(logits, jnp.float32)[None], Sampling(**options))
+    p = np.exp(np.asarray(sorted_1V[0], np.float64))
+    out = np.zeros(len(logits))
+    out[np.asarray(order_1V[0])] = p / p.sum()
+    return out
+
+
+EDGES = {
+    "ties at every border": np.zeros(8),
+    "ties below the largest": np.array([-1.0, 0, -1, -1, 0, -2, -1, -1]),
+    "masked ids": np.array([-np.inf, 0, -np.inf, -3e38, -0.5, -np.inf, -np.inf, -9]),
+    "one id": np.array([0, *[-np.inf] * 7]),
+    "far apart": -np.array([60.0, 0, 20, 80, 100, 40, 103, 87]),
+    "near": -np.array([1, 0, 2, 5, 7, 3, 4, 6]) * np.finfo(np.float32).eps,
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_the_filters_keep_what_float64_keeps(name):
+    """Also exact ties at the border of each filter, of which the smallest ids are kept."""
+    z = EDGES[name].astype(np.float32)
+    top_p = [1.0, 0.9999999, 0.75, 0.625, 0.5, 0.25, 0.126, 1e-7]
+    rows = [{"top_k": n} for n in (1, 2, 3, 7, 8, 9)] + [{"top_p": p} for p in top_p]
+    rows += [{"min_p": p} for p in (1.0, 0.9, 0.3, 1e-9, 1e-30)]
+    for options in [*rows, {"top_k": 5, "top_p": 0.6}, {"top_k": 6, "top_p": 0.9, "min_p": 0.4}]:
+        wanted, found = distribution(z, **options), kept(z, **options)
+        assert_array_equal(found > 0, wanted > 0, err_msg=f"{options}")
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{options}")
+
+
+@pytest.mark.parametrize("scale", [4.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.0, 1.0, 12.0))])
+def test_a_nucleus_of_128k_ids_is_that_of_float64(scale):
+    """A cumulative sum in float32 reaches 1 thousands of tokens too early."""
+    z = (scale * np.random.default_rng(0).normal(size=128_256)).astype(np.float32)
+    z = -np.sort(-(z - z.max()))
+    for top_p in (1e-7, 0.1, 0.5, 0.7, 0.9, 0.999, 0.999999, 0.9999999):
+        found = int(sampling_lib._nucleus(jnp.asarray(z)[None], top_p).sum())
+        # The borders within a relative 4e-6 of the smaller part, that of float32's rounding.
+        less = 4e-6 * min(top_p, 1 - top_p)
+        assert nucleus(z, top_p - less) <= found <= nucleus(z, top_p + less), top_p
+
+
+def test_a_top_p_of_1_is_no_filter():
+    logits = 4 * np.random.default_rng(0).normal(size=4096).astype(np.float32)
+    assert_array_equal(draws(logits, Sampling(1.0, top_p=1.0), 20), draws(logits, Sampling(1.0), 20))
+    assert (kept(logits - logits.max(), top_p=1.0, top_k=5000) > 0).all()
+
+
 def test_ties_do_not_let_more_tokens_in():
-    assert len(set(draws(np.zeros(5, np.float32), Sampling(1.0, top_k=2)).tolist())) == 2
+    assert set(draws(np.zeros(5, np.float32), Sampling(1.0, top_k=2)).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1.2e-38, 8e37])
+def test_the_smallest_and_largest_temperatures(temperature):
+    """Logits at the distance of the temperature, ties, ids of no probability, and quotients that overflow."""
+    t = np.float32(min(temperature, 1e30))
+    for logits in (
+        np.array([5, 9, 9, -3e38, -np.inf], np.float32),
+        np.array([0, -t, -2 * t, -3 * t, -np.inf], np.float32),
+        -np.array([9, 5, 5, 3e38, 6], np.float32),
+    ):
+        tokens = draws(logits, Sampling(temperature))
+        wanted = distribution(logits, temperature)
+        counts = np.bincount(tokens, minlength=5) / len(tokens)
+        assert np.abs(counts - wanted).max() < 0.03 and (counts[wanted == 0] == 0).all()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7), Sampling(1.0, 3, 0.9, 0.1)], ids=str)
+def test_a_row_without_a_distribution_gives_no_token(sampling):
+    rows = np.zeros((5, 6), np.float32)
+    rows[0, 2], rows[1], rows[2, 4] = np.nan, -np.inf, np.inf
+    rows[3, 1:] = -np.inf
+    tokens = sample(jnp.asarray(rows), sampling, jax.random.split(jax.random.key(0), 5))
+    assert tokens[:4].tolist() == [-1, -1, -1, 0] and 0 <= tokens[4] < 6
+
+
+def test_logits_of_another_form_are_refused():
+    keys = jax.random.split(jax.random.key(0), 2)
+    for logits, what in ((np.zeros(3, np.float32), "3"), (np.zeros((2, 0), np.float32), "2, 0")):
+        with pytest.raises(ValueError, match=rf"floating point .B, V., got float32 \[{what}\]$"):
+            sample(logits, GREEDY, keys)
+    with pytest.raises(ValueError, match="floating point .B, V., got int32"):
+        sample(np.zeros((2, 3), np.int32), GREEDY, keys)
 
 
 def test_temperature_sharpens():
@@ -211,9 +320,41 @@ def test_capacity_is_checked_before_compiling(small, monkeypatch):
         ([[-1]], {}, r"token id -1 is outside 0..60"),
         ([[0.5]], {}, "must hold integer token ids"),
         ([], {}, "no prompts"),
-        ([[1]], {"max_new_tokens": 0}, "must be >= 1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
         ([[1]], {"sampling": Sampling(1.0)}, "needs a key"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 1, got 2.5"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens must be an integer >= 1, got True"),
+        ([[1]], {"capacity": 0}, "capacity must be an integer >= 1, got 0"),
+        ([[1]], {"key": 0}, r"key must be one PRNG key such as jax.random.key\(0\), got 0"),
+        ([[1]], {"key": np.zeros((2, 2), np.uint32)}, r"key must be one PRNG key .*, got uint32 \[2, 2\]"),
+        ([[1]], {"eos_id": [3]}, r"eos_id must be one token id or None, got \[3\]"),
+        ([[1]], {"eos_id": np.array(True)}, r"eos_id must be one token id or None, got array\(True\)"),
+        ([[1]], {"eos_id": 61}, "eos_id 61 is outside 0..60"),
+        ([[1]], {"eos_id": -1}, "eos_id -1 is outside 0..60"),
+        ([[1, [2]]], {}, "prompt 0 must be a list of token ids, got nested lists"),
+        ([[True]], {}, "prompt 0 must hold integer token ids, got bool"),
+        ([["a"]], {}, "prompt 0 must hold integer token ids, got <U1"),
+        ([[2**70]], {}, "prompt 0 must hold integer token ids, got object"),
+        ("text", {}, "prompts must be a list of lists of token ids, got str"),
+        (3, {}, "prompts must be a list of lists of token ids, got int"),
         ([[1]], {"request_ids": [1, 2]}, "request_ids must have one id for each of 1 prompts"),
+        ([[1]], {"request_ids": 3}, "request_ids must have one id for each of 1 prompts, got 3"),
+        (
+            [[1], [1]],
+            {"request_ids": [0, 2**32]},
+            r"integers in \[0, 4294967296\), got 4294967296 for prompt 1",
+        ),
+        ([[1], [1]], {"request_ids": [0, 2**64]}, "got 18446744073709551616 for prompt 1"),
+        ([[1], [1]], {"request_ids": [0.2, 0.7]}, "request_ids must be integers in .*, got 0.2 for prompt 0"),
+        ([[1], [1]], {"request_ids": np.array([0.0, 1.0])}, "got 0.0 for prompt 0"),
+        ([[1], [1]], {"request_ids": ["a", "b"]}, "got 'a' for prompt 0"),
+        ([[1], [1]], {"request_ids": [False, True]}, "got False for prompt 0"),
+        ([[1], [1]], {"request_ids": [0, -1]}, "got -1 for prompt 1"),
+        (
+            [[1], [1]],
+            {"request_ids": [7, 7]},
+            "prompts 0 and 1 have the id 7, and would be sampled with the same",
+        ),
     ],
 )
 def test_bad_calls(small, prompts, options, message):
@@ -222,9 +363,54 @@ def test_bad_calls(small, prompts, options, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("arguments", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 1.5}])
+def test_an_id_outside_the_vocabulary_is_refused_or_seen(small):
+    """Known ids give an error; traced ones NaN, negative ids too, which would count from the table's end."""
+    config, params = small
+    both, weights = model(*SEQ2SEQ["mixers"], encoder=SEQ2SEQ["encoder"])
+    message = r"\Atoken id (-1|61|200) is outside 0..60, the model's vocabulary(\Z|\n-)"
+    good = np.array([[3, 4]])
+    state = DecodeState(init_state(config, 1, 4), jnp.array([2]), None)
+    for wrong in (-1, 61, 200):
+        ids = np.array([[3, wrong]])
+        for call in (
+            lambda ids: apply(config, params, ids),
+            lambda ids: apply(config, params, jnp.asarray(ids)),
+            lambda ids: jax.jit(lambda params: apply(config, params, ids).logits)(params),  # a constant
+            lambda ids: prefill(config, params, ids, capacity=4),
+            lambda ids: decode_step(config, params, state, ids[:, 1]),
+            lambda ids: encode(both, weights, ids),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(ids)
+    empty = Context(positions_BT=np.array([[0, -1]]))  # such a slot may hold any id
+    jax.eval_shape(lambda params: apply(config, params, np.array([[3, -1]]), ctx=empty), params)
+    jax.eval_shape(
+        lambda params: decode_step(config, params, state, np.array([-1]), np.array([False])), params
+    )
+    with pytest.raises(ValueError, match=r"tokens_BT must be integers .B, T. with T >= 1, got int64 .1, 0."):
+        prefill(config, params, good[:, :0], capacity=4)
+    with pytest.raises(ValueError, match="dtype of cached keys and values must be floating point, got int32"):
+        prefill(config, params, good, capacity=4, dtype=jnp.int32)
+
+    rows = np.array([[1, 60, 2], [1, -1, 2], [1, 61, 2], [1, 100, 2], [1, -61, 2]])
+    found = np.asarray(jax.jit(lambda ids: apply(config, params, ids).logits)(rows))
+    assert np.isfinite(found[0]).all() and np.isnan(found[1:, 1:]).all()
+    for dtype in (np.int8, np.int16, np.int32, np.uint8, np.uint32):  # also where 300 does not fit
+        ids = rows.astype(dtype)
+        seen = np.asarray(jax.jit(functools.partial(language_model._checked_ids, vocab_size=300))(ids))
+        assert_array_equal(seen, np.where(ids.astype(int) < 0, 300, ids.astype(int)).astype(seen.dtype))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": -1}, {"temperature": math.nan}, {"temperature": "0.8"}, {"temperature": True},
+        {"temperature": 1e-40}, {"temperature": 9e37}, {"top_k": 0}, {"top_k": 2.5}, {"top_k": True},
+        {"top_p": 0.0}, {"top_p": math.nan}, {"top_p": True}, {"min_p": 1.5}, {"min_p": [0.1]},
+    ],
+)  # fmt: skip
 def test_bad_sampling(arguments):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"\A(temperature|top_k|top_p|min_p) [^\n]+\Z"):
         Sampling(**arguments)
 
 

@@ -1,7 +1,13 @@
 """The host loop in one process: compilations, lateness of metrics, what is not finite, bad input."""
 
+import errno
 import functools
+import io
 import json
+import logging
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +21,13 @@ from attention_jax.model import init_params
 from tests.runs import interrupt, measured, rows, saved, untrained
 from train import config as config_lib
 from train import loop
-from train.run import restore
+from train.data.batches import Data
+from train.run import checkpoint, restore
 from train.run.checkpoint import Checkpoints
+from train.run.failure import NonFiniteError, RunError
 from train.run.folder import RunFolder
 from train.run.metrics import MetricsWriter, draw_losses, read_rows
+from train.signals import NUMBERS, Stopped
 from train.step import make_eval_step, make_train_step
 
 
@@ -60,9 +69,15 @@ def drawn_by_numpy(monkeypatch):
     monkeypatch.setattr(restore, "init_params", draw)
 
 
-def test_one_compilation_however_the_run_goes(config, monkeypatch):
+@pytest.fixture(scope="module")
+def steps():
+    """`make_train_step` and `make_eval_step` that compile once for all tests that use them."""
+    return functools.cache(make_train_step), functools.cache(make_eval_step)
+
+
+def test_one_compilation_however_the_run_goes(config, steps, monkeypatch):
     """Whole, interrupted and resumed, and evaluated more often: one program each, and the same bits."""
-    train_step, eval_step = functools.cache(make_train_step), functools.cache(make_eval_step)
+    train_step, eval_step = steps
     monkeypatch.setattr(loop, "make_train_step", train_step)
     monkeypatch.setattr(loop, "make_eval_step", eval_step)
     whole, parts, often = config("whole"), config("parts"), config("often", evaluation__every=1)
@@ -81,6 +96,52 @@ def test_one_compilation_however_the_run_goes(config, monkeypatch):
     [model] = {restore.with_vocabulary(c.model, 257) for c in (whole, parts, often)}
     assert train_step(model, whole.optimizer, whole.steps)._cache_size() == 1
     assert eval_step(model)._cache_size() == 1
+
+
+def kill(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+def test_a_signal_saves_the_step_reached_and_the_bits_stay_the_same(config, steps, monkeypatch):
+    """Between two steps, and in an evaluation, which a run that goes on repeats, and repeats again."""
+    train_step, eval_step = steps
+    monkeypatch.setattr(loop, "make_train_step", train_step)
+    monkeypatch.setattr(loop, "make_eval_step", eval_step)
+    whole, parts = config("whole"), config("parts")
+    assert loop.train(whole) == 0
+    handlers = [signal.getsignal(number) for number in NUMBERS]
+
+    def stopped(number, owner, name, when):
+        real = getattr(owner, name)
+
+        def replaced(self, *arguments):
+            if when(*arguments):
+                kill(number)
+            return real(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, replaced)
+            with pytest.raises(Stopped) as caught:
+                loop.train(parts)
+        assert [signal.getsignal(number) for number in NUMBERS] == handlers
+        assert caught.value.number == number
+        return str(caught.value)
+
+    goes_on = "is saved; the same command goes on from there"
+    text = stopped(signal.SIGTERM, Data, "train_batch", lambda index: index == 2)
+    assert text == f"stopped by SIGTERM: step 3 {goes_on}"
+    assert saved(parts)[0] == 3 and rows(parts) == rows(whole)[:3]
+    text = stopped(signal.SIGHUP, loop.Run, "_evaluate", lambda step: step == 4)
+    assert text == f"stopped by SIGHUP: step 4 {goes_on}"
+    assert saved(parts)[0] == 4 and rows(parts) == rows(whole)[:3]
+    text = stopped(signal.SIGINT, loop.Run, "_evaluate", lambda step: step == 4)  # the one that was due
+    assert text == f"stopped by SIGINT: step 4 {goes_on}"
+    text = stopped(signal.SIGINT, Data, "train_batch", lambda index: index == 6)
+    assert text == f"stopped by SIGINT: step 7 {goes_on}"
+    assert loop.train(parts) == 0
+    assert saved(whole) == saved(parts) and rows(whole) == rows(parts)
+    [model] = {restore.with_vocabulary(c.model, 257) for c in (whole, parts)}
+    assert train_step(model, whole.optimizer, whole.steps)._cache_size() == 1
 
 
 @pytest.fixture
@@ -111,6 +172,28 @@ def stand_in(monkeypatch):
     return events, bad
 
 
+def test_a_signal_with_nothing_to_save_ends_the_run(config, stand_in, tmp_path, monkeypatch):
+    """In the set-up, which leaves nothing, and before the first step; an ignored signal changes nothing."""
+    nothing = "stopped by SIGTERM: there was no new step to save; the same command goes on"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prepare", lambda *_: kill())
+        with pytest.raises(Stopped, match=nothing):
+            loop.train(config())
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as patch:
+        at_batch(patch, 1, kill)
+        with pytest.raises(Stopped, match="SIGTERM: no step was done yet; the same command starts again"):
+            loop.train(config())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with monkeypatch.context() as patch:
+            at_batch(patch, 3, lambda: kill(signal.SIGHUP))
+            assert loop.train(config()) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_metrics_are_read_one_step_late(config, stand_in):
     events, _ = stand_in
     loop.train(config(steps=7, evaluation__every=100, checkpoint__every=4))
@@ -120,22 +203,149 @@ def test_metrics_are_read_one_step_late(config, stand_in):
 
 @pytest.mark.parametrize("at", [3, 4, 8])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(config, stand_in, at, poison):
+def test_one_step_too_many_that_is_not_finite_stops_the_run(config, stand_in, at, poison):
     _, bad = stand_in
     bad[at] = poison
-    run = config()
-    with pytest.raises(ValueError, match=rf"^step {at}: the loss is {poison} .*learning_rate.*$") as caught:
+    run = config(optimizer__max_consecutive_skips=0)
+    goes_on = f"goes on from step {(at - 1) // 2 * 2}, the newest checkpoint"
+    message = rf"^step {at}: the loss is {poison} .* max_consecutive_skips is 0. .* {goes_on}.*learning_rate"
+    with pytest.raises(NonFiniteError, match=message.replace(" max_", ".max_")) as caught:
         loop.train(run)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.exit_status == 1
     steps = sorted(path.name for path in (Path(run.run_dir) / "checkpoints").iterdir())
     assert steps[-1] == f"step_{(at - 1) // 2 * 2:08d}"
     assert [row["step"] for row in rows(run)] == list(range(1, at))
 
 
+def test_steps_that_are_not_finite_are_skipped_and_counted(config, stand_in, capsys):
+    """Two in a row twice, with a budget of two; interrupted within a pair, which a checkpoint has cut."""
+    _, bad = stand_in
+    bad |= dict.fromkeys((2, 3, 6, 7), np.nan)
+    whole, parts = (config(name, optimizer__max_consecutive_skips=2) for name in ("whole", "parts"))
+    assert loop.train(whole) == 0
+    assert "step 7: skipped, because the loss is nan" in (out := capsys.readouterr().out)
+    assert "(2 in a row, 4 in all)" in out
+    counts = [row.get("skipped_steps") for row in rows(whole)]
+    assert counts == [None, 1, 2, 2, 2, 3, 4, 4]
+    assert [row["step"] for row in rows(whole) if "train/loss" not in row] == [2, 3, 6, 7]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(parts)
+    assert rows(parts)[-1]["step"] == 6
+    assert loop.train(parts) == 0
+    assert rows(parts) == rows(whole)
+    strict = config("parts", optimizer__max_consecutive_skips=1)  # may differ: it changes no number
+    for name in ("result.json", "checkpoints/step_00000008/manifest.json"):
+        (Path(strict.run_dir) / name).unlink()
+    with pytest.raises(
+        NonFiniteError, match="step 7: .*in a row: 2"
+    ):  # the first of them is before the checkpoint
+        loop.train(strict)
+
+
+def test_parameters_that_are_not_finite_are_not_saved(config, stand_in, monkeypatch):
+    def spoiling(model, optimizer, steps):
+        def step(params, opt_state, batch, step, key):
+            spoilt = jax.tree.map(lambda x: x + np.float32(np.inf if step == 2 else 0), params)
+            return spoilt, opt_state, measured(1.0)
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", spoiling)
+    run = config()
+    with pytest.raises(NonFiniteError, match="^step 4: the parameters are not finite; the step is not saved"):
+        loop.train(run)
+    assert [path.name for path in (Path(run.run_dir) / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def at_batch(monkeypatch, step, act):
+    """Call `act()` when the batch of a step is asked for, the step before being in the making."""
+    train_batch = Data.train_batch
+
+    def asked(self, index):
+        if index + 1 == step:
+            act()
+        return train_batch(self, index)
+
+    monkeypatch.setattr(Data, "train_batch", asked)
+
+
+@pytest.mark.parametrize("lost", ["run", "run/metrics.jsonl"])
+def test_a_folder_or_file_that_is_removed_in_training_stops_the_run(config, stand_in, tmp_path, lost):
+    def remove():
+        path = tmp_path / lost
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, 6, remove)
+        with pytest.raises(RunError, match=rf"{lost} was removed or replaced during training: the run stops"):
+            loop.train(config())
+    assert stand_in[0][-2:] == [("dispatched", 6), ("arrived", 5)]
+    assert loop.train(config()) == 0
+    assert len(rows(config())) == (8 if lost == "run" else 4)  # rows from the checkpoint of step 4 on
+
+
+def test_checkpoints_by_time_change_no_number(config, stand_in, monkeypatch):
+    clock = iter(range(0, 10**6, 40))  # seconds
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    saved_at, save = [], Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *a, **k: (saved_at.append(step), save(self, step, *a, **k))
+    )
+    assert loop.train(config("steps", checkpoint__every=4)) == 0
+    assert saved_at == [4, 8]
+    assert loop.train(config("time", checkpoint__every=4, checkpoint__minutes=1.9)) == 0
+    assert saved_at[2:] == [3, 4, 7, 8]
+    assert rows(config("steps")) == rows(config("time"))
+
+
+def test_output_that_fails_is_reported_once_and_ends_no_run(config, stand_in, monkeypatch, capsys):
+    class Broken(io.StringIO):
+        def write(self, text):
+            if "step 2/8" in text:
+                raise BrokenPipeError(32, "Broken pipe")
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    assert loop.train(config()) == 0
+    assert len(rows(config())) == 8
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(
+        "note: standard output failed (Broken pipe): the run goes on, its progress is in "
+    )
+
+
+def test_one_of_several_devices_is_named(config, stand_in, monkeypatch, capsys):
+    assert loop.train(config("one")) == 0
+    assert "note: training uses" not in capsys.readouterr().out
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert loop.train(config("four")) == 0
+    assert f"note: training uses one of 4 devices, {jax.devices()[0]}\n" in capsys.readouterr().out
+
+
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(config, stand_in):
     stand_in[1]["val"] = np.nan
-    with pytest.raises(ValueError, match="^step 4: the held-out loss is nan"):
+    with pytest.raises(NonFiniteError, match="^step 4: the held-out loss is nan; the step is not saved"):
         loop.train(config())
+
+
+def test_a_last_score_that_is_not_finite_is_no_result(config, stand_in, monkeypatch):
+    scored = loop.Run._score
+
+    def score(self, batches):
+        if self.reached == 8 and self.due is None:
+            stand_in[1]["val"] = np.inf
+        return scored(self, batches)
+
+    monkeypatch.setattr(loop.Run, "_score", score)
+    run = config(evaluation__final_full=True)
+    with pytest.raises(
+        NonFiniteError, match="^step 8: the loss of all held-out tokens is inf; there is no re"
+    ):
+        loop.train(run)
+    assert not (Path(run.run_dir) / "result.json").exists()
 
 
 def test_the_best_checkpoint_is_kept(config, stand_in):
@@ -321,6 +531,55 @@ def test_a_file_that_is_no_json_object_is_named(config, stand_in, name):
     (folder / name).write_text("[]")
     with pytest.raises(ValueError, match=f"{name} is not a JSON object: restore it"):
         loop.train(run)
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full after five more bytes."""
+
+    def write(self, data):
+        if len(data) <= 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(bytes(data)[:5])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_leaves_whole_rows_and_names_the_file(tmp_path, monkeypatch, name):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"train/loss": 1.0})
+    part = writer._file if name == "metrics.jsonl" else writer._events._file
+    before = part.path.read_bytes()
+    part._file.close()
+    part._file = Full(part.path, "ab")
+    with pytest.raises(OSError, match=rf"{tmp_path}/{name}\S*: No space left on device;") as caught:
+        writer.write(2, {"train/loss": 0.5})
+    assert caught.value.errno == errno.ENOSPC
+    assert part.path.read_bytes() == before
+    writer.close()
+
+
+def test_a_disk_that_orbax_fills_is_one_line_and_leaves_the_checkpoints(
+    config, stand_in, monkeypatch, caplog
+):
+    """As orbax's threads meet it: a ValueError, for each of them a traceback in the log."""
+    save = checkpoint.ocp.save
+
+    def full(path, state):
+        save(path, state)
+        if "step_00000006" in str(path):
+            logging.getLogger("absl").error("a traceback")
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(checkpoint.ocp, "save", full)
+    run = config()
+    level = logging.getLogger("absl").level
+    with pytest.raises(OSError, match=rf"^{run.run_dir}/checkpoints/step_00000006: No space left"):
+        loop.train(run)
+    assert logging.getLogger("absl").level == level and "a traceback" not in caplog.text
+    assert sorted(path.name for path in (Path(run.run_dir) / "checkpoints").iterdir()) == [
+        "step_00000002", "step_00000004",
+    ]  # fmt: skip
+    monkeypatch.setattr(checkpoint.ocp, "save", save)
+    assert loop.train(run) == 0
 
 
 def test_a_broken_row_is_named(tmp_path):

@@ -25,9 +25,10 @@ from train import cli, loop
 from train import config as config_lib
 from train.commands import generate as generate_script
 from train.config.schema import DataConfig, OptimizerConfig
-from train.data import batches as data
 from train.data import masking
+from train.data.batches import MaskedData, TextData
 from train.data.packing import Piece, assemble
+from train.data.prepare import prepare
 from train.data.tokenizers import ByteTokenizer, CharTokenizer
 from train.optimizer import make_optimizer
 from train.run import restore
@@ -130,7 +131,7 @@ def make_data(files, tmp_path):
     def make(**changes):
         values = {"files": files, "sequence_length": 32, "batch_size": 4} | changes
         own = DataConfig(**values)
-        return data.prepare(own, tmp_path / "-".join(map(str, changes.values())), "masked_lm")
+        return prepare(own, tmp_path / "-".join(map(str, changes.values())), "masked_lm")
 
     return make
 
@@ -139,13 +140,13 @@ def make_data(files, tmp_path):
 def test_a_batch_is_a_function_of_seed_and_step(make_data, packing):
     own, again = make_data(packing=packing), make_data(packing=packing)
     other = make_data(packing=packing, shuffle_seed=1)
-    assert isinstance(own, data.MaskedData)
+    assert isinstance(own, MaskedData)
     batches = [own.train_batch(step) for step in (5, 0, 3)]
     for step, batch in zip((5, 0, 3), batches, strict=True):
         np.testing.assert_equal(again.train_batch(step), batch)
         assert (other.train_batch(step)["targets"] != batch["targets"]).any()
     # What stands under the masks is the batch of the same text for a causal model.
-    clean = data.TextData(own.config, own.snapshot)
+    clean = TextData(own.config, own.snapshot)
     for step in range(6):
         batch, plain = own.train_batch(step), clean.train_batch(step)
         hidden = batch["targets"] >= 0
@@ -294,7 +295,7 @@ def test_runs_of_other_objectives_keep_their_vocabulary_snapshot_and_identity(fi
     keys["data"] = {key: value for key, value in keys["data"].items() if not key.startswith("mask")}
     assert len(keys["data"]) == len(config_lib.to_dict(run)["data"]) - 3
     assert differences(keys, run, tmp_path) == []
-    own = data.prepare(run.data, tmp_path)
+    own = prepare(run.data, tmp_path)
     assert own.tokenizer.vocab_size == 257 and own.snapshot.meta["vocab_size"] == 257
     assert not any("mask" in key for key in own.snapshot.meta["config"])
     masked = dataclasses.replace(

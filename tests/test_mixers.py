@@ -289,7 +289,7 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(x):
         ({"num_heads": 5}, "d_model 32 is not divisible by num_heads 5; set head_dim"),
         ({"num_heads": 4, "head_dim": 7, "rope": RoPE()}, "head_dim 7 is odd: set an even rope.width"),
         ({"num_heads": 4, "rope": RoPE(width=16)}, "RoPE width 16 exceeds head_dim 8"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 0.99\]"),
         ({"mask": "SlidingWindow(0)"}, "window must be an integer >= 1"),
         ({"qk_norm": "group"}, "qk_norm must be one of rms, l2, layer, rms_per_head, .*, None, got 'group'"),
         ({"bias": "rpe"}, "bias must be one of alibi, t5, None, got 'rpe'"),

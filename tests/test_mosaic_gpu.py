@@ -32,6 +32,7 @@ from attention_jax.ops.softmax.mosaic_gpu.bias import trace_bias
 from attention_jax.ops.softmax.mosaic_gpu.bits import mask_bits
 from attention_jax.ops.softmax.mosaic_gpu.elementwise import K, Q, Traced, trace
 from attention_jax.ops.softmax.mosaic_gpu.schedule import block_map, schedule
+from attention_jax.ops.two_float import running_sum
 from tests import aot_gpu
 from tests.cases import MASKS, Gate, OpCase
 from tests.covering import pairwise
@@ -157,7 +158,7 @@ def test_shared_memory_holds_what_every_kernel_asks_for(monkeypatch, widths):
     ids = jnp.zeros((1, 128), jnp.int32)
     slots = dict.fromkeys(("q_positions_BT", "k_positions_BS", "q_segments_BT", "k_segments_BS"), ids)
     array = {"mask_BNTS": jnp.ones((1, 1, 128, 128), bool)}
-    forget = ForgetBias(*[jnp.zeros((1, 128, 1))] * 2)
+    forget = ForgetBias(*[jnp.zeros((1, 128, 1))] * 3)
     low_rank = LowRank(*[jnp.zeros((5, 128))] * 2)
     dout, zero = jnp.zeros((1, 128, 1, widths[1]), jnp.bfloat16), jnp.zeros((1, 1, 128))
     for mask, given in (
@@ -349,7 +350,7 @@ _B, _T, _S, _N = 2, 5, 7, 4
 _BIASES = {
     "alibi": ALiBi(_N),
     "gate": Gate(*(_floats(n) for n in ((_N,), (_B, _T), (_B, _S))), np.arange(_B, dtype=np.int32)),
-    "forget": ForgetBias(_floats((_B, _T, _N)), _floats((_B, _S, _N))),
+    "forget": ForgetBias(*(_floats((_B, n, _N)) for n in (_T, _S, _S))),
     "low rank": LowRank(_floats((2, _T)), _floats((2, _S))),
     **{str(n): ArrayBias(_floats(n)) for n in ((_B, 1, 1, _S), (1, _N, 1, 1), (1, _N, _T, 1), (1, 1, 1, 1))},
 }
@@ -762,13 +763,13 @@ def test_on_a_card_with_everything_at_once(H, deterministic):
 @pytest.mark.gpu
 @pytest.mark.parametrize("H", [64, 128, 256])
 def test_on_a_card_with_a_bias_that_is_learned(H):
-    decay = jnp.cumsum(-jax.nn.softplus(_normal((2, 1000, 16), 5, jnp.float32)), axis=1)
+    decay, low = running_sum(-jax.nn.softplus(_normal((2, 1000, 16), 5, jnp.float32)))
     segments = jnp.stack([jnp.arange(1000) // 300, jnp.where(jnp.arange(1000) < 900, 0, -1)]).astype(
         jnp.int32
     )
     both = {"q_segments_BT": segments, "k_segments_BS": segments}
-    assert_as_in_float32(_real(1000, 1000, H=H, bias=ForgetBias(decay, decay)))
-    assert_as_in_float32(_real(1000, 1000, H=H, bias=ForgetBias(decay, decay), softcap=20.0, **both))
+    assert_as_in_float32(_real(1000, 1000, H=H, bias=ForgetBias(decay, decay, low)))
+    assert_as_in_float32(_real(1000, 1000, H=H, bias=ForgetBias(decay, decay, low), softcap=20.0, **both))
 
 
 @pytest.mark.gpu

@@ -227,7 +227,7 @@ def test_a_split_bias_is_the_bias(lengths):
     q_pos, k_pos = (rng.integers(0, 50, (B, n)).astype(np.int32) for n in (T, S))
     biases = [
         ALiBi(N), Gate(normal(N), normal(B, T), normal(B, S), np.arange(B, dtype=np.int32)),
-        ForgetBias(normal(B, T, N), normal(B, S, N)), ArrayBias(normal(1, N, 1, S)),
+        ForgetBias(normal(B, T, N), normal(B, S, N), normal(B, S, N)), ArrayBias(normal(1, N, 1, S)),
         ArrayBias(normal(1, 1, 1, 1)),
     ]  # fmt: skip
     for bias in biases:

@@ -19,7 +19,7 @@ from train import loop
 from train.commands import generate, recall
 from train.config import ConfigError
 from train.config.schema import DataConfig
-from train.data import batches as data_lib
+from train.data.prepare import prepare
 from train.data.tasks import MQARConfig
 from train.data.tasks.mqar import PAPER_SETTINGS
 from train.data.tasks.source import TaskData
@@ -116,7 +116,7 @@ def test_the_rows_are_these_in_every_version():
 
 def data(**changes) -> TaskData:
     task = MQARConfig(**({"pairs": 2, "vocab_size": 32, "validation_rows": 10} | changes.pop("task", {})))
-    return data_lib.prepare(DataConfig(task=task, sequence_length=12, batch_size=4, **changes), "unused")
+    return prepare(DataConfig(task=task, sequence_length=12, batch_size=4, **changes), "unused")
 
 
 def test_batches_are_consecutive_rows_and_held_out_rows_are_fixed():

@@ -51,8 +51,8 @@ def test_commands_exist_and_are_listed(setup_cfg, capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in scripts) and max(map(len, out.splitlines())) <= 100
-    assert main(["masks"]) == 2
-    assert capsys.readouterr().err == "error: attention-jax takes no arguments, got masks\n"
+    assert main(["--masks"]) == 2
+    assert capsys.readouterr().err == "error: unknown option --masks; there is --help\n"
 
 
 def test_the_version_is_written_once(setup_cfg):
@@ -73,8 +73,13 @@ def test_configurations_go_by_name(tmp_path, monkeypatch):
         ("tinny", "tiny"),
         ("mechanism/gla.yml", "mechanisms/gla"),
     ):
-        with pytest.raises(config.ConfigError, match=f"No such file or directory; the nearest .* is {near}$"):
+        message = f"No such file or directory; the configuration {near} comes with the package$"
+        with pytest.raises(config.ConfigError, match=message):
             config.load(name)
+    with pytest.raises(
+        config.ConfigError, match="; the package brings gemma_shaped, .*, mechanisms/NAME and mqar"
+    ):
+        config.load("xyzzy")
     with pytest.raises(config.ConfigError, match="cannot read"):
         config.load("../configs/tiny")
 

@@ -163,7 +163,7 @@ def leftovers(folder):
 
 
 def test_killed_again_and_again_ends_with_the_same_bits(place, whole):
-    """One run, killed at six points; after each the folder is what the point says."""
+    """One run, killed at six points and once by SIGTERM; after each the folder is what the point says."""
     folder = place / "killed"
 
     def killed(point):
@@ -175,6 +175,10 @@ def test_killed_again_and_again_ends_with_the_same_bits(place, whole):
     killed("evaluating:10")  # starts over, saves step 5
     assert checkpoints(folder) == ["step_00000005"]
     assert read_rows(folder / "metrics.jsonl")[-1]["step"] == 8
+    status, output = trained(place, "killed", "sigterm:13")
+    assert status == 128 + signal.SIGTERM, output
+    assert output.endswith("\nstopped by SIGTERM: step 13 is saved; the same command goes on from there\n")
+    assert checkpoints(folder) == ["step_00000010", "step_00000013"]
     killed("orbax:20")
     assert len(leftovers(folder)) == 1 and "step_00000020" not in checkpoints(folder)
     killed("deleting:25")

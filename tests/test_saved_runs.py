@@ -178,15 +178,18 @@ def test_a_checkpoint_of_another_config_is_refused(runs):
     config = saved_config(runs / "scan")
     folder, place = RunFolder(runs / "scan", config), runs / "scan" / "checkpoints" / "step_00000004"
     info = json.loads((place / "info.json").read_text())
-    folder.check_checkpoint(info, place)
+    corpus = info["corpus_sha256"]
+    folder.check_checkpoint(info, place, corpus)
     with pytest.raises(
-        ValueError, match=r"^checkpoint .*4 was made by another config \(its hash differs\): del"
+        ValueError, match=r"^checkpoint .*4 was made by another config \(its hash differs\): res"
     ):
-        folder.check_checkpoint({**info, "config_sha256": "0" * 64}, place)
-    now = saved_keys(config)
-    folder.check_checkpoint({"config": {**now, "run_dir": "elsewhere"}}, place)
-    with pytest.raises(ValueError, match=r"^checkpoint .* config \(seed 1 -> 0\): delete it, or choose"):
-        folder.check_checkpoint({"config": {**now, "seed": 1}}, place)
+        folder.check_checkpoint({**info, "config_sha256": "0" * 64}, place, corpus)
+    with pytest.raises(ValueError, match=r"^checkpoint .* corpus: its sha256 is 1eade6917977522f, that of"):
+        folder.check_checkpoint(info, place, "0" * 64)
+    now = {"config": saved_keys(config), "corpus_sha256": corpus}
+    folder.check_checkpoint(now | {"config": {**now["config"], "run_dir": "elsewhere"}}, place, corpus)
+    with pytest.raises(ValueError, match=r"^checkpoint .* config \(seed 1 -> 0\): restore the run's own"):
+        folder.check_checkpoint(now | {"config": {**now["config"], "seed": 1}}, place, corpus)
 
 
 def test_a_run_folders_config_starts_another_run(runs, monkeypatch):
@@ -246,7 +249,7 @@ def test_an_array_under_two_names_is_damage(runs):
     with pytest.raises(CheckpointError, match="it has an array under both its old and its new name"):
         load_run(runs / "scan")
     replace_info(folder, {**held, "leaves": None})
-    with pytest.raises(CheckpointError, match=r"its info\.json lists no arrays; delete"):
+    with pytest.raises(CheckpointError, match=r"its info\.json lists no arrays; restore"):
         load_run(runs / "scan")
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from scripts import kernel_report, tune
 from train import command_line
 from train.commands import benchmark, compare, generate, recall, visualize
 from train.config import shipped
+from train.config.schema import DataConfig
+from train.run.restore import Requests
 
 MECHANISMS = shipped.FOLDER / "mechanisms"
 
@@ -71,7 +74,7 @@ def test_defects_keep_their_traceback():
 
 @pytest.mark.parametrize("name", ["benchmark", "compare", "generate", "recall", "visualize"])
 def test_a_script_runs_from_another_folder(tmp_path, name):
-    """As the documentation has it, without an installation; a closed pipe is no failure."""
+    """As the documentation has it, without an installation."""
     script = shipped.FOLDER.resolve().parent / "scripts" / f"{name}.py"
     command = f'"{sys.executable}" -W error "{script}" --help | head -n 1'
     done = subprocess.run(
@@ -116,7 +119,8 @@ def test_benchmark(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", str(10**23)], f"--seed must be in [0, 4294967296), got {10**23}"),
+        (["--tokens", "0"], "--tokens must be >= 1, got 0"),
+        (["--seed", str(10**23)], "--seed: must be at most 4294967295, got a number of 24 digits"),
         (["--step", "\u00b2"], "--step must be a number, latest or best, got \u00b2"),
         ([], "is not a run folder"),
     ],
@@ -125,6 +129,21 @@ def test_generate(capsys, tmp_path, arguments, message):
     assert generate.main([str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_prompt_longer_than_in_training_is_said():
+    def said(prompt, source=None):
+        data = DataConfig(sequence_length=256, source_length=100)
+        run = types.SimpleNamespace(config=types.SimpleNamespace(data=data))
+        sources = None if source is None else [np.zeros(source, int)]
+        return generate.notes(run, Requests([np.zeros(prompt, int)], sources, [""]))
+
+    assert said(256) == [] and said(1, 100) == []
+    [note] = said(257)
+    assert note.startswith("note: the prompt has 257 tokens, and the model was trained on at most 256:")
+    [note] = said(1, 101)
+    assert note.startswith("note: the source has 101 tokens, and the model was trained on at most 100:")
+    assert said(120_001)[1] == "note: reading the 120,001 tokens of the prompt before the first new one"
 
 
 def test_what_the_comparison_takes_by_itself_is_on_equal_terms():

@@ -20,11 +20,11 @@ from attention_jax.model import EncoderConfig, ModelConfig, ModelOutput, apply, 
 from attention_jax.positions import RoPE
 from tests.runs import interrupt, rows, saved
 from train import config as config_lib
-from train import loop
+from train import loop, samples
 from train.commands import generate as generate_script
 from train.config.schema import OptimizerConfig
-from train.data import batches as data
 from train.data import corpus
+from train.data.prepare import prepare
 from train.data.tokenizers import ByteTokenizer
 from train.optimizer import make_optimizer
 from train.run import restore
@@ -202,6 +202,7 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
     assert loop.train(whole) == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 40)
+        patch.setattr(samples, "_SAMPLED_TOKENS", 2)  # in pieces, which change no sample
         with pytest.raises(KeyboardInterrupt):
             loop.train(parts)
     monkeypatch.setattr(corpus, "read", lambda files: pytest.fail("the corpus was read again"))
@@ -222,7 +223,9 @@ def test_a_run_learns_and_goes_on_with_the_same_bits(config, monkeypatch, capsys
         assert sample == (Path(parts.run_dir) / path).read_text()
         for source in ("dcb", "dcc", "dda", "ddc"):  # dcb dcc dcd dda ddb ddc ddd are held out
             assert f"{source} -> " in sample
-    assert "57 pairs to train on, 7 held out; 0 left out" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "57 pairs to train on, 7 held out; 0 left out" in out
+    assert out.count("sampling: 2 of at most 5 tokens\n") == 1
 
 
 def printed(*argv):
@@ -256,7 +259,7 @@ def test_the_config_trains_on_the_standard_library(tmp_path, monkeypatch):
     every = corpus.read(None)
     some = tuple(document for document in every.documents if document.name < "c" and "/" not in document.name)
     monkeypatch.setattr(corpus, "read", lambda files: dataclasses.replace(every, documents=some))
-    own = data.prepare(run.data, tmp_path, run.objective)
+    own = prepare(run.data, tmp_path, run.objective)
     assert own.snapshot.meta["train"]["pairs"] > 100 and own.snapshot.meta["unparsed_files"] == 0
     encoder = dataclasses.replace(run.model.encoder, num_layers=1)
     model = dataclasses.replace(run.model, vocab_size=257, num_layers=2, encoder=encoder)

@@ -23,6 +23,17 @@ CASES = [
     Row("rows over all: chunked", slow=True),
     Row("rows and heads, dropout: reference", slow=True),
     Row("rows and heads: mosaic_tpu"),
+    Row("auto rows: chunked", slow=True),
+    Row("auto heads: chunked", slow=True),
+    Row("auto rows and heads, dropout: chunked"),
+    Row("auto one kv head: chunked", slow=True),
+    Row("auto rows over all: chunked", slow=True),
+    Row("auto softmax", slow=True),
+    Row("auto mla", slow=True),
+    Row("auto forgetting", slow=True),
+    Row("auto differential", slow=True),
+    Row("auto gla", slow=True),
+    Row("auto gated_deltanet", slow=True),
 ]
 
 
@@ -34,7 +45,7 @@ def seen(*names: str) -> dict:
     """What `tests/on_mesh.py` sees; a process of its own, since jax counts its devices once."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.on_mesh", *names], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -51,6 +62,7 @@ def check(cases: dict, expected: list[str]) -> None:
         assert case["outputs"] <= 1e-6, name
         assert case["gradients"] <= 1e-5, name  # sums over rows are taken in another order
         assert case["sharding"], name
+        assert case.get("gathers", []) == [], name
 
 
 def test_a_mesh_changes_no_number(found):

@@ -144,6 +144,10 @@ def test_a_step_that_is_not_finite_changes_nothing(where, poison):
     params, opt_state, _ = step(params, opt_state, packed_batch(), np.int32(0), KEY)
     leaf = jax.tree.leaves(params[where])[0]
     params[where] = jax.tree.map(lambda x: x.at[..., 0].set(poison) if x is leaf else x, params[where])
+    scale = params["final_norm"]["scale"]
+    params["final_norm"]["scale"] = scale.at[:3].set(
+        np.float32([-0.0, 1e-40, -1e-45])
+    )  # denormal numbers too
     before = jax.tree.map(np.array, (params, opt_state))
     *after, metrics = step(params, opt_state, packed_batch(), np.int32(1), KEY)
     assert not bool(metrics["finite"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from typing import NoReturn
 from train.command_line import UsageError, guard
 from train.process import prepare_process
 
-_FLAGS = ("--help", "--print-config")
+_FLAGS = ("--help", "--print-config", "--start-over", "--accept-environment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, the process's own if None; the exit status.
 
-    0: done. 2: a mistake of the user, described in one line on stderr. 130: interrupted. Any other failure
-    is a defect and leaves as an exception.
+    0: done. Other statuses, each with one line on stderr: see `train.command_line.guard`. A run that SIGINT,
+    SIGTERM or SIGHUP ends has 128 and the number of the signal. A defect leaves as an exception.
     """
     return guard(lambda: _run(sys.argv[1:] if argv is None else list(argv), own_process=argv is None))
 
@@ -31,8 +31,9 @@ def leave(status: int) -> NoReturn:
     """
     if status == 0:
         sys.exit(0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
 
 
@@ -47,7 +48,8 @@ def _run(argv: list[str], *, own_process: bool) -> int:
 
         print(help_text(), end="")
         return 0
-    path, overrides, print_only = _parse(argv)
+    path, overrides = _parse(argv)
+    print_only = "--print-config" in argv
     if own_process and not print_only:
         prepare_process()
     # Imported late: a mistyped flag need not wait for jax.
@@ -59,23 +61,32 @@ def _run(argv: list[str], *, own_process: bool) -> int:
         return 0
     import jax
 
-    from train import loop
+    from train import compilation_cache, loop
+    from train.memory import check_memory
 
+    if own_process:
+        compilation_cache.enable()
+
+    check_memory(run)
     jax.config.update("jax_traceback_filtering", "off")  # `guard` looks at the frame that raised
-    return loop.train(run)
+    options = {name.replace("-", "_"): f"--{name}" in argv for name in ("start-over", "accept-environment")}
+    return loop.train(run, **options)
 
 
-def _parse(argv: list[str]) -> tuple[str, list[str], bool]:
-    """(config path or name, overrides, whether to print only)."""
+def _parse(argv: list[str]) -> tuple[str, list[str]]:
+    """(config path or name, overrides)."""
     words = []
     for word in argv:
         if not word.startswith("-"):
             words.append(word)
         elif word not in _FLAGS:
-            near = difflib.get_close_matches(word, _FLAGS, 1, 0.0)[0]
-            raise UsageError(f"unknown option {word}; did you mean {near}?")
+            from attention_jax.hints import near  # this loads jax
+
+            meant = near(word, _FLAGS)
+            more = f"did you mean {meant}?" if meant else f"there are {', '.join(_FLAGS)}"
+            raise UsageError(f"unknown option {word}; {more}")
     if not words:
         raise UsageError("no configuration given: python -m train CONFIG [key.path=value ...]; see --help")
     if "=" in words[0] and not os.path.exists(words[0]):
         raise UsageError(f"the configuration comes first, then overrides such as {words[0]}")
-    return words[0], words[1:], "--print-config" in argv
+    return words[0], words[1:]

@@ -2,37 +2,47 @@
 
 At step n the order is: train, evaluate, write the row, sample, save. So everything up to step n is on disk
 before its checkpoint, and a run that resumes from it first removes later rows.
+
+A signal that ends the run (`train.signals`) is obeyed between two steps, which saves a checkpoint. It is also
+obeyed in an evaluation: the checkpoint then has the step's measurements as `due` in its info.json, and
+a run that resumes from it evaluates first.
+
+Where the loss or the gradient of a step is not finite, the jitted step has changed nothing. Such a step is
+reported and counted as skipped, and more than optimizer.max_consecutive_skips of them in a row end the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.generation import Sampling, generate
-from attention_jax.model import ModelConfig, count_params
+from attention_jax.model import count_params
+from train import samples
 from train.config.schema import RunConfig
-from train.data import batches as data_lib
 from train.data.masking import vocabulary_size
+from train.data.prepare import prepare
 from train.objective import check_ids
 from train.run.checkpoint import Checkpoints
-from train.run.console import Console, printable
-from train.run.files import write_atomically
-from train.run.folder import RunFolder, package_versions, saved_keys
-from train.run.metrics import BITS, FINAL, MetricsWriter, draw_losses
-from train.run.restore import Requests, abstract_state, fresh_state, make_requests, with_vocabulary
+from train.run.console import Console, print_result
+from train.run.environment import record
+from train.run.failure import NonFiniteError
+from train.run.files import write_atomically, writing
+from train.run.folder import RunFolder, saved_keys
+from train.run.metrics import BITS, MetricsWriter, draw_losses
+from train.run.restore import abstract_state, fresh_state, with_vocabulary
+from train.signals import NOTHING_NEW, Signals, Stopped
 from train.step import Batch, make_eval_step, make_fill_in, make_train_step
-
-_SAMPLING = Sampling(temperature=0.8)
-_SAMPLED_SOURCES = 4
-_MASK = "█"  # stands for a masked token in a sample
+from train.streams import Lasting
 
 
 class Scores(NamedTuple):
@@ -48,39 +58,57 @@ class Scores(NamedTuple):
         return {f"{prefix}loss": self.nll / self.count} | accuracy
 
 
-class NonFiniteError(ValueError):
-    """A loss or gradient that is NaN or infinite; the parameters are unchanged."""
-
-
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *, start_over: bool = False, accept_environment: bool = False) -> int:
     """Train the run that `config` describes in config.run_dir, or resume it; return the exit status.
 
-    ValueError, in one line: a mistake of the user, or a loss that is not finite.
+    start_over, accept_environment: see `RunFolder`.
+    ValueError, in one line: a mistake of the user, or a run that cannot go on (`RunError`). `Stopped`: a
+    signal ended it; what was done is saved. Called in the main thread, it handles signals until it returns.
     """
     assert config.run_dir is not None, "train.config.load resolves run_dir"
-    with RunFolder(Path(config.run_dir), config) as folder:
-        result = folder.result()
-        if result is None:
-            with contextlib.closing(Run(config, folder)) as run:
-                run.steps()
-                result = run.finish()
-        else:
-            print(f"{folder.path} is finished")
-        _print_result(folder.path, result, scored_unit(config))
+    path = Path(config.run_dir)
+    options = {"start_over": start_over, "accept_environment": accept_environment}
+    output = Lasting(sys.stdout, f"{path}/metrics.jsonl")
+    try:
+        with Signals() as signals, RunFolder(path, config, **options) as folder:
+            result = folder.result()
+            if result is None:
+                with contextlib.closing(Run(config, folder, output, signals)) as run:
+                    run.steps()
+                    result = run.finish()
+            else:
+                print(f"{folder.path} is finished", file=output)
+            print_result(folder.path, result, scored_unit(config), output)
+    except Stopped as stopped:
+        stopped.text = stopped.text or NOTHING_NEW
+        raise
     return 0
+
+
+class Skips(NamedTuple):
+    """How many steps were skipped because they were not finite: in all, and in a row up to now."""
+
+    total: int = 0
+    consecutive: int = 0
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
 class Run:
     """A run in this process: its state on the device, and what it writes to disk."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder):
-        self.config, self.folder = config, folder
-        self.data = data_lib.prepare(config.data, folder.path, config.objective)
+    def __init__(self, config: RunConfig, folder: RunFolder, output: Lasting, signals: Signals):
+        self.config, self.folder, self.signals = config, folder, signals
+        with writing(folder.path / "data"):
+            self.data = prepare(config.data, folder.path, config.objective)
         self.masked = config.objective == "masked_lm"
         self.unit = scored_unit(config)
         ids = vocabulary_size(config.objective, config.data.task or self.data.tokenizer)
         self.model = with_vocabulary(config.model, ids)
-        self.requests = _requests(config, self.model, self.data)
+        self.requests = samples.sample_requests(config, self.model, self.data)
         init_key, self.dropout_key, self.sample_key = jax.random.split(jax.random.key(config.seed), 3)
         self.train_step = make_train_step(self.model, config.optimizer, config.steps)
         if self.masked or config.data.task is not None:
@@ -90,55 +118,90 @@ class Run:
         if self.masked:
             self.fill_in = make_fill_in(self.model)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoint.keep)
-        self._start(init_key)
+        self.checkpoints.clean()
+        damaged = self._start(init_key)
+        older = folder.check_start(self.done or None)
         if not folder.begun:
             # What cannot run here, such as a named `impl`, is refused before the folder is set up.
             jax.eval_shape(self.eval_step, self.params, next(self.data.validation_batches(1)))
         facts = {"corpus_sha256": self.data.corpus_sha256, "parameters": count_params(self.params)}
-        notes = folder.begin(facts)
+        notes = folder.begin(facts) + self.checkpoints.set_aside(damaged) + older
         self.checkpoints.collect(self.best and self.best["step"])
-        self.metrics = MetricsWriter(folder.path, self.done)
-        self.console = Console(config.steps, self.done, unit=self.unit)
+        # The row of a step whose evaluation is still due is written again.
+        self.metrics = MetricsWriter(folder.path, self.done - (self.due is not None))
+        self.console = Console(config.steps, self.done, output, unit=self.unit)
+        self._introduce(facts["parameters"], notes)
+
+    def _introduce(self, parameters: int, notes: list[str]) -> None:
         self.console.line(self.data.summary)
         start = f"resuming after step {self.done}" if self.done else "starting"
         self.console.line(
-            f"{folder.path}: {facts['parameters']:,} parameters on {jax.default_backend()}, {start}"
+            f"{self.folder.path}: {parameters:,} parameters on {jax.default_backend()}, {start}"
         )
-        for name in self.checkpoints.incomplete():
-            self.console.line(f"note: ignoring checkpoints/{name}: it has no manifest.json")
+        if jax.device_count() > 1:
+            notes = [f"training uses one of {jax.device_count()} devices, {jax.devices()[0]}", *notes]
+        notes = [
+            f"ignoring checkpoints/{n}: it has no manifest.json" for n in self.checkpoints.incomplete()
+        ] + notes
         for note in notes:
             self.console.line(f"note: {note}")
 
-    def _start(self, init_key: jax.Array) -> None:
-        """Set the parameters: new ones, or those of the newest checkpoint."""
-        saved = self.checkpoints.steps()
-        self.done, self.tokens, self.best = saved[-1] if saved else 0, 0, None
-        if saved:
+    def _start(self, init_key: jax.Array) -> dict[int, str]:
+        """Set the parameters: new ones, or the newest sound checkpoint's; the damaged ones after that."""
+        self.done, self.tokens, self.best, damaged = 0, 0, None, {}
+        self.skips, self.due = Skips(), None
+        if self.checkpoints.steps():
             like = abstract_state(self.config, self.model)
-            state, info = self.checkpoints.restore(self.done, like)
+            check = functools.partial(self.folder.check_checkpoint, corpus_sha256=self.data.corpus_sha256)
+            self.done, state, info, damaged = self.checkpoints.newest(like, check)
             self.tokens, self.best = info["tokens"], info["best"]
-            self.folder.check_checkpoint(info, self.checkpoints.path(self.done))
+            self.skips, self.due = Skips(**info.get("skips", {})), info.get("due")
         else:
             state = fresh_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
+        self.reached, self._saved = self.done, (self.done, time.monotonic())
+        return damaged
 
     def steps(self) -> None:
-        """Train up to the last step."""
-        pending = None
+        """Train up to the last step. `Stopped`: a signal ended it before, and the step reached is saved."""
         with self.console:
-            self._reset_clock()
-            for step in range(self.done + 1, self.config.steps + 1):
-                batch = self._checked(self.data.train_batch(step - 1))
-                self.params, self.opt_state, metrics = self.train_step(
-                    self.params, self.opt_state, batch, np.int32(step - 1), self.dropout_key
-                )
-                # One step late: the device computes this step while the host reads the last one's metrics.
-                if pending is not None:
-                    self._arrived(*pending)
-                pending = (step, metrics)
-                if self._evaluates(step) or self._saves(step):
-                    self._arrived(*pending)
-                    pending = None
+            try:
+                self._reset_clock()
+                if self.due is not None:
+                    self._report(self.done, self.due)
+                self._train()
+                self.signals.defer(False)
+                self.signals.check()
+            except Stopped as stopped:
+                if self.reached != self._saved[0]:
+                    self._save(self.reached)
+                stopped.text = "no step was done yet; the same command starts again"
+                if self.reached:
+                    stopped.text = f"step {self.reached} is saved; the same command goes on from there"
+                raise
+            finally:
+                self.signals.defer(False)
+
+    def _train(self) -> None:
+        pending = None
+        for step in range(self.done + 1, self.config.steps + 1):
+            batch = self._checked(self.data.train_batch(step - 1))
+            self.params, self.opt_state, metrics = self.train_step(
+                self.params, self.opt_state, batch, np.int32(step - 1), self.dropout_key
+            )
+            self.signals.defer(True)  # from here on there is something to save
+            # One step late: the device computes this step while the host reads the last one's metrics.
+            if pending is not None:
+                self._arrived(*pending)
+            pending = (step, metrics)
+            stop, save = self.signals.number is not None, self._saves(step) or self._overdue()
+            if stop or save or self._evaluates(step):
+                self._arrived(*pending)
+                pending = None
+            if save and self._saved[0] != step:
+                self._save(step)
+            if stop:
+                self.signals.check()
         assert pending is None
 
     def _arrived(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -147,29 +210,67 @@ class Run:
         finite = arrays.pop("finite")
         names = ("train/loss", "tokens", "grad_norm", "learning_rate")
         values = {name: arrays[name].item() for name in names}
-        if not finite:
-            raise NonFiniteError(
-                f"step {step}: the loss is {values['train/loss']} and the gradient's norm"
-                f" {values['grad_norm']}; the parameters are unchanged. Lower optimizer.learning_rate,"
-                " lengthen optimizer.warmup_steps or set optimizer.clip_norm, in another run_dir"
-            )
+        loss = values["train/loss"]
         self.tokens += values["tokens"]
         values["tokens"] = self.tokens
-        speed = (self.tokens - self._clock[1]) / (time.perf_counter() - self._clock[0])
-        self.console.step(step, values["train/loss"], speed)
+        self.reached = step
+        if finite:
+            self.skips = self.skips._replace(consecutive=0)
+        else:
+            self._skip(step, loss, values["grad_norm"])
+            del values["train/loss"], values["grad_norm"]
+        if self.skips.total:
+            values["skipped_steps"] = self.skips.total
+        self.console.step(step, loss, self._speed())
         if step == self.done + 1:
             self._reset_clock()  # the first step includes compilation
-        if self._evaluates(step):
+        self._report(step, values)
+
+    def _skip(self, step: int, loss: float, norm: float) -> None:
+        """Count and report a step that was not finite; NonFiniteError if it is one too many."""
+        self.skips = Skips(self.skips.total + 1, self.skips.consecutive + 1)
+        what = f"the loss is {loss} and the gradient's norm {norm}"
+        limit, saved = self.config.optimizer.max_consecutive_skips, self._saved[0]
+        if self.skips.consecutive > limit:
+            again = f"goes on from step {saved}, the newest checkpoint" if saved else "starts again"
+            raise NonFiniteError(
+                f"step {step}: {what}; such steps in a row: {self.skips.consecutive}, and"
+                f" optimizer.max_consecutive_skips is {limit}. The same command {again}"
+            )
+        self.console.line(
+            f"step {step}: skipped, because {what}; parameters and optimizer state are unchanged"
+            f" ({self.skips.consecutive} in a row, {self.skips.total} in all)"
+        )
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        """Evaluate, write the row, sample and save, as far as they are due at this step."""
+        evaluates = self._evaluates(step)
+        self.due = dict(values) if evaluates else None
+        speed = self._speed()
+        if evaluates:
             values |= self._evaluate(step)
-        if self._evaluates(step) or step % self.config.log_every == 0:
+        if evaluates or step % self.config.log_every == 0:
+            self.folder.still_there()
+            self.metrics.check()
             self.console.row(self.metrics.write(step, {**values, "tokens_per_second": round(speed, 1)}))
             self._reset_clock()
-        if self._evaluates(step) and self.config.evaluation.sample_tokens:
+        if evaluates and self.config.evaluation.sample_tokens:
+            self.signals.check()
             self._sample(step)
+        self.due = None
         if self._saves(step):
             self._save(step, values.get("val/loss"))
-        if self._evaluates(step) or self._saves(step):
+        if evaluates or self._saves(step):
             self._reset_clock()
+
+    def _overdue(self) -> bool:
+        """Whether the last checkpoint is older than checkpoint.minutes."""
+        minutes = self.config.checkpoint.minutes
+        return minutes is not None and time.monotonic() - self._saved[1] >= 60 * minutes
+
+    def _speed(self) -> float:
+        """Tokens a second since the clock was reset."""
+        return (self.tokens - self._clock[1]) / (time.perf_counter() - self._clock[0])
 
     def _evaluates(self, step: int) -> bool:
         return step % self.config.evaluation.every == 0 or step == self.config.steps
@@ -181,15 +282,14 @@ class Run:
         """The means over the periodic evaluation's tokens, by name."""
         scores = self._score(self.data.validation_batches(self.config.evaluation.batches))
         if not math.isfinite(scores.nll):
-            raise NonFiniteError(
-                f"step {step}: the held-out loss is {scores.nll}; no later checkpoint was written"
-            )
+            raise NonFiniteError(f"step {step}: the held-out loss is {scores.nll}; the step is not saved")
         return scores.means("val/")
 
     def _score(self, batches: Iterable[Batch]) -> Scores:
         """The sums of `eval_step` over the batches, read one batch late as in training."""
         parts, pending = [], []
         for batch in batches:
+            self.signals.check()
             pending.append(self.eval_step(self.params, self._checked(batch)))
             if len(pending) > 1:
                 parts.append(jax.device_get(pending.pop(0)))
@@ -199,38 +299,30 @@ class Run:
         return scores
 
     def _sample(self, step: int) -> None:
-        texts = self._filled_in() if self.masked else self._written(step)
+        evaluation = self.config.evaluation
+        if self.masked:
+            batch = next(self.data.validation_batches(evaluation.batches))
+            predicted = self.fill_in(self.params, self._checked(batch))
+            texts = samples.filled_in(self.data, batch, predicted, evaluation.sample_tokens)
+        else:
+            key = jax.random.fold_in(self.sample_key, step)
+            report, tokenizer = self.console.line, self.data.tokenizer
+            texts = samples.continued(
+                self.config, self.model, self.params, self.requests, tokenizer, key, report
+            )
         path = self._sample_path(step)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, "\n".join(texts))
 
-    def _filled_in(self) -> list[str]:
-        """Held-out text with masked tokens, and with the model's predictions in their places."""
-        batch = next(self.data.validation_batches(self.config.evaluation.batches))
-        batches = (batch["tokens"], self.fill_in(self.params, self._checked(batch)))
-        length = self.config.evaluation.sample_tokens
-        masked, filled = (self._readable(np.asarray(tokens)[0, :length]) for tokens in batches)
-        return [f"--- masked\n{masked}", f"--- filled in\n{filled}"]
-
-    def _written(self, step: int) -> list[str]:
-        """The prompts, each with its generated text."""
-        evaluation, tokenizer = self.config.evaluation, self.data.tokenizer
-        rows = generate(
-            self.model,
-            self.params,
-            self.requests.prompts,
-            sources=self.requests.sources,
-            max_new_tokens=evaluation.sample_tokens,
-            sampling=_SAMPLING,
-            key=jax.random.fold_in(self.sample_key, step),
-            eos_id=tokenizer.end_of_document,
-        )
-        return [echo + tokenizer.decode(ids) for echo, ids in zip(self.requests.echo, rows, strict=True)]
-
     def _sample_path(self, step: int) -> Path:
         return self.folder.path / "samples" / f"step_{step:06d}.txt"
 
-    def _save(self, step: int, val_loss: float | None) -> None:
+    def _save(self, step: int, val_loss: float | None = None) -> None:
+        """Save a checkpoint. `val_loss`: of a step that the configuration saves, which may be the best."""
+        self.folder.still_there()
+        self.metrics.check()
+        if not _all_finite(self.params):
+            raise NonFiniteError(f"step {step}: the parameters are not finite; the step is not saved")
         if val_loss is not None and self.config.checkpoint.keep_best:
             if self.best is None or val_loss < self.best["val/loss"]:
                 self.best = {"step": step, "val/loss": val_loss}
@@ -239,11 +331,15 @@ class Run:
             "best": self.best,
             "config": saved_keys(self.config),
             "corpus_sha256": self.data.corpus_sha256,
-            "versions": package_versions(),
+            "versions": record(),
         }
+        info |= {"skips": self.skips._asdict()} if self.skips.total else {}
+        info |= {"due": self.due} if self.due is not None else {}
         state = {"params": self.params, "opt_state": self.opt_state}
         self.metrics.sync()
         self.checkpoints.save(step, state, info, best=self.best and self.best["step"])
+        self.folder.reached(step)
+        self._saved = (step, time.monotonic())
 
     def finish(self) -> dict[str, Any]:
         """Score every held-out token, draw the losses, write result.json; its content."""
@@ -253,13 +349,18 @@ class Run:
         if last is None:
             raise ValueError(
                 f"{self.folder.path}/metrics.jsonl has lost the row of step {steps}, written before the "
-                "checkpoint: restore it from a copy, or delete the checkpoints of that step"
+                f"checkpoint: restore it from a copy, or move {self.checkpoints.path(steps)} to another place"
+                " to train its last steps again"
             )
         names = ("train/loss", "val/loss", "val/accuracy")
         result = {"step": steps} | {name: last[name] for name in names if name in last}
         if self.config.evaluation.final_full:
             self.console.line("scoring every held-out token")
             scores = self._score(self.data.scoring_batches())
+            if not math.isfinite(scores.nll):
+                raise NonFiniteError(
+                    f"step {steps}: the loss of all held-out tokens is {scores.nll}; there is no result"
+                )
             values = scores.means("val/full_") | {"val/tokens": scores.count}
             # A loss of some tokens given all others is not a code length of the text, and a task has no text.
             if not (self.masked or self.config.data.task is not None):
@@ -283,13 +384,6 @@ class Run:
         """Close the files."""
         self.metrics.close()
 
-    def _readable(self, ids: np.ndarray) -> str:
-        """The text of some ids, with a block for each masked token."""
-        masks = np.flatnonzero(ids == self.data.mask_id)
-        parts = np.split(ids, masks)
-        texts = [self.data.tokenizer.decode(part[part != self.data.mask_id]) for part in parts]
-        return _MASK.join(texts)
-
     def _checked(self, batch: Batch) -> Batch:
         check_ids(batch, self.model.vocab_size)
         return batch
@@ -298,45 +392,8 @@ class Run:
         self._clock = (time.perf_counter(), self.tokens)
 
 
-def _requests(config: RunConfig, model: ModelConfig, data: Any) -> Requests | None:
-    """The inputs of samples, the prompt or a few held-out sources; None where nothing is sampled."""
-    evaluation = config.evaluation
-    if evaluation.sample_tokens == 0 or config.objective == "masked_lm":
-        return None
-    texts = [evaluation.sample_prompt]
-    if config.objective == "seq2seq":
-        texts = data.held_out_sources(_SAMPLED_SOURCES)
-    try:
-        requests = make_requests(config.objective, data.tokenizer, texts)
-    except ValueError as error:
-        raise ValueError(f"evaluation.sample_prompt: {error}") from None
-    prompt = len(requests.prompts[0])
-    if prompt < model.prefix:
-        raise ValueError(
-            f"evaluation.sample_prompt has {prompt} tokens, fewer than the mask's prefix of {model.prefix}: "
-            "give a longer one, or set evaluation.sample_tokens to 0"
-        )
-    limit, key = model.limit or (math.inf, "")
-    if prompt + evaluation.sample_tokens > limit:
-        raise ValueError(
-            f"evaluation.sample_tokens {evaluation.sample_tokens}: with the prompt's {prompt} tokens it"
-            f" exceeds model.{key} {limit}: lower it to {max(0, limit - prompt)}"
-        )
-    return requests
-
-
 def scored_unit(config: RunConfig) -> str:
     """The unit that losses are averaged over, in the singular."""
     if config.data.task is not None:
         return "queried token"
     return "masked token" if config.objective == "masked_lm" else "token"
-
-
-def _print_result(path: Path, result: dict[str, Any], unit: str) -> None:
-    if "sample" in result:
-        print(f"--- sample\n{printable(result['sample'])}\n---")
-    names = ("val/loss", "val/accuracy", FINAL, "val/full_accuracy", BITS)
-    figures = "  ".join(f"{name} {result[name]:.4f}" for name in names if name in result)
-    if "val/accuracy" in result:
-        figures += f"  (nats per {unit}; share of {unit}s predicted correctly)"
-    print(f"{path}: step {result['step']}  {figures}", flush=True)

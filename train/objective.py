@@ -22,7 +22,8 @@ def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, 
     # Select the logits, not only the result: the gradient of logsumexp at NaN is NaN, and so is 0 * NaN.
     logits_BTV = jnp.where(scored_BT[..., None], logits_BTV.astype(jnp.float32), 0.0)
     # A comparison instead of a gather: it fuses, and its transpose is not a scatter.
-    is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
+    ids_V = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
+    is_target_BTV = targets_BT[..., None] == jnp.broadcast_to(ids_V, logits_BTV.shape)
     target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit_BT
     return jnp.sum(jnp.where(scored_BT, nll_BT, 0.0)), jnp.sum(scored_BT, dtype=jnp.int32)
@@ -31,12 +32,13 @@ def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, 
 def mean_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(mean negative log-likelihood of the scored targets in nats, their number); (0, 0) if there is none."""
     total, count = token_nll(logits_BTV, targets_BT)
-    return total / jnp.maximum(count, 1), count
+    return total / jnp.maximum(count, 1).astype(jnp.float32), count
 
 
 def count_correct(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """How many scored targets have the largest logit of their position: int32 []."""
-    return jnp.sum((targets_BT >= 0) & (jnp.argmax(logits_BTV, axis=-1) == targets_BT), dtype=jnp.int32)
+    likeliest_BT = jnp.argmax(logits_BTV, axis=-1).astype(targets_BT.dtype)
+    return jnp.sum((targets_BT >= 0) & (likeliest_BT == targets_BT), dtype=jnp.int32)
 
 
 def check_ids(batch: dict[str, np.ndarray], vocab_size: int) -> None:

@@ -2,17 +2,17 @@
 
     g <- g min(1, c / |g|);   m, v <- Adam moments;   w <- w - lr(n) (m^ / (sqrt(v^) + eps) + decay w)
 
-n = 1, 2, ... counts updates. Decay is decided by a parameter's path, never by its rank: layers are stacked.
+n = 1, 2, ... counts steps. Decay is decided by a parameter's path, never by its rank: layers are stacked.
 
 The training step calls `update(grads, state, params, step=, finite=)` of whatever `make_optimizer` returns
-and applies the updates with `optax.apply_updates`. `step` is the number of updates done before. Where
-`finite` is false, the state must come back unchanged and the updates must change no parameter:
-`skip_non_finite` gives any optax optimiser that property.
+and applies the updates with `optax.apply_updates`. `step` is the number of steps done before. Where `finite`
+is false, the state must come back unchanged and the updates must change no parameter: `skip_non_finite` gives
+any optax optimiser that property. So a skipped step counts for the learning rate, which is a function of the
+step, and not for Adam's bias correction, whose count is of the gradients in its moments.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +35,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array | 
 
     with p clipped to [0, 1]: past the end of a decay the rate is `final`. W < E; W + D <= steps.
     """
+    config = config.resolved(steps)
     peak, final, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         start, end = warmup, config.decay_steps or steps
     else:
-        start, end = steps - (config.decay_steps or max(1, math.ceil(steps / 5))), steps
+        start, end = steps - config.wsd_decay(steps), steps
 
     def schedule(count):
         n = jnp.asarray(count, jnp.float32) + 1.0
@@ -63,7 +64,7 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """AdamW for a run of `steps` updates: `update(grads, state, params, step=, finite=) -> (updates, state)`.
 
-    step: int32 [], the number of updates done before; finite: bool [], whether the update is to be done. The
+    step: int32 [], the number of steps done before; finite: bool [], whether the update is to be done. The
     updates are what `optax.apply_updates` adds. The caller clips first.
 
     The chain is that of `optax.adamw`: Adam, decoupled decay, learning rate. It differs in two places. The
@@ -80,8 +81,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def skip_non_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The optimiser, for the training step: where `finite` is false its state and the parameters stay.
 
-    Unlike `optax.apply_if_finite` it has no limit of skipped steps, and the caller decides what is finite,
-    since the loss has to be finite, too.
+    Unlike `optax.apply_if_finite` it never applies an update that is not finite: the training loop ends the
+    run after too many of them. The caller decides what is finite, since the loss has to be finite, too.
     """
     inner = optax.with_extra_args_support(optimizer)
 
@@ -124,8 +125,10 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         mu = keep(optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
         nu = keep(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
         count = state.count + finite.astype(state.count.dtype)
-        mu_hat = optax.tree.bias_correction(mu, b1, count)
-        nu_hat = optax.tree.bias_correction(nu, b2, count)
+        # optax raises a float to the power of an integer.
+        with jax.numpy_dtype_promotion("standard"):
+            mu_hat = optax.tree.bias_correction(mu, b1, count)
+            nu_hat = optax.tree.bias_correction(nu, b2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
         return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 

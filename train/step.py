@@ -24,7 +24,7 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
 
     batch: int32 [B, T] arrays tokens, targets (-1: not scored), optionally positions and segment_ids. For
     seq2seq also [B, S] arrays sources and source_positions, which the encoder reads first.
-    step: int32 [], the number of updates done before; key: dropout depends on (key, step, micro-batch).
+    step: int32 [], the number of steps done before; key: dropout depends on (key, step, micro-batch).
     params and opt_state are donated: the caller must not use them again. metrics: `finite` (bool), and
     train/loss (nats), grad_norm (before clipping), learning_rate, tokens (scored ones). Where the loss or
     the gradient is not finite, params and opt_state are returned unchanged.
@@ -44,7 +44,9 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
         grads, norm = clip_by_global_norm(grads, optimizer.clip_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = transform.update(grads, opt_state, params, step=step, finite=finite)
-        params = optax.apply_updates(params, updates)
+        # The updates are -0.0 where a step is skipped, but a processor may flush a denormal sum to 0.
+        updated = optax.apply_updates(params, updates)
+        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, params)
         metrics = {"train/loss": loss, "grad_norm": norm, "learning_rate": schedule(step)}
         return params, opt_state, metrics | {"tokens": count, "finite": finite}
 
@@ -80,7 +82,7 @@ def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
 def _loss(model: ModelConfig, params: Any, batch: Batch, count: jax.Array, key: jax.Array) -> jax.Array:
     """The batch's share of the mean over `count` tokens."""
     logits_BTV = apply(model, params, batch["tokens"], ctx=_context(model, params, batch, key)).logits
-    return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1)
+    return token_nll(logits_BTV, batch["targets"])[0] / jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def drop_prefix_targets(model: ModelConfig, batch: Batch) -> Batch:
@@ -122,5 +124,5 @@ def _accumulate(gradient, parts: int, params: Any, batch: Batch, count: jax.Arra
             jnp.add, total, gradient(params, micro, count, jax.random.fold_in(key, index))
         ), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, (jnp.arange(parts), slices))[0]

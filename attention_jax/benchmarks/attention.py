@@ -24,9 +24,11 @@ from attention_jax.benchmarks.timing import (
     device_clock,
     interleave,
     matmul_peak,
+    naming,
     on_gpu,
     wall_clock,
 )
+from attention_jax.optional import need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +188,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """TFLOP/s over the length: a panel per mask, width and direction."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    need("matplotlib", "--plot").use("Agg")
     import matplotlib.pyplot as plt
 
     if not (timed := [row for row in rows if "tflops" in row]):
@@ -210,5 +210,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,20 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows beside the machine, whole or not at all: a program may be stopped at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    with naming(path):
+        part.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     part.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, an OSError of writing, such as that of a full disk, names `path` if it names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def one_line(error: Exception) -> str:

@@ -55,10 +55,18 @@ def prefill(
       dtype: dtype of cached keys and values; the model's by default.
 
     A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
-    tokens than the capacity, for positions of another shape or padded on the right, and for a model without a
-    state.
+    tokens than the capacity, for positions of another shape or padded on the right, for a model without a
+    state, and for a token id outside the vocabulary (traced ids give NaN logits).
     """
-    B, T = tokens_BT.shape
+    tokens_BT = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
+    shape = tokens_BT.shape
+    if len(shape) != 2 or not shape[1] or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens_BT must be integers [B, T] with T >= 1, got {tokens_BT.dtype} {list(shape)}"
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype of cached keys and values must be floating point, got {jnp.dtype(dtype)}")
+    B, T = shape
     if T > capacity:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
     positions_BT = _positions(positions_BT, B, T)
@@ -134,9 +142,7 @@ def _decode(config: ModelConfig, sampling: Sampling, params, keys_B, carry: dict
         state = c["decode"]
         keys = jax.vmap(jax.random.fold_in)(keys_B, state.positions_B)
         token_B = sample(state.logits_BV, sampling, keys)
-        # For a row of NaN or -inf there is no largest logit; categorical and argmax would return 0.
-        no_largest_B = jnp.isfinite(state.logits_BV.max(-1)) == False  # noqa: E712
-        bad_B = c["bad"] | (no_largest_B & (c["done"] == False))  # noqa: E712
+        bad_B = c["bad"] | ((token_B < 0) & (c["done"] == False))  # noqa: E712
         done_B = c["done"] | (token_B == eos) | bad_B
         # The states of finished rows do not change.
         state = decode_step(config, params, state, token_B, done_B == False)  # noqa: E712

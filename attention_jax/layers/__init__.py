@@ -3,7 +3,15 @@
 from attention_jax.layers.convolution import ShortConvolution
 from attention_jax.layers.feed_forward import FeedForward, FeedForwardKind, is_gated
 from attention_jax.layers.linear import fused_linear, gelu, gelu_tanh, linear, matmul
-from attention_jax.layers.norms import GatedRMSNorm, HeadGroupNorm, HeadNorm, head_norm, unit
+from attention_jax.layers.norms import (
+    GatedRMSNorm,
+    HeadGroupNorm,
+    HeadNorm,
+    LayerNorm,
+    RMSNorm,
+    head_norm,
+    unit,
+)
 
 __all__ = [
     "FeedForward",
@@ -11,6 +19,8 @@ __all__ = [
     "GatedRMSNorm",
     "HeadGroupNorm",
     "HeadNorm",
+    "LayerNorm",
+    "RMSNorm",
     "ShortConvolution",
     "fused_linear",
     "gelu",

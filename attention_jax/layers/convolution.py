@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -71,7 +72,8 @@ class ShortConvolution(nnx.Module):
         )
         if inputs_BUC is None:
             return y_BTC, None
-        last_BU = valid_BT.sum(axis=1, keepdims=True) + jnp.arange(self.width - 1)
+        count_B1 = valid_BT.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        last_BU = count_B1 + jnp.arange(self.width - 1, dtype=jnp.int32)[None]
         last_BUC = jnp.take_along_axis(history_BSC, last_BU[..., None], axis=1, mode="clip")
         return y_BTC, last_BUC.astype(inputs_BUC.dtype)
 
@@ -79,13 +81,13 @@ class ShortConvolution(nnx.Module):
         """y of the last T = S - (W - 1) inputs; taps from other documents are 0."""
         U, T = self.width - 1, history_BSC.shape[1] - (self.width - 1)
         kernel_WC = self.kernel[...]
-        y_BTC = jnp.zeros((), jnp.float32) if self.bias is None else self.bias[...]
+        y_BTC = jnp.zeros((), jnp.float32) if self.bias is None else self.bias[...][None, None]
         for lag in range(self.width):
             tap_BTC = history_BSC[:, U - lag : U - lag + T].astype(jnp.float32)
             if document_BT is not None and lag:
                 same_BT = jnp.pad(document_BT, ((0, 0), (lag, 0)), constant_values=-1)[:, :T] == document_BT
                 tap_BTC = jnp.where(same_BT[..., None], tap_BTC, 0.0)
-            y_BTC = y_BTC + kernel_WC[U - lag] * tap_BTC
+            y_BTC = y_BTC + kernel_WC[None, None, U - lag] * tap_BTC
         if self.activation is not None:
             y_BTC = ACTIVATIONS[self.activation](y_BTC)
         return y_BTC.astype(self.dtype)
@@ -107,21 +109,19 @@ def _documents(segments_BT: jax.Array) -> jax.Array:
     return jnp.pad(jnp.cumsum(changes_BT, axis=1), ((0, 0), (1, 0)))
 
 
-@jax.custom_vjp
 def _permuted(x_BTC: jax.Array, order_BT: jax.Array, inverse_BT: jax.Array) -> jax.Array:
-    """x[:, order], with the inverse permutation as gradient: a gather instead of a scatter."""
+    """x[:, order], with the inverse permutation as transpose: a gather instead of a scatter.
+
+    A permutation is the solution of a linear system with its inverse, which JAX differentiates in every
+    mode and to any order, by the two gathers given here.
+    """
     if x_BTC.shape[1] == 1:
         return x_BTC
-    return jnp.take_along_axis(x_BTC, order_BT[..., None], axis=1, mode="clip")
+    forth, back = (functools.partial(_gathered, indices_BT=ids) for ids in (order_BT, inverse_BT))
+    return jax.lax.custom_linear_solve(
+        back, x_BTC, solve=lambda _, x_BTC: forth(x_BTC), transpose_solve=lambda _, g_BTC: back(g_BTC)
+    )
 
 
-def _permuted_forward(x_BTC, order_BT, inverse_BT):
-    return _permuted(x_BTC, order_BT, inverse_BT), (order_BT, inverse_BT)
-
-
-def _permuted_backward(orders, g_BTC):
-    order_BT, inverse_BT = orders
-    return _permuted(g_BTC, inverse_BT, order_BT), None, None
-
-
-_permuted.defvjp(_permuted_forward, _permuted_backward)
+def _gathered(x_BTC: jax.Array, indices_BT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BTC, indices_BT[..., None], axis=1, mode="clip")

@@ -40,7 +40,8 @@ def fused_linear(linears: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]
     kernel = jnp.concatenate([f.kernel[...] for f in linears], axis=1).astype(dtype)
     y = matmul(x.astype(dtype), kernel)
     if linears[0].use_bias:
-        y = y + jnp.concatenate([f.bias[...] for f in linears]).astype(dtype)
+        bias = jnp.concatenate([f.bias[...] for f in linears]).astype(dtype)
+        y = y + jnp.broadcast_to(bias, y.shape)
     return jnp.split(y, list(itertools.accumulate(f.out_features for f in linears))[:-1], axis=-1)
 
 

@@ -34,10 +34,10 @@ def head_norm(
         return None
     given = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
     if kind == "layer":
-        return nnx.LayerNorm(head_dim, use_fast_variance=False, **given)
+        return LayerNorm(head_dim, use_fast_variance=False, **given)
     if kind in ("rms_per_head", "rms_all_heads"):
         return HeadsRMSNorm(heads, head_dim, together=kind == "rms_all_heads", **given)
-    return nnx.RMSNorm(head_dim, use_scale=kind == "rms", **given)
+    return RMSNorm(head_dim, use_scale=kind == "rms", **given)
 
 
 class HeadsRMSNorm(nnx.Module):
@@ -55,7 +55,29 @@ class HeadsRMSNorm(nnx.Module):
         x = x.astype(jnp.float32)
         axes = (-2, -1) if self.together else -1
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + self.epsilon)
-        return (x * self.scale[...]).astype(self.dtype)
+        return (x * jnp.broadcast_to(self.scale[...], x.shape)).astype(self.dtype)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`nnx.RMSNorm`, whose statistics are float32 beside features of any dtype.
+
+    Flax leaves the conversion to NumPy's promotion, which is allowed here whatever
+    `jax_numpy_dtype_promotion` is elsewhere.
+    """
+
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+        """y [..., width] in the layer's dtype, for x [..., width]."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x, **options)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm` under any `jax_numpy_dtype_promotion`, as `RMSNorm` is."""
+
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+        """y [..., width] in the layer's dtype, for x [..., width]."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x, **options)
 
 
 class GatedRMSNorm(nnx.Module):
@@ -89,7 +111,8 @@ class GatedRMSNorm(nnx.Module):
             x = x * gate
         parts = rearrange(x, "... (g c) -> ... g c", g=self.groups)
         parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + self.epsilon)
-        x = parts.reshape(x.shape) * self.scale[...]
+        x = parts.reshape(x.shape)
+        x = x * jnp.broadcast_to(self.scale[...], x.shape)
         return (x if self.gated == "before" else x * gate).astype(self.dtype)
 
 
@@ -110,7 +133,8 @@ class HeadGroupNorm(nnx.Module):
         x = x_BTNM.astype(jnp.float32)
         x = x - jnp.mean(x, -1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
-        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
+        scale, bias = (jnp.broadcast_to(w[...], x.shape) for w in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
 
 
 def unit(x: jax.Array, epsilon: float) -> jax.Array:

@@ -1,11 +1,12 @@
 """Masks: relations between a query and a key position, and their algebra.
 
-`algebra` defines the interface of masks and how they combine, `patterns` and `irregular` the patterns, and
-`picture` their plots.
+`algebra` defines the interface of masks and how they combine, `patterns` and `irregular` the patterns,
+`checks` compares what a mask promises with what it keeps, and `picture` plots them.
 """
 
 from attention_jax.masks import picture  # noqa: F401 (it defines `Mask.plot`)
 from attention_jax.masks.algebra import And, CacheSpan, Density, Mask, Not, Or, Recipe, parse
+from attention_jax.masks.checks import check
 from attention_jax.masks.irregular import (
     BigBird,
     Dense,
@@ -49,5 +50,6 @@ __all__ = [
     "Sinks",
     "SlidingWindow",
     "Strided",
+    "check",
     "parse",
 ]

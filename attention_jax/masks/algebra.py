@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from attention_jax.about import About
+from attention_jax.hints import hint
 
 Array = Any  # a NumPy array, a jax array, a tracer or a value inside a kernel
 
@@ -59,7 +61,15 @@ _EXACT_BLOCKS = 4096  # the most partial blocks that `density` counts entry by e
 
 
 class Mask:
-    """Base class of all masks. Subclasses are frozen dataclasses of plain Python values."""
+    """Base class of all masks. Subclasses are frozen dataclasses of plain Python values.
+
+    Raises: TypeError on construction of a class that is not one: its masks would be equal, or unequal,
+    whatever they hold, and equal masks share a compiled program. `masks.check` compares the methods.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        frozen_class(cls)
+        return super().__new__(cls)
 
     about: ClassVar[About | None] = None  # its entry in the catalogue
     plot: ClassVar[Callable[..., Any]]  # mask.plot(T, S=None, ...) -> figure, defined in masks/picture.py
@@ -138,12 +148,28 @@ class Mask:
         return Density((kept + found * share) / (T * S), exact=chosen is undecided)
 
 
+def frozen_class(cls: type) -> None:
+    """TypeError unless the class itself is a frozen dataclass; a base class that is one is not enough."""
+    parameters = cls.__dict__.get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise TypeError(
+            f"{cls.__name__} is not a frozen dataclass: write @dataclasses.dataclass(frozen=True) above it"
+        )
+
+
 def like(*arrays: Array) -> Array:
     """An all-True boolean array of the broadcast shape, for NumPy and traced arrays."""
     total = arrays[0]
     for array in arrays[1:]:
         total = total + array
     return total == total
+
+
+def as_integer(condition: Any, x: Any) -> Any:
+    """A comparison as 0 or 1 in the type of x, a Python integer or an array."""
+    if not hasattr(condition, "astype"):
+        return int(condition)
+    return condition.astype(getattr(x, "dtype", np.int32))
 
 
 def _checked(other: Any) -> Mask:
@@ -166,7 +192,8 @@ def parse(text: str) -> Mask:
     An expression combines calls of Mask classes with literal arguments by & | ~. `str(mask)` is an expression
     that parses to an equal mask. Raises: ValueError for any other text.
     """
-    known = {cls.__name__: cls for cls in _subclasses(Mask) - {And, Or, Not, Recipe}}
+    known = {cls.__name__: cls for cls in _subclasses(Mask) if cls not in (And, Or, Not, Recipe)}
+    shown = repr(text if len(text) <= 80 else text[:77] + "...")
 
     def build(node: ast.AST) -> Mask:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
@@ -177,24 +204,43 @@ def parse(text: str) -> Mask:
         if isinstance(node, ast.Name):
             node = ast.Call(node, [], [])
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-            raise ValueError(f"mask {text!r}: only masks combined with & | ~ are allowed")
+            raise ValueError(f"mask {shown}: only masks combined with & | ~ are allowed")
         if node.func.id not in known:
-            names = ", ".join(sorted(known))
-            raise ValueError(f"mask {text!r}: unknown mask {node.func.id!r}; choose from {names}")
+            names = ", ".join(sorted(known)) + hint("mask", node.func.id, known)
+            raise ValueError(f"mask {shown}: unknown mask {node.func.id!r}; choose from {names}")
         try:
             args = [_literal(arg) for arg in node.args]
             kwargs = {kw.arg: _literal(kw.value) for kw in node.keywords}
             return known[node.func.id](*args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"mask {text!r}: {error}") from None
+            raise ValueError(f"mask {shown}: {error}") from None
 
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"mask {shown} has {len(text)} characters: an expression has <= {_MOST_CHARACTERS}")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+        with warnings.catch_warnings(action="ignore"):  # such as 1if: Python's words about its own syntax
+            tree = ast.parse(text.strip(), mode="eval").body
+    except (RecursionError, MemoryError):
+        raise ValueError(f"mask {shown} nests too deeply: an expression has <= {_DEEPEST} levels") from None
+    except (SyntaxError, ValueError):
         raise ValueError(
-            f"mask {text!r} cannot be parsed: give an expression such as 'SlidingWindow(128) & Causal()'"
+            f"mask {shown} cannot be parsed: give an expression such as 'SlidingWindow(128) & Causal()'"
         ) from None
+    if (depth := _depth(tree)) > _DEEPEST:
+        raise ValueError(
+            f"mask {shown} nests {depth} levels of & | ~ and calls: an expression has <= {_DEEPEST}"
+        )
     return build(tree)
+
+
+def _depth(tree: ast.AST) -> int:
+    """How many levels of nodes a tree has; a loop, since recursion is what the depth would break."""
+    deepest, pending = 0, [(tree, 1)]
+    while pending:
+        node, depth = pending.pop()
+        deepest = max(deepest, depth)
+        pending += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
+    return deepest
 
 
 def _literal(node: ast.AST) -> Any:
@@ -204,12 +250,18 @@ def _literal(node: ast.AST) -> Any:
         raise ValueError(f"arguments must be numbers or tuples of numbers, got {ast.unparse(node)}") from None
 
 
-def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*map(_subclasses, cls.__subclasses__())) - {Mask}
+def _subclasses(cls: type) -> list[type]:
+    """In the order of their definition: of two with one name, as in a notebook, the newer comes later."""
+    return [c for below in cls.__subclasses__() for c in (below, *_subclasses(below))]
 
+
+# An expression that a person writes has one line; each of its masks is evaluated in every block.
+_MOST_CHARACTERS, _DEEPEST = 100_000, 50
 
 # Positions are int32: a larger parameter would not fit, and sums in `bounds` would overflow.
 _LARGEST = 2**30
+#: The most positions that a mask names one by one: a cache keeps each of them.
+MOST_PINNED = 2**20
 
 
 def natural(name: str, value: int, least: int = 0, most: int = _LARGEST) -> None:

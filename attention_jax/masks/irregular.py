@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.about import About
-from attention_jax.masks.algebra import CacheSpan, Mask, Recipe, like, natural
+from attention_jax.masks.algebra import MOST_PINNED, CacheSpan, Mask, Recipe, as_integer, like, natural
 from attention_jax.masks.patterns import BlockLocal, SlidingWindow
 
 
@@ -36,7 +36,7 @@ class Global(Mask):
     def __post_init__(self):
         given = (self.positions,) if isinstance(self.positions, int) else self.positions
         for position in given:
-            natural("Global positions", position)
+            natural("Global positions", position, most=_LAST_GLOBAL)
         if not given:
             raise ValueError("Global needs at least one position")
         object.__setattr__(self, "positions", tuple(sorted({int(p) for p in given})))
@@ -70,6 +70,8 @@ class Global(Mask):
         return sum(_clip(hi + 1, a, b + 1) - _clip(lo, a, b + 1) for a, b in runs)
 
 
+_LAST_GLOBAL = 2**24  # a table has an entry for each position up to the last global one
+_MOST_DRAWN = 64  # each random block of a block is compared one by one
 _UNROLLED = 64  # the most runs of global positions that are compared one by one; more runs use a table
 
 
@@ -87,7 +89,7 @@ def _runs(positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 def _clip(x, lo: int, hi: int):
     """x clipped to [lo, hi] with arithmetic and comparisons only."""
-    return lo + (x > lo) * (x - lo) - (x > hi) * (x - hi)
+    return lo + as_integer(x > lo, x) * (x - lo) - as_integer(x > hi, x) * (x - hi)
 
 
 def _look_up(table: np.ndarray, x):
@@ -119,7 +121,7 @@ class RandomBlocks(Mask):
 
     def __post_init__(self):
         natural("RandomBlocks block", self.block, 1)
-        natural("RandomBlocks count", self.count, 1)
+        natural("RandomBlocks count", self.count, 1, _MOST_DRAWN)
         natural("RandomBlocks seed", self.seed, most=2**32 - 1)
         natural("RandomBlocks skip", self.skip)
         natural("RandomBlocks first", self.first)
@@ -190,10 +192,10 @@ class RandomBlocks(Mask):
         lo, hi = stratum * span // self.count, (stratum + 1) * span // self.count
         size = hi - lo
         # The hash has 24 bits, so that all values fit int32 and are >= 0.
-        drawn = self.first + lo + _hash(self.seed, stratum, i) % (size + (size == 0))
+        drawn = self.first + lo + _hash(self.seed, stratum, i) % (size + as_integer(size == 0, size))
         if isinstance(i, np.ndarray):
             drawn = drawn.astype(i.dtype)  # comparisons of one dtype are twice as fast
-        return drawn * (size > 0) - (size == 0) * 2**30
+        return drawn * as_integer(size > 0, drawn) - as_integer(size == 0, drawn) * 2**30
 
 
 def _is_grid(q_lo, q_hi, k_lo, k_hi) -> bool:
@@ -342,7 +344,9 @@ class BigBird(Recipe):
         natural("BigBird block", self.block, 1)
         natural("BigBird window_blocks", self.window_blocks, 1)
         natural("BigBird global_blocks", self.global_blocks)
-        natural("BigBird random_blocks", self.random_blocks)
+        natural("BigBird global_blocks block", self.global_blocks * self.block, most=MOST_PINNED)
+        natural("BigBird window", self.window_blocks * self.block)
+        natural("BigBird random_blocks", self.random_blocks, most=_MOST_DRAWN)
         natural("BigBird seed", self.seed, most=2**32 - 1)
         if self.window_blocks % 2 == 0:
             raise ValueError(f"BigBird window_blocks must be odd, got {self.window_blocks}")

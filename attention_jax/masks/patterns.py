@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from attention_jax.about import About
-from attention_jax.masks.algebra import CacheSpan, Mask, like, natural
+from attention_jax.masks.algebra import MOST_PINNED, CacheSpan, Mask, as_integer, like, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Dilated(Mask):
     def bounds(self, q_lo, q_hi, k_lo, k_hi):
         nearest, farthest = q_lo - k_hi, q_hi - k_lo
         # The first multiple of the stride that is >= 0 and >= nearest.
-        first = (nearest > 0) * ((nearest + self.stride - 1) // self.stride) * self.stride
+        first = as_integer(nearest > 0, nearest) * ((nearest + self.stride - 1) // self.stride) * self.stride
         any_kept = (first <= farthest) & (first <= self._reach)
         all_kept = (nearest >= 0) & (farthest <= self._reach)
         if self.stride > 1:
@@ -189,6 +189,7 @@ class BlockLocal(Mask):
     def __post_init__(self):
         natural("BlockLocal block", self.block, 1)
         natural("BlockLocal neighbours", self.neighbours)
+        natural("BlockLocal block (neighbours + 1)", self.block * (self.neighbours + 1))
 
     def keep(self, q_pos, k_pos):
         apart = q_pos // self.block - k_pos // self.block
@@ -213,7 +214,7 @@ class Sinks(Mask):
     count: int
 
     def __post_init__(self):
-        natural("Sinks count", self.count, 1)
+        natural("Sinks count", self.count, 1, MOST_PINNED)
 
     def keep(self, q_pos, k_pos):
         return k_pos + 0 * q_pos < self.count
@@ -239,7 +240,7 @@ class Prefix(Mask):
     length: int
 
     def __post_init__(self):
-        natural("Prefix length", self.length, 1)
+        natural("Prefix length", self.length, 1, MOST_PINNED)
 
     def keep(self, q_pos, k_pos):
         return k_pos + 0 * q_pos < self.length

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from attention_jax.masks.algebra import Mask
+from attention_jax.optional import need
 
 # Colours of: empty block, masked pair of a partial block, kept pair of a partial block, full block.
 _SHADES = ("#ffffff", "#f7e3c5", "#e08e2b", "#2a6f97")
@@ -31,7 +32,7 @@ def plot(
     block = max(1, T // 16) if block is None else block
     if block < 1:
         raise ValueError(f"block must be >= 1, got {block}")
-    from matplotlib.colors import ListedColormap
+    ListedColormap = need("matplotlib.colors", "a plot of a mask").ListedColormap
 
     if axes is None:
         axes = _figure(4.2, 4.6).subplots()

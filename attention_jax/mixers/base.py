@@ -14,8 +14,6 @@ registers the config's `kind`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -26,12 +24,14 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import Cache
-from attention_jax.choices import check_choices
+from attention_jax.choices import check_between, check_choices, check_dropout
+from attention_jax.hints import hint, near
 from attention_jax.layers import linear
 from attention_jax.masks import Causal, Mask, parse
 from attention_jax.ops.softmax.api import implementations as softmax_implementations
 
 _STATIC = {"static": True}
+_MOST_HEADS = 2**16
 #: The names allowed in `Context.capture`, and the captured arrays.
 CAPTURES = {
     "attention": "the attention weights before dropout, float32 [B, N, T, S]",
@@ -176,19 +176,25 @@ class MixerConfig:
         if isinstance(mask, str):
             object.__setattr__(self, "mask", mask := parse(mask))
         if mask is not None and not isinstance(mask, Mask):
-            hint = f": write {mask.__name__}()" if isinstance(mask, type) and issubclass(mask, Mask) else ""
-            raise ValueError(f"mask must be a Mask or a mask expression, got {type(mask).__name__}{hint}")
+            more = f": write {mask.__name__}()" if isinstance(mask, type) and issubclass(mask, Mask) else ""
+            raise ValueError(f"mask must be a Mask or a mask expression, got {type(mask).__name__}{more}")
         check_choices(self)
         if hasattr(self, "num_heads"):
             check_heads(self.num_heads, getattr(self, "num_kv_heads", None))
-        if not 0 <= (dropout := getattr(self, "dropout", 0.0)) < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(getattr(self, "dropout", 0.0))
         for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("_eps")):
-            if not 0 <= (epsilon := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {epsilon}")
+            check_between(
+                self,
+                name,
+                1e-12,
+                1,
+                "it must not replace what it is added to, nor vanish beside it",
+                zero=True,
+            )
         known = tuple(self.implementations())
         if (impl := getattr(self, "impl", None)) not in (None, *known):
-            raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(known)}")
+            more = hint("impl", impl, known)
+            raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(known)}{more}")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit a model of this width, causal or not."""
@@ -325,10 +331,11 @@ def mixer_kinds() -> dict[str, type[MixerConfig]]:
 
 
 def make_config(kind: str, **options: Any) -> MixerConfig:
-    """The config of a `kind`; ValueError for an unknown kind or option, with the nearest known one."""
+    """The config of a `kind`; ValueError for an unknown kind or option, with what was probably meant."""
     if not isinstance(kind, str) or kind not in _KINDS:
-        near = difflib.get_close_matches(str(kind), _KINDS, 1, 0)[0]
-        raise ValueError(f"unknown mixer {kind!r}; did you mean {near!r}? Choose from {', '.join(_KINDS)}")
+        raise ValueError(
+            f"unknown mixer {kind!r}; choose from {', '.join(_KINDS)}{hint('kind', kind, _KINDS)}"
+        )
     return _from_options(_KINDS[kind], options)
 
 
@@ -337,10 +344,10 @@ def _from_options(config_type: type[MixerConfig], options: dict[str, Any]) -> Mi
     known = [f.name for f in dataclasses.fields(config_type) if f.name != "kind"]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)
-            hint = f"; did you mean {near[0]!r}?" if near else ": it has none"
+            meant = near(name, known)
+            more = f"; did you mean {meant}?" if meant else f"; it has {', '.join(known) or 'none'}"
             raise ValueError(
-                f"mixer {config_type.kind or config_type.__name__!r} has no option {name!r}{hint}"
+                f"mixer {config_type.kind or config_type.__name__!r} has no option {name!r}{more}"
             )
     return config_type(**options)
 
@@ -365,9 +372,27 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> None:
     """Raise ValueError unless num_heads >= 1 and num_kv_heads divides it."""
     if num_heads < 1:
         raise ValueError(f"num_heads must be >= 1, got {num_heads}")
+    if num_heads > _MOST_HEADS:
+        raise ValueError(f"num_heads must be <= {_MOST_HEADS}, got {num_heads}: lower it")
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if kv_heads < 1 or num_heads % kv_heads:
         raise ValueError(f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}")
+
+
+def check_encoder_memory(ctx: Context, B: int, d_model: int) -> None:
+    """Raise ValueError unless the memory of a context is [B, S, d_model] and its positions [B or 1, S]."""
+    shape = ctx.memory_BSD.shape
+    if len(shape) != 3 or shape[0] != B or shape[2] != d_model:
+        raise ValueError(
+            f"ctx.memory_BSD must be [{B}, S, {d_model}], the rows of x and the width of the model, got "
+            f"{list(shape)}: project an encoder of another width first"
+        )
+    positions_BS = ctx.memory_positions_BS
+    if positions_BS is not None and tuple(positions_BS.shape) not in ((B, shape[1]), (1, shape[1])):
+        raise ValueError(
+            f"ctx.memory_positions_BS must be [{B} or 1, {shape[1]}], a position per slot of the memory, got "
+            f"{list(positions_BS.shape)}"
+        )
 
 
 def restrict_to_causal(mask: Mask, causal: bool) -> Mask:

@@ -28,10 +28,16 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
-from attention_jax.layers import GatedRMSNorm, ShortConvolution, fused_linear, unit
+from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_linear, unit
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
-from attention_jax.mixers.recurrent import check_steps, convolve, initial_decays, scan_options
+from attention_jax.mixers.recurrent import (
+    check_convolution,
+    check_steps,
+    convolve,
+    initial_decays,
+    scan_options,
+)
 from attention_jax.ops.delta_rule import delta_rule, delta_weights
 from attention_jax.ops.delta_rule.api import implementations
 
@@ -59,6 +65,7 @@ class DeltaBaseConfig(MixerConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "value_dim", "convolution", "chunk_size")
+        check_convolution(self.convolution)
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(H, M); ValueError if H is not an integer."""
@@ -222,7 +229,7 @@ class DeltaNet(_DeltaMixer):
         return {}
 
     def _create_parameters(self, parts):
-        self.norm = nnx.RMSNorm(self.value_dim, **self._norm_options(parts))
+        self.norm = RMSNorm(self.value_dim, **self._norm_options(parts))
 
     def _log_decay(self, projections):
         return None
@@ -246,8 +253,8 @@ class GatedDeltaNet(_DeltaMixer):
         self.norm = GatedRMSNorm(self.value_dim, gate="silu", **self._norm_options(parts))
 
     def _log_decay(self, projections):
-        steps_BTN = jax.nn.softplus(projections["decay"].astype(jnp.float32) + self.dt_bias[...])
-        return -jnp.exp(self.A_log[...]) * steps_BTN
+        logits_BTN = projections["decay"].astype(jnp.float32) + self.dt_bias[...][None, None]
+        return -jnp.exp(self.A_log[...])[None, None] * jax.nn.softplus(logits_BTN)
 
     def _normalize(self, o_BTNM, projections):
         return self.norm(o_BTNM, split_heads(projections["gate"], self.value_dim))
@@ -272,8 +279,9 @@ class KimiDeltaAttention(_DeltaMixer):
         self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", **self._norm_options(parts))
 
     def _log_decay(self, projections):
-        logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32)) + self.dt_bias[...]
-        return -jnp.exp(self.A_log[...])[:, None] * split_heads(jax.nn.softplus(logits_BTE), self.head_dim)
+        logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32))
+        steps_BTE = jax.nn.softplus(logits_BTE + self.dt_bias[...][None, None])
+        return -jnp.exp(self.A_log[...])[None, None, :, None] * split_heads(steps_BTE, self.head_dim)
 
     def _normalize(self, o_BTNM, projections):
         gate_BTE = self.gate_up(projections["gate_down"])

@@ -20,6 +20,8 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import KVCache
+from attention_jax.choices import check_between
+from attention_jax.layers import RMSNorm
 from attention_jax.mixers.base import Context, MixerOutput, Parts
 from attention_jax.mixers.parts import (
     enter,
@@ -48,6 +50,7 @@ class DifferentialAttentionConfig(SelfAttentionConfig):
         super().__post_init__()
         if not 0 < self.lambda_init < 1:
             raise ValueError(f"lambda_init must be in (0, 1), got {self.lambda_init}")
+        check_between(self, "lambda_init", 1e-3, 1 - 1e-3, "the output is multiplied by 1 - lambda_init")
 
     def head_width(self, d_model: int) -> int:
         """The head width H; ValueError if it is not an integer."""
@@ -82,7 +85,7 @@ class DifferentialAttention(SelfAttention):
         init = nnx.initializers.normal(0.1)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             setattr(self, name, nnx.Param(init(parts.rngs.params(), (H,), jnp.float32)))
-        self.head_norm = nnx.RMSNorm(2 * H, epsilon=self.config.norm_eps, dtype=jnp.float32, rngs=parts.rngs)
+        self.head_norm = RMSNorm(2 * H, epsilon=self.config.norm_eps, dtype=jnp.float32, rngs=parts.rngs)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache with x appended.

@@ -5,15 +5,17 @@
     y = W_o concat_n o_n,   or with the options of the paper's Pro block W_o (sigmoid(x W_g) * concat_n RMSNorm(o_n))
 
 Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate" (arXiv 2503.02130). The decay
-is a `Bias` with one leaf per query and one per key, so that every implementation evaluates it block by
-block; the cache stores c_s with each key. By default there is no position encoding, as in the paper. c is a float32 sum
-over the whole row: for |c| = 4096, c_t - c_s has a resolution of 2^-11.
+is a `Bias` with leaves per query and per key, so that every implementation evaluates it block by block; the
+cache stores c_s with each key. By default there is no position encoding, as in the paper.
+
+c starts at 0 in every document and is a pair of float32 numbers: a float32 sum over 65,536 tokens that keep
+half each has a resolution of 2^-9, and so would have every difference. c_t - c_s errs by 2^-24 of itself and
+2^-46 |c_t|.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -23,11 +25,21 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
 from attention_jax.caches import HeldKeys, KVCache, State
+from attention_jax.choices import check_between
 from attention_jax.layers import head_norm
 from attention_jax.layers.norms import ACTIVATIONS
 from attention_jax.mixers.base import Context, MixerOutput, Parts
-from attention_jax.mixers.parts import enter, merge_heads, update_cache, valid_tokens, zero_invalid
+from attention_jax.mixers.parts import (
+    document_starts,
+    enter,
+    merge_heads,
+    update_cache,
+    valid_tokens,
+    zero_invalid,
+)
 from attention_jax.mixers.softmax_parts import SelfAttention, SelfAttentionConfig
+from attention_jax.ops import two_float
+from attention_jax.ops.two_float import TwoFloat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +63,9 @@ class ForgettingAttentionConfig(SelfAttentionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not math.isfinite(self.gate_bias):
-            raise ValueError(f"gate_bias must be finite, got {self.gate_bias}")
+        check_between(
+            self, "gate_bias", -16, 16, "the sigmoid of more is 0 or 1 in float32 and passes no gradient"
+        )
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""
@@ -65,43 +78,57 @@ class ForgettingAttentionConfig(SelfAttentionConfig):
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> ForgettingState:
         """An empty cache and a sum of 0."""
         N, H, mask = self.num_heads, self.head_width(d_model), self.restricted(causal).mask
-        per_key = jax.ShapeDtypeStruct((N,), jnp.float32)
+        per_key = TwoFloat(*[jax.ShapeDtypeStruct((N,), jnp.float32)] * 2)
         cache = KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, dtype=dtype, per_key=per_key)
-        return ForgettingState(cache, jnp.zeros((batch, N), jnp.float32))
+        return ForgettingState(cache, two_float.zeros((batch, N)))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForgetBias(Bias):
-    """c_t - c_s, the log of the decay from key s to query t, with leaves [B, T, N] and [B, S, N]."""
+    """c_t - c_s, the log of the decay from key s to query t, up to a rounding error that a row shares.
+
+    queries_BTN: the high words of c_t [B, T, N]. keys_BSN, keys_low_BSN: both words of c_s [B, S, N]. The low
+    word of c_t would shift all scores of a query alike, by less than the rounding of its high word, and the
+    softmax is invariant to such a shift. The low words get no gradient: that of c belongs to the high words.
+    """
 
     queries_BTN: Any
     keys_BSN: Any
+    keys_low_BSN: Any
 
     def axes(self):
-        return Axes(batch=0, query=1), Axes(batch=0, key=1)
+        return Axes(batch=0, query=1), Axes(batch=0, key=1), Axes(batch=0, key=1)
 
     def score(self, heads_N, q_pos_BT, k_pos_BS):
         # Indices are always in range; the default mode would add a fill with NaN.
-        q_BTN, k_BSN = (jnp.take(x, heads_N, axis=2, mode="clip") for x in (self.queries_BTN, self.keys_BSN))
-        return q_BTN.transpose(0, 2, 1)[..., None] - k_BSN.transpose(0, 2, 1)[:, :, None]
+        q_BNT, k_BNS, low_BNS = (
+            jnp.take(x, heads_N, axis=2, mode="clip").transpose(0, 2, 1)
+            for x in (self.queries_BTN, self.keys_BSN, jax.lax.stop_gradient(self.keys_low_BSN))
+        )
+        # The high words first: their difference is exact where it is small.
+        return (q_BNT[..., None] - k_BNS[:, :, None]) - low_BNS[:, :, None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForgettingState(State):
-    """The cache, with c_s [B, S, N] per key, and the float32 c [B, N] of the newest token."""
+    """The cache, with the two words of c_s [B, S, N] per key, and c [B, N] of the newest token."""
 
     cache: KVCache
-    total_BN: jax.Array
+    total_BN: TwoFloat
 
-    def append(self, k_BTKH, v_BTKM, positions_BT: jax.Array, c_BTN: jax.Array) -> ForgettingState:
+    def append(self, k_BTKH, v_BTKM, positions_BT: jax.Array, c_BTN: TwoFloat) -> ForgettingState:
         """The state with tokens appended; c_BTN continues from `total_BN`."""
-        return ForgettingState(self.cache.append(k_BTKH, v_BTKM, positions_BT, c_BTN), c_BTN[:, -1])
+        return ForgettingState(self.cache.append(k_BTKH, v_BTKM, positions_BT, c_BTN), _newest(c_BTN))
 
     def view(self) -> HeldKeys:
         """The cached keys and values, with c as `per_key`."""
         return self.cache.view()
+
+
+def _newest(c_BTN: TwoFloat) -> TwoFloat:
+    return jax.tree.map(lambda x: x[:, -1], c_BTN)
 
 
 class ForgettingAttention(SelfAttention):
@@ -128,15 +155,18 @@ class ForgettingAttention(SelfAttention):
         valid_BT = valid_tokens(ctx)
         if valid_BT is not None:
             log_f_BTN = jnp.where(valid_BT[..., None], log_f_BTN, 0.0)
-        # Packed documents share one running sum, since only differences within a document are used.
-        c_BTN = jnp.cumsum(log_f_BTN, axis=1)
-        if state is not None:
-            c_BTN = c_BTN + state.total_BN[:, None]
+        starts_BT = None
+        if ctx.segment_ids_BT is not None:
+            starts_BT = document_starts(ctx)
+            # Of two runs of tokens with one id, the second has sums of its own and must not see the first.
+            numbers_BT = jnp.where(valid_BT, jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32), -1)
+            ctx = dataclasses.replace(ctx, segment_ids_BT=numbers_BT)
+        c_BTN = two_float.running_sum(log_f_BTN, starts_BT, None if state is None else state.total_BN)
         cache = None if state is None else state.cache
         view, cache = update_cache(cache, ctx, k_BTKH, v_BTKH, c_BTN)
-        y_BTNH, aux = view.attend(q_BTNH, ctx, bias=ForgetBias(c_BTN, view.per_key), **self._options())
+        y_BTNH, aux = view.attend(q_BTNH, ctx, bias=ForgetBias(c_BTN.high, *view.per_key), **self._options())
         y_BTE = merge_heads(y_BTNH if self.output_norm is None else self.output_norm(y_BTNH))
         for gate_BTE in gates:
             y_BTE = y_BTE * ACTIVATIONS[self.config.output_gate](gate_BTE)
         y_BTD = zero_invalid(self.out(y_BTE), ctx)
-        return MixerOutput(y_BTD, None if cache is None else ForgettingState(cache, c_BTN[:, -1]), aux)
+        return MixerOutput(y_BTD, None if cache is None else ForgettingState(cache, _newest(c_BTN)), aux)

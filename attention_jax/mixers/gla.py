@@ -12,7 +12,6 @@ no position encoding: the decays depend on the distance.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
+from attention_jax.choices import check_between
 from attention_jax.layers import GatedRMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
@@ -46,8 +46,7 @@ class GLAConfig(DecayMixerConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "value_dim", "decay_rank")
-        if not 0 < self.decay_temperature < math.inf:
-            raise ValueError(f"decay_temperature must be > 0 and finite, got {self.decay_temperature}")
+        check_between(self, "decay_temperature", 0.01, 1e4, "every decay is close to 0 or to 1 otherwise")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(H, M); ValueError if they are not integers."""

@@ -12,7 +12,6 @@ name refers to the blockwise computation, which is the `chunked` form of the rec
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 from attention_jax.about import About
 from attention_jax.biases import alibi_slopes
 from attention_jax.caches import RecurrentState
+from attention_jax.choices import check_between
 from attention_jax.layers import GatedRMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import enter, head_width, rotate, split_heads, zero_invalid
@@ -50,8 +50,7 @@ class LightningConfig(DecayMixerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.slope_factor < math.inf:
-            raise ValueError(f"slope_factor must be > 0 and finite, got {self.slope_factor}")
+        check_between(self, "slope_factor", 1e-4, 1e3, "every decay is close to 1 or to 0 otherwise")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""

@@ -22,6 +22,7 @@ from flax import nnx
 
 from attention_jax import feature_maps
 from attention_jax.about import About
+from attention_jax.choices import check_between
 from attention_jax.feature_maps import FEATURE_MAPS
 from attention_jax.mixers.base import Context, MixerOutput, Parts
 from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
@@ -177,6 +178,7 @@ class BasedConfig(LinearBaseConfig):
         super().__post_init__()
         if self.feature_dim < 1:
             raise ValueError(f"feature_dim must be >= 1, got {self.feature_dim}")
+        check_between(self, "feature_dim", 1, 1024, "the number of features is about half of its square")
 
     def query_width(self, d_model: int) -> int:
         """d'."""

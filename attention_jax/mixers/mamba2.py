@@ -23,11 +23,13 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
+from attention_jax.choices import check_between
 from attention_jax.layers import GatedRMSNorm, ShortConvolution
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
     DecayMixerConfig,
+    check_convolution,
     check_steps,
     convolve,
     decayed,
@@ -69,6 +71,9 @@ class Mamba2Config(DecayMixerConfig):
         high = math.inf if self.dt_limit_high is None else self.dt_limit_high
         if not 0 <= self.dt_limit_low < high:
             raise ValueError(f"dt_limit_low {self.dt_limit_low} must be >= 0 and below dt_limit_high {high}")
+        for name in ("dt_limit_low", "dt_limit_high"):
+            check_between(self, name, 1e-8, 1e4, "a step multiplies the input of a token", zero=True)
+        check_convolution(self.convolution)
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""
@@ -125,15 +130,15 @@ class Mamba2(Mixer):
         mixed, inputs_BUC = convolve(self.convolution, mixed, state, ctx)
         u, b, c = jnp.split(mixed, [E, E + self.shared], axis=-1)
         u_BTNM = split_heads(u, config.head_dim).astype(jnp.float32)
-        dt_BTN = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
+        dt_BTN = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
         if config.dt_limit_low > 0 or config.dt_limit_high is not None:
             dt_BTN = jnp.clip(dt_BTN, config.dt_limit_low, config.dt_limit_high)
         o_BTNM, state, aux = decayed(
             split_heads(c, config.state_dim), split_heads(b, config.state_dim),
             (u_BTNM * dt_BTN[..., None]).astype(self.dtype), state, ctx, inputs_BUC,
-            log_decay=-jnp.exp(self.A_log[...]) * dt_BTN,
+            log_decay=-jnp.exp(self.A_log[...])[None, None] * dt_BTN,
             impl=config.impl,
         )  # fmt: skip
-        o_BTNM = o_BTNM + self.D[...][:, None] * u_BTNM
+        o_BTNM = o_BTNM.astype(jnp.float32) + self.D[...][None, None, :, None] * u_BTNM
         y_BTD = self.out(self.norm(o_BTNM.reshape(z_BTE.shape), z_BTE))
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)

@@ -18,11 +18,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import KVCache
-from attention_jax.layers import fused_linear
+from attention_jax.layers import RMSNorm, fused_linear
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -107,10 +106,10 @@ class LatentAttention(Mixer):
         use_bias = {"use_bias": config.use_bias}
         if config.query_latent_dim is not None:
             self.q_down = parts.linear(D, config.query_latent_dim, **use_bias)
-            self.q_latent_norm = nnx.RMSNorm(config.query_latent_dim, **norm)
+            self.q_latent_norm = RMSNorm(config.query_latent_dim, **norm)
         self.q = parts.linear(config.query_latent_dim or D, N * (H + P))
         self.kv_down = parts.linear(D, R, **use_bias)
-        self.kv_latent_norm = nnx.RMSNorm(R, **norm)
+        self.kv_latent_norm = RMSNorm(R, **norm)
         if P:
             self.k_rotary = parts.linear(D, P, **use_bias)
         self.k_up = parts.linear(R, N * H)

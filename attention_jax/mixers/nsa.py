@@ -52,6 +52,7 @@ from attention_jax.ops.selected.compressed import (
     completed_blocks,
 )
 from attention_jax.ops.softmax import dot_product_attention
+from attention_jax.ops.tokens import positions_or_arange
 from attention_jax.positions import RoPE
 
 # The implementation of the selected branch for each implementation of softmax attention.
@@ -183,7 +184,7 @@ class Compress(nnx.Module):
 
     def __call__(self, x_BCKlH: jax.Array) -> jax.Array:
         """The compressed vectors [B, C, K, H] of blocks [B, C, K, l, H]."""
-        x_BCKlH = x_BCKlH + self.places[...].astype(x_BCKlH.dtype)
+        x_BCKlH = x_BCKlH + self.places[...].astype(x_BCKlH.dtype)[None, None, None]
         return self.down(gelu(self.up(rearrange(x_BCKlH, "b c k l h -> b c k (l h)"))))
 
 
@@ -268,7 +269,7 @@ class NSA(Mixer):
             q_positions=selected.q_positions_BT, k_positions=ends_BC, return_lse=True, impl=self.config.impl,
         )  # fmt: skip
         given = selected.q_positions_BT
-        q_positions_BT = jnp.broadcast_to(jnp.arange(T) if given is None else given, (B, T))
+        q_positions_BT = jnp.broadcast_to(positions_or_arange(given, T), (B, T))
         num_blocks = -(-selected.k_BSKH.shape[1] // self.config.select_block)
         blocks_BTKn = choose_blocks(
             q_BTNH, k_BCKH, lse_BTN,

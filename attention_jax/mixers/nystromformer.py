@@ -12,6 +12,7 @@ F (A^+ B v) are calls of the attention op, from landmarks to tokens and from tok
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.about import About
+from attention_jax.choices import check_between
 from attention_jax.layers import fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -60,6 +62,9 @@ class NystromformerConfig(MixerConfig):
         width = self.conv_width
         if width is not None and (width < 1 or width % 2 == 0):
             raise ValueError(f"conv_width must be odd and >= 1, got {width}; use null to disable it")
+        check_between(
+            self, "iterations", 1, 1000, "each is compiled, and the pseudo-inverse converges in a few"
+        )
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""
@@ -158,10 +163,11 @@ def segment_means(x_BTNH: jax.Array, valid_BT: jax.Array | None, segments: int) 
     count_B11 = valid_BT.sum(axis=1, dtype=jnp.int32)[:, None, None]
     rank_B1T = (jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1)[:, None]
     # Exact in integers: token i spans [i R, (i + 1) R) and segment r spans [r n, (r + 1) n).
-    r_R1 = jnp.arange(segments, dtype=jnp.int32)[:, None]
-    first = jnp.maximum(rank_B1T * segments, r_R1 * count_B11)
-    last = jnp.minimum((rank_B1T + 1) * segments, (r_R1 + 1) * count_B11)
-    shares_BRT = jnp.where(valid_BT[:, None], jnp.maximum(last - first, 0), 0) / jnp.maximum(count_B11, 1)
+    r_1R1 = jnp.arange(segments, dtype=jnp.int32)[None, :, None]
+    first = jnp.maximum(rank_B1T * segments, r_1R1 * count_B11)
+    last = jnp.minimum((rank_B1T + 1) * segments, (r_1R1 + 1) * count_B11)
+    overlaps_BRT = jnp.where(valid_BT[:, None], jnp.maximum(last - first, 0), 0).astype(jnp.float32)
+    shares_BRT = overlaps_BRT / jnp.maximum(count_B11, 1).astype(jnp.float32)
     shares_BRT = jnp.broadcast_to(shares_BRT, (B, segments, T))
     means = jnp.einsum("brt,btnh->brnh", shares_BRT, x_BTNH.astype(jnp.float32))
     return means.astype(x_BTNH.dtype)
@@ -171,7 +177,7 @@ def _landmark_kernel(q_BRNH: jax.Array, k_BRNH: jax.Array) -> jax.Array:
     """A = softmax(q' k'^T / sqrt(H)), float32 [B, N, R, R]."""
     q, k = q_BRNH.astype(jnp.float32), k_BRNH.astype(jnp.float32)
     scores = jnp.einsum("brnh,bsnh->bnrs", q, k, precision=jax.lax.Precision.HIGHEST)
-    return jax.nn.softmax(scores / np.sqrt(q.shape[-1]), axis=-1)
+    return jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
 
 
 def pseudo_inverse(a: jax.Array, iterations: int) -> jax.Array:
@@ -185,7 +191,7 @@ def pseudo_inverse(a: jax.Array, iterations: int) -> jax.Array:
     size = jnp.abs(a)
     norms = size.sum(-2).max(-1) * size.sum(-1).max(-1)
     z = jnp.swapaxes(a, -1, -2) / norms[..., None, None]
-    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
     def product(x, y):
         return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,10 +10,14 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from attention_jax.caches import KVCache
-from attention_jax.mixers.base import Context, Mixer, MixerConfig
+from attention_jax.choices import check_between
+from attention_jax.mixers.base import Context, Mixer, MixerConfig, check_encoder_memory
 from attention_jax.ops import tokens
+from attention_jax.ops.recurrences import document_runs
 from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
+
+_MOST_HEAD_DIM = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,12 @@ def enter(mixer: Mixer, x_BTD: jax.Array, state: Any, ctx: Context | None) -> tu
     ctx, config = ctx or Context(), mixer.config
     if x_BTD.ndim != 3 or x_BTD.shape[2] != mixer.d_model:
         raise ValueError(f"x must be [B, T, {mixer.d_model}], got {list(x_BTD.shape)}")
+    if 0 in x_BTD.shape:
+        raise ValueError(
+            f"x must hold at least one row and one token, got {list(x_BTD.shape)}: skip the call"
+        )
+    if config.reads_memory and ctx.memory_BSD is not None:
+        check_encoder_memory(ctx, x_BTD.shape[0], mixer.d_model)
     given = [name for name in ("mask", "mask_BNTS") if getattr(ctx, name) is not None]
     if given and not config.takes_mask:
         raise ValueError(f"{config.kind} does not support the mask of a call: ctx.{given[0]} must be None")
@@ -190,6 +199,15 @@ def valid_tokens(ctx: Context) -> jax.Array | None:
     return tokens.valid_tokens(ctx.positions_BT, ctx.segment_ids_BT)
 
 
+def document_starts(ctx: Context) -> jax.Array:
+    """True [1 or B, T] for tokens whose segment id differs from that of the token before them.
+
+    `ctx` has segment ids. The first token of a row goes on from a state and starts nothing.
+    """
+    valid_BT = jnp.broadcast_to(valid_tokens(ctx), ctx.segment_ids_BT.shape)
+    return jnp.diff(document_runs(ctx.segment_ids_BT, valid_BT), axis=1, prepend=0) > 0
+
+
 def split_heads(y_BTE: jax.Array, head_dim: int, norm: Any = None) -> jax.Array:
     """A projection [B, T, heads * H] as [B, T, heads, H], normalised by `norm` unless it is None."""
     y = rearrange(y_BTE, "b t (n h) -> b t n h", h=head_dim)
@@ -204,8 +222,9 @@ def merge_heads(y_BTNM: jax.Array) -> jax.Array:
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
     """head_dim, or d_model / num_heads if that is None; ValueError if the quotient is not an integer."""
     if head_dim is not None:
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be >= 1, got {head_dim}")
+        if not 1 <= head_dim <= _MOST_HEAD_DIM:
+            limit = ">= 1" if head_dim < 1 else f"<= {_MOST_HEAD_DIM}"
+            raise ValueError(f"head_dim must be {limit}, got {head_dim}")
         return head_dim
     if d_model % num_heads:
         raise ValueError(f"d_model {d_model} is not divisible by num_heads {num_heads}; set head_dim")
@@ -214,10 +233,8 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
 
 def check_scores(config: Any) -> None:
     """Raise ValueError unless the options `softcap` and `scale` are numbers that scores can have."""
-    if config.softcap is not None and not 0 < config.softcap < math.inf:
-        raise ValueError(f"softcap must be finite and > 0, got {config.softcap}; use null to disable it")
-    if config.scale is not None and not math.isfinite(config.scale):
-        raise ValueError(f"scale must be finite, got {config.scale}")
+    check_between(config, "softcap", 0.1, 1e6, "less caps every score at almost 0, and null turns it off")
+    check_between(config, "scale", 1e-6, 1e6, "scores vanish or overflow otherwise", zero=True, signed=True)
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -27,11 +27,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
+from attention_jax.choices import check_between
 from attention_jax.feature_maps import log_positive_random, random_directions
 from attention_jax.mixers.base import Context, Parts
 from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
-from attention_jax.mixers.parts import valid_tokens
-from attention_jax.ops.recurrences import document_runs
+from attention_jax.mixers.parts import document_starts, valid_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class PerformerConfig(LinearBaseConfig):
         super().__post_init__()
         if self.num_features < 1:
             raise ValueError(f"num_features must be >= 1, got {self.num_features}")
+        check_between(self, "num_features", 1, 2**20, "each token has as many features per head")
 
     @property
     def rescales(self) -> bool:
@@ -140,7 +141,7 @@ def _running_max(x_BTK: jax.Array, held_BK: jax.Array | None, ctx: Context) -> t
     if ctx.segment_ids_BT is None:
         running_BTK = jnp.maximum(jax.lax.cummax(x_BTK, axis=1), held_BK[:, None])
         return running_BTK, jnp.concatenate([held_BK[:, None], running_BTK[:, :-1]], axis=1)
-    starts_BT = _document_starts(ctx, T)
+    starts_BT = document_starts(ctx)
 
     def merge(a, b):
         return a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1]))
@@ -164,10 +165,3 @@ def _replace_invalid(x_BTK: jax.Array, own_BTK: jax.Array, ctx: Context) -> jax.
     """x with invalid slots replaced by `own_BTK`, so that their exponentials, which are unused, do not overflow."""
     valid_BT = valid_tokens(ctx)
     return x_BTK if valid_BT is None else jnp.where(valid_BT[..., None], x_BTK, own_BTK)
-
-
-def _document_starts(ctx: Context, T: int) -> jax.Array:
-    """True [1 or B, T] for tokens whose segment id differs from that of the previous token."""
-    valid_BT = valid_tokens(ctx)
-    runs_BT = document_runs(ctx.segment_ids_BT, jnp.broadcast_to(valid_BT, ctx.segment_ids_BT.shape))
-    return jnp.diff(runs_BT, axis=1, prepend=0) > 0

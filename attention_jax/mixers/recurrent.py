@@ -33,9 +33,19 @@ class DecayMixerConfig(MixerConfig):
 
 
 def check_steps(dt_min: float, dt_max: float) -> None:
-    """Raise ValueError unless 0 < dt_min <= dt_max."""
+    """Raise ValueError unless 1e-8 <= dt_min <= dt_max <= 100: other decays are 1 or 0 in float32."""
     if not 0 < dt_min <= dt_max < math.inf:
         raise ValueError(f"dt_min {dt_min} and dt_max {dt_max} must satisfy 0 < dt_min <= dt_max < inf")
+    if not 1e-8 <= dt_min <= dt_max <= 100:
+        raise ValueError(
+            f"dt_min {dt_min} and dt_max {dt_max} must be from 1e-08 to 100: other decays are 1 or 0 in float32"
+        )
+
+
+def check_convolution(width: int) -> None:
+    """Raise ValueError for a short convolution of more than 1024 tokens: a product is compiled for each."""
+    if width > 1024:
+        raise ValueError(f"convolution must be <= 1024 tokens, got {width}: a product is compiled for each")
 
 
 def initial_decays(
@@ -46,9 +56,9 @@ def initial_decays(
     Rates exp(A_log) are drawn uniformly from 1 to 16, steps softplus(dt_bias) log-uniformly from dt_min to
     dt_max (Dao & Gu 2024, arXiv 2405.21060).
     """
-    rates = jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)
+    rates = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=1.0, maxval=16.0)
     low, high = math.log(dt_min), math.log(dt_max)
-    steps = jnp.exp(jax.random.uniform(rngs.params(), (width,), minval=low, maxval=high))
+    steps = jnp.exp(jax.random.uniform(rngs.params(), (width,), jnp.float32, minval=low, maxval=high))
     # The inverse of softplus.
     return nnx.Param(jnp.log(rates)), nnx.Param(steps + jnp.log(-jnp.expm1(-steps)))
 

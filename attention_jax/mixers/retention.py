@@ -16,11 +16,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
-from attention_jax.layers import HeadGroupNorm, fused_linear
+from attention_jax.choices import check_between
+from attention_jax.layers import HeadGroupNorm, RMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, rotate, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import DecayMixerConfig, decayed
@@ -57,6 +57,7 @@ class RetentionConfig(DecayMixerConfig):
             # 1 - 2^-24 is the largest float32 below 1.
             if value is not None and not 0 < value <= 24:
                 raise ValueError(f"{name} must be > 0 and <= 24, got {value}: a decay is 1 - 2^-{name}")
+            check_between(self, name, 0.01, 24, "a decay of almost 0 forgets every token at once")
         if self.last_exponent is None and self.first_exponent + self.num_heads - 1 > 24:
             raise ValueError(
                 f"first_exponent {self.first_exponent} and num_heads {self.num_heads} give the last head a decay "
@@ -103,7 +104,7 @@ class Retention(Mixer):
         self.norm = (
             HeadGroupNorm(N, self.value_dim, **norm)
             if config.norm == "group"
-            else nnx.RMSNorm(self.value_dim, **norm)
+            else RMSNorm(self.value_dim, **norm)
         )
         self.out = parts.out(N * self.value_dim, self.d_model, use_bias=config.biased_output)
 

@@ -8,7 +8,6 @@ A mixer of this family derives its config from `SelfAttentionConfig` and its mod
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Annotated, Any, Literal
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.biases import T5, ALiBiConfig
-from attention_jax.choices import ByKind
+from attention_jax.choices import ByKind, check_between
 from attention_jax.layers import HeadNorm, fused_linear, head_norm
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, Parts
@@ -65,8 +64,7 @@ class SelfAttentionConfig(SoftmaxMixerConfig):
             if value is not None and not isinstance(value, cls):
                 raise ValueError(f"{name} must be a {cls.__name__} or null, got {value!r}")
         check_scores(self)
-        if self.clip_qkv is not None and not 0 < self.clip_qkv < math.inf:
-            raise ValueError(f"clip_qkv must be finite and > 0, got {self.clip_qkv}; use null to disable it")
+        check_between(self, "clip_qkv", 1e-3, 1e6, "less clips almost everything, and null turns it off")
 
     @property
     def query_heads(self) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.layers import FeedForward
+from attention_jax.layers import FeedForward, LayerNorm, RMSNorm
 from attention_jax.mixers import Context, MixerConfig, MixerOutput
 from attention_jax.model.config import ModelConfig
 
@@ -73,8 +73,8 @@ def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The norm of a layer's mixer or feed-forward, and that before the output projection."""
     dtype = jnp.dtype(config.dtype)
     if config.norm == "rmsnorm":
-        return nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-    return nnx.LayerNorm(
+        return RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+    return LayerNorm(
         config.d_model, epsilon=config.norm_eps, use_bias=config.use_bias, dtype=dtype, rngs=rngs
     )
 

@@ -6,19 +6,20 @@ The text after a field's `#:` documents it, and `python -m train --help` prints 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from typing import Any, Literal
 
 import jax
 
-from attention_jax.choices import check_choices
+from attention_jax.choices import check_between, check_choices, check_dropout
+from attention_jax.hints import hint
 from attention_jax.layers import FeedForwardKind, is_gated
 from attention_jax.masks import Full
 from attention_jax.mixers import MixerConfig, make_config
 from attention_jax.positions import RoPE
 
 _DEFAULT_MIXERS = (make_config("softmax", rope=RoPE()),)
+_MOST_LAYERS = 10_000  # each is traced, and has a state of its own in decoding
+_MOST_WIDTH = 2**24
 _CHECKPOINT_POLICIES = tuple(
     name
     for name in (
@@ -42,8 +43,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         _check_sequence(self)
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers must be >= 1, got {self.num_layers}")
+        _check_layers(self.num_layers)
         _check_period(self.mixers, self.num_layers)
         for index, mixer in enumerate(self.mixers):
             if mixer.reads_memory:
@@ -99,10 +99,14 @@ class ModelConfig:
 
     def __post_init__(self):
         _check_sequence(self)
-        for name in ("d_model", "num_layers", "vocab_size", "mlp_width", "max_positions"):
+        for name in ("d_model", "vocab_size", "mlp_width", "max_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.d_model > _MOST_WIDTH:
+            raise ValueError(f"d_model must be <= {_MOST_WIDTH}, got {self.d_model}: lower it")
+        _check_layers(self.num_layers)
+        self._check_numbers()
         _check_period(self.mixers, self.num_layers)
         if self.sinusoidal and self.max_positions is not None:
             raise ValueError(
@@ -110,22 +114,24 @@ class ModelConfig:
             )
         if self.sinusoidal and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
-        if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps must be finite and >= 0, got {self.norm_eps}")
-        if self.embedding_scale is not None and not 0 < self.embedding_scale < math.inf:
-            raise ValueError(
-                f"embedding_scale must be finite and > 0, got {self.embedding_scale}; use null for none"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.remat is not None and self.remat not in _CHECKPOINT_POLICIES:
-            near = difflib.get_close_matches(self.remat, _CHECKPOINT_POLICIES, 1, 0)[0]
-            raise ValueError(f"remat: unknown policy {self.remat!r}; did you mean {near!r}?")
+            known = ", ".join(_CHECKPOINT_POLICIES)
+            more = hint("remat", self.remat, _CHECKPOINT_POLICIES)
+            raise ValueError(f"remat: unknown policy {self.remat!r}; choose from {known}{more}")
         _check_mixers(self.mixers, self.d_model, self.causal, "mixers")
         if self.encoder is not None:
             _check_mixers(self.encoder.mixers, self.d_model, False, "encoder.mixers")
             if not any(mixer.reads_memory for mixer in self.mixers):
                 raise ValueError("encoder: no mixer attends to it; add a mixer of kind cross to mixers")
+
+    def _check_numbers(self) -> None:
+        check_dropout(self.dropout)
+        check_between(self, "norm_eps", 1e-12, 1, "it must not replace the variance, nor vanish beside it")
+        check_between(self, "embedding_scale", 1e-3, 1e6, "embeddings vanish or overflow otherwise")
+        check_between(self, "init_std", 1e-6, 10, "the first gradients vanish or overflow otherwise")
+        check_between(
+            self, "logit_softcap", 0.1, 1e6, "less caps every logit at almost 0, and null turns it off"
+        )
 
     @property
     def hidden_width(self) -> int:
@@ -172,6 +178,12 @@ def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, n
             mixer.check(d_model, causal=causal)
         except ValueError as error:
             raise ValueError(f"{name}.{index}: {error}") from None
+
+
+def _check_layers(num_layers: int) -> None:
+    if not 1 <= num_layers <= _MOST_LAYERS:
+        limit = ">= 1" if num_layers < 1 else f"<= {_MOST_LAYERS}"
+        raise ValueError(f"num_layers must be {limit}, got {num_layers}")
 
 
 def _check_period(mixers: tuple[MixerConfig, ...], num_layers: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attention_jax.layers import linear, matmul
@@ -108,10 +109,14 @@ class LanguageModel(nnx.Module):
         shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
         if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {dtype} {list(shape)}")
+        if 0 in shape:
+            raise ValueError(
+                f"tokens must hold at least one row and one token, got {list(shape)}: skip the call"
+            )
         for ids in (ctx.positions_BT, ctx.segment_ids_BT):
             if ids is not None:  # an invalid slot may hold any id, which must not index the table
                 tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(_checked_ids(tokens_BT, self.config.vocab_size))
         scale = self.config.embedding_scale
         if scale is None and self.config.sinusoidal:
             scale = math.sqrt(self.config.d_model)
@@ -132,6 +137,25 @@ class LanguageModel(nnx.Module):
             x_BTD = x_BTD + sinusoidal(positions_BT, self.config.d_model)
         x_BTD = dropout(x_BTD, self.config.dropout, ctx.fold_key(self.config.num_layers).dropout_key)
         return x_BTD.astype(self.config.dtype)
+
+
+def _checked_ids(tokens_BT: jax.Array, vocab_size: int) -> jax.Array:
+    """The ids; ValueError for one outside the vocabulary.
+
+    Traced ids raise no error. Those past the table give NaN, and negative ones, which would count from its
+    end, are moved there.
+    """
+    if isinstance(tokens_BT, jax.core.Tracer):
+        if jnp.issubdtype(tokens_BT.dtype, jnp.unsignedinteger):
+            return tokens_BT
+        tokens_BT = tokens_BT.astype(jnp.promote_types(tokens_BT.dtype, jnp.int32))
+        return jnp.where(tokens_BT < 0, vocab_size, tokens_BT)
+    if getattr(tokens_BT, "is_fully_addressable", True):  # not if other processes hold a part
+        ids = np.asarray(tokens_BT)
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if outside.size:
+            raise ValueError(f"token id {outside[0]} is outside 0..{vocab_size - 1}, the model's vocabulary")
+    return tokens_BT
 
 
 class Encoder(nnx.Module):
@@ -185,7 +209,11 @@ def init_state(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = N
 def apply(
     config: ModelConfig, params: dict, tokens_BT: jax.Array, state: Any = None, *, ctx: Context | None = None
 ) -> ModelOutput:
-    """The float32 logits_BTV, the new state and aux; a pure function of its arguments."""
+    """The float32 logits_BTV, the new state and aux; a pure function of its arguments.
+
+    Raises: ValueError for a token id outside the vocabulary. Under `jit`, where ids are traced, it gives NaN
+    logits from its token on. An invalid slot may hold any id.
+    """
     return bind(config, params).run(tokens_BT, state, ctx=ctx)
 
 

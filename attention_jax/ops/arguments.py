@@ -6,6 +6,8 @@ import math
 import numbers
 from typing import Any
 
+from attention_jax.choices import check_number
+
 
 def is_array(x: Any) -> bool:
     """True for an array or a tracer, False for a Python number or a list."""
@@ -16,6 +18,7 @@ def finite_number(name: str, value: Any) -> float:
     """The Python number as a float; ValueError for anything else, a traced value included."""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite Python number (multiply q by a traced one), got {value!r}")
+    check_number(name, float(value))
     return float(value)
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 
+from attention_jax.hints import hint
+from attention_jax.ops import sharded, varying
+
 
 def runs_every_call(call: Any, config: Any = None) -> str | None:
     """The `unsupported` of an implementation without limits: None."""
@@ -59,6 +62,54 @@ class Explanation:
         return "\n".join([f"forward and backward: {self.chosen}", *rows, *filter(None, [self.shards])])
 
 
+def compiled_once(function: Callable, **static: Any) -> Callable:
+    """The function, which outside of `jax.jit` is compiled once per shapes and static arguments.
+
+    JAX compiles a loop that runs by itself anew in every call; this comes from jit's cache, and so does its
+    gradient. Within a program that is being traced the call becomes a part of it, as if it stood there.
+
+    static: `static_argnums` or `static_argnames` of `jax.jit`.
+    """
+    compiled, inlined = jax.jit(function, **static), jax.jit(function, inline=True, **static)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        if not _hashable(treedef):
+            # A bias of the user's with a static field that has no hash, which no cache can know again.
+            return function(*args, **kwargs)
+        return (inlined if any(map(_is_traced, leaves)) else compiled)(*args, **kwargs)
+
+    return call
+
+
+def _is_traced(x: Any) -> bool:
+    """Whether x has no value yet. While a gradient is taken outside of jit, a tracer has one."""
+    return isinstance(x, jax.core.Tracer) and x.to_concrete_value() is None
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
+def evaluate(implementation: Implementation, call: Any, split: sharded.Shards | None = None) -> Any:
+    """What the implementation returns for the call, with `split` from each shard of it."""
+    return _evaluate(implementation, split, call)
+
+
+def _run(implementation: Implementation, split: sharded.Shards | None, call: Any) -> Any:
+    if split is None:
+        return implementation.run(varying.aligned(call))
+    return sharded.per_shard(implementation.run, call, split)
+
+
+_evaluate = compiled_once(_run, static_argnums=(0, 1))
+
+
 def choose(table: Mapping[str, Implementation], call: Any, impl: Any) -> Implementation:
     """The implementation that runs the call.
 
@@ -105,7 +156,8 @@ def _asked_for(table: Mapping[str, Implementation], call: Any, impl: Any) -> tup
         )
     if name is None:
         configs = [type(x.config).__name__ for x in table.values() if x.config is not None]
-        raise ValueError(f"unknown impl {impl!r}; there are {', '.join([*table, *configs])}")
+        known = [*table, *configs]
+        raise ValueError(f"unknown impl {impl!r}; there are {', '.join(known)}{hint('impl', impl, known)}")
     found = table[name] if isinstance(impl, str) else dataclasses.replace(table[name], config=impl)
     if why_not := found.refusal(call):
         raise NotImplementedError(f"impl={impl!r} cannot run this call: {why_not}")

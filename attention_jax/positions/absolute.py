@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.positions.scalings import FORBID, INFINITY, check, plain_frequencies
+from attention_jax.choices import check_choices
+from attention_jax.positions.scalings import FORBID, check, plain_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Temperature:
     scale: float = 0.1  #: factor of the logarithm
 
     def __post_init__(self):
+        check_choices(self)
         check("Temperature", "floor", self.floor, self.floor >= 1, ">= 1")
-        check("Temperature", "scale", self.scale, 0 <= self.scale < INFINITY, "finite and >= 0")
+        check("Temperature", "scale", self.scale, 0 <= self.scale <= 100, "from 0 to 100")
 
     def __call__(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """q [B, T, heads, H] times the factors of its positions, computed in float32, in the dtype of q."""
@@ -49,5 +51,6 @@ def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even width, got {width}")
     frequencies = plain_frequencies(10000.0, width).astype(np.float32)
-    angles = positions_BT.astype(jnp.float32)[..., None] * frequencies
+    angles = jnp.expand_dims(positions_BT.astype(jnp.float32), -1)
+    angles = angles * np.expand_dims(frequencies, tuple(range(positions_BT.ndim)))
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, width)

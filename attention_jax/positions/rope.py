@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.positions.scalings import FORBID, INFINITY, Scaling, check, plain_frequencies
+from attention_jax.choices import check_choices
+from attention_jax.positions.scalings import FORBID, Scaling, check, plain_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class XPos:
     centre: int = 0  #: the position with scale 1; half the maximum length doubles the usable range
 
     def __post_init__(self):
-        check("XPos", "scale_base", self.scale_base, 0 < self.scale_base < INFINITY, "finite and > 0")
+        check_choices(self)
+        check("XPos", "scale_base", self.scale_base, 0.1 <= self.scale_base <= 1e9, "from 0.1 to 1e9")
         check("XPos", "centre", self.centre, self.centre >= 0, ">= 0")
 
     def reach(self, dtype: Any) -> int:
@@ -60,7 +62,14 @@ class XPos:
         # Invalid slots (position < 0) get finite factors, so that no NaN reaches a gradient there.
         offset_BT = jnp.where(positions_BT < 0, 0, positions_BT - self.centre)
         offset_BT = jnp.where(jnp.abs(offset_BT) > self.reach(dtype), jnp.nan, offset_BT.astype(jnp.float32))
-        return jnp.exp(offset_BT[..., None] * (np.log(zeta) / self.scale_base).astype(np.float32))
+        # A query's exponent and a key's cancel. The error of a float32 exponent grows with the offset, so that
+        # most of it is a product with few bits, which float32 holds, and the rest is small.
+        rates = np.log(zeta) / self.scale_base
+        bits = max(1, 24 - self.reach(dtype).bit_length())
+        unit = 2.0 ** (np.ceil(np.log2(np.abs(rates).max())) - bits)
+        high = np.round(rates / unit) * unit
+        high, low = (offset_BT[..., None] * x.astype(np.float32)[None, None] for x in (high, rates - high))
+        return jnp.exp(high) * jnp.exp(low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +89,13 @@ class RoPE:
     xpos: XPos | None = None  #: scores that decay with distance; null: off
 
     def __post_init__(self):
+        check_choices(self)
         if self.width is not None and (self.width < 2 or self.width % 2):
             raise ValueError(f"RoPE width must be even and >= 2, got {self.width}")
-        if not 0 < self.theta < INFINITY:
-            raise ValueError(f"RoPE theta must be > 0 and finite, got {self.theta}")
-        if self.layout not in ("half", "interleaved"):
-            raise ValueError(f"RoPE layout must be 'half' or 'interleaved', got {self.layout!r}")
+        if not 1 <= self.theta <= 1e15:
+            raise ValueError(
+                f"RoPE theta must be from 1 to 1e15, got {self.theta}: it is the base of the wavelengths"
+            )
 
     def rotated_width(self, head_dim: int) -> int:
         """The number of rotated features of a head of `head_dim`; ValueError if it does not fit the head."""
@@ -144,7 +154,8 @@ class RoPE:
         frequencies = self.frequencies(x_BTNH.shape[-1])
         width = 2 * frequencies.size
         rotated, rest = x_BTNH[..., :width].astype(jnp.float32), x_BTNH[..., width:]
-        angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies.astype(np.float32)
+        frequencies = frequencies.astype(np.float32)[None, None, None]
+        angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if not (isinstance(gain, float) and gain == 1.0):
             cos, sin = gain * cos, gain * sin

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from attention_jax.choices import ByKind
+from attention_jax.choices import ByKind, check_choices
 
 FORBID = {"extra": "forbid", "strict": True}
-INFINITY = float("inf")
 
 
 def check(kind: str, name: str, value: Any, good: bool, need: str) -> None:
@@ -42,7 +41,8 @@ class BaseScaling:
         raise NotImplementedError
 
     def _check_factor(self) -> None:
-        check(type(self).__name__, "factor", self.factor, 1 <= self.factor < INFINITY, "finite and >= 1")
+        check_choices(self)
+        check(type(self).__name__, "factor", self.factor, 1 <= self.factor <= 1e6, "from 1 to 1e6")
 
     def _check_lengths(self, *names: str, least: int = 1) -> None:
         for name in names:
@@ -130,11 +130,11 @@ class YaRN(BaseScaling):
         self._check_lengths("original_length")
         for name in ("beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, name)
-            check("YaRN", name, value, value is None or 0 < value < INFINITY, "finite and > 0")
+            check("YaRN", name, value, value is None or 1e-6 <= value <= 1e6, "from 1e-6 to 1e6")
         check("YaRN", "beta_fast", self.beta_fast, self.beta_fast > self.beta_slow, "above beta_slow")
         for name in ("mscale", "mscale_all_dim"):
             value = getattr(self, name)
-            check("YaRN", name, value, 0 <= value < INFINITY, "finite and >= 0")
+            check("YaRN", name, value, 0 <= value <= 100, "from 0 to 100")
         if self.attention_factor is not None and (self.mscale, self.mscale_all_dim) != (1.0, 0.0):
             raise ValueError("YaRN attention_factor excludes mscale and mscale_all_dim: set one or the other")
 
@@ -196,9 +196,9 @@ class Llama3(BaseScaling):
         self._check_factor()
         self._check_lengths("original_length")
         low, high = self.low_freq_factor, self.high_freq_factor
-        check("Llama3", "low_freq_factor", low, 0 < low < INFINITY, "finite and > 0")
-        need = f"finite and above low_freq_factor {low}"
-        check("Llama3", "high_freq_factor", high, low < high < INFINITY, need)
+        check("Llama3", "low_freq_factor", low, 1e-6 <= low <= 1e6, "from 1e-6 to 1e6")
+        need = f"above low_freq_factor {low} and at most 1e6"
+        check("Llama3", "high_freq_factor", high, low < high <= 1e6, need)
 
     def frequencies(self, theta: float, width: int) -> np.ndarray:
         plain = plain_frequencies(theta, width)
@@ -229,16 +229,17 @@ class LongRoPE(BaseScaling):
     attention_factor: float | None = None
 
     def __post_init__(self):
+        check_choices(self)
         self._check_lengths("original_length", least=2)
         self._check_lengths("length")
         for name in ("short_factor", "long_factor"):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
-            bad = [value for value in values if not 0 < value < INFINITY]
-            check("LongRoPE", name, bad, not bad, "finite numbers > 0")
+            bad = [value for value in values if not 1e-6 <= value <= 1e6]
+            check("LongRoPE", name, bad[:3], not bad, "numbers from 1e-6 to 1e6")
         factor = self.attention_factor
-        good = factor is None or 0 < factor < INFINITY
-        check("LongRoPE", "attention_factor", factor, good, "finite and > 0")
+        good = factor is None or 1e-6 <= factor <= 1e6
+        check("LongRoPE", "attention_factor", factor, good, "from 1e-6 to 1e6")
 
     @property
     def magnitude(self) -> float:

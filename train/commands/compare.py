@@ -35,9 +35,9 @@ from attention_jax.model import ModelConfig, count_params, init_state
 from train import command_line
 from train import config as config_lib
 from train.commands import trials
-from train.commands.types import Configs, Counts, Integer, Integers, Overrides, Positional
+from train.commands.types import Configs, Counts, Folder, Integer, Integers, Overrides, Positional
 from train.config import shipped
-from train.data import batches as data_lib
+from train.data.prepare import prepare
 from train.run.metrics import BITS
 from train.run.restore import TrainedRun, fresh_state, load_run
 from train.step import make_train_step
@@ -68,7 +68,7 @@ class Options:
     seeds: Integers = (0,)  #: seeds to average over
     capacities: Counts = (256, 4096)  #: tokens that a state has room for
     rounds: Integer = 5  #: rounds of timing; 0 times nothing
-    runs: Path = Path("runs/compare")  #: where the run folders are
+    runs: Folder = Path("runs/compare")  #: where the run folders are
     set: Overrides = ()  #: overrides for every run
 
 
@@ -174,7 +174,7 @@ def _step(run: TrainedRun, folder: Path) -> Callable[[], Any]:
     """A few training steps on the run's first batch."""
     state = fresh_state(run.config, run.model, jax.random.key(0))
     train_step = make_train_step(run.model, run.config.optimizer, run.config.steps)
-    batch = data_lib.prepare(run.config.data, folder, run.config.objective).train_batch(0)
+    batch = prepare(run.config.data, folder, run.config.objective).train_batch(0)
     held = [state["params"], state["opt_state"]]  # given away by every step
 
     def steps():

@@ -3,7 +3,8 @@
     python scripts/generate.py runs/tiny --prompt "class " --top-k 40
 
 For a run of objective seq2seq the prompt is the source text, and the model
-writes its target.
+writes its target. On a terminal, control characters that the model writes are
+shown as escapes such as \\x1b; a file or a pipe gets the text as it is.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import dataclasses
 import secrets
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
 import jax
 
 from attention_jax.generation import Sampling, stream
 from train import command_line
-from train.commands.types import Integer, MaybeInteger, MaybeNumber, Number, Positional, one
+from train.commands.types import Folder, Integer, MaybeInteger, MaybeNumber, Number, Positional
 from train.data.tokenizers import StreamDecoder
-from train.run.restore import TrainedRun, load_run
+from train.run.restore import Requests, TrainedRun, load_run
+from train.streams import printable
+
+_LONG = 4096  # tokens that a small model takes seconds to read
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command line gives."""
 
-    run_dir: Positional[Annotated[str, one("RUN_DIR", str)]]  #: the folder of a run of `python -m train`
+    run_dir: Positional[Folder]  #: the folder of a run of `python -m train`
     prompt: str = ""  #: what the text starts with; for seq2seq: the source
     tokens: Integer = 300  #: how many tokens to sample at most
     temperature: Number = 0.8  #: 0 always takes the likeliest token
@@ -49,13 +52,19 @@ def _main(options: Options) -> None:
         raise ValueError(f"--step must be a number, latest or best, got {options.step}")
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be in [0, {2**32}), got {options.seed}")
+    if options.tokens < 1:
+        raise ValueError(f"--tokens must be >= 1, got {options.tokens}")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    _print_text(load_run(options.run_dir, step=step), options, sampling)
+    run = load_run(options.run_dir, step=step)
+    print(f"{options.run_dir}: checkpoint of step {run.step}, {run.chosen}", file=sys.stderr, flush=True)
+    _print_text(run, options, sampling)
 
 
 def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
     seed = secrets.randbits(32) if options.seed is None else options.seed
     requests = run.requests([options.prompt])
+    for note in notes(run, requests):
+        print(note, file=sys.stderr, flush=True)
     decoder = StreamDecoder(run.tokenizer)
     pieces = stream(
         run.model,
@@ -67,8 +76,26 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
         key=jax.random.key(seed),
         eos_id=run.tokenizer.end_of_document,
     )
-    sys.stdout.write(requests.echo[0])
+    shown = printable if sys.stdout.isatty() else str
+    sys.stdout.write(shown(requests.echo[0]))
     for [ids] in pieces:
-        sys.stdout.write("".join(decoder.push(int(token)) for token in ids))
+        sys.stdout.write(shown("".join(decoder.push(int(token)) for token in ids)))
         sys.stdout.flush()
-    sys.stdout.write(decoder.finish() + "\n")
+    sys.stdout.write(shown(decoder.finish()) + "\n")
+
+
+def notes(run: TrainedRun, requests: Requests) -> list[str]:
+    """What to say before a text that is longer than in training, or takes long to read."""
+    data, found = run.config.data, []
+    kinds = [("prompt", requests.prompts[0], data.sequence_length)]
+    if requests.sources is not None:
+        kinds.append(("source", requests.sources[0], data.source_width))
+    for name, ids, trained in kinds:
+        if len(ids) > trained:
+            found.append(
+                f"note: the {name} has {len(ids):,} tokens, and the model was trained on at most {trained:,}:"
+                " its text after a longer one may be worse"
+            )
+        if len(ids) > _LONG:
+            found.append(f"note: reading the {len(ids):,} tokens of the {name} before the first new one")
+    return found

@@ -25,7 +25,7 @@ from attention_jax.mixers import MixerConfig
 from train import command_line
 from train import config as config_lib
 from train.commands import trials
-from train.commands.types import Configs, Integers, Overrides, Positional, many
+from train.commands.types import Configs, Folder, Integers, Overrides, Positional, many
 from train.config import shipped
 
 
@@ -76,7 +76,7 @@ class Options:
     settings: Settings = ((64, 8), (128, 16))  #: tokens a row, and key-value pairs
     rates: Rates = ()  #: learning rates to try; none: the configuration's own
     seeds: Integers = (0,)  #: seeds to average over
-    runs: Path = Path("runs/recall")  #: where the run folders are
+    runs: Folder = Path("runs/recall")  #: where the run folders are
     set: Overrides = ()  #: overrides for every run
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional as Positional
 from tyro.constructors import PrimitiveConstructorSpec
+
+from attention_jax.choices import LARGEST
+from attention_jax.hints import near
 
 
 def one(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec:
@@ -37,24 +43,58 @@ def many(
     )
 
 
-def _integer(text: str) -> int:
+def _integer(text: str, least: int = -(2**32)) -> int:
+    """An integer, also written as 1e3, of at most 32 bits."""
+    what = "an integer" if least < 0 else f"an integer >= {least}"
+    value = None
+    if re.fullmatch(r"[-+]?[0-9]{1,20}", text):
+        value = int(text)
+    elif re.fullmatch(r"[-+]?[0-9.]{1,20}[eE]\+?[0-9]{1,2}", text):
+        value = _whole(text)
+    elif re.fullmatch(r"[-+]?[0-9]+", text):
+        raise ValueError(f"must be at most {2**32 - 1}, got a number of {len(text)} digits")
+    if value is None or value < least:
+        raise ValueError(f"must be {what}, got {text}")
+    if value > 2**32 - 1:  # a seed may have 32 bits
+        raise ValueError(f"must be at most {2**32 - 1}, got {text}")
+    return value
+
+
+def _whole(text: str) -> int | None:
     try:
-        return int(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"must be an integer, got {text}") from None
+        return None
+    return int(value) if value.is_integer() else None
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise ValueError(f"must be an integer >= 1, got {text}")
-    return int(text)
+    value = _integer(text, 1)
+    if value > LARGEST:
+        raise ValueError(f"must be at most {LARGEST}, got {text}")
+    return value
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"must be a number, got {text}") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"must be a number, got {text}")
+    return value
+
+
+def _path(text: str) -> Path:
+    """A path, with ~ and ~user for home folders."""
+    if not text or "\0" in text:
+        raise ValueError(f"must be a path, got {text!r}")
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        raise ValueError(
+            f"there is no home folder {text.partition('/')[0]}; write ./{text} for a folder of that name"
+        )
+    return Path(found)
 
 
 # A count is an integer >= 1.
@@ -66,7 +106,8 @@ MaybeInteger = Annotated[int | None, one("N", _integer)]
 Integers = Annotated[tuple[int, ...], many("N", _integer)]
 Number = Annotated[float, one("X", _number)]
 MaybeNumber = Annotated[float | None, one("X", _number)]
-MaybePath = Annotated[Path | None, one("PATH", Path)]
+Folder = Annotated[Path, one("PATH", _path)]
+MaybePath = Annotated[Path | None, one("PATH", _path)]
 MaybeText = Annotated[str | None, one("TEXT", str)]
 Configs = Annotated[tuple[str, ...], many("CONFIG", str)]
 Overrides = Annotated[tuple[str, ...], many("KEY=VALUE", str)]
@@ -78,7 +119,9 @@ def words(metavar: str, known: Iterable[str] | Callable[[], Iterable[str]]) -> A
     def read(text: str) -> str:
         there_are = list(known() if callable(known) else known)
         if text not in there_are:
-            raise ValueError(f"there is no {text!r}; there are {', '.join(there_are)}")
+            meant = near(text, there_are)
+            more = f"; did you mean {meant}?" if meant else ""
+            raise ValueError(f"there is no {text!r}; there are {', '.join(there_are)}{more}")
         return text
 
     return Annotated[tuple[str, ...], many(metavar, read)]

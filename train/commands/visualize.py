@@ -9,6 +9,7 @@ The colours show full, partial and empty blocks; every panel gives its density.
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from typing import Literal
 from attention_jax import masks
 from train import command_line
 from train.commands.types import Count, MaybePath, MaybeText, Positional
+from train.run.files import writing
 
 # What the gallery shows, at 64 positions.
 GALLERY = {
@@ -63,7 +65,10 @@ def _main(options: Options) -> None:
     path = options.out or Path(f"{options.command}.png")
     figure = _draw(options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    image = io.BytesIO()  # to a path without a suffix matplotlib would add one
+    figure.savefig(image, format=path.suffix.removeprefix(".") or "png")
+    with writing(path):
+        path.write_bytes(image.getvalue())
     print(path)
 
 

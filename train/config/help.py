@@ -18,6 +18,7 @@ WIDTH = 80
 
 USAGE = """\
 usage: python -m train CONFIG [key.path=value ...] [--print-config]
+                       [--start-over] [--accept-environment]
        python -m train --help
 
 Trains the language model that CONFIG describes: a YAML file, or the name of a
@@ -26,8 +27,13 @@ resumes the run in its folder. Overrides take precedence over the file, later
 ones over earlier ones. Their values are YAML; text needs no quotes. An item of
 a list has its number in the path: model.mixers.0.num_heads=8.
 
-  --print-config  print the whole configuration, defaults included, and exit
-  --help          print this text and exit
+  --print-config        print the whole configuration, with defaults, and exit
+  --start-over          begin at step 0; what was trained so far is kept in the
+                        run folder's before.1, before.2, ...
+  --accept-environment  resume with other settings of jax than a checkpoint was
+                        made with, which change random numbers, dtypes or the
+                        precision of matrix products
+  --help                print this text and exit
 
 Exit status: 0 done; 2 a mistake in the command, the configuration or the data;
 130 interrupted.

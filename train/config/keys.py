@@ -77,6 +77,16 @@ def expected(annotation: Any) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
+def words(annotation: Any) -> list[str]:
+    """The words that a value may be, where some are listed."""
+    return [
+        value
+        for member in members(annotation)
+        if typing.get_origin(member) is typing.Literal
+        for value in typing.get_args(member)
+    ]
+
+
 @functools.cache
 def meanings(cls: type) -> dict[str, str]:
     """Field name to the text of its `#:` comment, above the field or behind it; inherited ones included."""

@@ -1,15 +1,15 @@
 """YAML and dotted overrides to a `RunConfig`, and back.
 
 pydantic checks the plain dataclasses, strictly, and chooses among several by `kind`. What it finds is said
-in one line, as a `ConfigError` that starts with the dotted path of the key and names the nearest known key.
+in one line, as a `ConfigError` that starts with the dotted path of the key and says what was probably meant.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 
 import pydantic
 
+from attention_jax.hints import hint, look_up, near
 from attention_jax.masks import Mask, parse
-from attention_jax.mixers import mixer_kinds
-from train.config import shipped, yaml_text
-from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections
+from attention_jax.mixers import MixerConfig, mixer_kinds
+from train.config import shipped, synonyms, yaml_text
+from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections, words
 from train.config.schema import RunConfig
 from train.config.yaml_text import ConfigError
 from train.run.migration import FORMAT, RENAMED, migrate_config
@@ -35,7 +36,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     `run_dir: null` becomes runs/NAME_OF_THE_FILE. A run folder's config.yaml, with the `format` that it
     states or format 1, is such a file too. Raises: ConfigError, which names the mistake.
     """
-    path = shipped.find(path)
+    if "\0" in str(path):
+        raise ConfigError(f"the configuration {str(path)!r}: a path must not hold the character U+0000")
+    path = shipped.find(os.path.expanduser(path))
     raw = read_yaml(path)
     try:
         raw = migrate_config(raw, absent=1 if _in_run_folder(path) else FORMAT)
@@ -58,7 +61,11 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     """The config of plain dicts, lists and scalars; `from_dict(to_dict(config)) == config`."""
     try:
         # JSON mode is strict about scalars, yet takes lists for tuples and mappings for dataclasses.
-        config = _adapter(*mixer_kinds().values()).validate_json(json.dumps(raw))
+        text = json.dumps(_with_integers(raw, RunConfig))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration is not of nested dicts, lists and scalars: {error}") from None
+    try:
+        config = _adapter(*mixer_kinds().values()).validate_json(text)
     except pydantic.ValidationError as error:
         raise ConfigError(_message(error, raw)) from None
     to_dict(config)  # early: a run folder could not hold what this refuses
@@ -99,7 +106,13 @@ def dump_yaml(config: RunConfig) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """What a YAML file holds, not checked yet. ConfigError where it is no mapping or cannot be read."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(yaml_text.MOST_CHARACTERS + 1)  # /dev/zero has no end
+        if len(data) > yaml_text.MOST_CHARACTERS:
+            raise ConfigError(
+                f"{path}: a configuration has at most {yaml_text.MOST_CHARACTERS} bytes: shorten it"
+            )
+        text = data.decode("utf-8-sig")
     except OSError as error:
         hint = shipped.hint(path) if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{hint}") from None
@@ -116,8 +129,29 @@ def _join(path: str, key: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else yaml_text.scalar(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _brief(repr(value) if isinstance(value, str) else yaml_text.scalar(value))
+
+
+def _brief(text: str) -> str:
+    """A text for a message, cut after 60 characters, on one line."""
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if text.isprintable() else repr(text)
+
+
+def _with_integers(value: Any, annotation: Any) -> Any:
+    """The value with whole numbers such as 1e3 as integers, where an integer is expected."""
+    if isinstance(value, float) and int in members(annotation) and float not in members(annotation):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list):
+        below = item_type(annotation)
+        return [_with_integers(item, below) for item in value] if below is not None else value
+    if not isinstance(value, dict) or not (classes := sections(annotation)):
+        return value
+    cls = next((c for c in classes if kind_of(c) == value.get("kind")), classes[0])
+    return {
+        key: _with_integers(below, hints(cls)[key]) if key in hints(cls) else below
+        for key, below in value.items()
+    }
 
 
 def _choose(annotation: Any, node: dict[str, Any], path: str) -> type:
@@ -132,27 +166,36 @@ def _choose(annotation: Any, node: dict[str, Any], path: str) -> type:
 
 def _no_kind(annotation: Any, node: dict[str, Any], path: str) -> str:
     """The message for a mapping without a `kind`, or with an unknown one."""
-    choices = ", ".join(str(kind_of(cls)) for cls in sections(annotation))
+    kinds = [str(kind_of(cls)) for cls in sections(annotation)]
+    choices = ", ".join(kinds)
     if "kind" not in node:
         return f"{_join(path, 'kind')} is missing; there are: {choices}"
-    return f"{_join(path, 'kind')}: there is no {_show(node['kind'])}; there are: {choices}"
+    more = hint("kind" if annotation is MixerConfig else _last_name(path), node["kind"], kinds)
+    return f"{_join(path, 'kind')}: there is no {_show(node['kind'])}; there are: {choices}{more}"
+
+
+def _last_name(path: str) -> str:
+    """The last part of a dotted path that is no number."""
+    return next((name for name in reversed(path.split(".")) if not name.isdecimal()), "")
 
 
 def _unknown(cls: type, key: str, path: str) -> ConfigError:
-    """The error for an unknown key: a near one of its section, the like elsewhere, or the nearest."""
+    """The error for an unknown key: another library's word, one of that name elsewhere, or one like it."""
+    what = f"unknown key {_brief(_join(path, key))}"
+    here = {name: _join(path, name) for name in hints(cls)}
+    if (renamed := RENAMED.get(key)) in here:
+        return ConfigError(f"{what}; it is {here[renamed]} now")
+    if said := look_up(synonyms.KEYS, _last_name(path) + key) or look_up(synonyms.KEYS, key):
+        return ConfigError(f"{what}; {said}")
     everywhere: dict[str, str] = {}
     for place in _all_keys(RunConfig, ""):
         everywhere.setdefault(place.rpartition(".")[2], place)
-    here = {name: _join(path, name) for name in hints(cls)}
-    if (renamed := RENAMED.get(key)) in here:
-        return ConfigError(f"unknown key {_join(path, key)}; it is {here[renamed]} now")
-    for names, cutoff in ((here, 0.6), (everywhere, 0.8), (here, 0.0)):
-        near = difflib.get_close_matches(key, names, 1, cutoff)
-        if near:
-            break
-    verb = "did you mean" if cutoff else "the nearest is"
-    end = "?" if cutoff else ""
-    return ConfigError(f"unknown key {_join(path, key)}; {verb} {names[near[0]]}{end}")
+    del everywhere["kind"]  # every choice has one: that of a section without a choice is none of them
+    places = [everywhere[key]] if key in everywhere else []
+    places += [names[meant] for names in (here, everywhere) if (meant := near(key, names))]
+    if places:
+        return ConfigError(f"{what}; did you mean {places[0]}?")
+    return ConfigError(f"{what}; the keys {f'of {path}' if path else 'at the top'} are {', '.join(here)}")
 
 
 def _all_keys(cls: type, path: str) -> Iterator[str]:
@@ -163,6 +206,8 @@ def _all_keys(cls: type, path: str) -> Iterator[str]:
         for section in sections(item_type(annotation)):
             yield from _all_keys(section, _join(path, name) + ".0")
 
+
+_MOST_ERRORS = 1000  # of a configuration that are looked at; aliases can repeat a mistake many times
 
 # Kinds of pydantic's errors that say more than that a type is wrong, the most telling first.
 _TELLING = (
@@ -198,9 +243,10 @@ def _message(failure: pydantic.ValidationError, raw: dict[str, Any]) -> str:
     pydantic tries every member of a union: an error about a key does not count beside one further in, and
     a wrong type does not count beside what the member of that type says.
     """
-    errors = failure.errors(include_url=False)
+    errors = failure.errors(include_url=False, include_input=False)[:_MOST_ERRORS]
     mistakes = [_locate(error, raw) for error in errors]
-    inner = [m for m in mistakes if not any(other.path.startswith(f"{m.path}.") for other in mistakes)]
+    outer = {m.path[:at] for m in mistakes for at in range(len(m.path)) if m.path[at] == "."}
+    inner = [m for m in mistakes if m.path not in outer]
     first = min(inner, key=lambda m: _TELLING.index(m.kind) if m.kind in _TELLING else len(_TELLING))
     if first.kind == "unexpected_keyword_argument":
         section, _, key = first.path.rpartition(".")
@@ -213,7 +259,8 @@ def _message(failure: pydantic.ValidationError, raw: dict[str, Any]) -> str:
         word = re.match(r"\w+", first.message)
         own = word and any(word[0] in hints(cls) for cls in sections(first.annotation))
         return first.path + (("." if own else ": ") if first.path else "") + first.message
-    return f"{first.path}: expected {expected(first.annotation)}, got {_show(first.value)}"
+    more = hint(_last_name(first.path), first.value, words(first.annotation), synonyms.VALUES)
+    return f"{first.path}: expected {expected(first.annotation)}, got {_show(first.value)}{more}"
 
 
 def _locate(error: Any, raw: Any) -> _Mistake:
@@ -242,6 +289,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {_show(override)} is not of the form key.path=value")
+    if len(keys) > yaml_text.DEPTH:
+        raise ConfigError(f"override {_brief(path)} is nested more than {yaml_text.DEPTH} levels deep")
     node: Any = raw
     annotation: Any = RunConfig
     for depth, name in enumerate(keys):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import field
 from typing import Any, Literal
 
+from attention_jax.choices import check_between, check_choices
 from attention_jax.model import ModelConfig
 from train.data.tasks import TaskConfig
 
@@ -18,6 +20,8 @@ from train.data.tasks import TaskConfig
 MASKING_KEYS = ("mask_fraction", "mask_replaced", "mask_random")
 _FORBID = {"extra": "forbid", "strict": True}
 _SEED_LIMIT = 2**32
+# What null stands for in optimizer and evaluation, wherever it fits.
+_WARMUP, _FINAL_RATE, _SAMPLE_TOKENS = 100, 1e-4, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,8 @@ class DataConfig:
     mask_replaced: float = 0.8  #: fraction of these that are replaced by the [MASK] id
     mask_random: float = 0.1  #: fraction of these that are replaced by a random token; the rest are unchanged
     validation_fraction: float = 0.1  #: fraction of the text that is held out, between 0 and 1
-    #: files: hold out whole files, chosen by a hash of their name; tail: the last characters or pairs
+    #: files: hold out whole files, chosen by a hash of their name, or the end of an only file; tail: the last
+    #: characters or pairs
     validation_split: Literal["files", "tail"] = "files"
     #: decides the order of the training rows and which of their tokens are masked, or a task's rows
     shuffle_seed: int = 0
@@ -54,6 +59,7 @@ class DataConfig:
     task: TaskConfig | None = None
 
     def __post_init__(self):
+        check_choices(self)
         _at_least(self, 1, "sequence_length", "source_length", "batch_size")
         _seed(self, "shuffle_seed")
         if self.task is not None:
@@ -62,8 +68,11 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction must lie between 0 and 1, exclusive, got {self.validation_fraction}"
             )
+        why = "neither part may be empty"
+        check_between(self, "validation_fraction", 1e-6, 1 - 1e-6, why)
         if not 0 < self.mask_fraction <= 1:
             raise ValueError(f"mask_fraction must be in (0, 1], got {self.mask_fraction}")
+        check_between(self, "mask_fraction", 1e-4, 1, "only masked tokens are learned")
         for name in ("mask_replaced", "mask_random"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -72,6 +81,7 @@ class DataConfig:
                 f"mask_replaced {self.mask_replaced} and mask_random {self.mask_random} exceed 1 "
                 "together: lower one of them"
             )
+        _check_path("files", self.files)
         if self.files is not None and not self.files.strip():
             raise ValueError(
                 "files is an empty glob: give a pattern, or null for the source code of the standard library"
@@ -109,8 +119,10 @@ class OptimizerConfig:
     __pydantic_config__ = _FORBID
 
     learning_rate: float = 1e-3  #: the peak of the schedule
-    final_learning_rate: float = 1e-4  #: at the last step; unused by `schedule: constant`
-    warmup_steps: int = 100  #: steps of linear warm-up from 0
+    #: at the last step; null: 1e-4, or a tenth of a smaller learning_rate; unused by `schedule: constant`
+    final_learning_rate: float | None = None
+    #: steps of linear warm-up from 0; null: 100, or a tenth of the steps where 100 do not fit before the decay
+    warmup_steps: int | None = None
     #: after the warm-up. cosine: a cosine; wsd: constant, then linear decay; constant: no decay
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     #: cosine: the step at which it ends; null: the last one. wsd: steps of the linear decay at the end;
@@ -123,24 +135,64 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0  #: maximum of the gradient's global norm; null: no clipping
     accumulation_steps: int = 1  #: micro-batches per step, a divisor of data.batch_size
+    #: steps in a row that may be skipped because their loss or gradient is not finite; one more ends the run.
+    #: A skipped step leaves parameters and optimizer state as they are; the schedule and the data go on
+    max_consecutive_skips: int = 10
 
     def __post_init__(self):
+        check_choices(self)
         _finite(self, "learning_rate", "epsilon", "clip_norm", above=0)
         _finite(self, "final_learning_rate", "weight_decay", least=0)
-        _at_least(self, 0, "warmup_steps")
+        _at_least(self, 0, "warmup_steps", "max_consecutive_skips")
         _at_least(self, 1, "decay_steps", "accumulation_steps")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            check_between(self, name, 0, 1 - 1e-5, "1 minus its powers must keep its digits in float32")
+        self._check_sizes()
         if self.schedule == "constant":
             if self.decay_steps is not None:
                 raise ValueError(
                     f"decay_steps {self.decay_steps}: schedule constant does not decay; set it to null"
                 )
-        elif self.final_learning_rate > self.learning_rate:
+        elif self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate {self.final_learning_rate} exceeds learning_rate {self.learning_rate}"
             )
+
+    def _check_sizes(self) -> None:
+        lost = "an update vanishes beside float32 parameters, or replaces them"
+        check_between(self, "learning_rate", 1e-9, 10, lost)
+        check_between(
+            self, "epsilon", 1e-20, 1, "updates vanish beside a larger one, and a smaller one is lost"
+        )
+        check_between(self, "clip_norm", 1e-6, 3e38, "smaller gradients vanish; null turns clipping off")
+        if self.learning_rate * self.weight_decay > 1:
+            raise ValueError(
+                f"weight_decay {self.weight_decay} times learning_rate {self.learning_rate} exceeds 1: a step "
+                "would replace the parameters; lower one of them"
+            )
+
+    def resolved(self, steps: int) -> OptimizerConfig:
+        """A copy without null for warmup_steps and final_learning_rate: what they stand for in a run of `steps`."""
+        warmup, final = self.warmup_steps, self.final_learning_rate
+        if warmup is None:
+            most = self._most_warmup(steps)
+            warmup = _WARMUP if most >= _WARMUP else max(0, min(steps // 10, most))
+        if final is None:
+            lower = self.schedule != "constant" and self.learning_rate < _FINAL_RATE
+            final = self.learning_rate / 10 if lower else _FINAL_RATE
+        return dataclasses.replace(self, warmup_steps=warmup, final_learning_rate=final)
+
+    def _most_warmup(self, steps: int) -> int:
+        """The longest warm-up that leaves the schedule its decay."""
+        if self.schedule == "cosine":
+            return min(steps, (self.decay_steps or steps) - 1)
+        return steps - self.wsd_decay(steps) if self.schedule == "wsd" else steps
+
+    def wsd_decay(self, steps: int) -> int:
+        """The steps of the linear decay at the end of schedule wsd."""
+        return self.decay_steps or max(1, math.ceil(steps / 5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +209,11 @@ class EvaluationConfig:
     #: saves the outputs for a few held-out sources, nor for masked_lm, which saves held-out text with its
     #: masks and the model's predictions
     sample_prompt: str = "def "
-    sample_tokens: int = 200  #: the most tokens of a sample; 0: no samples
+    #: the most tokens of a sample; 0: no samples; null: 200, or as many as the model takes, and 0 with data.task
+    sample_tokens: int | None = None
 
     def __post_init__(self):
+        check_choices(self)
         _at_least(self, 1, "every", "batches")
         _at_least(self, 0, "sample_tokens")
 
@@ -171,11 +225,15 @@ class CheckpointConfig:
     __pydantic_config__ = _FORBID
 
     every: int = 500  #: steps between checkpoints; the last step is always saved
+    #: also save when so many minutes have passed since the last checkpoint; null: by steps alone
+    minutes: float | None = None
     keep: int = 2  #: how many of the newest checkpoints to keep
     keep_best: bool = True  #: also keep the checkpoint with the lowest val/loss
 
     def __post_init__(self):
+        check_choices(self)
         _at_least(self, 1, "every", "keep")
+        _finite(self, "minutes", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +242,7 @@ class RunConfig:
 
     __pydantic_config__ = _FORBID
 
-    run_dir: str | None = None  #: the run's folder; null: runs/NAME_OF_THE_CONFIG
+    run_dir: str | None = None  #: the run's folder, ~ for the home folder; null: runs/NAME_OF_THE_CONFIG
     seed: int = 0  #: of the initial parameters and of dropout
     steps: int = 1000  #: training steps
     log_every: int = 10  #: steps between rows of metrics.jsonl
@@ -200,10 +258,13 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  #: checkpoints
 
     def __post_init__(self):
+        check_choices(self)
         _at_least(self, 1, "steps", "log_every")
         _seed(self, "seed")
+        _check_path("run_dir", self.run_dir)
         if self.run_dir is not None and not self.run_dir.strip():
             raise ValueError("run_dir is empty; name a folder, or null for runs/NAME_OF_THE_CONFIG")
+        self._resolve()
         self._check_rows()
         self._check_causal()
         if self.objective == "seq2seq":
@@ -217,6 +278,18 @@ class RunConfig:
         if self.data.task is not None:
             self._check_task(self.data.task.kind)
         self._check_schedule()
+
+    def _resolve(self) -> None:
+        """Replace what null stands for: ~ in run_dir, and defaults that follow other keys."""
+        if self.run_dir is not None:
+            object.__setattr__(self, "run_dir", _expanded("run_dir", self.run_dir))
+        object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
+        if self.evaluation.sample_tokens is None:
+            tokens = 0 if self.data.task is not None else _SAMPLE_TOKENS
+            if self.model.limit is not None:
+                prompt = 1 + len(self.evaluation.sample_prompt.encode(errors="replace"))
+                tokens = max(0, min(tokens, self.model.limit[0] - prompt))
+            object.__setattr__(self, "evaluation", dataclasses.replace(self.evaluation, sample_tokens=tokens))
 
     def _check_rows(self) -> None:
         model, data = self.model, self.data
@@ -351,12 +424,26 @@ class RunConfig:
                 f"{decay or steps}: lower it or raise steps"
             )
         if optimizer.schedule == "wsd":
-            length = decay or max(1, math.ceil(steps / 5))
+            length = optimizer.wsd_decay(steps)
             if warmup + length > steps:
                 raise ValueError(
                     f"optimizer.warmup_steps {warmup} and the decay of {length} steps (optimizer.decay_steps) "
                     f"exceed steps {steps}: lower one of them or raise steps"
                 )
+
+
+def _check_path(name: str, path: str | None) -> None:
+    if path is not None and "\0" in path:
+        raise ValueError(f"{name} {path!r}: a path must not hold the character U+0000")
+
+
+def _expanded(name: str, path: str) -> str:
+    """The path with ~ or ~user at its start replaced by the home folder."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        user = found.partition("/")[0]
+        raise ValueError(f"{name} {path}: {user} is no home folder; write ./{path} for a folder of that name")
+    return found
 
 
 def _at_least(config: Any, least: int, *names: str) -> None:

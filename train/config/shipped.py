@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import train
+from attention_jax.hints import near
 
 # In a checkout a link to the folder `configs` beside the packages.
 FOLDER = Path(train.__file__).parent / "configs"
@@ -26,8 +26,11 @@ def find(path: str | Path) -> Path:
 
 
 def hint(path: Path) -> str:
-    """Which name comes nearest to a path that does not exist."""
+    """What to append to the message about a path that does not exist: the name that was probably meant."""
     known = names()
     wanted = path.with_suffix("").as_posix().removeprefix("configs/")
-    near = difflib.get_close_matches(wanted, known, 1, 0.0)
-    return f"; the nearest configuration that comes with the package is {near[0]}" if near else ""
+    by_stem = {name.rpartition("/")[2]: name for name in reversed(known)}
+    if meant := near(wanted, known) or by_stem.get(near(wanted.rpartition("/")[2], by_stem) or ""):
+        return f"; the configuration {meant} comes with the package"
+    top = ", ".join(name for name in known if "/" not in name)
+    return f"; the package brings {top}, mechanisms/NAME and mqar/NAME"

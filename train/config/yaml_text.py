@@ -29,7 +29,8 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
-_DEPTH = 50  #: how deep a configuration may nest; ours reach 7
+DEPTH = 50  #: how deep a configuration may nest; ours reach 7
+MOST_CHARACTERS = 250_000  #: of a text; ours have 1,000
 _VALUES = 10_000  #: values of a document with its aliases written out; ours have 300
 _TAG = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")
@@ -46,8 +47,11 @@ def parse(text: str, source: str) -> Any:
     """The value of a YAML text.
 
     Raises: ConfigError in one line with the source and, where there are several lines, the line and column.
-    Also for what ruamel.yaml would accept: tags, more than `_DEPTH` levels or `_VALUES` values, infinities.
+    Also for what ruamel.yaml would accept: tags, infinities, more than `MOST_CHARACTERS`, `DEPTH` levels or
+    `_VALUES` values.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"{source}: a configuration has at most {MOST_CHARACTERS} characters: shorten it")
     try:
         _check(text)
         return _unshared(_yaml().load(text))
@@ -181,8 +185,8 @@ def _check(text: str) -> None:
 def _check_node(event: Event, stack: list[_Open]) -> None:
     if event.ctag is not None:
         _refuse(event, f"type {str(event.ctag).removeprefix(_TAG)!r} is not supported: remove the tag")
-    if len(stack) >= _DEPTH:
-        _refuse(event, f"nested more than {_DEPTH} levels deep")
+    if len(stack) >= DEPTH:
+        _refuse(event, f"nested more than {DEPTH} levels deep")
     if isinstance(event, ScalarEvent) and any("\ud800" <= character <= "\udfff" for character in event.value):
         _refuse(event, "text must not hold the code of a surrogate, which no encoding can write")
     number = isinstance(event, ScalarEvent) and event.implicit[0] and _FLOAT.match(event.value)

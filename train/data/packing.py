@@ -86,6 +86,12 @@ def shuffled(split: Split, T: int, seed: int, epoch: int) -> Sequential:
     return Sequential(split, T, order, int(rng.integers(split.pairs)))
 
 
+def shuffled_pairs(pairs: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the numbers below `pairs`, independent for every (seed, epoch)."""
+    # The raw bits are the same in every version of NumPy, and among 64 bits there are no ties.
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(pairs), kind="stable")
+
+
 def scoring_rows(split: Split, T: int) -> list[list[Piece]]:
     """Rows that score every pair exactly once, each with enough context.
 

@@ -38,13 +38,14 @@ class Pairs:
 def read(files: str | None, how: str, fraction: float) -> Pairs:
     """The pairs of a glob, or the standard library's for None, split as `corpus.split` splits text.
 
-    how: `files` holds out whole files, the very ones `corpus.split` does; `tail` the last pairs.
+    how: `files` holds out whole files, the very ones `corpus.split` does; `tail` the last pairs, as `files`
+      does for an only file.
     ValueError in one line: what `corpus.read` refuses; a line that is not a pair, by file and number.
     """
     text = corpus.read(files)
     found = {document.name: _of(document, files is None) for document in text.documents}
     unparsed = sum(pairs is None for pairs in found.values())
-    if how == "files":
+    if how == "files" and len(text.documents) > 1:
         train, validation = (
             tuple(pair for document in part for pair in found[document.name] or ())
             for part in corpus.split(text, how, fraction)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ import numpy as np
 from train.data import tokenizers
 from train.data.corpus import Document
 from train.data.packing import Split
-from train.run.files import digests, sha256, whole_folder, write_json
+from train.run.files import digests, exists, sha256, whole_folder, write_json
 
 FORMAT = 1
 _SPLITS = ("train", "validation")
 _SOURCES = ("train_sources", "validation_sources")
+#: Every name that a snapshot's folder may hold.
+FILES = {"tokenizer.json", "meta.json", ".meta.json.tmp"} | {
+    f"{name}{part}.npy" for name in (*_SPLITS, *_SOURCES) for part in ("", "_spans")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +99,38 @@ def write(folder: Path, snapshot: Snapshot) -> None:
         for name in (*_SPLITS, *_SOURCES):
             split = getattr(snapshot, name)
             if split is not None:
-                np.save(temporary / f"{name}.npy", split.tokens)
-                np.save(temporary / f"{name}_spans.npy", np.stack([split.starts, split.counts]))
+                _save(temporary / f"{name}.npy", split.tokens)
+                _save(temporary / f"{name}_spans.npy", np.stack([split.starts, split.counts]))
         (temporary / "tokenizer.json").write_text(tokenizers.dumps(snapshot.tokenizer))
         meta = {"format": FORMAT, **snapshot.meta, "sha256": digests(temporary, sync=True)}
         meta["sha256_of_this"] = _sha256_of_meta(meta)
         write_json(temporary / "meta.json", meta)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """`np.save`, which to a file of the operating system writes by itself and then hides what it answers."""
+    with open(path, "wb") as file:
+        np.save(types.SimpleNamespace(write=file.write), array)
+
+
+def check_corpus(run_dir: Path, snapshot: Snapshot) -> None:
+    """ValueError if a run that has lost its snapshot was begun with another corpus than this new one's."""
+    path = run_dir / "run.json"
+    if exists(path):
+        saved = json.loads(path.read_bytes()).get("corpus_sha256")
+        if saved != snapshot.meta["corpus_sha256"]:
+            raise ValueError(
+                f"{run_dir / 'data'} is missing, and the corpus is not the one that the run began with: its"
+                f" sha256 was {str(saved)[:16]}, is {snapshot.meta['corpus_sha256'][:16]}: restore the folder"
+                " from a copy, or choose another run_dir"
+            )
+
+
+def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, str]:
+    """The verified tokenizer, and the SHA-256 of the corpus; ValueError as of `read`."""
+    meta = _read_meta(folder / "meta.json")
+    _verify(folder / "tokenizer.json", meta)
+    return tokenizers.load(folder / "tokenizer.json"), meta["corpus_sha256"]
 
 
 def read(folder: Path) -> Snapshot:
@@ -107,13 +138,7 @@ def read(folder: Path) -> Snapshot:
     meta = _read_meta(folder / "meta.json")
     names = [name for name in (*_SPLITS, *_SOURCES) if f"{name}.npy" in meta["sha256"]]
     for name in [*(f"{name}{part}.npy" for name in names for part in ("", "_spans")), "tokenizer.json"]:
-        path = folder / name
-        try:
-            intact = sha256(path) == meta["sha256"][name]
-        except OSError as error:
-            raise _damaged(path, f"cannot be read: {error.strerror}") from None
-        if not intact:
-            raise _damaged(path, "is damaged: its SHA-256 is not the one in meta.json")
+        _verify(folder / name, meta)
     splits = {}
     for name in names:
         # np.asarray: a plain view of the mapped file, which slices faster than np.memmap.
@@ -122,13 +147,25 @@ def read(folder: Path) -> Snapshot:
     return Snapshot(tokenizers.load(folder / "tokenizer.json"), meta=meta, **splits)
 
 
+def _verify(path: Path, meta: dict[str, Any]) -> None:
+    """ValueError if a file is missing, cannot be read or differs from its hash in meta.json."""
+    try:
+        intact = sha256(path) == meta["sha256"][path.name]
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except KeyError:
+        intact = False
+    if not intact:
+        raise _damaged(path, "is damaged: its SHA-256 is not the one in meta.json")
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
         stored = meta.pop("sha256_of_this")
         intact = stored == _sha256_of_meta(meta)
     except OSError as error:
-        raise _damaged(path, f"cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
@@ -143,6 +180,14 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(
         f"{path} {what}; restore the folder {path.parent} from a copy, or choose another run_dir"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    if isinstance(error, FileNotFoundError) and not path.is_symlink():
+        return _damaged(path, f"cannot be read: {error.strerror}")
+    return ValueError(
+        f"{path} cannot be read: {error.strerror}; it may be sound: mount it or correct its permissions"
     )
 
 

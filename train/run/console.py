@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from train.run.metrics import BITS, FINAL
+from train.streams import Lasting, printable
+
 
 class Console:
-    """`with Console(steps, done) as console:` shows steps done + 1 ... steps; `unit` is what is scored."""
+    """`with Console(steps, done, file) as console:` shows steps done + 1 ... steps; `unit` is scored."""
 
-    def __init__(self, steps: int, done: int, file: TextIO | None = None, unit: str = "token"):
-        self._file = file or sys.stdout
+    def __init__(self, steps: int, done: int, file: Lasting | TextIO, unit: str = "token"):
+        self._file = file
         self._steps = steps
         self._unit = unit
         self._bar: Progress | None = None
@@ -47,12 +50,12 @@ class Console:
         """Print a row of metrics.jsonl; on a terminal only with a held-out loss, the bar shows the rest."""
         if self._bar is None or "val/loss" in row:
             names = [name for name in ("train/loss", "val/loss", "val/accuracy") if name in row]
-            losses = "  ".join(f"{name} {row[name]:.4f}" for name in names)
+            losses = "  ".join(f"{name} {row[name]:.4f}" for name in names) or "skipped"
             speed = row["tokens_per_second"]
             self.line(f"step {row['step']}/{self._steps}  {losses}  {speed:,.0f} {self._unit}s/s")
 
     def line(self, text: str) -> None:
-        """Print a line; control characters, which a model may generate, are replaced."""
+        """Print a line; control characters, which a model may generate, are escaped."""
         text = printable(text)
         if self._bar is not None:
             self._bar.console.print(text, soft_wrap=True)
@@ -60,6 +63,12 @@ class Console:
             print(text, file=self._file, flush=True)
 
 
-def printable(text: str) -> str:
-    """The text with U+FFFD in place of control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+def print_result(path: Path, result: dict[str, Any], unit: str, file: Lasting | TextIO) -> None:
+    """Print the last sample and the figures of a finished run's result.json."""
+    if "sample" in result:
+        print(f"--- sample\n{printable(result['sample'])}\n---", file=file)
+    names = ("val/loss", "val/accuracy", FINAL, "val/full_accuracy", BITS)
+    figures = "  ".join(f"{name} {result[name]:.4f}" for name in names if name in result)
+    if "val/accuracy" in result:
+        figures += f"  (nats per {unit}; share of {unit}s predicted correctly)"
+    print(f"{path}: step {result['step']}  {figures}", file=file, flush=True)

@@ -1,7 +1,9 @@
 """Metrics of a run: metrics.jsonl is authoritative; TensorBoard events and loss.png are made from it.
 
-A row has `step` (updates done), then what was measured: losses in nats per scored token, `tokens` scored in
-training so far, `tokens_per_second` of them, `time` (Unix seconds). Objective masked_lm scores the masked
+A row has `step` (steps done), then what was measured: losses in nats per scored token, `tokens` scored in
+training so far, `tokens_per_second` of them, `time` (Unix seconds). After the first step that was skipped,
+because its loss or gradient was not finite, rows have `skipped_steps`, how many there were; the row of such
+a step itself has no train/loss and no grad_norm. Objective masked_lm scores the masked
 tokens, a task the queried ones; both add val/accuracy, the share of them that have the largest logit. All
 but `tokens_per_second` and `time` are bit-identical in every run of a configuration on a machine, whether or
 not it was interrupted.
@@ -9,20 +11,25 @@ not it was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import socket
+import struct
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar
 
-from train.run.files import write_atomically
+from train.run.failure import RunError
+from train.run.files import same_file, write_atomically, writing
 
 TIMING = ("tokens_per_second", "time")
 BITS = "val/bits_per_byte"
-_FLUSH_SECONDS = 5  # a thread of SummaryWriter writes the events; closing waits for it
 FINAL = "val/full_loss"  # a row with this key was written after the last checkpoint
 
 
@@ -34,38 +41,108 @@ class MetricsWriter:
         self._path = folder / "metrics.jsonl"
         self.rows = [row for row in read_rows(self._path) if row["step"] <= last_step and FINAL not in row]
         write_atomically(self._path, "".join(map(_line, self.rows)))
-        self._file = open(self._path, "a", encoding="utf-8")
-        events = folder / "tensorboard"
-        events.mkdir(exist_ok=True)
-        # The events repeat the rows, so they are written anew instead of being cut.
-        for stale in events.glob("events.out.tfevents.*"):
-            stale.unlink()
-        self._events = SummaryWriter(str(events), flush_secs=_FLUSH_SECONDS)
-        for row in self.rows:
-            self._add_events(row)
+        self._file = _Appended(self._path)
+        self._events = _Events(folder / "tensorboard")
+        self._events.write(self.rows)
 
     def write(self, step: int, values: dict[str, float | int]) -> dict[str, Any]:
-        """Append a row to metrics.jsonl, flushed when this returns. ValueError if a value is not finite."""
+        """Append a row, which is with the operating system when this returns.
+
+        ValueError if a value is not finite. OSError names the file, in which no part of the row is left.
+        """
         row = {"step": step, **values, "time": round(time.time(), 3)}
-        self._file.write(_line(row))
-        self._file.flush()
+        self._file.append(_line(row).encode())
         self.rows.append(row)
-        self._add_events(row)
+        self._events.write([row])
         return row
 
     def sync(self) -> None:
         """Wait until the rows are on disk, so that a power failure loses none from before a checkpoint."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
+
+    def check(self) -> None:
+        """RunError if metrics.jsonl is no longer the file that rows are written to."""
+        if not self._file.in_place():
+            raise RunError(
+                f"{self._path} was removed or replaced during training: the run stops, because its rows are"
+                " lost; the same command goes on from the newest checkpoint that is left"
+            )
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
         self._events.close()
 
-    def _add_events(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name not in ("step", "time"):
-                self._events.add_scalar(name, value, row["step"], walltime=row["time"])
+
+class _Events:
+    """TensorBoard events of rows, written by this thread: `SummaryWriter` writes in one of its own, whose
+    failure would be lost.
+
+    Each event is a TFRecord: its length, its bytes, and the CRC-32C of either.
+    """
+
+    def __init__(self, folder: Path):
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            # The events repeat the rows, so they are written anew instead of being cut.
+            for stale in folder.glob("events.out.tfevents.*"):
+                stale.unlink()
+        now = time.time()
+        self._file = _Appended(folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}")
+        self._file.append(_record(Event(wall_time=now, file_version="brain.Event:2")))
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        events = [
+            Event(wall_time=row["time"], step=row["step"], summary=scalar(name, value))
+            for row in rows
+            for name, value in row.items()
+            if name not in ("step", "time")
+        ]
+        self._file.append(b"".join(map(_record, events)))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _record(event: Event) -> bytes:
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    sums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+    return length + next(sums) + data + next(sums)
+
+
+class _Appended:
+    """A file to which whole pieces are appended, unbuffered; OSError names it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with writing(path):
+            self._file = open(path, "ab", buffering=0)
+
+    def append(self, piece: bytes) -> None:
+        """Append the piece; where that fails nothing of it stays."""
+        with writing(self.path):
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                while piece:
+                    piece = piece[self._file.write(piece) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # the first error is the one to report
+                    self._file.truncate(before)
+                raise
+
+    def sync(self) -> None:
+        """Wait until the pieces are on the disk."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+
+    def in_place(self) -> bool:
+        """Whether the file still has its name."""
+        return same_file(self.path, self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def _line(row: dict[str, Any]) -> str:

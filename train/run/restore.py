@@ -13,11 +13,12 @@ import numpy as np
 
 from attention_jax.model import ModelConfig, init_params
 from train.config.schema import RunConfig
-from train.data import tokenizers
+from train.data import snapshot, tokenizers
 from train.data.masking import vocabulary_size
 from train.optimizer import make_optimizer
-from train.run.checkpoint import Checkpoints
-from train.run.folder import saved_config
+from train.run.checkpoint import CheckpointError, Checkpoints
+from train.run.files import exists
+from train.run.folder import check_checkpoint, recorded_corpus, saved_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TrainedRun:
     params: dict[str, Any]
     tokenizer: tokenizers.Tokenizer | None  # None: the run is of a synthetic task
     step: int
+    chosen: str = ""  # how `load_run` chose the step, such as "the latest"
 
     def requests(self, texts: Sequence[str]) -> Requests:
         """Inputs of `generate` that continue the texts, or for seq2seq generate their targets.
@@ -53,19 +55,42 @@ class Requests(NamedTuple):
 def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
     """The run in `run_dir` at checkpoint `step`: a number, "latest" or "best" (lowest val/loss).
 
-    ValueError, in one line: not a run folder, no such checkpoint, a damaged checkpoint.
+    ValueError, in one line: not a run folder, no such checkpoint, a checkpoint that is damaged or cannot be
+    read, or one of another configuration or corpus than the run's. No other checkpoint takes its place.
     """
     folder = Path(run_dir)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
+    _check_folder(folder)
     config = saved_config(folder)
     task = config.data.task
-    tokenizer = None if task else tokenizers.load(folder / "data" / "tokenizer.json")
+    corpus_sha256 = recorded_corpus(folder)
+    tokenizer = None
+    if task is None:
+        tokenizer, of_data = snapshot.read_tokenizer(folder / "data")
+        if of_data != corpus_sha256:
+            raise ValueError(
+                f"{folder / 'data'} is of another corpus than the run: restore it and run.json from a copy"
+            )
     model = with_vocabulary(config.model, vocabulary_size(config.objective, task or tokenizer))
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
-    number = _step(checkpoints, step)
-    state, _ = checkpoints.restore(number, abstract_state(config, model))
-    return TrainedRun(config, model, state["params"], tokenizer, number)
+    number, chosen = _choose(checkpoints, step)
+
+    def check(info: dict[str, Any], path: Path) -> None:
+        check_checkpoint(info, path, config, folder, corpus_sha256)
+
+    state, _ = checkpoints.restore(number, abstract_state(config, model), check)
+    return TrainedRun(config, model, state["params"], tokenizer, number, chosen)
+
+
+def _check_folder(folder: Path) -> None:
+    """ValueError unless it is a run folder."""
+    try:
+        if exists(folder / "config.yaml"):
+            return
+        if not exists(folder):
+            raise ValueError(f"{folder} does not exist")
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+    raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
 
 
 def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
@@ -122,15 +147,26 @@ def make_requests(objective: str, tokenizer: tokenizers.Tokenizer, texts: Sequen
     return Requests([encode_prompt(tokenizer, "") for _ in texts], sources, [f"{text} -> " for text in texts])
 
 
-def _step(checkpoints: Checkpoints, step: int | str) -> int:
+def _choose(checkpoints: Checkpoints, step: int | str) -> tuple[int, str]:
+    """The step of a checkpoint, and how it was chosen."""
     steps = checkpoints.steps()
+    there = ", ".join(map(str, steps))
     if not steps:
         raise ValueError(f"{checkpoints.folder} has no complete checkpoint: train first")
     if step == "latest":
-        return steps[-1]
-    if step == "best":
+        return steps[-1], "the latest"
+    if step != "best":
+        if step not in steps:
+            raise ValueError(f"no checkpoint of step {step}; there are {there}")
+        return step, "as asked"
+    try:
         best = checkpoints.info(steps[-1])["best"]
-        return steps[-1] if best is None else best["step"]
-    if step not in steps:
-        raise ValueError(f"no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    return step
+    except CheckpointError as error:
+        raise ValueError(f"the newest checkpoint names the best one, but: {error}") from None
+    if best is None:
+        return steps[-1], "the latest; no val/loss was saved with it to tell the best"
+    if best["step"] not in steps:
+        raise ValueError(
+            f"the best checkpoint, of step {best['step']}, is not in {checkpoints.folder}: there are {there}"
+        )
+    return best["step"], f"the best, val/loss {best['val/loss']:.4f}"

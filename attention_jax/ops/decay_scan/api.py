@@ -13,13 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops import varying
 from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
 from attention_jax.ops.decay_scan.common import DecayScanCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
-from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
+from attention_jax.ops.recurrences import check_decays, document_runs, sum_dtype, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -83,14 +89,14 @@ def decay_scan(
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
-      NotImplementedError: a named `impl` cannot do this call; it never falls back.
+      NotImplementedError: a named `impl` cannot do this call (it never falls back), or forward mode
+        (`jax.jvp`) through "chunked", which has reverse mode to any order.
     """
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
     )  # fmt: skip
-    y_BTNM, state_BNHM = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl).run(
-        varying.aligned(call)
-    )
+    table = with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl)
+    y_BTNM, state_BNHM = evaluate(choose(table, call, impl), call)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)
@@ -169,7 +175,7 @@ def _checked_call(
     scale = finite_number("scale", scale)
     if not isinstance(normalize, bool):
         raise ValueError(f"normalize must be True or False, got {normalize!r}")
-    dtype = jnp.result_type(q, k, v, jnp.float32)
+    dtype = sum_dtype(q, k, v)
     valid = valid_tokens(positions, segments)
     log_decay = _log_decay(log_decay, (B, T, N, H), dtype, valid)
     out_dtype = dtype if normalize else v.dtype

@@ -15,13 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops import varying
 from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
 from attention_jax.ops.delta_rule.common import DeltaRuleCall
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
-from attention_jax.ops.recurrences import check_decays, document_runs, with_chunk_size
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    compiled_once,
+    evaluate,
+    explain_choice,
+    explained,
+)
+from attention_jax.ops.recurrences import check_decays, document_runs, sum_dtype, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -91,7 +98,7 @@ def delta_rule(
     implementation = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl)
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
-        y_BTNM, state_BNHM = implementation.run(varying.aligned(call))
+        y_BTNM, state_BNHM = evaluate(implementation, call)
     y_BTNM = select_valid(y_BTNM, valid_BT)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 
@@ -116,7 +123,10 @@ def delta_weights(
     v_BTNM = jnp.zeros((*k_BTKH.shape[:2], beta_BTN.shape[2], 1), k_BTKH.dtype) if fits else k_BTKH
     call, _ = _checked_call(q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, None, segment_ids, positions, scale)
     with jax.default_matmul_precision("highest"):
-        return quadratic.weights(call)
+        return _weights(call)
+
+
+_weights = compiled_once(quadratic.weights)
 
 
 def explain(*args, impl: str | ChunkedDeltaConfig | None = None, **kwargs) -> Explanation:
@@ -167,7 +177,7 @@ def _check_dtypes(q, k, v, beta, log_decay, state) -> Any:
     for name, x in given.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    dtype = sum_dtype(v)
     if state is not None and state.dtype != dtype:
         raise ValueError(f"initial_state_BNHM must be {jnp.dtype(dtype)}, got {state.dtype}; cast it first")
     return dtype

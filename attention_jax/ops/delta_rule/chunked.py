@@ -186,6 +186,11 @@ def _ones(C: int, dtype, diagonal: int) -> jax.Array:
     return jnp.tri(C, k=diagonal, dtype=dtype)
 
 
+def _lower(x_CC: jax.Array, diagonal: int) -> jax.Array:
+    """x [..., C, C] times 1 up to a diagonal and 0 above it."""
+    return x_CC * jnp.broadcast_to(_ones(x_CC.shape[-1], x_CC.dtype, diagonal), x_CC.shape)
+
+
 def _up_to(x: jax.Array) -> jax.Array:
     """The sum of x [..., C, H] up to each token, its own included."""
     return _exact(_ones(x.shape[-2], x.dtype, 0), x)
@@ -200,11 +205,12 @@ def _shared_decay_pairs(q, k, log_decay) -> tuple[jax.Array, jax.Array]:
     """A and P where channels share a decay [..., C, 1], or there is none."""
     C = k.shape[-2]
     scores_CC, read_CC = (jnp.einsum("...th,...ih->...ti", x, k) for x in (k, q))
-    lower_CC = _ones(C, k.dtype, 0)
     if log_decay is not None:
         # Row t, column i of the product: the sum over i < s <= t.
-        lower_CC = lower_CC * jnp.exp(_exact(lower_CC, log_decay * _ones(C, k.dtype, -1)))
-    return scores_CC * (lower_CC * _ones(C, k.dtype, -1)), read_CC * lower_CC
+        steps_CC = _lower(jnp.broadcast_to(log_decay, scores_CC.shape), -1)
+        decay_CC = _lower(jnp.exp(_exact(_ones(C, k.dtype, 0), steps_CC)), 0)
+        return scores_CC * _lower(decay_CC, -1), read_CC * decay_CC
+    return _lower(scores_CC, -1), _lower(read_CC, 0)
 
 
 def _channel_decay_pairs(config: ChunkedDeltaConfig, q, k, log_decay) -> tuple[jax.Array, jax.Array]:
@@ -223,12 +229,12 @@ def _channel_decay_pairs(config: ChunkedDeltaConfig, q, k, log_decay) -> tuple[j
 def _pairwise(q, k, log_decay) -> tuple[jax.Array, jax.Array]:
     """The same for few tokens, pair by pair."""
     C = k.shape[-2]
-    t, i, s = (jnp.arange(C).reshape(shape) for shape in ((C, 1, 1), (C, 1), (C,)))
+    t, i, s = (jnp.arange(C).reshape(shape) for shape in ((C, 1, 1), (1, C, 1), (1, 1, C)))
     between_PC = ((i < s) & (s <= t)).astype(k.dtype).reshape(C * C, C)  # the steps between each pair
     decay_PH = jnp.exp(_exact(between_PC, log_decay))
     decayed_CCH = decay_PH.reshape(*k.shape[:-2], C, C, -1) * k[..., None, :, :]
     scores_CC, read_CC = ((x[..., :, None, :] * decayed_CCH).sum(-1) for x in (k, q))
-    return scores_CC * _ones(C, k.dtype, -1), read_CC * _ones(C, k.dtype, 0)
+    return _lower(scores_CC, -1), _lower(read_CC, 0)
 
 
 def _assemble(diagonal: jax.Array, corner: jax.Array) -> jax.Array:
@@ -238,15 +244,19 @@ def _assemble(diagonal: jax.Array, corner: jax.Array) -> jax.Array:
     return jnp.concatenate([above, below], axis=-2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _unit_lower_inverse(small: int, lower: jax.Array) -> jax.Array:
     """(I + lower)^-1 for strictly lower triangular matrices [..., C, C]; up to `small` rows at once."""
+    return _inverse(small, lower)
+
+
+def _inverse(small: int, lower: jax.Array) -> jax.Array:
     C = lower.shape[-1]
     if C % 2 or C <= small:
         return _small_inverse(lower)
     half = C // 2
     blocks = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]], axis=-3)
-    inverses = _unit_lower_inverse(small, blocks)
+    inverses = _inverse(small, blocks)
     corner = _exact(_exact(inverses[..., 1, :, :], lower[..., half:, :half]), inverses[..., 0, :, :])
     return _assemble(inverses, -corner)
 
@@ -254,7 +264,7 @@ def _unit_lower_inverse(small: int, lower: jax.Array) -> jax.Array:
 def _small_inverse(lower: jax.Array) -> jax.Array:
     """The same by inverting diagonal blocks of 1, 2, 4, ... rows, each from the two halves within it."""
     C = lower.shape[-1]
-    rows, columns = jnp.arange(C)[:, None], jnp.arange(C)
+    rows, columns = jnp.arange(C)[:, None], jnp.arange(C)[None]
     inverse = jnp.broadcast_to(jnp.eye(C, dtype=lower.dtype), lower.shape)
     size = 1
     while size < C:
@@ -264,16 +274,8 @@ def _small_inverse(lower: jax.Array) -> jax.Array:
     return inverse
 
 
-def _inverse_forward(small, lower):
-    inverse = _unit_lower_inverse(small, lower)
-    return inverse, inverse
-
-
-def _inverse_backward(small, inverse, given):
-    del small
-    transposed = jnp.swapaxes(inverse, -1, -2)
-    gradient = -_exact(_exact(transposed, given), transposed)
-    return (gradient * _ones(inverse.shape[-1], inverse.dtype, -1),)
-
-
-_unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
+@_unit_lower_inverse.defjvp
+def _inverse_jvp(small, primals, tangents):
+    """d (I + L)^-1 = -(I + L)^-1 dL (I + L)^-1, which is linear in dL and differentiates to any order."""
+    inverse = _unit_lower_inverse(small, *primals)
+    return inverse, -_exact(inverse, _exact(_lower(tangents[0], -1), inverse))

@@ -43,7 +43,7 @@ def weights(call: DeltaRuleCall) -> jax.Array:
     scores_BNTS, reads_BNTS = _pairs(q_BNTH, k_BNTH, beta_BNT1, _decays(call)[0])
     # u is linear in v: the solutions for v the identity.
     identity_TS = jnp.eye(call.sizes[1], dtype=call.state_BNHM.dtype)
-    return jnp.einsum("bnti,bnis->bnts", reads_BNTS, _solve(scores_BNTS, beta_BNT1 * identity_TS))
+    return jnp.einsum("bnti,bnis->bnts", reads_BNTS, _solve(scores_BNTS, beta_BNT1 * identity_TS[None, None]))
 
 
 def _by_head(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -80,9 +80,10 @@ def _decays(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array, jax.A
     run_BT = jnp.zeros((B, T), jnp.int32) if call.run_BT is None else call.run_BT
     tokens = jnp.arange(T)
     # Sums of the terms themselves: a difference of two long sums would lose the short ones.
-    later_TS = tokens[:, None] > tokens
+    later_TS = tokens[:, None] > tokens[None]
     sums_BNTSH = jnp.cumsum(jnp.where(later_TS[..., None], log_BNTH[:, :, :, None], 0), axis=2)
-    seen_BTS = (tokens[:, None] >= tokens) & (run_BT[:, :, None] == run_BT[:, None])
+    past_TS = tokens[:, None] >= tokens[None]
+    seen_BTS = past_TS[None] & (run_BT[:, :, None] == run_BT[:, None])
     between_BNTSH = jnp.where(seen_BTS[:, None, :, :, None], jnp.exp(sums_BNTSH), 0)
     first_B1T1 = (run_BT == 0)[:, None, :, None]
     before_BNTH = jnp.where(first_B1T1, jnp.exp(jnp.cumsum(log_BNTH, axis=2)), 0)

@@ -28,7 +28,7 @@ def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
         if log_decay_BNH is not None:
             state_BNHM = jnp.exp(log_decay_BNH.astype(wide))[..., None] * state_BNHM
         answer_BNM = jnp.einsum("bnh,bnhm->bnm", k_BNH, state_BNHM)
-        change_BNM = beta_BN.astype(wide)[..., None] * (v_BNM - answer_BNM)
+        change_BNM = beta_BN.astype(wide)[..., None] * (v_BNM.astype(wide) - answer_BNM)
         state_BNHM += k_BNH[..., None] * change_BNM[..., None, :]
         y_BNM = jnp.einsum("bnh,bnhm->bnm", call.scale * q_BNH, state_BNHM)
         return state_BNHM, y_BNM.astype(call.v_BTNM.dtype)

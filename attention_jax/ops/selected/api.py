@@ -14,9 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops import varying
 from attention_jax.ops.arguments import finite_number, positive_integer
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.selected import gathered, reference
 from attention_jax.ops.selected.common import SelectedCall
 from attention_jax.ops.selected.gathered import GatheredConfig
@@ -73,7 +79,7 @@ def selected_attention(
 
     Returns:
       out_BTNM in q's dtype, accumulated in float32. A row that sees no key gives 0 and passes no gradient.
-      Differentiable in q, k and v.
+      Differentiable in q, k and v; "gathered" has no forward mode and raises NotImplementedError there.
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together.
@@ -81,7 +87,7 @@ def selected_attention(
     call = _checked_call(
         q_BTNH, k_BSKH, v_BSKM, block_indices_BTKn, block_size, scale, segment_ids, q_positions, k_positions
     )
-    return choose(_IMPLEMENTATIONS, call, impl).run(varying.aligned(call))
+    return evaluate(choose(_IMPLEMENTATIONS, call, impl), call)
 
 
 def selected_weights(

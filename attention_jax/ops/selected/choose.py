@@ -11,9 +11,12 @@ The paper writes the index as (l'/d) j - m - n, which is the same with blocks co
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops.dispatch import compiled_once
 from attention_jax.ops.selected.common import chunk_length, over_chunks
 
 # Bits kept of an importance's mantissa. Blocks that tie in exact arithmetic come out a few units in the last
@@ -22,6 +25,17 @@ from attention_jax.ops.selected.common import chunk_length, over_chunks
 _IMPORTANCE_BITS = 12
 
 
+@functools.partial(
+    compiled_once,
+    static_argnames=(
+        "scale",
+        "compress_block",
+        "compress_stride",
+        "select_block",
+        "select_count",
+        "num_blocks",
+    ),
+)
 def choose_blocks(
     q_BTNH: jax.Array,
     k_BCKH: jax.Array,
@@ -81,7 +95,7 @@ def _aligned(p_BTKC: jax.Array, shift_BT: jax.Array | None) -> jax.Array:
     if shift_BT is None:
         return p_BTKC
     C = p_BTKC.shape[-1]
-    index_BT1C = (jnp.arange(C) + shift_BT[..., None])[:, :, None]
+    index_BT1C = (jnp.arange(C, dtype=jnp.int32)[None, None] + shift_BT[..., None])[:, :, None]
     p_BTKC = jnp.take_along_axis(p_BTKC, jnp.clip(index_BT1C, 0, C - 1), axis=-1)
     return jnp.where((index_BT1C >= 0) & (index_BT1C < C), p_BTKC, 0.0)
 
@@ -96,7 +110,8 @@ def _importance(p_BTKC: jax.Array, a: int, r: int, J: int) -> jax.Array:
 
 def _largest(importance_BTKJ: jax.Array, own_BT: jax.Array, count: int) -> jax.Array:
     """The `count` most important blocks up to the query's own, which is `own_BT`."""
-    j, own = jnp.arange(importance_BTKJ.shape[-1]), own_BT[..., None, None]
+    j = jnp.arange(importance_BTKJ.shape[-1], dtype=jnp.int32)[None, None, None]
+    own = own_BT[..., None, None]
     forced = (j == 0) | (j == own) | (j == own - 1)
     rounded = jax.lax.reduce_precision(importance_BTKJ, exponent_bits=8, mantissa_bits=_IMPORTANCE_BITS)
     score = jnp.where(j <= own, jnp.where(forced, jnp.inf, rounded), -jnp.inf)

@@ -11,13 +11,12 @@ is one number for each document. Rows of which that is not true give NaN.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.ops import varying
+from attention_jax.ops import derivatives, varying
 from attention_jax.ops.arguments import positive_integer
 from attention_jax.ops.selected.common import (
     CHUNK_ELEMENTS,
@@ -28,6 +27,8 @@ from attention_jax.ops.selected.common import (
     over_chunks,
 )
 from attention_jax.ops.tokens import select_valid
+
+_NO_FORWARD = derivatives.no_forward_mode("gathered", "selected_attention", use="reference")
 
 
 class _Rows(NamedTuple):
@@ -53,22 +54,21 @@ class GatheredConfig:
 
 def attend(call: SelectedCall, config: GatheredConfig) -> jax.Array:
     """out_BTNM in q's dtype."""
-    return _attend(config, call)
+    return _attend(config, derivatives.reverse_only(_NO_FORWARD, call))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(config: GatheredConfig, call: SelectedCall) -> jax.Array:
+def _forward(config: GatheredConfig, call: SelectedCall) -> jax.Array:
     call, rows, broken_B, length = _prepared(config, call)
     out_BTNM = over_chunks(lambda rows: _attend_rows(call, rows), rows, call.sizes[1], length)
     # A traced position cannot raise; NaN is seen, keys left out are not.
     return jnp.where(broken_B[:, None, None, None], jnp.nan, out_BTNM)
 
 
-def _attend_fwd(config: GatheredConfig, call: SelectedCall):
-    return _attend(config, call), call
+def _residuals(config: GatheredConfig, call: SelectedCall):
+    return _forward(config, call), call
 
 
-def _attend_bwd(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Array):
+def _backward(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Array):
     call, rows, _, length = _prepared(config, given)
     batch, heads = _batch_and_head(call)
 
@@ -100,7 +100,8 @@ def _attend_bwd(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Arra
     return (gradient,)
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_attend.defvjp(_residuals, _backward)
 
 
 def _prepared(config: GatheredConfig, call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
@@ -122,7 +123,7 @@ def _first_slots(call: SelectedCall) -> tuple[jax.Array, jax.Array]:
     """The slot [B, T] of position 0 of each query's document, and rows whose documents are not contiguous."""
     k_pos_BS = call.k_positions_BS
     valid_BS = k_pos_BS >= 0
-    first_BS = jnp.arange(k_pos_BS.shape[1]) - k_pos_BS
+    first_BS = jnp.arange(k_pos_BS.shape[1], dtype=jnp.int32)[None] - k_pos_BS
     if call.q_segments_BT is None:
         some_B1 = jnp.argmax(valid_BS, axis=1, keepdims=True)
         own_B1 = jnp.take_along_axis(first_BS, some_B1, axis=1)
@@ -151,7 +152,8 @@ def _attend_rows(call: SelectedCall, rows: _Rows) -> jax.Array:
 def _batch_and_head(call: SelectedCall) -> tuple[jax.Array, jax.Array]:
     """Indices that with slots [B, T, K, L] pick features from [B, S, K, H]."""
     B, _, _, _, K, _, _ = call.sizes
-    return jnp.arange(B)[:, None, None, None], jnp.arange(K)[:, None]
+    rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (B, K))
+    return rows[:, None, None, None], heads[None, None, :, None]
 
 
 def _find(call: SelectedCall, rows: _Rows) -> tuple[jax.Array, jax.Array]:
@@ -160,10 +162,11 @@ def _find(call: SelectedCall, rows: _Rows) -> tuple[jax.Array, jax.Array]:
     blocks, q_pos_BT11 = rows.blocks_BTKn, rows.positions_BT[..., None, None]
     n = blocks.shape[-1]
     before = jnp.tril(jnp.ones((n, n), bool), -1)
-    repeated_BTKn = ((blocks[..., :, None] == blocks[..., None, :]) & before).any(-1)
+    repeated_BTKn = ((blocks[..., :, None] == blocks[..., None, :]) & before[None, None, None]).any(-1)
     # An index past the query's own block is hidden anyway; as a product it might overflow.
     live_BTKn = (blocks >= 0) & (blocks <= q_pos_BT11 // call.block_size) & (repeated_BTKn == False)  # noqa: E712
-    positions = jnp.where(live_BTKn, blocks, 0)[..., None] * call.block_size + jnp.arange(call.block_size)
+    within_1111C = jnp.arange(call.block_size, dtype=jnp.int32)[None, None, None, None]
+    positions = jnp.where(live_BTKn, blocks, 0)[..., None] * call.block_size + within_1111C
     positions_BTKL = positions.reshape(*blocks.shape[:3], -1)
     slots_BTKL = positions_BTKL + rows.first_BT[..., None, None]
     inside_BTKL = (slots_BTKL >= 0) & (slots_BTKL < S)

@@ -18,9 +18,16 @@ import numpy as np
 
 from attention_jax.biases import ArrayBias, Bias
 from attention_jax.masks import Full, Mask
-from attention_jax.ops import sharded, varying
+from attention_jax.ops import sharded
 from attention_jax.ops.arguments import is_array
-from attention_jax.ops.dispatch import Explanation, Implementation, choose, explain_choice, explained
+from attention_jax.ops.dispatch import (
+    Explanation,
+    Implementation,
+    choose,
+    evaluate,
+    explain_choice,
+    explained,
+)
 from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig
 from attention_jax.ops.softmax.common import SoftmaxCall
@@ -106,22 +113,19 @@ def dot_product_attention(
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
       -inf (or the sink), and passes no gradient. Everything accumulates in float32. Every implementation
-      has a gradient; `jax.jvp` of a gradient (Hessian-vector products) works through "chunked" and
-      "reference", any other derivative through "reference" alone, and JAX refuses it elsewhere.
+      has a gradient; "reference" has every derivative, "chunked" also `jax.jvp` of a gradient
+      (Hessian-vector products).
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together.
-      NotImplementedError: a named `impl` cannot do this call; it never falls back.
+      NotImplementedError: a named `impl` cannot do this call (it never falls back), or the
+        implementation has no such derivative.
     """
     call = _checked_call(
         q_BTNH, k_BSKH, v_BSKM, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
         q_positions, k_positions, dropout_rate, dropout_key, return_lse,
     )  # fmt: skip
-    attend, shards = choose(_IMPLEMENTATIONS, call, impl).run, sharded.shards(call)
-    if shards is None:
-        out_BTNM, lse_BTN = attend(varying.aligned(call))
-    else:
-        out_BTNM, lse_BTN = sharded.per_shard(attend, call, shards)
+    out_BTNM, lse_BTN = evaluate(choose(_IMPLEMENTATIONS, call, impl), call, sharded.shards(call))
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
-from attention_jax.ops import varying
+from attention_jax.ops import derivatives, sharded, varying
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig, make_plan
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.tiles import (
@@ -40,6 +40,12 @@ from attention_jax.ops.softmax.tiles import (
 )
 
 DEFAULT = ChunkedConfig()
+
+_NO_FORWARD = derivatives.no_forward_mode("chunked", "dot_product_attention", use="reference")
+_NO_SECOND_REVERSE = (
+    "the gradient of impl='chunked' of dot_product_attention has no reverse-mode derivative (grad of grad): "
+    "use impl='reference', or jax.jvp of jax.grad, as jax.hessian does"
+)
 
 # A finite start for the running maximum: -inf - -inf never appears, and 2^(z - _LOWEST) cannot be reached
 # by a masked z = -inf, whose probability is exactly 0.
@@ -65,7 +71,7 @@ _ROWS, _COLUMNS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 _FULL = lax.Precision.HIGHEST
 
 
-def _forward(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
+def _forward(call: SoftmaxCall, config: ChunkedConfig) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     plan = make_plan(call, config)
     B, T, _, N, K, _, M = call.sizes
@@ -145,12 +151,32 @@ def _exp2(x: jax.Array) -> jax.Array:
 _exp2.defjvps(lambda dx, y, x: dx * y * (1 / LOG2E))
 
 
+def attend(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNM in q's dtype, lse_BTN in float32)."""
+    return _attend(derivatives.reverse_only(_NO_FORWARD, call), config)
+
+
+def _partitioned(call: SoftmaxCall, config: ChunkedConfig) -> tuple[jax.Array, jax.Array]:
+    return sharded.partitioned(lambda call: _forward(call, config), call, axes=("BTNM", "BTN"))
+
+
 def _residuals(call: SoftmaxCall, config: ChunkedConfig):
-    out_BTNM, lse_BTN = _forward(call, config)
+    out_BTNM, lse_BTN = derivatives.forward_only(_NO_SECOND_REVERSE, _partitioned(call, config))
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 
 
-def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall]:
+def _cotangent(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall]:
+    call, *arrays = (*residuals, *cotangents)
+    axes = ("BTNM", "BTN") * 2
+
+    def backward(call, *arrays):
+        return _backward(config, (call, *arrays[:2]), arrays[2:])
+
+    cotangent = sharded.partitioned(backward, call, *arrays, axes=axes)
+    return (derivatives.forward_only(_NO_SECOND_REVERSE, cotangent),)
+
+
+def _backward(config: ChunkedConfig, residuals, cotangents) -> SoftmaxCall:
     call, out_BTNM, lse_BTN = residuals
     dout_BTNM, dlse_BTN = cotangents
     plan = make_plan(call, config)
@@ -172,7 +198,7 @@ def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall
     if dsinks_N is not None:
         dsinks_N = dsinks_N.astype(call.sink_logits_N.dtype)
     # None stands for the zero cotangents of integer and boolean arrays.
-    cotangent = dataclasses.replace(
+    return dataclasses.replace(
         call,
         q_BTNH=dq_BTNH,
         k_BSKH=dk_BSKH[:, :S],
@@ -188,11 +214,10 @@ def _backward(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall
         first_row=None,
         first_head=None,
     )
-    return (cotangent,)
 
 
-attend = jax.custom_vjp(_forward, nondiff_argnums=(1,))
-attend.defvjp(_residuals, _backward)
+_attend = jax.custom_vjp(_partitioned, nondiff_argnums=(1,))
+_attend.defvjp(_residuals, _cotangent)
 
 
 def _backward_head(head: KVHead, saved, totals):

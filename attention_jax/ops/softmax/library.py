@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
+from attention_jax.ops import derivatives
 from attention_jax.ops.softmax.common import SoftmaxCall, platform
+
+_NO_FORWARD = derivatives.no_forward_mode("cudnn", "dot_product_attention", use="reference")
 
 
 def unsupported(call: SoftmaxCall) -> str | None:
@@ -49,6 +52,7 @@ def attend(call: SoftmaxCall) -> tuple[jax.Array, None]:
     """(out_BTNM in q's dtype, no log-sum-exp)."""
     options = _options(call.mask)
     assert options is not None
+    call = derivatives.reverse_only(_NO_FORWARD, call)
     return _run(call, options, call.q_BTNH, call.k_BSKH, call.v_BSKM), None
 
 

@@ -61,13 +61,13 @@ def _probabilities(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     # without a sink) keeps 0 there, so that -inf - -inf never appears.
     m_BNT1 = s_BNTS.max(-1, keepdims=True)
     if call.sink_logits_N is not None:
-        sinks_N11 = call.sink_logits_N.astype(jnp.float32)[:, None, None]
-        m_BNT1 = jnp.maximum(m_BNT1, sinks_N11)
+        sinks_1N11 = call.sink_logits_N.astype(jnp.float32)[None, :, None, None]
+        m_BNT1 = jnp.maximum(m_BNT1, sinks_1N11)
     m_BNT1 = jax.lax.stop_gradient(jnp.where(m_BNT1 == -jnp.inf, 0.0, m_BNT1))
     p_BNTS = jnp.exp(s_BNTS - m_BNT1)
     l_BNT1 = p_BNTS.sum(-1, keepdims=True)
     if call.sink_logits_N is not None:
-        l_BNT1 = l_BNT1 + jnp.exp(sinks_N11 - m_BNT1)
+        l_BNT1 = l_BNT1 + jnp.exp(sinks_1N11 - m_BNT1)
     some_BNT1 = l_BNT1 > 0
     l_BNT1 = jnp.where(some_BNT1, l_BNT1, 1.0)
     lse_BNT = jnp.where(some_BNT1, m_BNT1 + jnp.log(l_BNT1), -jnp.inf)[..., 0]

@@ -20,6 +20,8 @@ from typing import Literal
 
 import numpy as np
 
+from attention_jax.choices import check_between, check_choices
+
 # Figure 2 of the paper: (tokens a row, pairs), all with 8192 ids and alpha 0.01.
 PAPER_SETTINGS = ((64, 4), (128, 8), (256, 16), (512, 64))
 
@@ -42,6 +44,7 @@ class MQARConfig:
     validation_rows: int = 1024  #: held-out rows, the same ones whatever data.shuffle_seed
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("pairs", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -53,6 +56,8 @@ class MQARConfig:
             )
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be finite and > 0, got {self.alpha}")
+        check_between(self, "alpha", 1e-6, 10, "the places of the queries are powers of their number")
+        check_between(self, "validation_rows", 1, 2**24, "every evaluation generates them")
 
     def check(self, sequence_length: int) -> None:
         """ValueError where the pairs and their queries do not fit rows of this length."""

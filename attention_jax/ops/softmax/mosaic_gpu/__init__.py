@@ -26,12 +26,19 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops import derivatives
 from attention_jax.ops.softmax.common import SoftmaxCall, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_gpu import plan as planning
 from attention_jax.ops.softmax.mosaic_gpu.config import GROUP, WIDTHS, MosaicGPUConfig
 from attention_jax.ops.tokens import select_valid
 
 DEFAULT = MosaicGPUConfig()
+
+_NO_FORWARD = derivatives.no_forward_mode("mosaic_gpu", "dot_product_attention", use="reference")
+_NO_SECOND = (
+    "impl='mosaic_gpu' of dot_product_attention has no second derivative: use impl='reference', or "
+    "jax.jvp of jax.grad with impl='chunked'"
+)
 _OLDEST = (0, 11, 2)
 _LN2 = math.log(2)
 _LONGEST = 65_535 * GROUP
@@ -105,7 +112,7 @@ def _inputs(call: SoftmaxCall, config: MosaicGPUConfig) -> str | None:
 
 def attend(call: SoftmaxCall, config: MosaicGPUConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
-    return _attend(config, call)
+    return _attend(config, derivatives.reverse_only(_NO_FORWARD, call))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -117,6 +124,7 @@ def _attend_fwd(config: MosaicGPUConfig, call: SoftmaxCall):
     from attention_jax.ops.softmax.mosaic_gpu.forward import forward
 
     *_, M = call.sizes
+    call = derivatives.none(_NO_SECOND, call)
     out_BTNM, lse_BNT = forward(planning.forward_plan(planning.clean(call), config.forward))
     out_BTNM = out_BTNM[..., :M]
     lse_BTN = (lse_BNT * _LN2).swapaxes(1, 2)
@@ -128,7 +136,7 @@ def _attend_bwd(config: MosaicGPUConfig, residuals, cotangents):
     from attention_jax.ops.softmax.mosaic_gpu.backward_kv import gradient_kv
     from attention_jax.ops.softmax.mosaic_gpu.backward_q import gradient_q
 
-    call, out_BTNM, lse_BNT = residuals
+    (call, out_BTNM, lse_BNT), cotangents = derivatives.none(_NO_SECOND, (residuals, cotangents))
     _, T, _, _, _, H, M = call.sizes
     q_valid = call.q_valid_BT
     # An invalid query's output is constant; its lse is its sink where there is one.

@@ -51,7 +51,7 @@ class Traced:
     known: dict  # variables that depend on nothing, as NumPy scalars
     jaxpr: core.ClosedJaxpr
     looked: dict  # what `inner` reads that is looked up: variables, and the side Q or K of their position
-    learned: frozenset  # of `frontier` and `looked` what is made from leaves of floats
+    learned: frozenset  # of `frontier` and `looked` what is made from leaves of floats and has gradients
     given: dict  # numbers that the kernel has: variables, and what they depend on
 
     def reads(self, side: frozenset) -> int:
@@ -188,10 +188,10 @@ def trace(
             continue
         kind = frozenset().union(*(kinds[v] for v in used))
         kinds |= {v: kind for v in eqn.outvars}
-        for made in (by_head, of_leaves, in_kernel, learned):
-            if made.intersection(used):
-                made.update(eqn.outvars)
         single, name = len(kind) == 1, eqn.primitive.name
+        for made in (by_head, of_leaves, in_kernel, learned):
+            if made.intersection(used) and not (made is learned and name == "stop_gradient"):
+                made.update(eqn.outvars)
         if kind == NEITHER and not in_kernel.intersection(used):
             outer.append(eqn)
         elif look_up and single and of_leaves.intersection(used):

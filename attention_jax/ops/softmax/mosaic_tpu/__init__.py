@@ -23,6 +23,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attention_jax.ops import derivatives
 from attention_jax.ops.softmax.common import SoftmaxCall, kernel_refusal, platform
 from attention_jax.ops.softmax.mosaic_tpu import plan, steps
 from attention_jax.ops.softmax.mosaic_tpu.backward import backward
@@ -34,6 +35,12 @@ from attention_jax.ops.softmax.mosaic_tpu.plan import forced
 __all__ = ["MosaicTPUConfig", "attend", "forced", "unsupported"]
 
 DEFAULT = MosaicTPUConfig()
+
+_NO_FORWARD = derivatives.no_forward_mode("mosaic_tpu", "dot_product_attention", use="reference")
+_NO_SECOND = (
+    "impl='mosaic_tpu' of dot_product_attention has no second derivative: use impl='reference', or "
+    "jax.jvp of jax.grad with impl='chunked'"
+)
 
 _MAX_DENSE = 2**28  # entries of a dense mask made from a Mask object
 
@@ -84,7 +91,7 @@ def _too_long(call: SoftmaxCall, config: MosaicTPUConfig) -> str | None:
 
 def attend(call: SoftmaxCall, config: MosaicTPUConfig = DEFAULT) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
-    return _attend(config, call)
+    return _attend(config, derivatives.reverse_only(_NO_FORWARD, call))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,12 +100,13 @@ def _attend(config: MosaicTPUConfig, call: SoftmaxCall) -> tuple[jax.Array, jax.
 
 
 def _attend_fwd(config: MosaicTPUConfig, call: SoftmaxCall):
+    call = derivatives.none(_NO_SECOND, call)
     out_BTNM, lse_BTN = forward(config, call)
     return (out_BTNM, lse_BTN), (call, out_BTNM, lse_BTN)
 
 
 def _attend_bwd(config: MosaicTPUConfig, residuals, cotangents):
-    return (backward(config, *residuals, *cotangents),)
+    return (backward(config, *derivatives.none(_NO_SECOND, (*residuals, *cotangents))),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

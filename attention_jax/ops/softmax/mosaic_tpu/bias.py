@@ -204,7 +204,7 @@ class Split:
         """Which of the cut's values may have a gradient."""
         if not any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(self.bias)):
             return []
-        return [i for i, x in enumerate(self.cut) if _dtype(x) == jnp.float32]
+        return [i for i, x in enumerate(self.cut) if _dtype(x) == jnp.float32 and not _stopped(x)]
 
     def outside(self, bias: Bias, N: int, q_pos_BT: jax.Array, k_pos_BS: jax.Array) -> list[jax.Array]:
         """The cut's values for the whole call, each [B or 1, N, T or 1, S or 1]."""
@@ -254,6 +254,13 @@ class Split:
 
 def _dtype(node: _Node) -> Any:
     return node.eqn.outvars[node.result].aval.dtype if node.eqn is not None else jnp.float32
+
+
+def _stopped(node: _Node) -> bool:
+    """Whether every way from a leaf to the value leads through a `stop_gradient`."""
+    if node.eqn is None:
+        return not isinstance(node.value, int)
+    return node.eqn.primitive.name == "stop_gradient" or all(_stopped(x) for x in node.inputs)
 
 
 def _evaluate(node: _Node, args: list[Any], memo: dict[_Node, Any]) -> Any:

@@ -36,17 +36,20 @@ _VMEM = {
 
 _forced: Any = None  # None: only on a TPU. False: compile, wherever. Else: interpret
 
+_traced_so = jax.make_user_context("None")
+
 
 @contextlib.contextmanager
 def forced(interpret: Any) -> Iterator[None]:
     """For tests: interpret with pltpu.InterpretParams, or (False) compile for a TPU that is not there.
 
-    What is traced inside stays so: jit caches do not know of it.
+    JAX's caches keep what is traced inside apart.
     """
     global _forced
     before, _forced = _forced, interpret
     try:
-        yield
+        with _traced_so(repr(interpret)):
+            yield
     finally:
         _forced = before
 
