@@ -60,10 +60,10 @@ def prefill(
     """
     tokens_BT = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
     shape = tokens_BT.shape
-    if len(shape) != 2 or not shape[1] or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-        raise ValueError(
-            f"tokens_BT must be integers [B, T] with T >= 1, got {tokens_BT.dtype} {list(shape)}"
-        )
+    if len(shape) != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(f"tokens_BT must be integers [B, T], got {tokens_BT.dtype} {list(shape)}")
+    if 0 in shape:
+        raise ValueError(f"tokens must hold at least one row and one token, got {list(shape)}: skip the call")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype of cached keys and values must be floating point, got {jnp.dtype(dtype)}")
     B, T = shape

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -220,6 +222,10 @@ class _Sizes(NamedTuple):
         places = [place(*pair) for pair in zip(self.results, results, strict=True)]
 
         def part(*arrays):
+            program = jax.make_jaxpr(local)(*arrays)
+            return _unlocated_p.bind(*program.consts, *arrays, program=program)
+
+        def local(*arrays):
             outs = flat(
                 *arrays[:count],
                 first_row=None if rows is None else jax.lax.axis_index(rows) * (self.B // _size(mesh, rows)),
@@ -232,6 +238,32 @@ class _Sizes(NamedTuple):
             NamedSharding(mesh, P(*place(*pair))) for pair in zip(self.arguments, arguments, strict=True)
         ]
         return mesh, part, [NamedSharding(mesh, P(*at)) for at in places], tuple(inside)
+
+
+# XLA puts the program of a shard into that of the mesh with the numbers of its source locations, which name
+# others there; in XLA of jax 0.10 they can form a circle, in which compilation hangs. This has no locations.
+_unlocated_p = Primitive("unlocated")
+_unlocated_p.multiple_results = True
+_unlocated_p.def_abstract_eval(lambda *_, program: program.out_avals)
+
+
+def _lower_unlocated(ctx: Any, *arguments: Any, program: Any) -> Any:
+    name, count = "jax_traceback_in_locations_limit", len(program.consts)
+    limit = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        caches = type(ctx.module_context.traceback_caches)()  # reads the limit
+    finally:
+        jax.config.update(name, limit)
+
+    def run(*x):
+        return jax.core.eval_jaxpr(program.jaxpr, x[:count], *x[count:])
+
+    ctx = ctx.replace(module_context=ctx.module_context.replace(traceback_caches=caches))
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *arguments)
+
+
+mlir.register_lowering(_unlocated_p, _lower_unlocated)
 
 
 def _summed(x: jax.Array, axes: list[Any]) -> jax.Array:
