@@ -112,6 +112,10 @@ FILES = sorted(
 ) + [Path(attention_jax.__file__).parent / "feature_maps.py"]
 
 
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
 def hidden_epsilons(source: str) -> list[str]:
     """Small numbers that stand elsewhere than as an option's default, and norms that are given no epsilon."""
     tree, found = ast.parse(source), []
@@ -122,15 +126,23 @@ def hidden_epsilons(source: str) -> list[str]:
         and isinstance(node.target, ast.Name)
         and (node.target.id.endswith("_eps") or node.target.id in NOT_EPSILONS)
     }
+    # The limits of options.
+    limits = [
+        part
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) or (isinstance(node, ast.Call) and _called(node) == "check_between")
+        for part in ast.walk(node)
+    ]
+    allowed |= set(map(id, limits))
     for node in ast.walk(tree):
         value = getattr(node, "value", None)
         if isinstance(node, ast.Constant) and isinstance(value, float) and 0 < value <= SMALL:
             if id(node) not in allowed:
                 found.append(f"line {node.lineno}: {value}")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in NORMS:
+        elif isinstance(node, ast.Call) and (name := _called(node)) in NORMS:
             names = {keyword.arg for keyword in node.keywords}
             if not names & {"epsilon", None}:  # None: ** of options, which the programs above show
-                found.append(f"line {node.lineno}: {node.func.attr} without an epsilon")
+                found.append(f"line {node.lineno}: {name} without an epsilon")
     return found
 
 
@@ -162,7 +174,7 @@ def test_a_norm_has_no_default_epsilon(make):
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_an_epsilon_is_a_number_of_at_least_0(kind, value):
     for name in _epsilons(kind):
-        with pytest.raises(ValueError, match=f"{name} must be finite and >= 0, got {value}"):
+        with pytest.raises(ValueError, match=f"{name} must be (finite|0, or from 1e-12 to 1), got {value}"):
             mixer_kinds()[kind](**{name: value})
-    with pytest.raises(ValueError, match="norm_eps must be finite and >= 0"):
+    with pytest.raises(ValueError, match="norm_eps must be (finite|0, or from 1e-12 to 1), got"):
         ModelConfig(norm_eps=value)

@@ -387,7 +387,7 @@ def test_an_id_outside_the_vocabulary_is_refused_or_seen(small):
     jax.eval_shape(
         lambda params: decode_step(config, params, state, np.array([-1]), np.array([False])), params
     )
-    with pytest.raises(ValueError, match=r"tokens_BT must be integers .B, T. with T >= 1, got int64 .1, 0."):
+    with pytest.raises(ValueError, match=r"tokens must hold at least one row and one token, got .1, 0."):
         prefill(config, params, good[:, :0], capacity=4)
     with pytest.raises(ValueError, match="dtype of cached keys and values must be floating point, got int32"):
         prefill(config, params, good, capacity=4, dtype=jnp.int32)

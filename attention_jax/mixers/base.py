@@ -24,7 +24,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import Cache
-from attention_jax.choices import check_between, check_choices, check_dropout
+from attention_jax.choices import check_choices, check_dropout, check_epsilon
 from attention_jax.hints import hint, near
 from attention_jax.layers import linear
 from attention_jax.masks import Causal, Mask, parse
@@ -183,14 +183,7 @@ class MixerConfig:
             check_heads(self.num_heads, getattr(self, "num_kv_heads", None))
         check_dropout(getattr(self, "dropout", 0.0))
         for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("_eps")):
-            check_between(
-                self,
-                name,
-                1e-12,
-                1,
-                "it must not replace what it is added to, nor vanish beside it",
-                zero=True,
-            )
+            check_epsilon(self, name)
         known = tuple(self.implementations())
         if (impl := getattr(self, "impl", None)) not in (None, *known):
             more = hint("impl", impl, known)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 
-from attention_jax.choices import check_between, check_choices, check_dropout
+from attention_jax.choices import check_between, check_choices, check_dropout, check_epsilon
 from attention_jax.hints import hint
 from attention_jax.layers import FeedForwardKind, is_gated
 from attention_jax.masks import Full
@@ -126,7 +126,7 @@ class ModelConfig:
 
     def _check_numbers(self) -> None:
         check_dropout(self.dropout)
-        check_between(self, "norm_eps", 1e-12, 1, "it must not replace the variance, nor vanish beside it")
+        check_epsilon(self, "norm_eps")
         check_between(self, "embedding_scale", 1e-3, 1e6, "embeddings vanish or overflow otherwise")
         check_between(self, "init_std", 1e-6, 10, "the first gradients vanish or overflow otherwise")
         check_between(
