@@ -7,7 +7,7 @@ defined where it is used. An array's name ends in its axes: `q_BTNH`, `logits_BT
 """
 
 from attention_jax import biases, caches, drop_in, feature_maps, masks, positions
-from attention_jax.biases import T5, ALiBi, Bias
+from attention_jax.biases import T5, ALiBi, ALiBiConfig, Bias
 from attention_jax.catalogue import catalogue
 from attention_jax.generation import Sampling, generate, stream
 from attention_jax.masks import (
@@ -40,6 +40,7 @@ __version__ = "0.1.0"  # read by setup.cfg, too
 __all__ = [
     *_mixers,
     "ALiBi",
+    "ALiBiConfig",
     "Bias",
     "BigBird",
     "BlockLocal",

@@ -115,9 +115,14 @@ class ArrayBias(Bias):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ALiBi(Bias):
-    """-slope(head) * |q_pos - k_pos|, with slopes determined by the total number of heads."""
+    """-slope(head) * |q_pos - k_pos|, with slopes determined by the total number of heads.
+
+    scale, max_exponent: those of `alibi_slopes`.
+    """
 
     num_heads: int = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True}, default=1.0)
+    max_exponent: float = dataclasses.field(metadata={"static": True}, default=8.0)
 
     def __post_init__(self):
         if not isinstance(self.num_heads, numbers.Integral) or isinstance(self.num_heads, bool):
@@ -126,6 +131,7 @@ class ALiBi(Bias):
             )
         if self.num_heads < 1:
             raise ValueError(f"ALiBi num_heads must be >= 1, got {self.num_heads}")
+        _check_slopes(self)
 
     def check(self, sizes):
         if sizes[1] != self.num_heads:
@@ -135,22 +141,54 @@ class ALiBi(Bias):
             )
 
     def score(self, heads_N, q_pos_BT, k_pos_BS):
-        slopes_N = jnp.asarray(alibi_slopes(self.num_heads), jnp.float32)[heads_N]
+        slopes_N = jnp.asarray(self._slopes(), jnp.float32)[heads_N]
         # abs of floats is free on a GPU, where it is a modifier of the following multiplication.
         distance_BTS = jnp.abs((q_pos_BT[:, :, None] - k_pos_BS[:, None, :]).astype(jnp.float32))
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]
 
+    def _slopes(self) -> tuple[float, ...]:
+        return alibi_slopes(self.num_heads, scale=self.scale, max_exponent=self.max_exponent)
 
-def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """The published slopes: 2^(-8 i / n), i = 1 .. n, if the number of heads n is a power of two.
 
-    For any other n, with m the largest power of two <= n: the m slopes of m heads, followed by the first
-    n - m odd-numbered slopes of 2m heads, as in the authors' code.
+def alibi_slopes(num_heads: int, *, scale: float = 1.0, max_exponent: float = 8.0) -> tuple[float, ...]:
+    """scale times the slopes 2^(-e i / n), i = 1 .. n, if the number of heads n is a power of two.
+
+    e is `max_exponent`; the published slopes have e = 8 and scale 1. For any other n, with m the largest
+    power of two <= n: the m slopes of m heads, followed by the first n - m odd-numbered slopes of 2m heads,
+    as in the authors' code.
     """
     power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
-    slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * (num_heads - power) + 1, 2)]
-    return tuple(slopes)
+    slopes = [2 ** (-max_exponent * i / power) for i in range(1, power + 1)]
+    slopes += [2 ** (-max_exponent * i / (2 * power)) for i in range(1, 2 * (num_heads - power) + 1, 2)]
+    return tuple(scale * slope for slope in slopes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ALiBiConfig:
+    """Options of ALiBi."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    kind: Literal["alibi"] = "alibi"  #: the bias
+    scale: float = 1.0  #: multiplies the slopes; Falcon-RW has 1 / sqrt(head_dim)
+    max_exponent: float = (
+        8.0  #: the last of n heads has the slope scale 2^-max_exponent; MPT's alibi_bias_max
+    )
+
+    def __post_init__(self):
+        check_choices(self)
+        _check_slopes(self)
+
+    def of(self, num_heads: int) -> ALiBi:
+        """The ALiBi of so many heads."""
+        return ALiBi(num_heads, float(self.scale), float(self.max_exponent))
+
+
+def _check_slopes(bias: ALiBi | ALiBiConfig) -> None:
+    for name in ("scale", "max_exponent"):
+        value = getattr(bias, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"ALiBi {name} must be finite and > 0, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)

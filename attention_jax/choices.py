@@ -88,6 +88,12 @@ def check_between(
         raise ValueError(f"{name} must be {what}from {low:g} to {high:g}, got {shown(value)}: {why}")
 
 
+def check_epsilon(config: Any, name: str) -> None:
+    """Raise ValueError unless an epsilon is 0 or can make a difference beside what it is added to."""
+    why = "it must not replace what it is added to, nor vanish beside it"
+    check_between(config, name, 1e-12, 1, why, zero=True)
+
+
 def check_dropout(rate: float) -> None:
     """Raise ValueError unless the dropout rate leaves something to learn from."""
     if not 0 <= rate <= _MOST_DROPOUT:

@@ -138,11 +138,12 @@ def taylor2_features(width: int) -> int:
     return 1 + width + width * (width + 1) // 2
 
 
-def hedgehog(x_BTNH: jax.Array, w_NHF: jax.Array) -> jax.Array:
-    """softmax over [x W_n, -x W_n] with a learned W per head: [B, T, N, 2 F].
+def hedgehog(x_BTNH: jax.Array, w_NHF: jax.Array, b_NF: jax.Array | None = None) -> jax.Array:
+    """softmax over [z, -z], z = x W_n + b_n, with a learned W and, optionally, b per head: [B, T, N, 2 F].
 
     Zhang et al. 2024, "The Hedgehog & the Porcupine" (arXiv 2402.04347, section 4.2). If W starts as the
     identity, the weights are spiky, like those of softmax, from the first step on.
     """
     y_BTNF = jnp.einsum("btnh,nhf->btnf", x_BTNH.astype(jnp.float32), w_NHF.astype(jnp.float32))
+    y_BTNF = y_BTNF if b_NF is None else y_BTNF + b_NF.astype(jnp.float32)
     return jax.nn.softmax(jnp.concatenate([y_BTNF, -y_BTNF], axis=-1), axis=-1)

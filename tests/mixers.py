@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from attention_jax.biases import T5
-from attention_jax.masks import Causal, Full, Mask, Sinks, SlidingWindow
+from attention_jax.biases import T5, ALiBiConfig
+from attention_jax.masks import Causal, Full, Global, Longformer, Mask, Sinks, SlidingWindow
 from attention_jax.mixers import (
     AttentionConfig,
     BasedConfig,
@@ -67,16 +67,20 @@ class MixerCase:
 LONGER = {"future", "empty slots", "decoding"}
 
 
+# The fields of a config that a reference of this family takes by the same names.
+SCORES = ("rope", "temperature", "qk_norm", "qk_norm_eps", "clip_qkv", "softcap", "scale")
+
+
 def _softmax(mask: Mask = Causal(), alibi=None, t5=None, slow=False, fast=(), **options) -> MixerCase:  # noqa: B008 (frozen)
-    config = AttentionConfig(mask=mask, bias="alibi" if alibi else t5, **options)
-    names = ("rope", "qk_norm", "softcap", "scale", "temperature")
+    config = AttentionConfig(mask=mask, **({"bias": "alibi" if alibi else t5} | options))
+    rows = config.global_positions if config.global_projections else ()
     if t5 is not None:
         t5 = {"buckets": t5.buckets, "max_distance": t5.max_distance, "bidirectional": mask == Full()}
 
     def reference(params, x, keep):
         return attention_mixer(
             params, x, heads=config.num_heads, kv_heads=config.num_kv_heads or config.num_heads, keep=keep,
-            alibi=alibi, t5=t5, **{name: getattr(config, name) for name in names},
+            alibi=alibi, t5=t5, rows=rows, **{name: getattr(config, name) for name in SCORES},
         )  # fmt: skip
 
     return MixerCase(config, reference, slow=slow, fast=fast)
@@ -106,6 +110,26 @@ MIXERS = {
     ),
     "xpos": _softmax(rope=RoPE(xpos=XPos(scale_base=16.0, centre=5))),
     "t5-gqa": _softmax(t5=T5(buckets=8, max_distance=14), num_kv_heads=2),
+    "qk-layer-clipped-qkv-bias": _softmax(
+        qk_norm="layer", qk_norm_eps=0.05, clip_qkv=0.8, use_bias=True, out_bias=False, rope=RoPE(), slow=True
+    ),
+    "qk-all-heads-steeper-alibi": _softmax(
+        qk_norm="rms_all_heads",
+        num_kv_heads=2,
+        qk_norm_eps=0.05,
+        slow=True,
+        alibi=[0.3 * 2 ** (-5.0 * n / 4) for n in (1, 2, 3, 4)],
+        bias=ALiBiConfig(scale=0.3, max_exponent=5.0),
+    ),
+    "longformer-global-projections": _softmax(
+        (SlidingWindow(4) | Global((0, 9))) & Causal(),
+        num_kv_heads=2,
+        global_projections=True,
+        rope=RoPE(),
+        qk_norm="rms",
+        use_bias=True,
+        slow=True,
+    ),
 }
 
 
@@ -118,41 +142,88 @@ def _variant(formula: Callable, config: MixerConfig, *names: str, slow=False, fa
     )  # fmt: skip
 
 
+FORGETTING = ("output_gate", "output_norm", "norm_eps", *SCORES)
+LATENT = ("head_dim", "rotary_dim", "rope", "norm_eps", "softcap", "scale")
+
 MIXERS |= {
     "gated": _variant(
         variants.gated,
-        GatedAttentionConfig(num_kv_heads=2, rope=RoPE(), mask=Causal()),
-        "gate", "rope", kv_heads=2, fast=("empty slots",),
+        GatedAttentionConfig(
+            num_kv_heads=2, rope=RoPE(), mask=Causal(), qk_norm="rms_per_head", qk_norm_eps=0.05, scale=0.7,
+            softcap=2.0, sink_logits=True, temperature=Temperature(floor=4, scale=0.5), use_bias=True,
+            out_bias=False, bias=ALiBiConfig(scale=0.5),
+        ),
+        "gate", *SCORES, kv_heads=2, alibi=[0.5 * slope for slope in ALIBI_4], fast=("empty slots",),
+    ),
+    "gated-plain": _variant(
+        variants.gated, GatedAttentionConfig(mask=Causal()), "gate", *SCORES, kv_heads=4, slow=True
     ),
     "gated-headwise-window": _variant(
         variants.gated,
         GatedAttentionConfig(gate="headwise", qk_norm="rms", mask=SlidingWindow(5), use_bias=True),
-        "gate", "qk_norm", kv_heads=4, slow=True,
+        "gate", *SCORES, kv_heads=4, slow=True,
     ),
     "forgetting": _variant(
         variants.forgetting,
-        ForgettingAttentionConfig(num_kv_heads=2, mask=Causal(), gate_bias=1.0),
-        kv_heads=2, fast=("future", "empty slots"),
+        ForgettingAttentionConfig(
+            num_kv_heads=2, mask=Causal(), gate_bias=1.0, qk_norm="rms_per_head", qk_norm_eps=0.05,
+            output_gate="sigmoid", output_norm="rms_per_head", norm_eps=0.05, sink_logits=True, softcap=2.0,
+        ),
+        *FORGETTING, kv_heads=2, fast=("future", "empty slots"),
+    ),
+    "forgetting-plain": _variant(
+        variants.forgetting, ForgettingAttentionConfig(mask=Causal()), *FORGETTING, kv_heads=4, slow=True
     ),
     "forgetting-window": _variant(
-        variants.forgetting, ForgettingAttentionConfig(mask=SlidingWindow(6)), kv_heads=4, slow=True
+        variants.forgetting,
+        ForgettingAttentionConfig(
+            mask=SlidingWindow(6), output_gate="silu", use_bias=True, rope=RoPE(), scale=0.7, clip_qkv=0.9,
+            temperature=Temperature(floor=4, scale=0.5), output_norm="rms",
+        ),
+        *FORGETTING, kv_heads=4, slow=True,
     ),
     "differential": _variant(
         variants.differential,
-        DifferentialAttentionConfig(num_heads=4, num_kv_heads=2, rope=RoPE(), mask=Causal()),
-        "lambda_init", "rope", kv_heads=2, fast=("empty slots",),
+        DifferentialAttentionConfig(
+            num_heads=4, num_kv_heads=2, rope=RoPE(), mask=Causal(), qk_norm="rms", qk_norm_eps=0.05,
+            norm_eps=0.05, scale=0.7, softcap=2.0, sink_logits=True,
+        ),
+        "lambda_init", "norm_eps", *SCORES, kv_heads=2, fast=("empty slots",),
+    ),
+    "differential-plain": _variant(
+        variants.differential, DifferentialAttentionConfig(mask=Causal()), "lambda_init", "norm_eps", *SCORES,
+        kv_heads=2, slow=True,
+    ),
+    "differential-clipped": _variant(
+        variants.differential,
+        DifferentialAttentionConfig(
+            mask=Causal(), clip_qkv=0.7, use_bias=True, out_bias=False, qk_norm="layer",
+            temperature=Temperature(floor=4, scale=0.5),
+        ),
+        "lambda_init", "norm_eps", *SCORES, kv_heads=2, slow=True,
     ),
     "mla": _variant(
         variants.latent,
-        LatentAttentionConfig(latent_dim=12, head_dim=8, rotary_dim=4, value_dim=6, mask=Causal()),
-        "head_dim", "rotary_dim", "rope", fast=("future", "empty slots"),
+        LatentAttentionConfig(
+            latent_dim=12, head_dim=8, rotary_dim=4, value_dim=6, mask=Causal(), use_bias=True, norm_eps=0.05,
+            softcap=2.0, scale=0.4,
+        ),
+        *LATENT, fast=("future", "empty slots"),
     ),
     "mla-window-query-latent": _variant(
         variants.latent,
         LatentAttentionConfig(
             latent_dim=10, query_latent_dim=9, head_dim=6, rotary_dim=0, mask=SlidingWindow(5)
         ),
-        "head_dim", "rotary_dim", "rope", slow=True,
+        *LATENT, slow=True,
+    ),
+    "mla-no-rotation": _variant(
+        variants.latent,
+        LatentAttentionConfig(
+            latent_dim=10, query_latent_dim=9, head_dim=6, rotary_dim=4, rope=None, mask=Causal(),
+            norm_eps=0.05, use_bias=True, out_bias=False,
+        ),
+        *LATENT, slow=True,
     ),
 }  # fmt: skip
 
@@ -192,35 +263,42 @@ def _decayed(formula: Callable, config: MixerConfig, *names: str, slow=False, fa
 
 
 MIXERS |= {
-    "retention": _decayed(decayed.retention, RetentionConfig(), "rope", heads=4),
+    "retention": _decayed(
+        decayed.retention, RetentionConfig(norm_eps=0.05), "rope", "norm_eps", heads=4
+    ),
+    "retention-rms": _decayed(
+        decayed.retention, RetentionConfig(norm="rms", norm_eps=0.05), "rope", "norm", "norm_eps", heads=4,
+        slow=True,
+    ),
     "retention-range": _decayed(
         decayed.retention,
         RetentionConfig(num_heads=2, head_dim=6, value_dim=5, rope=None, first_exponent=0.5, last_exponent=3,
                         use_bias=True),
-        "first_exponent", "last_exponent", heads=2, slow=True,
+        "first_exponent", "last_exponent", "norm_eps", heads=2, slow=True,
     ),
-    "gla": _decayed(decayed.gla, GLAConfig(), heads=4, tau=16.0),
+    "gla": _decayed(decayed.gla, GLAConfig(norm_eps=0.05), "norm_eps", heads=4, tau=16.0),
     "gla-fast": _decayed(
         decayed.gla,
-        GLAConfig(num_heads=2, head_dim=5, value_dim=7, decay_rank=3, decay_temperature=0.5, use_bias=True),
-        heads=2, tau=0.5, slow=True,
+        GLAConfig(num_heads=2, head_dim=5, value_dim=7, decay_rank=3, decay_temperature=0.5, use_bias=True,
+                  out_bias=False),
+        "norm_eps", heads=2, tau=0.5, slow=True,
     ),
-    "lightning": _decayed(decayed.lightning, LightningConfig(), slopes=ALIBI_4),
+    "lightning": _decayed(decayed.lightning, LightningConfig(norm_eps=0.05), "norm_eps", slopes=ALIBI_4),
     "lightning-rope": _decayed(
         decayed.lightning,
-        LightningConfig(head_dim=6, rope=RoPE(), slope_factor=2.0, use_bias=True),
-        "rope", slopes=[2 * slope for slope in ALIBI_4], slow=True,
+        LightningConfig(head_dim=6, rope=RoPE(), slope_factor=2.0, use_bias=True, out_bias=False),
+        "rope", "norm_eps", slopes=[2 * slope for slope in ALIBI_4], slow=True,
     ),
     "mamba2": _decayed(
-        decayed.mamba2, Mamba2Config(head_dim=16, state_dim=8), "groups", heads=4,
+        decayed.mamba2, Mamba2Config(head_dim=16, state_dim=8, norm_eps=0.05), "groups", "norm_eps", heads=4,
         fast=("future", "decoding"),
     ),
     # Groups of two heads, other widths, steps held between limits.
     "mamba2-groups": _decayed(
         decayed.mamba2,
         Mamba2Config(expand=3, head_dim=24, state_dim=5, groups=2, convolution=3, dt_limit_low=0.4,
-                     dt_limit_high=0.9, use_bias=True),
-        "groups", heads=4, limits=(0.4, 0.9), slow=True,
+                     dt_limit_high=0.9, use_bias=True, out_bias=False, convolution_bias=False),
+        "groups", "norm_eps", heads=4, limits=(0.4, 0.9), slow=True,
     ),
 }  # fmt: skip
 
@@ -230,6 +308,7 @@ def _delta(config: MixerConfig, slow=False, fast=()) -> MixerCase:
     options = {
         "kind": config.kind, "heads": config.num_heads, "largest_beta": 1 + config.negative_eigenvalues,
         "qk_heads": getattr(config, "num_qk_heads", None) or config.num_heads,
+        "qk_norm_eps": config.qk_norm_eps, "norm_eps": config.norm_eps,
     }  # fmt: skip
     return MixerCase(
         config,
@@ -241,16 +320,18 @@ def _delta(config: MixerConfig, slow=False, fast=()) -> MixerCase:
 
 
 MIXERS |= {
-    "deltanet": _delta(DeltaNetConfig(chunk_size=8)),
+    "deltanet": _delta(DeltaNetConfig(chunk_size=8, qk_norm_eps=0.05, norm_eps=0.02)),
     "deltanet-negative": _delta(
         DeltaNetConfig(num_heads=2, head_dim=6, value_dim=5, convolution=2, negative_eigenvalues=True),
         slow=True,
     ),
-    "gated-deltanet": _delta(GatedDeltaNetConfig(chunk_size=8), fast=("future", "decoding")),
+    "gated-deltanet": _delta(
+        GatedDeltaNetConfig(chunk_size=8, qk_norm_eps=0.05, norm_eps=0.02), fast=("future", "decoding")
+    ),
     "gated-deltanet-shared-keys": _delta(
         GatedDeltaNetConfig(num_qk_heads=2, head_dim=6, value_dim=5, negative_eigenvalues=True), slow=True
     ),
-    "kda": _delta(KDAConfig(chunk_size=8)),
+    "kda": _delta(KDAConfig(chunk_size=8, gate_bias=False, qk_norm_eps=0.05, norm_eps=0.02)),
     "kda-low-rank": _delta(KDAConfig(num_heads=2, head_dim=6, value_dim=5, rank=3, convolution=3), slow=True),
 }
 
@@ -259,7 +340,7 @@ def _linear(
     formula: Callable, config: MixerConfig, *names: str, causal: bool = True, slow=False, fast=()
 ) -> MixerCase:
     """A row of the linear attention family; its reference needs no mask."""
-    options = {name: getattr(config, name) for name in names}
+    options = {name: getattr(config, name) for name in (*names, "norm_eps", "normalizer_eps")}
     options |= {"heads": config.num_heads, "kv_heads": config.num_kv_heads or config.num_heads}
     return MixerCase(
         config, lambda params, x, keep: formula(params, x, causal=causal, **options),
@@ -271,12 +352,17 @@ MIXERS |= {
     "linear": _linear(linear.linear, LinearAttentionConfig(num_kv_heads=2, chunk_size=4), slow=True),
     "linear-rope": _linear(
         linear.linear,
-        LinearAttentionConfig(num_kv_heads=2, rope=RoPE(theta=99.0), use_bias=True, chunk_size=8),
+        LinearAttentionConfig(
+            num_kv_heads=2, rope=RoPE(theta=99.0), use_bias=True, out_bias=False, chunk_size=8,
+            normalizer_eps=0.3,
+        ),
         "rope",
     ),
     "linear-identity-norm": _linear(
         linear.linear,
-        LinearAttentionConfig(feature_map="identity", output_norm="rms", rope=RoPE(), chunk_size=8),
+        LinearAttentionConfig(
+            feature_map="identity", output_norm="rms", norm_eps=0.05, rope=RoPE(), chunk_size=8
+        ),
         "feature_map", "rope",
     ),
     "performer": _linear(
@@ -284,15 +370,22 @@ MIXERS |= {
         fast=("future", "decoding"),
     ),
     "cosformer": _linear(linear.cosformer, CosformerConfig(horizon=20, chunk_size=8), "horizon"),
-    "based": _linear(linear.based, BasedConfig(feature_dim=5, num_kv_heads=2, chunk_size=8)),
-    "hedgehog": _linear(linear.hedgehog, HedgehogConfig(num_kv_heads=1, chunk_size=8)),
+    "based": _linear(
+        linear.based, BasedConfig(feature_dim=5, num_kv_heads=2, chunk_size=8, normalizer_eps=0.3)
+    ),
+    "hedgehog": _linear(
+        linear.hedgehog, HedgehogConfig(num_kv_heads=1, chunk_size=8, map_bias=True)
+    ),
 }  # fmt: skip
 
 BIDIRECTIONAL = {
     "full": _softmax(Full(), rope=RoPE()),
     "window-both": _softmax(SlidingWindow(4, right=3)),
+    "global-projections-both": _softmax(Longformer(4, (0, 9)), num_kv_heads=2, global_projections=True),
     "t5-both": _softmax(Full(), t5=T5(buckets=8, max_distance=14)),
-    "linear-both": _linear(linear.linear, LinearAttentionConfig(rope=RoPE()), "rope", causal=False),
+    "linear-both": _linear(
+        linear.linear, LinearAttentionConfig(rope=RoPE(), normalizer_eps=0.3), "rope", causal=False
+    ),
     "linear-identity-both": _linear(
         linear.linear, LinearAttentionConfig(feature_map="identity"), "feature_map", causal=False
     ),
@@ -300,7 +393,7 @@ BIDIRECTIONAL = {
         linear.performer, PerformerConfig(num_kv_heads=2, num_features=24), causal=False
     ),
     "cosformer-both": _linear(linear.cosformer, CosformerConfig(horizon=20), "horizon", causal=False),
-    "based-both": _linear(linear.based, BasedConfig(feature_dim=5), causal=False),
+    "based-both": _linear(linear.based, BasedConfig(feature_dim=5, normalizer_eps=0.3), causal=False),
     "hedgehog-both": _linear(linear.hedgehog, HedgehogConfig(num_kv_heads=2), causal=False),
 }
 

@@ -17,6 +17,7 @@ from attention_jax import biases
 from attention_jax.biases import (
     T5,
     ALiBi,
+    ALiBiConfig,
     ArrayBias,
     Axes,
     Bias,
@@ -35,6 +36,24 @@ from tests.reference.positions import ALIBI_SLOPES, t5_bucket
 @pytest.mark.parametrize("heads", ALIBI_SLOPES)
 def test_alibi_slopes_are_the_published_ones(heads):
     assert_allclose(alibi_slopes(heads), ALIBI_SLOPES[heads], rtol=1e-15)
+
+
+@pytest.mark.parametrize("heads", ALIBI_SLOPES)
+def test_alibi_slopes_have_a_factor_and_a_largest_exponent(heads):
+    """A slope 2^-x of the published ones becomes scale 2^-(x e / 8), whatever the number of heads."""
+    wanted = [0.3 * 2 ** (np.log2(slope) * 5.0 / 8.0) for slope in ALIBI_SLOPES[heads]]
+    assert_allclose(alibi_slopes(heads, scale=0.3, max_exponent=5.0), wanted, rtol=1e-14)
+    bias = ALiBiConfig(scale=0.3, max_exponent=5).of(heads)
+    score = bias.score(jnp.arange(heads), jnp.array([[9]]), jnp.array([[7]]))
+    assert_allclose(score[0, :, 0, 0], -2 * np.array(wanted), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scale", "max_exponent"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_alibi_refuses_slopes_that_are_no_penalty(name, value):
+    for make in (ALiBiConfig, lambda **options: ALiBi(4, **options)):
+        with pytest.raises(ValueError, match=f"ALiBi {name} must be finite and > 0, got {value}"):
+            make(**{name: value})
 
 
 def test_alibi_scores_follow_positions_and_global_heads():

@@ -124,7 +124,7 @@ REFUSED = [
     (_mixer("rope: {scaling: yarn}"), ["rope.scaling: expected a mapping of keys or null, got 'yarn'"]),
     (_mixer("rope: {xpos: {scale_base: x}}"), ["mixers.0.rope.xpos.scale_base: expected a number, got 'x'"]),
     (_mixer("bias: t6"), ['bias: expected "alibi" or "t5" or a mapping of keys or null, got', "'t6'"]),
-    (_mixer("bias: {buckets: 8}"), ["model.mixers.0.bias.kind is missing; there are: t5"]),
+    (_mixer("bias: {buckets: 8}"), ["model.mixers.0.bias.kind is missing; there are: alibi, t5"]),
     (_mixer("bias: {kind: t5, buckets: x}"), ["model.mixers.0.bias.buckets: expected an integer, got 'x'"]),
     (_mixer("bias: {kind: t5, buckets: 15}"), ["bias: T5 buckets must be even and >= 4, got 15"]),
     (_mixer("temperature: {floor: 0}"), ["temperature: Temperature floor must be >= 1, got 0"]),

@@ -38,7 +38,9 @@ UPWARD = {
 # In an op's folder: what its implementations share, and what imports them. The rest are implementations.
 OP_SHARED, OP_ENTRY = {"common", "blocks", "chunked_plan", "tiles"}, {"api", "__init__"}
 # What every mixer may use: the contract, what the softmax family, recurrences and linear attention share.
-MIXERS_SHARED = {f"attention_jax.mixers.{name}" for name in ("base", "parts", "recurrent", "linear_parts")}
+MIXERS_SHARED = {
+    f"attention_jax.mixers.{name}" for name in ("base", "parts", "softmax_parts", "recurrent", "linear_parts")
+}
 
 _IMPORT = re.compile(r"(?:^|[\n;])\s*(?:from\s+([\w.]+)\s+import\s+([\w ,]+)|import\s+([\w.]+))")
 

@@ -9,7 +9,15 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attention_jax.mixers import AttentionConfig, Context, make_mixer, mixer_kinds
+from attention_jax.mixers import (
+    AttentionConfig,
+    Context,
+    CrossAttentionConfig,
+    DifferentialAttentionConfig,
+    LatentAttentionConfig,
+    make_mixer,
+    mixer_kinds,
+)
 from attention_jax.positions import RoPE
 from tests import marks
 from tests.harness import Harness
@@ -227,6 +235,44 @@ def test_attention_dropout_is_the_same_whatever_runs_it(x):
     assert_allclose(np.concatenate(out, 1), y, **TOLERANCE)
 
 
+def test_the_two_maps_of_differential_attention_drop_different_weights(x):
+    """Equal maps and lambda 1 leave nothing without dropout; with one mask for both they would with it."""
+    config = DifferentialAttentionConfig(num_heads=2, dropout=0.3, norm_eps=1.0)
+    harness, ctx = Harness(config), Context(dropout_key=jax.random.key(5))
+    params = nnx.to_pure_dict(harness.params)
+    for name in "qk":  # heads 2n and 2n + 1 alike
+        kernel = params[name]["kernel"].reshape(D_MODEL, 2, 2, -1)
+        kernel[:, :, 1] = kernel[:, :, 0]
+    for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+        params[name] = np.zeros_like(params[name])
+    params["lambda_q1"][0] = 1.0
+    params["lambda_k1"][0] = np.log(1 + 1 - config.lambda_init)  # lambda is 1
+    state = nnx.state(nnx.merge(harness.graphdef, harness.params))
+    nnx.replace_by_pure_dict(state, params)
+    plain = harness.call(state, x, None, Context())[0]
+    dropped = harness.call(state, x, None, ctx)[0]
+    assert np.abs(plain).max() < 1e-5 and np.abs(dropped).max() > 1e-2
+    other = Harness(config, impl="chunked").call(state, x, None, ctx)[0]
+    assert_allclose(other, dropped, **TOLERANCE)
+
+
+def test_captured_weights_of_global_queries_are_those_of_their_own_projections(x):
+    row = BIDIRECTIONAL["global-projections-both"]
+    harness = Harness(row.config, causal=False)
+
+    @jax.jit
+    def captured(params, x):
+        ctx = Context(capture={"attention"})
+        return nnx.merge(harness.graphdef, params).mix(x, ctx=ctx).aux["attention"]
+
+    weights = captured(harness.params, x)
+    p = nnx.to_pure_dict(harness.params)
+    q, k = (np.float64(x[0]) @ np.float64(p[f"{name}_global"]["kernel"]) for name in "qk")
+    scores = q.reshape(T, 4, 8)[9, 3] @ k.reshape(T, 2, 8)[:, 1].T / np.sqrt(8)
+    assert_allclose(weights[0, 3, 9], np.exp(scores) / np.exp(scores).sum(), rtol=1e-5, atol=1e-7)
+    assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+
+
 def test_past_the_capacity_the_output_is_nan_not_wrong(x):
     harness = Harness(AttentionConfig(num_heads=4))
     _, state = harness.cached(x, (T,))
@@ -245,17 +291,31 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(x):
         ({"num_heads": 4, "rope": RoPE(width=16)}, "RoPE width 16 exceeds head_dim 8"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 0.99\]"),
         ({"mask": "SlidingWindow(0)"}, "window must be an integer >= 1"),
-        ({"qk_norm": "layer"}, "qk_norm must be one of rms, l2, None, got 'layer'"),
+        ({"qk_norm": "group"}, "qk_norm must be one of rms, l2, layer, rms_per_head, .*, None, got 'group'"),
         ({"bias": "rpe"}, "bias must be one of alibi, t5, None, got 'rpe'"),
         ({"mask": np.ones((2, 2), bool)}, "mask must be a Mask or a mask expression, got ndarray"),
         ({"softcap": 0.0}, "softcap must be finite and > 0, got 0.0; use null to disable it"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"clip_qkv": -1.0}, "clip_qkv must be finite and > 0, got -1.0; use null to disable it"),
+        ({"out_bias": 1}, "out_bias must be true or false or None, got 1"),
+        (
+            {"global_projections": True, "mask": "SlidingWindow(4)"},
+            r"global_projections needs a mask with Global positions, such as Longformer\(64, \(0,\)\), got "
+            r"SlidingWindow\(window=4",
+        ),
     ],
 )
 def test_bad_configs(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         AttentionConfig(**arguments).build(D_MODEL, nnx.Rngs(0))
     assert "\n" not in str(error.value)
+
+
+def test_options_that_a_kind_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="cross does not support global_projections: set it to false"):
+        CrossAttentionConfig(global_projections=True, mask="Longformer(4, (0,))")
+    with pytest.raises(ValueError, match="softcap must be finite and > 0, got 0.0; use null to disable it"):
+        LatentAttentionConfig(softcap=0.0)
 
 
 @pytest.mark.parametrize("kind", mixer_kinds())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from attention_jax.layers import gelu, gelu_tanh
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply, bind, count_params, init_params
 from attention_jax.positions import RoPE
@@ -144,13 +146,19 @@ def test_dropout_depends_on_the_key_alone(params, tokens):
     assert_allclose(same, a, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "geglu", "gelu"])
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-def test_a_block_equals_numpy(mlp, norm, tokens):
+@pytest.mark.parametrize(
+    ("mlp", "norm", "more"),
+    [
+        *((mlp, norm, {}) for mlp in ("swiglu", "geglu", "gelu") for norm in ("rmsnorm", "layernorm")),
+        ("geglu_tanh", "rmsnorm", {"norm_order": "sandwich", "norm_eps": 0.05, "embedding_scale": 2.5}),
+        ("gelu_tanh", "layernorm", {"norm_order": "post", "norm_eps": 0.05}),
+    ],
+)
+def test_a_block_equals_numpy(mlp, norm, more, tokens):
     """One layer without attention's part (its output projection is 0): embed, norm, mlp, norm, head."""
     config = ModelConfig(
         vocab_size=31, d_model=16, num_layers=1, mixers=(AttentionConfig(num_heads=2),), mlp=mlp, norm=norm,
-        use_bias=True, max_positions=12, tie_embeddings=False, logit_softcap=3.0,
+        use_bias=True, max_positions=12, tie_embeddings=False, logit_softcap=3.0, **more,
     )  # fmt: skip
     params = random_params(dataclasses.replace(config, init_std=0.3))
     params["stacks"]["0"]["mixer"]["out"]["kernel"] *= 0
@@ -160,30 +168,56 @@ def test_a_block_equals_numpy(mlp, norm, tokens):
     block = jax.tree.map(lambda a: a[0], p["stacks"]["0"])
 
     def normal(x, w):
+        if w is None:
+            return x
         if norm == "layernorm":
             x = x - x.mean(-1, keepdims=True)
-        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w["scale"]
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * w["scale"]
         return y + w["bias"] if norm == "layernorm" else y
 
     def dense(x, w):
         return x @ w["kernel"] + w["bias"]
 
-    def gelu(x):
-        import math
-
+    def gelu_of(x):
+        if mlp.endswith("_tanh"):
+            return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
         return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
 
-    h = p["embed"]["embedding"][np.asarray(tokens)] + p["positions"]["embedding"][: tokens.shape[1]]
-    x = normal(h, block["norm2"])
+    scale = 1.0 if config.embedding_scale is None else config.embedding_scale
+    h = scale * p["embed"]["embedding"][np.asarray(tokens)] + p["positions"]["embedding"][: tokens.shape[1]]
+    assert {name for name in block if "norm" in name} == {
+        "pre": {"norm1", "norm2"},
+        "post": {"post_norm1", "post_norm2"},
+        "sandwich": {"norm1", "norm2", "post_norm1", "post_norm2"},
+    }[config.norm_order]
+    h = h + normal(np.zeros_like(h), block.get("post_norm1"))
+    x = normal(h, block.get("norm2"))
     up = dense(x, block["mlp"]["up"])
-    if mlp == "gelu":
-        up = gelu(up)
+    if mlp in ("gelu", "gelu_tanh"):
+        up = gelu_of(up)
     else:
         gate = dense(x, block["mlp"]["gate"])
-        up = up * (gelu(gate) if mlp == "geglu" else gate / (1 + np.exp(-gate)))
-    h = h + dense(up, block["mlp"]["down"])
+        up = up * (gate / (1 + np.exp(-gate)) if mlp == "swiglu" else gelu_of(gate))
+    h = h + normal(dense(up, block["mlp"]["down"]), block.get("post_norm2"))
     expected = normal(h, p["final_norm"]) @ p["head"]["kernel"]
     assert_allclose(logits, 3 * np.tanh(expected / 3), rtol=1e-4, atol=1e-5)
+
+
+def test_gelu_of_both_forms_equals_float64():
+    """Each is within rounding of its own formula, and no formula is the other."""
+    x = np.linspace(-9, 9, 20_001, dtype=np.float32)
+    exact = {
+        gelu: [0.5 * y * math.erfc(-y / math.sqrt(2)) for y in x.tolist()],
+        gelu_tanh: [
+            0.5 * y * (1 + math.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))) for y in x.tolist()
+        ],
+    }
+    for f, values in exact.items():
+        # The rounding of 1 + erf or 1 + tanh and of its argument, multiplied by x.
+        error, allowed = np.abs(np.float64(f(x)) - values), 4 * np.finfo(np.float32).eps * np.abs(x)
+        assert (error <= allowed).all(), (f, (error / np.abs(x)).max())
+    apart = np.abs(np.subtract(*exact.values())).max()
+    assert 4e-4 < apart < 5e-4
 
 
 def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
@@ -221,7 +255,9 @@ def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
         ({"vocab_size": 0}, "vocab_size must be >= 1"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 0.99\]"),
         ({"remat": "dots_savable"}, "unknown policy 'dots_savable'; .*; did you mean dots_saveable"),
-        ({"mlp": "relu"}, "mlp must be one of swiglu, geglu, gelu, got 'relu'"),
+        ({"mlp": "relu"}, "mlp must be one of swiglu, geglu, geglu_tanh, gelu, gelu_tanh, got 'relu'"),
+        ({"norm_order": "parallel"}, "norm_order must be one of pre, post, sandwich, got 'parallel'"),
+        ({"embedding_scale": 0.0}, "embedding_scale must be from 0.001 to 1e\\+06, got 0.0"),
         ({"norm": "rms"}, "norm must be one of rmsnorm, layernorm, got 'rms'"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
         (

@@ -173,7 +173,7 @@ def test_bfloat16_is_summed_in_float32():
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
 @pytest.mark.parametrize("gated", ["before", "after"])
 def test_gated_norm(gate, gated):
-    norm = GatedRMSNorm(C, gate=gate, gated=gated, rngs=nnx.Rngs(0))
+    norm = GatedRMSNorm(C, gate=gate, gated=gated, epsilon=1e-5, rngs=nnx.Rngs(0))
     norm.scale[...] = jnp.arange(1.0, C + 1)
     x, g = inputs()[:2].astype(np.float64)
     act = silu(g) if gate == "silu" else 1 / (1 + np.exp(-g))
@@ -185,14 +185,16 @@ def test_gated_norm(gate, gated):
 
 
 def test_gated_norm_in_groups():
-    norm, alone = (GatedRMSNorm(width, groups=n, rngs=nnx.Rngs(0)) for width, n in ((C, 2), (C // 2, 1)))
+    norm, alone = (
+        GatedRMSNorm(width, groups=n, epsilon=1e-5, rngs=nnx.Rngs(0)) for width, n in ((C, 2), (C // 2, 1))
+    )
     x, g = inputs()[:2]
     parts = [alone(x[..., cut], g[..., cut]) for cut in (slice(C // 2), slice(C // 2, C))]
     assert_allclose(norm(x, g), jnp.concatenate(parts, -1), **TOLERANCE)
 
 
 def test_group_norm_of_heads():
-    norm = HeadGroupNorm(T, C, rngs=nnx.Rngs(0))
+    norm = HeadGroupNorm(T, C, epsilon=1e-5, rngs=nnx.Rngs(0))
     scale, bias = np.random.default_rng(2).normal(size=(2, T, C))
     norm.scale[...], norm.bias[...] = jnp.float32(scale), jnp.float32(bias)
     x = inputs().astype(np.float64)

@@ -307,7 +307,7 @@ def test_the_memory_is_filled_by_the_prefill():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"qk_norm": "foo"}, "qk_norm must be one of rms, l2, None, got 'foo'"),
+        ({"qk_norm": "foo"}, "qk_norm must be one of rms, l2, .*, None, got 'foo'"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 0.99\], got 1.5"),
         ({"sink_logits": 4}, r"sink_logits must be true or false, got 4; .*Sinks\(n\)"),
         ({"rope": {}}, "rope must be a RoPE or null, got {}"),

@@ -1,20 +1,33 @@
 """Layers that mixers and the model are built from: projections, norms, short convolutions, feed-forwards."""
 
 from attention_jax.layers.convolution import ShortConvolution
-from attention_jax.layers.feed_forward import FeedForward
-from attention_jax.layers.linear import fused_linear, gelu, linear, matmul
-from attention_jax.layers.norms import GatedRMSNorm, HeadGroupNorm, LayerNorm, RMSNorm, head_norm
+from attention_jax.layers.feed_forward import FeedForward, FeedForwardKind, is_gated
+from attention_jax.layers.linear import fused_linear, gelu, gelu_tanh, linear, matmul
+from attention_jax.layers.norms import (
+    GatedRMSNorm,
+    HeadGroupNorm,
+    HeadNorm,
+    LayerNorm,
+    RMSNorm,
+    head_norm,
+    unit,
+)
 
 __all__ = [
     "FeedForward",
+    "FeedForwardKind",
     "GatedRMSNorm",
     "HeadGroupNorm",
+    "HeadNorm",
     "LayerNorm",
     "RMSNorm",
     "ShortConvolution",
     "fused_linear",
     "gelu",
+    "gelu_tanh",
     "head_norm",
+    "is_gated",
     "linear",
     "matmul",
+    "unit",
 ]

@@ -1,4 +1,4 @@
-"""Linear projections as single matrix products, and GELU."""
+"""Linear projections as single matrix products, and GELU in both of its forms."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ def gelu(x: jax.Array) -> jax.Array:
     and no more accurate after the multiplication by x in float32.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, an approximation of `gelu`, from the same paper.
+
+    GPT-2, Gemma and Phi are trained with it. It differs from `gelu` by up to 5e-4.
+    """
+    return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 def _flat_dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None, **kwargs):

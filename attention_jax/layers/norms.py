@@ -2,7 +2,8 @@
 
     RMSNorm(x) = x / sqrt(mean(x^2) + epsilon) * scale          Zhang & Sennrich 2019 (arXiv 1910.07467)
 
-All statistics are computed in float32.
+All statistics are computed in float32. No norm has a default epsilon: published checkpoints differ in it, and
+the configs of the mixers say which one a layer has.
 """
 
 from __future__ import annotations
@@ -16,15 +17,45 @@ from flax import nnx
 
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
+#: The norms of the queries and keys of heads; see `head_norm`.
+HeadNorm = Literal["rms", "l2", "layer", "rms_per_head", "rms_all_heads"]
 
-def head_norm(kind: Literal["rms", "l2"] | None, head_dim: int, *, dtype: Any, rngs: nnx.Rngs) -> Any:
-    """The norm of a head's features [..., H]; None if `kind` is None.
 
-    rms: RMS norm with a learned scale. l2: unscaled RMS norm (Llama 4 calls it L2 norm).
+def head_norm(
+    kind: HeadNorm | None, heads: int, head_dim: int, *, epsilon: float, dtype: Any, rngs: nnx.Rngs
+) -> Any:
+    """The norm of features [..., heads, H]; None if `kind` is None.
+
+    rms: RMS norm of each head with one learned scale [H]. l2: without a scale (Llama 4 calls it L2 norm).
+    layer: layer norm of each head with a learned scale and bias [H]. rms_per_head: RMS norm of each head with
+    a scale per head. rms_all_heads: RMS norm of all heads together (OLMo 2).
     """
     if kind is None:
         return None
-    return RMSNorm(head_dim, use_scale=kind == "rms", dtype=dtype, rngs=rngs)
+    given = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
+    if kind == "layer":
+        return LayerNorm(head_dim, use_fast_variance=False, **given)
+    if kind in ("rms_per_head", "rms_all_heads"):
+        return HeadsRMSNorm(heads, head_dim, together=kind == "rms_all_heads", **given)
+    return RMSNorm(head_dim, use_scale=kind == "rms", **given)
+
+
+class HeadsRMSNorm(nnx.Module):
+    """RMS norm with a learned scale [heads, H], of each head or of all heads together."""
+
+    def __init__(
+        self, heads: int, head_dim: int, *, together: bool, epsilon: float, dtype: Any, rngs: nnx.Rngs
+    ):
+        del rngs  # the scale is initialised to ones
+        self.together, self.epsilon, self.dtype = together, epsilon, dtype
+        self.scale = nnx.Param(jnp.ones((heads, head_dim), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """y [..., heads, H], for x [..., heads, H]; computed in float32."""
+        x = x.astype(jnp.float32)
+        axes = (-2, -1) if self.together else -1
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + self.epsilon)
+        return (x * jnp.broadcast_to(self.scale[...], x.shape)).astype(self.dtype)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -65,7 +96,7 @@ class GatedRMSNorm(nnx.Module):
         gate: Literal["silu", "sigmoid"] = "silu",
         gated: Literal["before", "after"] = "after",
         groups: int = 1,
-        epsilon: float = 1e-5,
+        epsilon: float,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -91,9 +122,7 @@ class HeadGroupNorm(nnx.Module):
     Up to eps, the output does not change if all features of a head are multiplied by a positive factor.
     """
 
-    def __init__(
-        self, heads: int, width: int, *, epsilon: float = 1e-5, dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, heads: int, width: int, *, epsilon: float, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         del rngs  # the scale is initialised to ones, the bias to zeros
         self.epsilon, self.dtype = epsilon, dtype
         self.scale = nnx.Param(jnp.ones((heads, width), jnp.float32))
@@ -106,3 +135,9 @@ class HeadGroupNorm(nnx.Module):
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
         scale, bias = (jnp.broadcast_to(w[...], x.shape) for w in (self.scale, self.bias))
         return (x * scale + bias).astype(self.dtype)
+
+
+def unit(x: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(|x|^2 + epsilon) over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + epsilon)).astype(x.dtype)

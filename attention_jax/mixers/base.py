@@ -24,7 +24,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import Cache
-from attention_jax.choices import check_choices, check_dropout
+from attention_jax.choices import check_choices, check_dropout, check_epsilon
 from attention_jax.hints import hint, near
 from attention_jax.layers import linear
 from attention_jax.masks import Causal, Mask, parse
@@ -182,6 +182,8 @@ class MixerConfig:
         if hasattr(self, "num_heads"):
             check_heads(self.num_heads, getattr(self, "num_kv_heads", None))
         check_dropout(getattr(self, "dropout", 0.0))
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("_eps")):
+            check_epsilon(self, name)
         known = tuple(self.implementations())
         if (impl := getattr(self, "impl", None)) not in (None, *known):
             more = hint("impl", impl, known)
@@ -205,6 +207,12 @@ class MixerConfig:
         if not hasattr(self, "mask"):
             return self
         return dataclasses.replace(self, mask=restrict_to_causal(self.mask, causal))
+
+    @property
+    def biased_output(self) -> bool:
+        """Whether the output projection has a bias: `out_bias`, or `use_bias` if that is null."""
+        out_bias = getattr(self, "out_bias", None)
+        return self.use_bias if out_bias is None else out_bias
 
     def build(self, d_model: int, rngs: nnx.Rngs, *, causal: bool = False, **options: Any) -> Mixer:
         """The mixer for a model of this width, after `check`. options: dtype, kernel_init and out_init."""

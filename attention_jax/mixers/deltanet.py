@@ -28,7 +28,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
-from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_linear
+from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_linear, unit
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
@@ -57,6 +57,8 @@ class DeltaBaseConfig(MixerConfig):
     value_dim: int | None = None  #: width of a head's values (M); null: head_dim
     convolution: int = 4  #: width of the short convolutions in tokens, the current one included
     negative_eigenvalues: bool = False  #: beta up to 2 instead of 1
+    qk_norm_eps: float = 1e-6  #: added to the squared lengths |q|^2 and |k|^2
+    norm_eps: float = 1e-5  #: added to the mean square of the norm of the head outputs
     chunk_size: int | None = None  #: tokens per chunk of the chunked recurrence; null: chosen by the op
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
@@ -130,6 +132,7 @@ class KDAConfig(DeltaBaseConfig):
 
     kind: Literal["kda"] = "kda"  #: the mixer
     rank: int | None = None  #: rank of the projections to decays and gates; null: head_dim
+    gate_bias: bool = True  #: a bias b in the output gate; false: none, as in Kimi Linear
     dt_min: float = 1e-3  #: initial steps softplus(dt_bias) are drawn log-uniformly from dt_min ...
     dt_max: float = 0.1  #: ... to dt_max; smaller ones start with a longer memory
 
@@ -173,6 +176,12 @@ class _DeltaMixer(Mixer):
         """The normalised and gated output o [B, T, N, M], the input of the output projection."""
         raise NotImplementedError
 
+    def _norm_options(self, parts: Parts) -> dict[str, Any]:
+        return {"epsilon": self.config.norm_eps, "dtype": self.dtype, "rngs": parts.rngs}
+
+    def _unit(self, x: jax.Array) -> jax.Array:
+        return unit(x, self.config.qk_norm_eps)
+
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the RecurrentState with x appended.
 
@@ -187,7 +196,7 @@ class _DeltaMixer(Mixer):
         q, k, v = jnp.split(mixed, [self.keys, 2 * self.keys], axis=-1)
         largest = 2.0 if config.negative_eigenvalues else 1.0
         arrays = (
-            split_heads(q, self.head_dim, _unit), split_heads(k, self.head_dim, _unit),
+            split_heads(q, self.head_dim, self._unit), split_heads(k, self.head_dim, self._unit),
             split_heads(v, self.value_dim), largest * nnx.sigmoid(projections["beta"].astype(jnp.float32)),
         )  # fmt: skip
         call = {"log_decay": self._log_decay(projections), "scale": self.head_dim**-0.5}
@@ -220,7 +229,7 @@ class DeltaNet(_DeltaMixer):
         return {}
 
     def _create_parameters(self, parts):
-        self.norm = RMSNorm(self.value_dim, epsilon=1e-5, dtype=self.dtype, rngs=parts.rngs)
+        self.norm = RMSNorm(self.value_dim, **self._norm_options(parts))
 
     def _log_decay(self, projections):
         return None
@@ -241,7 +250,7 @@ class GatedDeltaNet(_DeltaMixer):
         self.A_log, self.dt_bias = initial_decays(
             parts.rngs, self.config.num_heads, self.config.num_heads, self.config.dt_min, self.config.dt_max
         )
-        self.norm = GatedRMSNorm(self.value_dim, gate="silu", dtype=self.dtype, rngs=parts.rngs)
+        self.norm = GatedRMSNorm(self.value_dim, gate="silu", **self._norm_options(parts))
 
     def _log_decay(self, projections):
         logits_BTN = projections["decay"].astype(jnp.float32) + self.dt_bias[...][None, None]
@@ -266,8 +275,8 @@ class KimiDeltaAttention(_DeltaMixer):
             parts.rngs, self.config.num_heads, self.keys, self.config.dt_min, self.config.dt_max
         )
         self.decay_up = parts.linear(rank, self.keys, dtype=jnp.float32)
-        self.gate_up = parts.linear(rank, self.values, use_bias=True)
-        self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", dtype=self.dtype, rngs=parts.rngs)
+        self.gate_up = parts.linear(rank, self.values, use_bias=self.config.gate_bias)
+        self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", **self._norm_options(parts))
 
     def _log_decay(self, projections):
         logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32))
@@ -277,9 +286,3 @@ class KimiDeltaAttention(_DeltaMixer):
     def _normalize(self, o_BTNM, projections):
         gate_BTE = self.gate_up(projections["gate_down"])
         return self.norm(o_BTNM, split_heads(gate_BTE, self.value_dim))
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """x / sqrt(|x|^2 + 1e-6) over the last axis, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-6)).astype(x.dtype)

@@ -21,37 +21,30 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import KVCache
 from attention_jax.choices import check_between
-from attention_jax.layers import RMSNorm, fused_linear
-from attention_jax.masks import Full, Mask
-from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
+from attention_jax.layers import RMSNorm
+from attention_jax.mixers.base import Context, MixerOutput, Parts
 from attention_jax.mixers.parts import (
-    SoftmaxMixerConfig,
     enter,
     head_width,
     merge_heads,
-    rotate,
     split_heads,
     update_cache,
     zero_invalid,
 )
-from attention_jax.positions import RoPE
+from attention_jax.mixers.softmax_parts import SelfAttention, SelfAttentionConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DifferentialAttentionConfig(SoftmaxMixerConfig):
+class DifferentialAttentionConfig(SelfAttentionConfig):
     """Differential self-attention; `kind: differential`."""
 
     about = About("Differential attention", "arXiv 2410.05258", "O(2 T^2)", cache="by the mask")
 
     kind: Literal["differential"] = "differential"  #: the mixer
     num_heads: int = 2  #: differential heads (N) of two query heads each; half those of softmax attention
-    num_kv_heads: int | None = None  #: differential key-value heads (K), a divisor; null: num_heads
     head_dim: int | None = None  #: width of q1, q2, k1, k2 (H), values 2 H; null: d_model / num_heads / 2
     lambda_init: float = 0.8  #: in (0, 1); in the paper 0.8 - 0.6 exp(-0.3 layer), with layer from 0
-    mask: Mask | str = Full()  #: attention mask; a causal model adds Causal()
-    rope: RoPE | None = None  #: rotary position embedding; null: none
-    use_bias: bool = False  #: biases in the projections
-    impl: str | None = None  #: implementation of the attention op by name; null: the best
+    norm_eps: float = 1e-5  #: added to the mean square of the norm of the head outputs
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +56,16 @@ class DifferentialAttentionConfig(SoftmaxMixerConfig):
         """The head width H; ValueError if it is not an integer."""
         return head_width(d_model, 2 * self.num_heads, self.head_dim)
 
+    @property
+    def query_heads(self) -> int:
+        """2 N: heads 2n and 2n + 1 are q1 and q2 of head n."""
+        return 2 * self.num_heads
+
+    @property
+    def key_heads(self) -> int:
+        """2 K: heads 2n and 2n + 1 are k1 and k2 of head n."""
+        return 2 * self.kv_heads
+
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
         """An empty cache with the slots that the mask needs, 2 K key heads and K value heads."""
         K, H = self.kv_heads, self.head_width(d_model)
@@ -70,23 +73,19 @@ class DifferentialAttentionConfig(SoftmaxMixerConfig):
         return KVCache.empty(batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=mask, dtype=dtype)
 
 
-class DifferentialAttention(Mixer):
+class DifferentialAttention(SelfAttention):
     """The difference of two softmax attentions over shared values."""
 
     config_type = DifferentialAttentionConfig
 
     def setup(self, parts: Parts) -> None:
         """Create q, k, v, out, the four vectors of lambda and the norm of the head outputs."""
-        config = self.config
-        N, K = config.num_heads, config.kv_heads
-        self.head_dim = H = config.head_width(self.d_model)
-        for name, width in {"q": 2 * N * H, "k": 2 * K * H, "v": 2 * K * H}.items():
-            setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
-        self.out = parts.out(2 * N * H, self.d_model, use_bias=config.use_bias)
+        super().setup(parts)
+        H = self.head_dim
         init = nnx.initializers.normal(0.1)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             setattr(self, name, nnx.Param(init(parts.rngs.params(), (H,), jnp.float32)))
-        self.head_norm = RMSNorm(2 * H, epsilon=1e-5, dtype=jnp.float32, rngs=parts.rngs)
+        self.head_norm = RMSNorm(2 * H, epsilon=self.config.norm_eps, dtype=jnp.float32, rngs=parts.rngs)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache with x appended.
@@ -94,20 +93,15 @@ class DifferentialAttention(Mixer):
         The captured queries and keys are those of both maps, where heads 2n and 2n + 1 belong to head n. The
         captured attention is the difference of the maps, which multiplies the values before the norm.
         """
-        config, H = self.config, self.head_dim
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
-        q, k, v = fused_linear([self.q, self.k, self.v], x_BTD)
-        # Heads 2n and 2n + 1 belong to differential head n.
-        q_BTNH, k_BTKH = rotate(config.rope, split_heads(q, H), split_heads(k, H), ctx)
-        view, state = update_cache(state, ctx, k_BTKH, split_heads(v, 2 * H))
+        q_BTNH, k_BTKH, v_BTKM, _ = self._project(x_BTD, ctx)
+        view, state = update_cache(state, ctx, k_BTKH, v_BTKM)
         (first, first_aux), (second, second_aux) = (
-            view.attend(
-                q_BTNH[:, :, i::2], ctx, k=view.k_BSKH[:, :, i::2], mask=config.mask, impl=config.impl
-            )
+            view.attend(q_BTNH[:, :, i::2], ctx.fold_key(i), k=view.k_BSKH[:, :, i::2], **self._options_of(i))
             for i in (0, 1)
         )
         difference = first.astype(jnp.float32) - self._lambda() * second.astype(jnp.float32)
-        y_BTNM = self.head_norm(difference) * (1 - config.lambda_init)
+        y_BTNM = self.head_norm(difference) * (1 - self.config.lambda_init)
         y_BTD = self.out(merge_heads(y_BTNM.astype(self.dtype)))
         aux = ctx.captured(
             queries=lambda: q_BTNH,
@@ -116,6 +110,16 @@ class DifferentialAttention(Mixer):
             attention=lambda: first_aux["attention"] - self._lambda() * second_aux["attention"],
         )
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)
+
+    def _values(self, v_BSE: jax.Array) -> jax.Array:
+        """Projected values, [B, S, K, 2 H]."""
+        return split_heads(self._clipped(v_BSE), 2 * self.head_dim)
+
+    def _options_of(self, i: int) -> dict[str, Any]:
+        """The options of the first or the second map, whose heads are i, 2 + i, 4 + i, ..."""
+        options = self._options()
+        sinks_N = options["sink_logits_N"]
+        return options | {"sink_logits_N": None if sinks_N is None else sinks_N[i::2]}
 
     def _lambda(self) -> jax.Array:
         first = jnp.exp((self.lambda_q1[...] * self.lambda_k1[...]).sum())

@@ -1,11 +1,12 @@
 """Forgetting attention: softmax attention whose scores decay by data-dependent forget gates.
 
     f_t = sigmoid(w_f x_t + b_f) per head,   c_t = sum_{l <= t} log f_l
-    y = W_o concat_n softmax(q_n k^T * scale + (c_t - c_s) + mask) v
+    o_n = softmax(q_n k^T * scale + (c_t - c_s) + mask) v
+    y = W_o concat_n o_n,   or with the options of the paper's Pro block W_o (sigmoid(x W_g) * concat_n RMSNorm(o_n))
 
 Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate" (arXiv 2503.02130). The decay
 is a `Bias` with leaves per query and per key, so that every implementation evaluates it block by block; the
-cache stores c_s with each key. As in the paper, there is no position encoding.
+cache stores c_s with each key. By default there is no position encoding, as in the paper.
 
 c starts at 0 in every document and is a pair of float32 numbers: a float32 sum over 65,536 tokens that keep
 half each has a resolution of 2^-9, and so would have every difference. c_t - c_s errs by 2^-24 of itself and
@@ -25,25 +26,24 @@ from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
 from attention_jax.caches import HeldKeys, KVCache, State
 from attention_jax.choices import check_between
-from attention_jax.layers import fused_linear, head_norm
-from attention_jax.masks import Full, Mask
-from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
+from attention_jax.layers import head_norm
+from attention_jax.layers.norms import ACTIVATIONS
+from attention_jax.mixers.base import Context, MixerOutput, Parts
 from attention_jax.mixers.parts import (
-    SoftmaxMixerConfig,
     document_starts,
     enter,
     merge_heads,
-    split_heads,
     update_cache,
     valid_tokens,
     zero_invalid,
 )
+from attention_jax.mixers.softmax_parts import SelfAttention, SelfAttentionConfig
 from attention_jax.ops import two_float
 from attention_jax.ops.two_float import TwoFloat
 
 
 @dataclasses.dataclass(frozen=True)
-class ForgettingAttentionConfig(SoftmaxMixerConfig):
+class ForgettingAttentionConfig(SelfAttentionConfig):
     """Self-attention with forget gates; `kind: forgetting`. Causal models only."""
 
     about = About(
@@ -53,15 +53,13 @@ class ForgettingAttentionConfig(SoftmaxMixerConfig):
     reason = "its forget gates accumulate over past tokens"
 
     kind: Literal["forgetting"] = "forgetting"  #: the mixer
-    num_heads: int = 4  #: query heads (N), each with its own forget gate
-    num_kv_heads: int | None = None  #: key-value heads (K), a divisor of num_heads; null: num_heads
-    head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
-    mask: Mask | str = Full()  #: attention mask, intersected with Causal()
-    qk_norm: Literal["rms", "l2"] | None = None  #: normalise queries and keys; null: neither
-    use_bias: bool = False  #: biases in the projections (the gate always has one)
-    gate_bias: float = 0.0  #: initial bias of the gates; larger values start with a longer memory
-    dropout: float = 0.0  #: on the attention probabilities
-    impl: str | None = None  #: implementation of the attention op by name; null: the best
+    gate_bias: float = 0.0  #: initial bias of the forget gates; larger values start with a longer memory
+    output_gate: Literal["sigmoid", "silu"] | None = (
+        None  #: gate the output by sigmoid(x W) or silu(x W); null: off
+    )
+    #: normalise the output of each head before the gate: rms (one learned scale) or rms_per_head; null: off
+    output_norm: Literal["rms", "rms_per_head"] | None = None
+    norm_eps: float = 1e-6  #: added to the mean square of the output norm
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,32 +131,26 @@ def _newest(c_BTN: TwoFloat) -> TwoFloat:
     return jax.tree.map(lambda x: x[:, -1], c_BTN)
 
 
-class ForgettingAttention(Mixer):
+class ForgettingAttention(SelfAttention):
     """Softmax self-attention with forget gates."""
 
     config_type = ForgettingAttentionConfig
 
-    def setup(self, parts: Parts) -> None:
-        """Create q, k, v, gate, out and the norms of q and k."""
-        config = self.config
-        N, K = config.num_heads, config.kv_heads
-        self.head_dim = H = config.head_width(self.d_model)
-        for name, width in {"q": N * H, "k": K * H, "v": K * H}.items():
-            setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
+    def setup_gates(self, parts: Parts) -> None:
+        """Create the forget gate, the output gate and the norm of the head outputs."""
+        config, N, H = self.config, self.config.num_heads, self.head_dim
         # Sums over the whole context need float32 for any dtype of the layers.
         gate_bias = nnx.initializers.constant(config.gate_bias)
         self.gate = parts.linear(self.d_model, N, use_bias=True, dtype=jnp.float32, bias_init=gate_bias)
-        self.out = parts.out(N * H, self.d_model, use_bias=config.use_bias)
-        norms = (head_norm(config.qk_norm, H, dtype=self.dtype, rngs=parts.rngs) for _ in range(2))
-        self.q_norm, self.k_norm = norms
+        gated, options = config.output_gate is not None, {"dtype": self.dtype, "rngs": parts.rngs}
+        self.output_gate = parts.linear(self.d_model, N * H, use_bias=config.use_bias) if gated else None
+        self.output_norm = head_norm(config.output_norm, N, H, epsilon=config.norm_eps, **options)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the ForgettingState with x appended."""
-        config = self.config
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
-        q, k, v = fused_linear([self.q, self.k, self.v], x_BTD)
-        q_BTNH = split_heads(q, self.head_dim, self.q_norm)
-        k_BTKH = split_heads(k, self.head_dim, self.k_norm)
+        gates = () if self.output_gate is None else (self.output_gate,)
+        q_BTNH, k_BTKH, v_BTKH, gates = self._project(x_BTD, ctx, *gates)
         log_f_BTN = jax.nn.log_sigmoid(self.gate(x_BTD))
         valid_BT = valid_tokens(ctx)
         if valid_BT is not None:
@@ -171,14 +163,10 @@ class ForgettingAttention(Mixer):
             ctx = dataclasses.replace(ctx, segment_ids_BT=numbers_BT)
         c_BTN = two_float.running_sum(log_f_BTN, starts_BT, None if state is None else state.total_BN)
         cache = None if state is None else state.cache
-        view, cache = update_cache(cache, ctx, k_BTKH, split_heads(v, self.head_dim), c_BTN)
-        y_BTNH, aux = view.attend(
-            q_BTNH,
-            ctx,
-            mask=config.mask,
-            bias=ForgetBias(c_BTN.high, *view.per_key),
-            dropout=config.dropout,
-            impl=config.impl,
-        )
-        y_BTD = zero_invalid(self.out(merge_heads(y_BTNH)), ctx)
+        view, cache = update_cache(cache, ctx, k_BTKH, v_BTKH, c_BTN)
+        y_BTNH, aux = view.attend(q_BTNH, ctx, bias=ForgetBias(c_BTN.high, *view.per_key), **self._options())
+        y_BTE = merge_heads(y_BTNH if self.output_norm is None else self.output_norm(y_BTNH))
+        for gate_BTE in gates:
+            y_BTE = y_BTE * ACTIVATIONS[self.config.output_gate](gate_BTE)
+        y_BTD = zero_invalid(self.out(y_BTE), ctx)
         return MixerOutput(y_BTD, None if cache is None else ForgettingState(cache, _newest(c_BTN)), aux)

@@ -38,7 +38,9 @@ class GLAConfig(DecayMixerConfig):
     value_dim: int | None = None  #: width of a head's values (M); null: d_model / num_heads
     decay_rank: int = 16  #: rank of the projection to the decays (r)
     decay_temperature: float = 16.0  #: tau; larger values start with a longer memory
+    norm_eps: float = 1e-5  #: added to the mean square of the norm of the head outputs
     use_bias: bool = False  #: biases in the projections (the projection to the decays always has one)
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
@@ -84,8 +86,8 @@ class GatedLinearAttention(Mixer):
         for name, width in widths.items():
             setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
         self.decay_up = parts.linear(config.decay_rank, keys, use_bias=True, dtype=jnp.float32)
-        self.norm = GatedRMSNorm(self.value_dim, dtype=self.dtype, rngs=parts.rngs)
-        self.out = parts.out(values, self.d_model, use_bias=config.use_bias)
+        self.norm = GatedRMSNorm(self.value_dim, epsilon=config.norm_eps, dtype=self.dtype, rngs=parts.rngs)
+        self.out = parts.out(values, self.d_model, use_bias=config.biased_output)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the RecurrentState with x appended."""

@@ -43,7 +43,9 @@ class LightningConfig(DecayMixerConfig):
     rope: RoPE | None = None  #: rotation of queries and keys; null: none
     #: multiplies the slopes; MiniMax-01 gives layer l of L the factor 1 - l / (L - 1) + 1e-5
     slope_factor: float = 1.0
+    norm_eps: float = 1e-5  #: added to the mean square of the norm over all heads
     use_bias: bool = False  #: biases in the projections
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
@@ -77,8 +79,10 @@ class LightningAttention(Mixer):
         self.q, self.k, self.v, self.gate = (
             parts.linear(self.d_model, width, use_bias=config.use_bias) for _ in range(4)
         )
-        self.norm = GatedRMSNorm(width, gate="sigmoid", dtype=self.dtype, rngs=parts.rngs)
-        self.out = parts.out(width, self.d_model, use_bias=config.use_bias)
+        self.norm = GatedRMSNorm(
+            width, gate="sigmoid", epsilon=config.norm_eps, dtype=self.dtype, rngs=parts.rngs
+        )
+        self.out = parts.out(width, self.d_model, use_bias=config.biased_output)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the RecurrentState with x appended."""

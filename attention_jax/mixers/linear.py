@@ -43,6 +43,9 @@ class LinearAttentionConfig(LinearBaseConfig):
     normalize: bool | None = None
     #: rotary position embedding of the features, in the numerator only; null: none
     rope: RoPE | None = None
+    normalizer_eps: float = (
+        0.0  #: added to the sum of the weights, the denominator; the authors' code has 1e-6
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,6 +112,7 @@ class CosformerConfig(LinearBaseConfig):
     kind: Literal["cosformer"] = "cosformer"  #: the mixer
     #: maximum length of a document (M); weights decay to 0 at this distance, later positions give NaN
     horizon: int = 2048
+    normalizer_eps: float = 0.0  #: added to the sum of the weights, the denominator
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,6 +172,7 @@ class BasedConfig(LinearBaseConfig):
     kind: Literal["based"] = "based"  #: the mixer
     #: width of queries and keys (d'); the state has 1 + d' + d' (d' + 1) / 2 rows
     feature_dim: int = 16
+    normalizer_eps: float = 0.0  #: added to the sum of the weights, the denominator; fla has 1e-6
 
     def __post_init__(self):
         super().__post_init__()
@@ -203,6 +208,8 @@ class HedgehogConfig(LinearBaseConfig):
     about = About("Hedgehog", "arXiv 2402.04347", "O(T)", "O(T)", "a matrix 2H x M per head")
 
     kind: Literal["hedgehog"] = "hedgehog"  #: the mixer
+    map_bias: bool = False  #: a bias in the feature maps
+    normalizer_eps: float = 0.0  #: added to the sum of the weights, the denominator
 
     def feature_count(self, d_model: int) -> int:
         """2 H: the mapped features and their negatives."""
@@ -210,7 +217,10 @@ class HedgehogConfig(LinearBaseConfig):
 
 
 class Hedgehog(LinearBase):
-    """phi(x) = softmax([x W, -x W]), with a W [H, H] per query head and key head, initially the identity."""
+    """phi(x) = softmax([z, -z]), z = x W + b, with a W [H, H] per query head and key head, initially the identity.
+
+    The bias b [H] per head, initially 0, is an option.
+    """
 
     config_type = HedgehogConfig
 
@@ -223,10 +233,15 @@ class Hedgehog(LinearBase):
             nnx.Param(jnp.tile(jnp.eye(H, dtype=jnp.float32), (heads, 1, 1)))
             for heads in (self.config.num_heads, self.config.kv_heads)
         )
+        self.bias_q, self.bias_k = (
+            nnx.Param(jnp.zeros((heads, H), jnp.float32)) if self.config.map_bias else None
+            for heads in (self.config.num_heads, self.config.kv_heads)
+        )
 
     def features(self, q_BTNH, k_BTKH, state, ctx):
         """softmax over the mapped features and their negatives."""
         del state, ctx
+        maps = ((q_BTNH, self.map_q, self.bias_q), (k_BTKH, self.map_k, self.bias_k))
         return Features(
-            feature_maps.hedgehog(q_BTNH, self.map_q[...]), feature_maps.hedgehog(k_BTKH, self.map_k[...])
+            *(feature_maps.hedgehog(x, w[...], None if b is None else b[...]) for x, w, b in maps)
         )

@@ -10,7 +10,7 @@ both include the token itself, whose contribution is subtracted once.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,17 @@ class LinearBaseConfig(MixerConfig):
     """Options of all mixers of this family, and the size of their state."""
 
     implementations = staticmethod(implementations)
+    normalizer_eps: ClassVar[float] = 0.0  # a subclass may make it an option
 
     num_heads: int = 4  #: query heads (N)
     num_kv_heads: int | None = None  #: key-value heads (K), a divisor of num_heads; null: num_heads
     head_dim: int | None = None  #: width of a head (H); null: d_model / num_heads
     use_bias: bool = False  #: biases in the projections
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     output_norm: Literal["rms"] | None = (
         None  #: normalise the output of each head, with a learned scale; null: off
     )
+    norm_eps: float = 1e-6  #: added to the mean square of the output norm
     chunk_size: int | None = None  #: tokens per chunk of the parallel form; null: chosen by the op
     impl: str | None = None  #: implementation of decay_scan by name; null: the best
 
@@ -127,9 +130,11 @@ class LinearBase(Mixer):
         self.query_width = H = config.query_width(D)
         for name, width in {"q": N * H, "k": K * H, "v": K * M}.items():
             setattr(self, name, parts.linear(D, width, use_bias=config.use_bias))
-        self.out = parts.out(N * M, D, use_bias=config.use_bias)
-        self.y_norm = head_norm(config.output_norm, M, dtype=self.dtype, rngs=parts.rngs)
-        self.normalize, self.scale = config.normalized, 1.0
+        self.out = parts.out(N * M, D, use_bias=config.biased_output)
+        self.y_norm = head_norm(
+            config.output_norm, N, M, epsilon=config.norm_eps, dtype=self.dtype, rngs=parts.rngs
+        )
+        self.normalize, self.scale, self.epsilon = config.normalized, 1.0, config.normalizer_eps
 
     def features(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, state: LinearState | None, ctx: Context
@@ -173,12 +178,12 @@ class LinearBase(Mixer):
             if not self.normalize:
                 return self.scale * w_BNTS
             whole = w_BNTS if phi.rotated is None else _bidirectional_weights(phi.q_BTNF, phi.k_BTKF, ids)
-            return _quotient(w_BNTS, whole.sum(-1, keepdims=True))
+            return _quotient(w_BNTS, whole.sum(-1, keepdims=True), self.epsilon)
         call = {"log_decay": phi.log_decay_BTK} | ids
-        if phi.rotated is None:
+        if phi.rotated is None and not (self.normalize and self.epsilon):
             return decay_weights(*pair, normalize=self.normalize, scale=self.scale, **call)
         whole = decay_weights(phi.q_BTNF, phi.k_BTKF, **call)
-        return _quotient(decay_weights(*pair, **call), whole.sum(-1, keepdims=True))
+        return _quotient(decay_weights(*pair, **call), whole.sum(-1, keepdims=True), self.epsilon)
 
     def _past(self, phi: Features, v_BTKM: jax.Array, state: LinearState | None, options: dict):
         """Sums over s <= t, and the state after the last token (None if `state` is None)."""
@@ -186,7 +191,13 @@ class LinearBase(Mixer):
         sums = weights = None
         if state is not None:
             sums, weights = state.sums_BNFM, state.weights_BNF1
-        if phi.rotated is None:
+        if phi.rotated is None and self.normalize and self.epsilon:
+            # The op has no epsilon: the sum of the weights is one more value, as it is in the state.
+            v_BTKM = v_BTKM.astype(jnp.float32)
+            v_BTKM = jnp.concatenate([v_BTKM, jnp.ones_like(v_BTKM[..., :1])], axis=-1)
+            y_BTNM, sums = decay_scan(phi.q_BTNF, phi.k_BTKF, v_BTKM, initial_state_BNHM=sums, **options)
+            y_BTNM = _quotient(y_BTNM[..., :-1], y_BTNM[..., -1:], self.epsilon)
+        elif phi.rotated is None:
             q_BTNF, k_BTKF = phi.q_BTNF.astype(v_BTKM.dtype), phi.k_BTKF.astype(v_BTKM.dtype)
             y_BTNM, sums = decay_scan(
                 q_BTNF, k_BTKF, v_BTKM, initial_state_BNHM=sums, normalize=self.normalize, scale=self.scale,
@@ -200,7 +211,7 @@ class LinearBase(Mixer):
             z_BTN1, weights = decay_scan(
                 phi.q_BTNF, phi.k_BTKF, ones_BTK1, initial_state_BNHM=weights, **options
             )
-            y_BTNM = _quotient(y_BTNM, z_BTN1)
+            y_BTNM = _quotient(y_BTNM, z_BTN1, self.epsilon)
         return y_BTNM, None if state is None else state.append(sums, weights, phi.log_scale_BK)
 
     def _bidirectional_sums(self, phi: Features, v_BTKM: jax.Array, options: dict) -> jax.Array:
@@ -212,9 +223,10 @@ class LinearBase(Mixer):
         if phi.rotated is None:
             v_BTKM = jnp.concatenate([v_BTKM, ones_BTK1], axis=-1)
             y_BTNM = _bidirectional(phi.q_BTNF, phi.k_BTKF, v_BTKM, options)
-            return _quotient(y_BTNM[..., :-1], y_BTNM[..., -1:])
+            return _quotient(y_BTNM[..., :-1], y_BTNM[..., -1:], self.epsilon)
         y_BTNM = _bidirectional(*phi.rotated, v_BTKM, options)
-        return _quotient(y_BTNM, _bidirectional(phi.q_BTNF, phi.k_BTKF, ones_BTK1, options))
+        z_BTN1 = _bidirectional(phi.q_BTNF, phi.k_BTKF, ones_BTK1, options)
+        return _quotient(y_BTNM, z_BTN1, self.epsilon)
 
 
 def _bidirectional(q_BTNF: jax.Array, k_BTKF: jax.Array, v_BTKM: jax.Array, options: dict) -> jax.Array:
@@ -244,8 +256,9 @@ def _bidirectional_weights(q_BTNF: jax.Array, k_BTKF: jax.Array, ids: dict) -> j
     return w_BNTS
 
 
-def _quotient(y: jax.Array, z: jax.Array) -> jax.Array:
-    """y / z, and 0 if all weights are 0 (relu features may have no support in common with any key)."""
+def _quotient(y: jax.Array, z: jax.Array, epsilon: float) -> jax.Array:
+    """y / (z + epsilon), and 0 if all weights are 0 (relu features may have no support in common with any key)."""
     y, z = y.astype(jnp.float32), z.astype(jnp.float32)
     positive = z > 0
+    z = z + epsilon if epsilon else z
     return jnp.where(positive, y / jnp.where(positive, z, 1.0), 0.0)

@@ -51,6 +51,7 @@ class LinformerConfig(MixerConfig):
     #: values of all heads
     sharing: Literal["none", "head", "kv"] = "head"
     use_bias: bool = False  #: biases in q, k, v and the output
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     dropout: float = 0.0  #: on the attention probabilities
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
@@ -106,7 +107,7 @@ class Linformer(Mixer):
         self.head_dim = H = head_width(self.d_model, N, config.head_dim)
         for name in ("q", "k", "v"):
             setattr(self, name, parts.linear(self.d_model, N * H, use_bias=config.use_bias))
-        self.out = parts.out(N * H, self.d_model, use_bias=config.use_bias)
+        self.out = parts.out(N * H, self.d_model, use_bias=config.biased_output)
         heads = N if config.sharing == "none" else None
         sizes = (config.length, config.projected_length)
         self.k_rows = SequenceProjection(*sizes, heads=heads, rngs=parts.rngs)

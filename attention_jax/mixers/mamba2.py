@@ -58,7 +58,10 @@ class Mamba2Config(DecayMixerConfig):
     dt_max: float = 0.1  #: ... to dt_max
     dt_limit_low: float = 0.0  #: steps are clipped to at least this
     dt_limit_high: float | None = None  #: and to at most this; null: no limit
-    use_bias: bool = False  #: biases in the projections (the convolution always has one)
+    norm_eps: float = 1e-5  #: added to the mean square of the gated norm
+    use_bias: bool = False  #: biases in the projections
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
+    convolution_bias: bool = True  #: a bias in the short convolution
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
@@ -104,14 +107,19 @@ class Mamba2(Mixer):
         width = self.channels + convolved + self.heads
         self.in_proj = parts.linear(self.d_model, width, use_bias=config.use_bias)
         self.convolution = ShortConvolution(
-            convolved, config.convolution, use_bias=True, dtype=self.dtype, rngs=rngs
+            convolved, config.convolution, use_bias=config.convolution_bias, dtype=self.dtype, rngs=rngs
         )
         self.A_log, self.dt_bias = initial_decays(rngs, self.heads, self.heads, config.dt_min, config.dt_max)
         self.D = nnx.Param(jnp.ones(self.heads, jnp.float32))
         self.norm = GatedRMSNorm(
-            self.channels, gated="before", groups=config.groups, dtype=self.dtype, rngs=rngs
+            self.channels,
+            gated="before",
+            groups=config.groups,
+            epsilon=config.norm_eps,
+            dtype=self.dtype,
+            rngs=rngs,
         )
-        self.out = parts.out(self.channels, self.d_model, use_bias=config.use_bias)
+        self.out = parts.out(self.channels, self.d_model, use_bias=config.biased_output)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the RecurrentState with x appended."""

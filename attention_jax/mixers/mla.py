@@ -27,6 +27,7 @@ from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, 
 from attention_jax.mixers.parts import (
     KVView,
     check_positive,
+    check_scores,
     enter,
     merge_heads,
     positions_of,
@@ -60,7 +61,14 @@ class LatentAttentionConfig(MixerConfig):
     rotary_dim: int = 16  #: width of the rotary part (P), even, shared by the keys of all heads; 0: none
     value_dim: int | None = None  #: width of a head's values (M); null: head_dim
     mask: Mask | str = Full()  #: attention mask; a causal model adds Causal()
-    rope: RoPE = RoPE()  #: rotary position embedding of the rotary part
+    rope: RoPE | None = RoPE()  #: rotary position embedding of the rotary part; null: shared, but not rotated
+    softcap: float | None = None  #: cap c: replaces a score x by c tanh(x / c); null: off
+    scale: float | None = None  #: multiplies q.k; null: 1 / sqrt(head_dim + rotary_dim), times YaRN's factor
+    norm_eps: float = 1e-6  #: added to the mean square of the norms of the latents
+    use_bias: bool = (
+        False  #: biases in the projections to the latents and the output, DeepSeek's attention_bias
+    )
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     dropout: float = 0.0  #: on the attention probabilities
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
@@ -69,11 +77,12 @@ class LatentAttentionConfig(MixerConfig):
         check_positive(self, "latent_dim", "query_latent_dim", "head_dim", "value_dim")
         if self.rotary_dim < 0 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even and >= 0, got {self.rotary_dim}")
+        check_scores(self)
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)
-        if self.rotary_dim:
+        if self.rotary_dim and self.rope is not None:
             self.rope.rotated_width(self.rotary_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
@@ -93,18 +102,19 @@ class LatentAttention(Mixer):
         config, D = self.config, self.d_model
         N, R, H, P = config.num_heads, config.latent_dim, config.head_dim, config.rotary_dim
         self.value_dim = M = config.value_dim or H
-        norm = {"dtype": self.dtype, "rngs": parts.rngs}
+        norm = {"epsilon": config.norm_eps, "dtype": self.dtype, "rngs": parts.rngs}
+        use_bias = {"use_bias": config.use_bias}
         if config.query_latent_dim is not None:
-            self.q_down = parts.linear(D, config.query_latent_dim)
+            self.q_down = parts.linear(D, config.query_latent_dim, **use_bias)
             self.q_latent_norm = RMSNorm(config.query_latent_dim, **norm)
         self.q = parts.linear(config.query_latent_dim or D, N * (H + P))
-        self.kv_down = parts.linear(D, R)
+        self.kv_down = parts.linear(D, R, **use_bias)
         self.kv_latent_norm = RMSNorm(R, **norm)
         if P:
-            self.k_rotary = parts.linear(D, P)
+            self.k_rotary = parts.linear(D, P, **use_bias)
         self.k_up = parts.linear(R, N * H)
         self.v_up = parts.linear(R, N * M)
-        self.out = parts.out(N * M, D)
+        self.out = parts.out(N * M, D, use_bias=config.biased_output)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache of latents with x appended.
@@ -125,7 +135,7 @@ class LatentAttention(Mixer):
         if config.query_latent_dim is not None:
             x_BTD = self.q_latent_norm(self.q_down(x_BTD))
         q_BTNH = split_heads(self.q(x_BTD), config.head_dim + config.rotary_dim)
-        if not config.rotary_dim:
+        if not config.rotary_dim or config.rope is None:
             return q_BTNH
         content, rotary = jnp.split(q_BTNH, [config.head_dim], axis=-1)
         rotary = config.rope.queries(rotary, positions_of(ctx, x_BTD.shape[1]))
@@ -136,7 +146,8 @@ class LatentAttention(Mixer):
         if not self.config.rotary_dim:
             return self.kv_latent_norm(self.kv_down(x_BTD))
         down, rotary = fused_linear([self.kv_down, self.k_rotary], x_BTD)
-        rotary = self.config.rope.keys(rotary[:, :, None], positions_of(ctx, x_BTD.shape[1]))[:, :, 0]
+        if self.config.rope is not None:
+            rotary = self.config.rope.keys(rotary[:, :, None], positions_of(ctx, x_BTD.shape[1]))[:, :, 0]
         return jnp.concatenate([self.kv_latent_norm(down), rotary], axis=-1)
 
     def _expanded(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
@@ -172,7 +183,11 @@ class LatentAttention(Mixer):
 
     def _options(self) -> dict[str, Any]:
         config = self.config
-        # With YaRN, both parts of the score are scaled by mscale^2, as in the published models.
-        scale = config.rope.softmax_factor if config.rotary_dim else 1.0
-        scale = scale * (config.head_dim + config.rotary_dim) ** -0.5
-        return {"mask": config.mask, "scale": scale, "impl": config.impl, "dropout": config.dropout}
+        scale = config.scale
+        if scale is None:
+            # With YaRN, both parts of the score are scaled by mscale^2, as in the published models.
+            rotated = config.rotary_dim and config.rope is not None
+            scale = config.rope.softmax_factor if rotated else 1.0
+            scale = scale * (config.head_dim + config.rotary_dim) ** -0.5
+        names = ("mask", "softcap", "impl", "dropout")
+        return {name: getattr(config, name) for name in names} | {"scale": scale}

@@ -89,6 +89,7 @@ class NSAConfig(MixerConfig):
     )
     window: int = 512  #: tokens of the window branch, the query's own included (w)
     use_bias: bool = False  #: biases in the projections, the gates and the compressing MLP
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     #: implementation of the attention ops by name, reference or chunked; null: the best for the shape
     impl: str | None = None
 
@@ -215,7 +216,7 @@ class NSA(Mixer):
             )
             for _ in range(2)
         )  # fmt: skip
-        self.out = parts.out(N * H, D, **use_bias)
+        self.out = parts.out(N * H, D, use_bias=config.biased_output)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the NSAState with x appended.

@@ -53,6 +53,7 @@ class NystromformerConfig(MixerConfig):
     #: width of the convolution of the values in tokens, odd; null: no convolution
     conv_width: int | None = 33
     use_bias: bool = False  #: biases in q, k, v and the output
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     impl: str | None = None  #: implementation of the attention op by name; null: the best
 
     def __post_init__(self):
@@ -115,7 +116,7 @@ class Nystromformer(Mixer):
         self.head_dim = H = head_width(self.d_model, N, config.head_dim)
         for name in ("q", "k", "v"):
             setattr(self, name, parts.linear(self.d_model, N * H, use_bias=config.use_bias))
-        self.out = parts.out(N * H, self.d_model, use_bias=config.use_bias)
+        self.out = parts.out(N * H, self.d_model, use_bias=config.biased_output)
         width = config.conv_width
         self.conv = (
             None if width is None else DepthwiseConv(width, N, kernel_init=parts.kernel_init, rngs=parts.rngs)

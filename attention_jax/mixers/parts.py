@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from attention_jax.caches import KVCache
+from attention_jax.choices import check_between
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, check_encoder_memory
 from attention_jax.ops import tokens
 from attention_jax.ops.recurrences import document_runs
@@ -228,6 +229,12 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
     if d_model % num_heads:
         raise ValueError(f"d_model {d_model} is not divisible by num_heads {num_heads}; set head_dim")
     return d_model // num_heads
+
+
+def check_scores(config: Any) -> None:
+    """Raise ValueError unless the options `softcap` and `scale` are numbers that scores can have."""
+    check_between(config, "softcap", 0.1, 1e6, "less caps every score at almost 0, and null turns it off")
+    check_between(config, "scale", 1e-6, 1e6, "scores vanish or overflow otherwise", zero=True, signed=True)
 
 
 def check_positive(config: Any, *names: str) -> None:

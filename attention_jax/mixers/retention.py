@@ -1,11 +1,11 @@
 """Retention (RetNet): Sun et al. 2023, "Retentive Network" (arXiv 2307.08621).
 
     S_t = gamma_n S_{t-1} + k_t v_t^T,   o_t = q_t S_t / sqrt(H),   q, k rotated by RoPE
-    y = W_o (swish(x W_g) * GroupNorm(o)),   gamma_n = 1 - 2^(-5 - n)
+    y = W_o (swish(x W_g) * norm(o)),   gamma_n = 1 - 2^(-5 - n)
 
-Each head has a fixed decay. The group norm is per head. The paper's parallel form is divided by positive factors
+Each head has a fixed decay. The norm is per head: the paper's group norm, or an RMS norm. The paper's parallel form is divided by positive factors
 for precision (the root of the summed decays and the absolute sum of a row). They are common to all features of a
-head, so that the group norm cancels them, and they are not computed here. The sums of o are float32.
+head, so that the norm cancels them, and they are not computed here. The sums of o are float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from attention_jax.about import About
 from attention_jax.caches import RecurrentState
 from attention_jax.choices import check_between
-from attention_jax.layers import HeadGroupNorm, fused_linear
+from attention_jax.layers import HeadGroupNorm, RMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, rotate, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import DecayMixerConfig, decayed
@@ -41,7 +41,12 @@ class RetentionConfig(DecayMixerConfig):
     first_exponent: float = 5.0  #: head 0 decays by 1 - 2^-first_exponent at every token
     #: exponent of the last head, with even spacing in between; null: first_exponent + num_heads - 1
     last_exponent: float | None = None
+    #: norm of each head's output; group: mean and variance, a scale and a bias per head (the paper); rms: mean square,
+    #: one scale for all heads (fla; torchscale has none)
+    norm: Literal["group", "rms"] = "group"
+    norm_eps: float = 1e-5  #: added to the variance (group) or the mean square (rms)
     use_bias: bool = False  #: biases in the projections
+    out_bias: bool | None = None  #: a bias in the output projection; null: use_bias
     impl: str | None = None  #: implementation of the recurrence by name; null: the best for the shape
 
     def __post_init__(self):
@@ -84,19 +89,24 @@ class RetentionConfig(DecayMixerConfig):
 
 
 class Retention(Mixer):
-    """Linear attention with a fixed decay per head, a group norm and a swish gate."""
+    """Linear attention with a fixed decay per head, a norm per head and a swish gate."""
 
     config_type = RetentionConfig
 
     def setup(self, parts: Parts) -> None:
-        """Create q, k, v, gate, the group norm and out."""
+        """Create q, k, v, gate, the norm and out."""
         config, N = self.config, self.config.num_heads
         self.head_dim, self.value_dim = config.widths(self.d_model)
         widths = {"q": self.head_dim, "k": self.head_dim, "v": self.value_dim, "gate": self.value_dim}
         for name, width in widths.items():
             setattr(self, name, parts.linear(self.d_model, N * width, use_bias=config.use_bias))
-        self.norm = HeadGroupNorm(N, self.value_dim, dtype=self.dtype, rngs=parts.rngs)
-        self.out = parts.out(N * self.value_dim, self.d_model, use_bias=config.use_bias)
+        norm = {"epsilon": config.norm_eps, "dtype": self.dtype, "rngs": parts.rngs}
+        self.norm = (
+            HeadGroupNorm(N, self.value_dim, **norm)
+            if config.norm == "group"
+            else RMSNorm(self.value_dim, **norm)
+        )
+        self.out = parts.out(N * self.value_dim, self.d_model, use_bias=config.biased_output)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the RecurrentState with x appended."""

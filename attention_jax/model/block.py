@@ -1,6 +1,8 @@
 """One layer of the language model.
 
 h' = h + mixer(norm(h)),   h'' = h' + mlp(norm(h'))
+
+The norms may also follow the mixer and the mlp, or stand on both sides: `ModelConfig.norm_order`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from attention_jax.model.config import ModelConfig
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), with the norms where `config.norm_order` puts them."""
 
     def __init__(self, config: ModelConfig, mixer: MixerConfig, *, causal: bool, rngs: nnx.Rngs):
         common = {
@@ -26,9 +28,10 @@ class Block(nnx.Module):
             "kernel_init": weight_init(config),
             "out_init": residual_init(config),
         }
-        self.norm1 = make_norm(config, rngs)
+        before, after = config.norm_order != "post", config.norm_order != "pre"
+        self.norm1 = make_norm(config, rngs) if before else None
         self.mixer = mixer.build(config.d_model, rngs, causal=causal, **common)
-        self.norm2 = make_norm(config, rngs)
+        self.norm2 = make_norm(config, rngs) if before else None
         self.mlp = FeedForward(
             config.d_model,
             config.hidden_width,
@@ -37,19 +40,26 @@ class Block(nnx.Module):
             rngs=rngs,
             **common,
         )
+        self.post_norm1, self.post_norm2 = (make_norm(config, rngs) if after else None for _ in range(2))
         self.dropout = config.dropout
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context) -> MixerOutput:
         """The output x of the layer, the state of the mixer, and the arrays named in `ctx.capture`."""
-        y_BTD, state, aux = self.mixer.mix(self.norm1(x_BTD), state, ctx=ctx.fold_key(0))
+        y_BTD, state, aux = self.mixer.mix(_normalized(self.norm1, x_BTD), state, ctx=ctx.fold_key(0))
+        y_BTD = _normalized(self.post_norm1, y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(1).dropout_key)
-        y_BTD = self.mlp(self.norm2(x_BTD))
+        y_BTD = _normalized(self.post_norm2, self.mlp(_normalized(self.norm2, x_BTD)))
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(2).dropout_key)
         return MixerOutput(x_BTD, state, aux | ctx.captured(hidden=lambda: x_BTD))
 
     def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """The output x [B, T, D] of the layer for whole rows."""
         return self.mix(x_BTD, None, ctx=ctx or Context()).y
+
+
+def _normalized(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
+    """norm(x); x if there is no norm."""
+    return x if norm is None else norm(x)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -60,7 +70,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
-    """The norm before each mixer, each feed-forward and the output projection."""
+    """The norm of a layer's mixer or feed-forward, and that before the output projection."""
     dtype = jnp.dtype(config.dtype)
     if config.norm == "rmsnorm":
         return RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import jax
 
-from attention_jax.choices import check_between, check_choices, check_dropout
+from attention_jax.choices import check_between, check_choices, check_dropout, check_epsilon
 from attention_jax.hints import hint
+from attention_jax.layers import FeedForwardKind, is_gated
 from attention_jax.masks import Full
 from attention_jax.mixers import MixerConfig, make_config
 from attention_jax.positions import RoPE
@@ -61,18 +62,23 @@ class ModelConfig:
     d_model: int = 128  #: width of the residual stream (D)
     num_layers: int = 4  #: layers (L)
     mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: mixer configs, tiled over the layers
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"  #: feed-forward kind
-    mlp_width: int | None = (
-        None  #: feed-forward width (F); null: 4 d_model (gelu) or 8/3 d_model rounded to a multiple of 8
+    #: feed-forward kind; _tanh: the tanh approximation of GELU, which GPT-2, Gemma and Phi have
+    mlp: FeedForwardKind = "swiglu"
+    #: feed-forward width (F); null: 4 d_model (without a gate) or 8/3 d_model rounded to a multiple of 8 (with)
+    mlp_width: int | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  #: norm of the layers and before the output projection
+    #: where a layer has norms, with f a mixer or an mlp; pre: x + f(norm(x)); post: x + norm(f(x)), as OLMo 2;
+    #: sandwich: x + norm(f(norm(x))), as Gemma 2
+    norm_order: Literal["pre", "post", "sandwich"] = "pre"
+    norm_eps: float = (
+        1e-5  #: added to the variance by these norms; those inside a mixer have options of their own
     )
-    norm: Literal["rmsnorm", "layernorm"] = (
-        "rmsnorm"  #: norm before each mixer, each mlp and the output projection
-    )
-    norm_eps: float = 1e-5  #: constant added to the variance
     use_bias: bool = False  #: biases in mlp and layernorm (mixers have their own option)
     tie_embeddings: bool = True  #: use the transposed token embedding as the output projection
+    #: multiplies the token embedding, sqrt(d_model) in Gemma; null: 1, or sqrt(d_model) if sinusoidal
+    embedding_scale: float | None = None
     max_positions: int | None = None  #: rows of a learned absolute position embedding; null: none
-    #: add sines and cosines of the position to sqrt(d_model) times the token embedding; any length
+    #: add sines and cosines of the position to the scaled token embedding; any length
     sinusoidal: bool = False
     dropout: float = 0.0  #: dropout rate of the embeddings and of each residual branch
     logit_softcap: float | None = None  #: cap c: replaces a logit x by c tanh(x / c); null: off
@@ -120,7 +126,8 @@ class ModelConfig:
 
     def _check_numbers(self) -> None:
         check_dropout(self.dropout)
-        check_between(self, "norm_eps", 1e-12, 1, "it must not replace the variance, nor vanish beside it")
+        check_epsilon(self, "norm_eps")
+        check_between(self, "embedding_scale", 1e-3, 1e6, "embeddings vanish or overflow otherwise")
         check_between(self, "init_std", 1e-6, 10, "the first gradients vanish or overflow otherwise")
         check_between(
             self, "logit_softcap", 0.1, 1e6, "less caps every logit at almost 0, and null turns it off"
@@ -131,7 +138,7 @@ class ModelConfig:
         """The feed-forward width F."""
         if self.mlp_width is not None:
             return self.mlp_width
-        return 4 * self.d_model if self.mlp == "gelu" else 8 * round(self.d_model / 3)
+        return 8 * round(self.d_model / 3) if is_gated(self.mlp) else 4 * self.d_model
 
     @property
     def prefix(self) -> int:

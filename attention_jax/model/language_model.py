@@ -1,6 +1,6 @@
 """The language model: one mixer per layer, in an architecture that is the same for all mixers.
 
-    h_0 = E[tokens] (+ P[positions]);   layers (`block.py`);   logits = W norm(h_L)
+    h_0 = scale E[tokens] (+ P[positions]);   layers (`block.py`);   logits = W norm(h_L)
 
 With an encoder, bidirectional layers encode the source, and `cross` mixers attend to their output. `init_params`,
 `apply` and `encode` are the functional interface, with parameters as nested dicts of arrays.
@@ -117,6 +117,10 @@ class LanguageModel(nnx.Module):
             if ids is not None:  # an invalid slot may hold any id, which must not index the table
                 tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)
         x_BTD = self.embed(_checked_ids(tokens_BT, self.config.vocab_size))
+        scale = self.config.embedding_scale
+        if scale is None and self.config.sinusoidal:
+            scale = math.sqrt(self.config.d_model)
+        x_BTD = x_BTD if scale is None else x_BTD * scale
         limit = self.config.max_positions
         if limit is not None:
             positions_BT = ctx.positions_BT
@@ -130,7 +134,7 @@ class LanguageModel(nnx.Module):
             positions_BT = (
                 jnp.arange(tokens_BT.shape[1])[None] if ctx.positions_BT is None else ctx.positions_BT
             )
-            x_BTD = x_BTD * math.sqrt(self.config.d_model) + sinusoidal(positions_BT, self.config.d_model)
+            x_BTD = x_BTD + sinusoidal(positions_BT, self.config.d_model)
         x_BTD = dropout(x_BTD, self.config.dropout, ctx.fold_key(self.config.num_layers).dropout_key)
         return x_BTD.astype(self.config.dtype)
 

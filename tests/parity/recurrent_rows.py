@@ -25,8 +25,10 @@ from attention_jax.mixers import (
 from tests.parity.peers import D, Peer, fla_naive
 from tests.parity.softmax_rows import config_of, linears, model_file
 
-# The epsilon of our gated norms, which no option changes: peers get the same.
+# The epsilon of the norms of the layers of torch's own parts: the default of ours.
 EPSILON = 1e-5
+# What Qwen3-Next, Kimi Linear and MiniMax publish.
+PUBLISHED = {"norm_eps": 1e-6}
 
 PEERS: dict[str, Peer] = {}
 
@@ -48,7 +50,7 @@ def _gated_deltanet() -> Peer:
         config = config_of(
             "qwen3_next", "Qwen3NextConfig", hidden_size=D, linear_num_value_heads=heads,
             linear_num_key_heads=qk_heads, linear_key_head_dim=H, linear_value_head_dim=M,
-            rms_norm_eps=EPSILON,
+            rms_norm_eps=1e-6,
         )  # fmt: skip
         return model_file("qwen3_next").Qwen3NextGatedDeltaNet(config, layer_idx=0)
 
@@ -63,7 +65,8 @@ def _gated_deltanet() -> Peer:
         out |= {"A_log": p["A_log"], "dt_bias": p["dt_bias"], "norm/scale": p["norm.weight"]}
         return out | linears(p, out="out_proj") | _convolution(p, "conv1d")
 
-    ours = GatedDeltaNetConfig(num_heads=heads, num_qk_heads=qk_heads, head_dim=H, value_dim=M)
+    sizes = {"num_heads": heads, "num_qk_heads": qk_heads, "head_dim": H, "value_dim": M}
+    ours = GatedDeltaNetConfig(**sizes, **PUBLISHED)
     return Peer(ours, build, lambda module, x: module(x), weights)
 
 
@@ -76,7 +79,7 @@ def _kda() -> Peer:
     def build():
         config = config_of(
             "kimi_linear", "KimiLinearConfig", hidden_size=D, linear_num_heads=heads, linear_head_dim=H,
-            rms_norm_eps=EPSILON, num_hidden_layers=4,
+            rms_norm_eps=1e-6, num_hidden_layers=4,
         )  # fmt: skip
         return model_file("kimi_linear").KimiLinearDeltaAttention(config, layer_idx=0)
 
@@ -88,22 +91,20 @@ def _kda() -> Peer:
         out |= {"A_log": p["forget_gate.A_log"].reshape(-1), "dt_bias": p["forget_gate.dt_bias"]}
         return out | {"norm/scale": p["o_norm.weight"]} | _convolution(p, "conv1d")
 
-    return Peer(
-        KDAConfig(num_heads=heads, head_dim=H), build, lambda module, x: module(x), weights,
-        fixed=("gate_up/bias",),
-    )  # fmt: skip
+    ours = KDAConfig(num_heads=heads, head_dim=H, gate_bias=False, **PUBLISHED)
+    return Peer(ours, build, lambda module, x: module(x), weights)
 
 
 PEERS["kimi-linear-kda"] = _kda()
 
 
-def _mamba2(groups: int, **limits) -> Peer:
+def _mamba2(groups: int, epsilon: float, **limits) -> Peer:
     H, M = 8, 16
 
     def build():
         config = config_of(
             "mamba2", "Mamba2Config", hidden_size=D, num_heads=2 * D // M, head_dim=M, state_size=H, expand=2,
-            n_groups=groups, conv_kernel=4, chunk_size=8, layer_norm_epsilon=EPSILON,
+            n_groups=groups, conv_kernel=4, chunk_size=8, layer_norm_epsilon=epsilon,
             time_step_limit=tuple(limits.values()) or (0.0, float("inf")),
         )  # fmt: skip
         return model_file("mamba2").Mamba2Mixer(config, layer_idx=0)
@@ -112,12 +113,12 @@ def _mamba2(groups: int, **limits) -> Peer:
         out = {"norm/scale": p["norm.weight"]} | {name: p[name] for name in ("A_log", "dt_bias", "D")}
         return out | linears(p, in_proj="in_proj", out="out_proj") | _convolution(p, "conv1d")
 
-    ours = Mamba2Config(head_dim=M, state_dim=H, groups=groups, **limits)
+    ours = Mamba2Config(head_dim=M, state_dim=H, groups=groups, norm_eps=epsilon, **limits)
     return Peer(ours, build, lambda module, x: module(x), weights)
 
 
-PEERS["mamba2"] = _mamba2(1)
-PEERS["mamba2-groups-limits"] = _mamba2(2, dt_limit_low=0.03, dt_limit_high=0.08)
+PEERS["mamba2"] = _mamba2(1, 1e-5)
+PEERS["mamba2-groups-limits"] = _mamba2(2, 1e-2, dt_limit_low=0.03, dt_limit_high=0.08)
 
 
 def _minimax() -> Peer:
@@ -128,9 +129,7 @@ def _minimax() -> Peer:
             "minimax", "MiniMaxConfig", hidden_size=D, num_attention_heads=heads, head_dim=H,
             num_hidden_layers=layers, block_size=7,
         )  # fmt: skip
-        module = model_file("minimax").MiniMaxLightningAttention(config, layer_idx=index)
-        module.norm.variance_epsilon = EPSILON  # its own is 1e-6 whatever the config
-        return module
+        return model_file("minimax").MiniMaxLightningAttention(config, layer_idx=index)
 
     def weights(p, one):
         rows = p["qkv_proj.weight"].reshape(heads, 3, H, D)
@@ -142,7 +141,7 @@ def _minimax() -> Peer:
         return module(x, position_embeddings=None, attention_mask=None)[0]
 
     factor = 1 - index / (layers - 1 + 1e-5) + 1e-5
-    ours = LightningConfig(num_heads=heads, head_dim=H, slope_factor=factor)
+    ours = LightningConfig(num_heads=heads, head_dim=H, slope_factor=factor, **PUBLISHED)
     return Peer(ours, build, call, weights)
 
 
@@ -259,6 +258,19 @@ PEERS["retention-group-norm"] = _around(
 )  # fmt: skip
 
 
+def _retention_rms_core(module, y):
+    q, k, v, gate = (_heads(y[name], 4) for name in ("q", "k", "v", "gate"))
+    o = fla_naive("retention").naive_retention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return (F.rms_norm(o, o.shape[-1:], module.norm_weight, EPSILON) * F.silu(gate)).flatten(2)
+
+
+# As fla's layer and torchscale's.
+PEERS["retention-rms-norm"] = _around(
+    RetentionConfig(num_heads=4, head_dim=8, value_dim=10, rope=None, norm="rms"), _retention_rms_core,
+    {"q": 32, "k": 32, "v": 40, "gate": 40}, {"norm_weight": (10,)}, 40, {"norm_weight": "norm/scale"},
+)  # fmt: skip
+
+
 def _forgetting_core(module, y, window: int | None):
     q, k, v = _heads(y["q"], 4), _heads(y["k"], 2), _heads(y["v"], 2)
     gate = F.logsigmoid(y["gate"])
@@ -279,6 +291,31 @@ PEERS["forgetting"] = _forgetting(None)
 PEERS["forgetting-window"] = _forgetting(6)
 
 
+def _group_rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The RMS norm of each head [..., heads, H] with its own scale [heads, H]."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight
+
+
+def _forgetting_gated_core(module, y):
+    q, k = _group_rms(_heads(y["q"], 4), module.q_norm), _group_rms(_heads(y["k"], 2), module.k_norm)
+    gate, v = F.logsigmoid(y["gate"]), _heads(y["v"], 2)
+    o = fla_naive("forgetting_attn").naive_forgetting_attn(q, k, v, gate).to(q.dtype)
+    return _group_rms(o, module.o_norm).flatten(2) * torch.sigmoid(y["output_gate"])
+
+
+# The Pro block of the Forgetting Transformer, without its shift of keys and values.
+PEERS["forgetting-gate-and-norms"] = _around(
+    ForgettingAttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=12, qk_norm="rms_per_head", output_norm="rms_per_head",
+        output_gate="sigmoid",
+    ),
+    _forgetting_gated_core,
+    {"q": 48, "k": 24, "v": 24, "gate": (4, True), "output_gate": 48},
+    {"q_norm": (4, 12), "k_norm": (2, 12), "o_norm": (4, 12)}, 48,
+    {"q_norm": "q_norm/scale", "k_norm": "k_norm/scale", "o_norm": "output_norm/scale"},
+)  # fmt: skip
+
+
 def _linear_core(module, y):
     q, k, v = (_heads(y[name], 4) for name in "qkv")
     naive = fla_naive("linear_attn").naive_recurrent_linear_attn
@@ -295,7 +332,11 @@ def _based_core(module, y):
     return fla_naive("based").naive_parallel_based(q, k, v).transpose(1, 2).flatten(2)
 
 
-# It adds 1e-6 to the sum of the weights, which we do not.
+# It adds 1e-6 to the sum of the weights.
 PEERS["based"] = _around(
-    BasedConfig(num_heads=4, feature_dim=5), _based_core, {"q": 20, "k": 20, "v": D}, {}, D, bound=3e-6
+    BasedConfig(num_heads=4, feature_dim=5, normalizer_eps=1e-6),
+    _based_core,
+    {"q": 20, "k": 20, "v": D},
+    {},
+    D,
 )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from attention_jax.biases import T5
+from attention_jax.biases import T5, ALiBiConfig
 from attention_jax.masks import Causal, Chunked, Full, Longformer, SlidingWindow
 from attention_jax.mixers import (
     AttentionConfig,
@@ -161,7 +161,7 @@ PEERS["mistral"] = layer(
 )  # fmt: skip
 PEERS["qwen2"] = layer(
     "qwen2", ("Qwen2Attention", "Qwen2RotaryEmbedding", "Qwen2Config"),
-    _plain(rope=RoPE(theta=1e6), use_bias=True), fixed=("out/bias",),
+    _plain(rope=RoPE(theta=1e6), use_bias=True, out_bias=False),
     options={"rope_parameters": rope_parameters(1e6)},
 )  # fmt: skip
 PEERS["qwen3"] = layer(
@@ -204,7 +204,7 @@ PEERS["gemma3-full"] = layer(
 LLAMA4 = ("Llama4TextAttention", "Llama4TextRotaryEmbedding", "Llama4TextConfig")
 LLAMA4_OPTIONS = {
     "no_rope_layers": [1, 1, 1, 0], "floor_scale": 4, "attn_scale": 0.5, "attn_temperature_tuning": True,
-    "use_qk_norm": True, "rms_norm_eps": 1e-6, "rope_parameters": rope_parameters(5e5),
+    "use_qk_norm": True, "rms_norm_eps": 1e-5, "rope_parameters": rope_parameters(5e5),
 }  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def _llama4(ours, keep=None, layer_idx: int = 0) -> Peer:
 
 # Llama 4 rotates, then normalises; we normalise, then rotate: an unscaled norm does not see the rotation.
 PEERS["llama4-chunked"] = _llama4(
-    _plain(rope=RoPE(theta=5e5, layout="interleaved"), qk_norm="l2", mask=Chunked(8)),
+    _plain(rope=RoPE(theta=5e5, layout="interleaved"), qk_norm="l2", qk_norm_eps=1e-5, mask=Chunked(8)),
     keep=lambda q, k: q // 8 == k // 8,
 )
 PEERS["llama4-no-rope"] = _llama4(_plain(temperature=Temperature(floor=4, scale=0.5)), layer_idx=3)
@@ -291,6 +291,29 @@ PEERS["phi"] = layer(
 )  # fmt: skip
 
 
+def _phi_weights(p, one):
+    out = linears(p, q="q_proj", k="k_proj", v="v_proj", out="dense")
+    names = [(a, b) for a in "qk" for b in (("scale", "weight"), ("bias", "bias"))]
+    return out | {f"{a}_norm/{ours}": p[f"{a}_layernorm.{theirs}"] for a, (ours, theirs) in names}
+
+
+PEERS["phi-qk-layernorm"] = layer(
+    "phi", ("PhiAttention", "PhiRotaryEmbedding", "PhiConfig"),
+    AttentionConfig(num_heads=N, rope=RoPE(width=6), use_bias=True, qk_norm="layer", qk_norm_eps=1e-5),
+    weights=_phi_weights,
+    options={"num_key_value_heads": N, "qk_layernorm": True, "layer_norm_eps": 1e-5,
+             "rope_parameters": rope_parameters(1e4, partial_rotary_factor=0.5)},
+)  # fmt: skip
+PEERS["olmo2"] = layer(
+    "olmo2", ("Olmo2Attention", "Olmo2RotaryEmbedding", "Olmo2Config"),
+    _plain(rope=RoPE(), qk_norm="rms_all_heads", qk_norm_eps=1e-5),
+    weights=lambda p, one: llama_weights(p, one) | {
+        f"{name}_norm/scale": p[f"{name}_norm.weight"].reshape(-1, H) for name in "qk"
+    },
+    options={"rms_norm_eps": 1e-5, "rope_parameters": rope_parameters(1e4)},
+)  # fmt: skip
+
+
 def _falcon(kv_heads: int, **options) -> Peer:
     """Queries of a group stand beside its key and its value: rows [kv heads, queries + 2, H]."""
 
@@ -341,23 +364,25 @@ def _bloom() -> Peer:
 PEERS["bloom"] = _bloom()
 
 
-def _mpt(heads: int) -> Peer:
+def _mpt(heads: int, largest: float = 8.0, clip: float | None = None) -> Peer:
     def build():
-        config = config_of("mpt", "MptConfig", d_model=D, n_heads=heads)
+        config = config_of("mpt", "MptConfig", d_model=D, n_heads=heads, attn_config={"clip_qkv": clip})
         return model_file("mpt").MptAttention(config, layer_idx=0)
 
     def call(module, x):
-        alibi = model_file("mpt").build_mpt_alibi_tensor(heads, T).to(x.dtype)
+        alibi = model_file("mpt").build_mpt_alibi_tensor(heads, T, alibi_bias_max=largest).to(x.dtype)
         return module(x, alibi, attention_mask=causal_mask(T) < 0)[0]
 
     def weights(p, one):
         split = functools.partial(np.split, indices_or_sections=3)
         return with_output(p, fused(p, "Wqkv", split), "out_proj")
 
-    return Peer(AttentionConfig(num_heads=heads, bias="alibi"), build, call, weights)
+    bias = ALiBiConfig(max_exponent=largest)
+    return Peer(AttentionConfig(num_heads=heads, bias=bias, clip_qkv=clip), build, call, weights)
 
 
 PEERS["mpt"] = _mpt(N)
+PEERS["mpt-bias-max-clip-qkv"] = _mpt(N, largest=4.0, clip=0.9)
 PEERS["mpt-6-heads"] = _mpt(6)  # the slopes of a count that is no power of two
 
 
@@ -391,13 +416,19 @@ R, C, P, M, Q = 20, 10, 6, 8, 14  # latent, content, rotary, value and query lat
 
 
 def _mla(
-    family: str, prefix: str, *, query_latent: int | None, rope: RoPE, scaling: dict | None = None
+    family: str,
+    prefix: str,
+    *,
+    query_latent: int | None,
+    rope: RoPE | None,
+    scaling: dict | None = None,
+    use_bias: bool = False,
 ) -> Peer:
     sizes = {
         "hidden_size": D, "num_attention_heads": N, "num_key_value_heads": N, "head_dim": P,
         "kv_lora_rank": R, "q_lora_rank": query_latent, "qk_nope_head_dim": C, "qk_rope_head_dim": P,
-        "v_head_dim": M, "attention_bias": False,
-        "rope_parameters": rope_parameters(rope.theta, **scaling or {}),
+        "v_head_dim": M, "attention_bias": use_bias,
+        "rope_parameters": rope_parameters(1e4 if rope is None else rope.theta, **scaling or {}),
     }  # fmt: skip
 
     def weights(p, one):
@@ -408,6 +439,9 @@ def _mla(
             "kv_latent_norm/scale": p["kv_a_layernorm.weight"],
             "k_up/kernel": up[:, :C].reshape(-1, R).T, "v_up/kernel": up[:, C:].reshape(-1, R).T,
         }  # fmt: skip
+        if use_bias:
+            bias = p["kv_a_proj_with_mqa.bias"]
+            out |= {"kv_down/bias": bias[:R], "k_rotary/bias": bias[R:]}
         if query_latent is None:
             return out | linears(p, q="q_proj", out="o_proj")
         out["q_latent_norm/scale"] = p["q_a_layernorm.weight"]
@@ -415,7 +449,7 @@ def _mla(
 
     ours = LatentAttentionConfig(
         num_heads=N, latent_dim=R, query_latent_dim=query_latent, head_dim=C, rotary_dim=P, value_dim=M,
-        rope=rope,
+        rope=rope, use_bias=use_bias,
     )  # fmt: skip
     if family != "kimi_linear":
         names = (f"{prefix}Attention", f"{prefix}RotaryEmbedding", f"{prefix}Config")
@@ -443,17 +477,18 @@ PEERS["deepseek-v3-yarn"] = _mla(
     scaling={"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "beta_fast": 8.0,
              "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 1.0},
 )  # fmt: skip
-# Kimi's latent attention shares a part of the keys but rotates nothing: a scaling that stops all rotation.
-PEERS["kimi-linear-mla"] = _mla(
-    "kimi_linear", "KimiLinear", query_latent=None, rope=RoPE(scaling=LinearScaling(factor=1e30))
+PEERS["deepseek-v3-bias"] = _mla(
+    "deepseek_v3", "DeepseekV3", query_latent=Q, rope=_INTERLEAVED, use_bias=True
 )
+# Kimi's latent attention shares a part of the keys but rotates nothing.
+PEERS["kimi-linear-mla"] = _mla("kimi_linear", "KimiLinear", query_latent=None, rope=None)
 
 
 def _qwen3_next_weights(p, one):
-    q, gate = (
-        p["q_proj.weight"].reshape(N, 2, H, D)[:, i].reshape(-1, D).T for i in range(2)
-    )  # per head, its queries and then its gate
-    out = {"q/kernel": q, "gate/kernel": gate} | linears(p, k="k_proj", v="v_proj", out="o_proj")
+    out = linears(p, k="k_proj", v="v_proj", out="o_proj")
+    for i, name in enumerate(("q", "gate")):  # per head, its queries and then its gate
+        out[f"{name}/kernel"] = p["q_proj.weight"].reshape(N, 2, H, D)[:, i].reshape(-1, D).T
+        out[f"{name}/bias"] = p["q_proj.bias"].reshape(N, 2, H)[:, i].reshape(-1)
     norms = {f"{n}_norm/scale": one + p[f"{n}_norm.weight"] for n in "qk"}
     return out | norms
 
@@ -461,10 +496,12 @@ def _qwen3_next_weights(p, one):
 PEERS["qwen3-next-attention"] = layer(
     "qwen3_next", ("Qwen3NextAttention", "Qwen3NextRotaryEmbedding", "Qwen3NextConfig"),
     GatedAttentionConfig(
-        num_heads=N, num_kv_heads=K, head_dim=H, qk_norm="rms", rope=RoPE(width=6), mask=Causal()
+        num_heads=N, num_kv_heads=K, head_dim=H, qk_norm="rms", rope=RoPE(width=6), mask=Causal(),
+        qk_norm_eps=1e-5, use_bias=True,
     ),
     weights=_qwen3_next_weights,
-    options={"rms_norm_eps": 1e-6, "rope_parameters": rope_parameters(1e4, partial_rotary_factor=0.5)},
+    options={"rms_norm_eps": 1e-5, "attention_bias": True,
+             "rope_parameters": rope_parameters(1e4, partial_rotary_factor=0.5)},
 )  # fmt: skip
 
 
@@ -482,9 +519,11 @@ def _diffllama_weights(p, one):
 
 PEERS["diffllama"] = layer(
     "diffllama", ("DiffLlamaAttention", "DiffLlamaRotaryEmbedding", "DiffLlamaConfig"),
-    DifferentialAttentionConfig(num_heads=2, head_dim=H, rope=RoPE(), lambda_init=lambda_of_depth(2)),
+    DifferentialAttentionConfig(
+        num_heads=2, head_dim=H, rope=RoPE(), lambda_init=lambda_of_depth(2), norm_eps=1e-6
+    ),
     layer_idx=2, weights=_diffllama_weights, fixed=("head_norm/scale",),
-    options={"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_parameters": rope_parameters(1e4)},
+    options={"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_parameters": rope_parameters(1e4)},
 )  # fmt: skip
 
 
@@ -505,16 +544,18 @@ def _bert_weights(p, one):
 
 
 def _longformer() -> Peer:
-    """Its projections for global tokens are those of the others here: we have one set."""
+    """Global tokens have queries of their own, and keys and values of their own to attend to."""
     positions = (0, 5)
 
     def build():
         config = config_of("longformer", "LongformerConfig", hidden_size=D, num_attention_heads=N,
                            attention_window=[8], attention_probs_dropout_prob=0.0)  # fmt: skip
-        module = model_file("longformer").LongformerSelfAttention(config, layer_id=0)
-        module.query_global, module.key_global = module.query, module.key
-        module.value_global = module.value
-        return _WithOutput(module)
+        return _WithOutput(model_file("longformer").LongformerSelfAttention(config, layer_id=0))
+
+    def weights(p, one):
+        names = {"q": "query_global", "k": "key_global", "v": "value_global"}
+        further = linears(p, **{f"{ours}_global": f"attention.{theirs}" for ours, theirs in names.items()})
+        return _bert_weights(p, one) | further
 
     def call(module, x):
         masked, is_global = (torch.zeros(B, T, dtype=torch.bool) for _ in range(2))
@@ -525,8 +566,8 @@ def _longformer() -> Peer:
         )[0]  # fmt: skip
         return module.out(y)
 
-    ours = AttentionConfig(num_heads=N, mask=Longformer(8, positions), use_bias=True)
-    return Peer(ours, build, call, _bert_weights, causal=False)
+    ours = AttentionConfig(num_heads=N, mask=Longformer(8, positions), use_bias=True, global_projections=True)
+    return Peer(ours, build, call, weights, causal=False)
 
 
 PEERS["longformer"] = _longformer()

@@ -34,14 +34,36 @@ def _rotate(x, position, rope, is_key):
     return x
 
 
+def head_norm(x, kind, params, eps):
+    """x [T, heads, H] normalised as `qk_norm` says; params: scale and bias, if the kind has them."""
+    if kind is None:
+        return x
+    if kind == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    axes = (-2, -1) if kind == "rms_all_heads" else -1
+    x = x / np.sqrt((x**2).mean(axes, keepdims=True) + eps)
+    if kind == "l2":
+        return x
+    scale, bias = (np.asarray(params.get(name, 0.0), np.float64) for name in ("scale", "bias"))
+    assert scale.shape == (x.shape[-2:] if kind in ("rms_per_head", "rms_all_heads") else x.shape[-1:])
+    return x * scale + bias
+
+
 def attention_mixer(
-    params, x, memory=None, *, heads, kv_heads, keep, rope=None, alibi=None, qk_norm=None, softcap=None,
-    scale=None, temperature=None, t5=None,
+    params, x, memory=None, *, heads, kv_heads, keep, rope=None, alibi=None, qk_norm=None, qk_norm_eps=1e-6,
+    clip_qkv=None, softcap=None, scale=None, temperature=None, t5=None, rows=(),
 ):  # fmt: skip
     """y [T, D] for one row x [T, D]; keys from `memory` [S, D] or x. keep [T, S]; alibi: slopes [heads].
 
-    rope, temperature, t5: the options' settings, read for their numbers alone.
+    rope, temperature, t5: the options' settings, read for their numbers alone. rows: positions whose queries
+    have projections of their own, and keys and values of their own to attend to.
     """
+    if rows:
+        given = dict(locals())
+        params, x, memory, _ = (given.pop(name) for name in ("params", "x", "memory", "rows"))
+        own = params | {name: params[f"{name}_global"] for name in "qkv"}
+        first, second = (attention_mixer(p, x, memory, **given) for p in (params, own))
+        return np.array([second[t] if t in rows else first[t] for t in range(len(x))])
     x = np.asarray(x, np.float64)
     source = x if memory is None else np.asarray(memory, np.float64)
     T, S = len(x), len(source)
@@ -49,11 +71,10 @@ def attention_mixer(
     k = _project(params, "k", source).reshape(S, kv_heads, -1)
     v = _project(params, "v", source).reshape(S, kv_heads, -1)
     H = q.shape[-1]
-    if qk_norm:
-        for array, name, eps in ((q, "q_norm", 1e-6), (k, "k_norm", 1e-6)):
-            array /= np.sqrt((array**2).mean(-1, keepdims=True) + eps)
-            if qk_norm == "rms":
-                array *= np.asarray(params[name]["scale"], np.float64)
+    if clip_qkv is not None:
+        q, k, v = (np.minimum(np.maximum(array, -clip_qkv), clip_qkv) for array in (q, k, v))
+    q = head_norm(q, qk_norm, params.get("q_norm"), qk_norm_eps)
+    k = head_norm(k, qk_norm, params.get("k_norm"), qk_norm_eps)
     if rope is not None:
         for array in (q, k):
             for t in range(len(array)):

@@ -17,6 +17,10 @@ def _silu(x):
     return x * _sigmoid(x)
 
 
+def _rms(x, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
 def _array(x):
     return np.asarray(x, np.float64)
 
@@ -45,7 +49,7 @@ def recurrence(q, k, v, decay):
     return o
 
 
-def retention(params, x, *, heads, rope=None, first_exponent=5.0, last_exponent=None):
+def retention(params, x, *, heads, norm_eps, norm="group", rope=None, first_exponent=5.0, last_exponent=None):
     x = _array(x)
     q, k, v = (_split(params, name, x, heads) for name in "qkv")
     H = q.shape[-1]
@@ -55,26 +59,29 @@ def retention(params, x, *, heads, rope=None, first_exponent=5.0, last_exponent=
     )
     decay = np.broadcast_to(gamma[:, None], q.shape)
     o = recurrence(_rotated(q, rope), _rotated(k, rope) / np.sqrt(H), v, decay)
-    o = (o - o.mean(-1, keepdims=True)) / np.sqrt(o.var(-1, keepdims=True) + 1e-5)
-    o = o * _array(params["norm"]["scale"]) + _array(params["norm"]["bias"])
+    if norm == "group":
+        o = (o - o.mean(-1, keepdims=True)) / np.sqrt(o.var(-1, keepdims=True) + norm_eps)
+        o = o * _array(params["norm"]["scale"]) + _array(params["norm"]["bias"])
+    else:
+        o = _rms(o, norm_eps) * _array(params["norm"]["scale"])
     return _project(params, "out", _silu(_project(params, "gate", x)) * o.reshape(len(x), -1))
 
 
-def gla(params, x, *, heads, tau):
+def gla(params, x, *, heads, tau, norm_eps):
     x = _array(x)
     q, k, v, gate = (_split(params, name, x, heads) for name in ("q", "k", "v", "gate"))
     alpha = _sigmoid(_project(params, "decay_up", _project(params, "decay_down", x))) ** (1 / tau)
     o = recurrence(q / np.sqrt(q.shape[-1]), k, v, alpha.reshape(q.shape))
-    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * _array(params["norm"]["scale"])
+    o = _rms(o, norm_eps) * _array(params["norm"]["scale"])
     return _project(params, "out", (_silu(gate) * o).reshape(len(x), -1))
 
 
-def lightning(params, x, *, slopes, rope=None):
+def lightning(params, x, *, slopes, norm_eps, rope=None):
     x = _array(x)
     q, k, v = (_silu(_split(params, name, x, len(slopes))) for name in "qkv")
     decay = np.broadcast_to(np.exp(-np.array(slopes))[:, None], q.shape)
     o = recurrence(_rotated(q, rope), _rotated(k, rope), v, decay).reshape(len(x), -1)
-    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * _array(params["norm"]["scale"])
+    o = _rms(o, norm_eps) * _array(params["norm"]["scale"])
     return _project(params, "out", _sigmoid(_project(params, "gate", x)) * o)
 
 
@@ -82,14 +89,14 @@ def convolution(params, x):
     """y_t = silu(b + sum_j w_j x_{t - W + 1 + j}), zeros before the first token."""
     kernel, y = _array(params["kernel"]), np.zeros_like(x)
     for t in range(len(x)):
-        y[t] = _array(params["bias"])
+        y[t] = _array(params.get("bias", 0.0))
         for j, weights in enumerate(kernel):
             if (source := t - len(kernel) + 1 + j) >= 0:
                 y[t] += weights * x[source]
     return _silu(y)
 
 
-def mamba2(params, x, *, heads, groups, limits=(0.0, np.inf)):
+def mamba2(params, x, *, heads, groups, norm_eps, limits=(0.0, np.inf)):
     x = _array(x)
     T, E = len(x), len(_array(params["norm"]["scale"]))
     projected = _project(params, "in_proj", x)
@@ -104,5 +111,5 @@ def mamba2(params, x, *, heads, groups, limits=(0.0, np.inf)):
     o = recurrence(c, dt[..., None] * b, u, np.broadcast_to(a[..., None], b.shape))
     o = o + _array(params["D"])[:, None] * u
     o = (o.reshape(T, E) * _silu(z)).reshape(T, groups, -1)
-    o = (o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5)).reshape(T, E)
+    o = _rms(o, norm_eps).reshape(T, E)
     return _project(params, "out", o * _array(params["norm"]["scale"]))

@@ -10,8 +10,8 @@ def _sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def _unit(x):
-    return x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+def _unit(x, eps):
+    return x / np.sqrt((x**2).sum(-1, keepdims=True) + eps)
 
 
 def _convolved(kernel, x):
@@ -30,7 +30,7 @@ def _decays(params, logits):
     return np.exp(-np.exp(rates)[:, None] * steps)
 
 
-def delta_mixer(params, x, *, kind, heads, qk_heads, largest_beta):
+def delta_mixer(params, x, *, kind, heads, qk_heads, largest_beta, qk_norm_eps, norm_eps):
     """y [T, D] of the mixer of a kind."""
     x = np.asarray(x, np.float64)
     T = len(x)
@@ -43,7 +43,7 @@ def delta_mixer(params, x, *, kind, heads, qk_heads, largest_beta):
             np.split(kernel, ends, axis=1), parts, (qk_heads, qk_heads, heads), strict=True
         )
     )
-    q, k = _unit(q), _unit(k)
+    q, k = _unit(q, qk_norm_eps), _unit(k, qk_norm_eps)
     H, M = q.shape[-1], v.shape[-1]
     beta = largest_beta * _sigmoid(_project(params, "beta", x))
     decay = np.ones((T, heads, H))
@@ -56,7 +56,8 @@ def delta_mixer(params, x, *, kind, heads, qk_heads, largest_beta):
         g = n * qk_heads // heads
         arrays = (q[:, g], k[:, g], v[:, n], beta[:, n], decay[:, n])
         o[:, n], _, _ = forward(*arrays, np.zeros((H, M)), np.zeros(T, bool), H**-0.5)
-    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(params["norm"]["scale"], np.float64)
+    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + norm_eps)
+    o = o * np.asarray(params["norm"]["scale"], np.float64)
     o = o.reshape(T, -1)
     if kind == "gated_deltanet":
         gate = _project(params, "gate", x)

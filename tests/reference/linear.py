@@ -2,7 +2,8 @@
 
 Each function takes the mixer's parameters as nested dicts of arrays. `weight(n, t, s)` is the papers'
 similarity of query t and key s of head n, a formula of the pair wherever the paper has one: no feature
-vectors, no stabiliser, no state. A token without any weight gives 0, which the papers leave open.
+vectors, no stabiliser, no state. A token without any
+weight gives 0, which the papers leave open. eps: the config's norm_eps and normalizer_eps.
 """
 
 import numpy as np
@@ -20,7 +21,7 @@ def _heads(params, x, heads, kv_heads):
     return q, np.repeat(k, heads // kv_heads, axis=1), np.repeat(v, heads // kv_heads, axis=1)
 
 
-def _attend(params, v, weight, *, causal, normalize=True, total=None):
+def _attend(params, v, weight, *, causal, norm_eps=None, normalizer_eps=0.0, normalize=True, total=None):
     """sum_s weight v_s / sum_s total over what t sees; total is weight but where a paper says otherwise."""
     T, N, M = v.shape
     out = np.zeros((T, N, M))
@@ -32,10 +33,10 @@ def _attend(params, v, weight, *, causal, normalize=True, total=None):
                 out[t, n] += w * v[s, n]
                 denominator += w if total is None else total(n, t, s)
             if normalize and denominator != 0:
-                out[t, n] /= denominator
+                out[t, n] /= denominator + normalizer_eps
     if "y_norm" in params:
         scale = np.asarray(params["y_norm"]["scale"], np.float64)
-        out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * scale
+        out = out / np.sqrt((out**2).mean(-1, keepdims=True) + norm_eps) * scale
     return _project(params, "out", out.reshape(T, -1))
 
 
@@ -43,7 +44,7 @@ def elu1(x):
     return np.array([1 + z if z > 0 else np.exp(z) for z in np.ravel(x)]).reshape(np.shape(x))
 
 
-def linear(params, x, *, causal, heads, kv_heads, feature_map="elu1", rope=None):
+def linear(params, x, *, causal, heads, kv_heads, feature_map="elu1", rope=None, **eps):
     """elu1 normalised (Katharopoulos et al. 2020), or the identity over sqrt(H), not normalised."""
     x = np.asarray(x, np.float64)
     q, k, v = _heads(params, x, heads, kv_heads)
@@ -56,14 +57,14 @@ def linear(params, x, *, causal, heads, kv_heads, feature_map="elu1", rope=None)
         rotated_q, rotated_k = (positions.rope(a[None], at, **options)[0] for a in (q, k))
     if feature_map == "identity":
         weight = lambda n, t, s: rotated_q[t, n] @ rotated_k[s, n] / np.sqrt(q.shape[-1])  # noqa: E731
-        return _attend(params, v, weight, causal=causal, normalize=False)
+        return _attend(params, v, weight, causal=causal, normalize=False, **eps)
     return _attend(
         params, v, lambda n, t, s: rotated_q[t, n] @ rotated_k[s, n], causal=causal,
-        total=lambda n, t, s: q[t, n] @ k[s, n],
+        total=lambda n, t, s: q[t, n] @ k[s, n], **eps,
     )  # fmt: skip
 
 
-def performer(params, x, *, causal, heads, kv_heads):
+def performer(params, x, *, causal, heads, kv_heads, **eps):
     """The mean over the directions of exp(w.q - |q|^2/2) exp(w.k - |k|^2/2), exponents added up first."""
     x = np.asarray(x, np.float64)
     q, k, v = _heads(params, x, heads, kv_heads)
@@ -73,10 +74,10 @@ def performer(params, x, *, causal, heads, kv_heads):
     def weight(n, t, s):
         return np.exp(w @ (q[t, n] + k[s, n]) - (q[t, n] @ q[t, n] + k[s, n] @ k[s, n]) / 2).mean()
 
-    return _attend(params, v, weight, causal=causal)
+    return _attend(params, v, weight, causal=causal, **eps)
 
 
-def cosformer(params, x, *, causal, heads, kv_heads, horizon):
+def cosformer(params, x, *, causal, heads, kv_heads, horizon, **eps):
     x = np.asarray(x, np.float64)
     q, k, v = _heads(params, x, heads, kv_heads)
 
@@ -84,10 +85,10 @@ def cosformer(params, x, *, causal, heads, kv_heads, horizon):
         near = np.cos(np.pi / 2 * (t - s) / horizon)
         return np.maximum(q[t, n], 0) @ np.maximum(k[s, n], 0) * near
 
-    return _attend(params, v, weight, causal=causal)
+    return _attend(params, v, weight, causal=causal, **eps)
 
 
-def based(params, x, *, causal, heads, kv_heads):
+def based(params, x, *, causal, heads, kv_heads, **eps):
     x = np.asarray(x, np.float64)
     q, k, v = _heads(params, x, heads, kv_heads)
 
@@ -95,19 +96,22 @@ def based(params, x, *, causal, heads, kv_heads):
         u = q[t, n] @ k[s, n] / np.sqrt(q.shape[-1])
         return 1 + u + u**2 / 2
 
-    return _attend(params, v, weight, causal=causal)
+    return _attend(params, v, weight, causal=causal, **eps)
 
 
-def hedgehog(params, x, *, causal, heads, kv_heads):
+def hedgehog(params, x, *, causal, heads, kv_heads, **eps):
     x = np.asarray(x, np.float64)
     q, k, v = _heads(params, x, heads, kv_heads)
     map_q, map_k = (np.asarray(params[name], np.float64) for name in ("map_q", "map_k"))
+    none = np.zeros((heads, 1))
+    b_q, b_k = (np.asarray(params.get(name, none), np.float64) for name in ("bias_q", "bias_k"))
 
     def features(y):
         e = np.exp(np.concatenate([y, -y]))
         return e / e.sum()
 
     def weight(n, t, s):
-        return features(q[t, n] @ map_q[n]) @ features(k[s, n] @ map_k[n * kv_heads // heads])
+        g = n * kv_heads // heads
+        return features(q[t, n] @ map_q[n] + b_q[n]) @ features(k[s, n] @ map_k[g] + b_k[g])
 
-    return _attend(params, v, weight, causal=causal)
+    return _attend(params, v, weight, causal=causal, **eps)
