@@ -52,7 +52,7 @@ def test_alibi_slopes_have_a_factor_and_a_largest_exponent(heads):
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_alibi_refuses_slopes_that_are_no_penalty(name, value):
     for make in (ALiBiConfig, lambda **options: ALiBi(4, **options)):
-        with pytest.raises(ValueError, match=f"ALiBi {name} must be finite and > 0, got {value}"):
+        with pytest.raises(ValueError, match=f"{name} must be finite(?: and > 0)?, got {value}"):
             make(**{name: value})
 
 

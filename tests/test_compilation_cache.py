@@ -100,7 +100,7 @@ def test_programs_have_the_cache_and_calls_from_python_do_not(monkeypatch, tmp_p
     enabled = []
     monkeypatch.setattr(compilation_cache, "enable", lambda: enabled.append(True))
     monkeypatch.setattr(cli, "prepare_process", lambda: None)
-    monkeypatch.setattr("train.loop.train", lambda run: 0)
+    monkeypatch.setattr("train.loop.train", lambda run, **_: 0)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["tiny"]) == 0 and enabled == []
     monkeypatch.setattr(sys, "argv", ["train", "tiny"])

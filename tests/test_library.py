@@ -37,10 +37,11 @@ def arrays(T=20, S=20, N=4, K=2, H=16, dtype=jnp.float16):
 
 @pytest.mark.parametrize("mask", [Full(), Causal(), SlidingWindow(1), SlidingWindow(5)], ids=str)
 def test_its_arguments_mean_the_same_function(gpu, mask):
-    q, k, v = arrays()
+    q, k, v = arrays(dtype=jnp.bfloat16)  # compiled, the plain form takes no float16 on a CPU
     found = dot_product_attention(q, k, v, mask=mask, scale=0.3, impl="cudnn")
     expected = dot_product_attention(q, k, v, mask=mask, scale=0.3, impl="reference")
-    np.testing.assert_allclose(found, expected, atol=4e-3)
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    np.testing.assert_allclose(found, expected, atol=2e-2)
     assert explain(q, k, v, mask=mask).chosen == "cudnn"
 
 

@@ -294,9 +294,9 @@ def test_past_the_capacity_the_output_is_nan_not_wrong(x):
         ({"qk_norm": "group"}, "qk_norm must be one of rms, l2, layer, rms_per_head, .*, None, got 'group'"),
         ({"bias": "rpe"}, "bias must be one of alibi, t5, None, got 'rpe'"),
         ({"mask": np.ones((2, 2), bool)}, "mask must be a Mask or a mask expression, got ndarray"),
-        ({"softcap": 0.0}, "softcap must be finite and > 0, got 0.0; use null to disable it"),
+        ({"softcap": 0.0}, "softcap must be from 0.1 to 1e.06, got 0.0: .* null turns it off"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
-        ({"clip_qkv": -1.0}, "clip_qkv must be finite and > 0, got -1.0; use null to disable it"),
+        ({"clip_qkv": -1.0}, "clip_qkv must be from 0.001 to 1e.06, got -1.0: .* null turns it off"),
         ({"out_bias": 1}, "out_bias must be true or false or None, got 1"),
         (
             {"global_projections": True, "mask": "SlidingWindow(4)"},
@@ -314,7 +314,7 @@ def test_bad_configs(arguments, message):
 def test_options_that_a_kind_does_not_have_are_refused():
     with pytest.raises(ValueError, match="cross does not support global_projections: set it to false"):
         CrossAttentionConfig(global_projections=True, mask="Longformer(4, (0,))")
-    with pytest.raises(ValueError, match="softcap must be finite and > 0, got 0.0; use null to disable it"):
+    with pytest.raises(ValueError, match="softcap must be from 0.1 to 1e.06, got 0.0: .* null turns it off"):
         LatentAttentionConfig(softcap=0.0)
 
 

@@ -297,7 +297,7 @@ def test_a_task_with_other_rows_does_not_go_on(config, monkeypatch):
     rows = MQARConfig.rows
     with monkeypatch.context() as patch:
         patch.setattr(MQARConfig, "rows", lambda self, first, *a, **k: rows(self, first + 1, *a, **k))
-        with pytest.raises(ValueError, match="corpus_sha256 was"):
+        with pytest.raises(ValueError, match="was trained on another corpus: its sha256 is"):
             loop.train(run)
 
 

@@ -373,7 +373,7 @@ def test_a_kind_is_registered_by_its_definition():
     assert len({config.module for config in mixer_kinds().values()}) == len(mixer_kinds())
 
 
-@pytest.mark.parametrize(("length", "frames"), [(256, 12), (32, 9)], ids=["blocked", "dense"])
+@pytest.mark.parametrize(("length", "frames"), [(256, 16), (32, 11)], ids=["blocked", "dense"])
 def test_few_functions_lie_between_apply_and_the_first_product_of_attention(monkeypatch, length, frames):
     """Who follows a batch with a debugger passes this many functions of the library, `apply` included."""
     root = str(pathlib.Path(__file__).parent.parent / "attention_jax")

@@ -96,18 +96,14 @@ def _hashable(x: Any) -> bool:
     return True
 
 
-def evaluate(implementation: Implementation, call: Any, split: sharded.Shards | None = None) -> Any:
+def _evaluate(implementation: Implementation, split: sharded.Shards | None, call: Any) -> Any:
     """What the implementation returns for the call, with `split` from each shard of it."""
-    return _evaluate(implementation, split, call)
-
-
-def _run(implementation: Implementation, split: sharded.Shards | None, call: Any) -> Any:
     if split is None:
         return implementation.run(varying.aligned(call))
     return sharded.per_shard(implementation.run, call, split)
 
 
-_evaluate = compiled_once(_run, static_argnums=(0, 1))
+evaluate = compiled_once(_evaluate, static_argnums=(0, 1))
 
 
 def choose(table: Mapping[str, Implementation], call: Any, impl: Any) -> Implementation:

@@ -10,6 +10,7 @@ keep their global indices, so that biases and dropout do not depend on the mesh.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -100,14 +101,18 @@ def per_shard(attend: Callable[[Any], Any], call: Any, split: Shards) -> tuple[j
     return tuple(None if axes is None else next(outs) for axes in call.output_axes)
 
 
-def partitioned(function: Callable[..., Any], call: Any, *others: jax.Array, axes: tuple[str, ...]) -> Any:
+def partitioned(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
     """function(call, *others), of which XLA gives each device the batch rows and heads of its shards.
 
     The function returns arrays with the axes that `axes` names after those of `others`, or the call's
     cotangent, whose arrays that several shards have are summed over them.
     """
     if jax.device_count() == 1 or not _all_auto(jax.sharding.get_abstract_mesh()):
-        return function(call, *others)
+        return function
+    return functools.partial(_partition, function, axes)
+
+
+def _partition(function: Callable[..., Any], axes: tuple[str, ...], call: Any, *others: jax.Array) -> Any:
     given, treedef = jax.tree.flatten((call, *others))
     names = [*call.leaf_axes(), *axes[: len(others)]]
     B, _, _, N, K, *_ = call.sizes

@@ -170,9 +170,10 @@ def _check_kind(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        if os.path.islink(path):
+        link = path.rstrip("/")
+        if os.path.islink(link):
             raise ValueError(
-                f"data.files: {path} is a link to {os.readlink(path)}, which does not exist: repair it"
+                f"data.files: {link} is a link to {os.readlink(link)}, which does not exist: repair it"
             ) from None
         raise ValueError(f"data.files: {path} does not exist any more") from None
     except OSError as error:

@@ -96,7 +96,7 @@ def decay_scan(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
     )  # fmt: skip
     table = with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl)
-    y_BTNM, state_BNHM = evaluate(choose(table, call, impl), call)
+    y_BTNM, state_BNHM = evaluate(choose(table, call, impl), None, call)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)

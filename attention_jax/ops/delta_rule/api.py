@@ -98,7 +98,7 @@ def delta_rule(
     implementation = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl)
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
-        y_BTNM, state_BNHM = evaluate(implementation, call)
+        y_BTNM, state_BNHM = evaluate(implementation, None, call)
     y_BTNM = select_valid(y_BTNM, valid_BT)
     return (y_BTNM, state_BNHM) if return_state else y_BTNM
 

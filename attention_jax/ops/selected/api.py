@@ -87,7 +87,7 @@ def selected_attention(
     call = _checked_call(
         q_BTNH, k_BSKH, v_BSKM, block_indices_BTKn, block_size, scale, segment_ids, q_positions, k_positions
     )
-    return evaluate(choose(_IMPLEMENTATIONS, call, impl), call)
+    return evaluate(choose(_IMPLEMENTATIONS, call, impl), None, call)
 
 
 def selected_weights(

@@ -125,7 +125,7 @@ def dot_product_attention(
         q_BTNH, k_BSKH, v_BSKM, mask, mask_BNTS, bias, scale, softcap, sink_logits_N, segment_ids,
         q_positions, k_positions, dropout_rate, dropout_key, return_lse,
     )  # fmt: skip
-    out_BTNM, lse_BTN = evaluate(choose(_IMPLEMENTATIONS, call, impl), call, sharded.shards(call))
+    out_BTNM, lse_BTN = evaluate(choose(_IMPLEMENTATIONS, call, impl), sharded.shards(call), call)
     return (out_BTNM, lse_BTN) if return_lse else out_BTNM
 
 

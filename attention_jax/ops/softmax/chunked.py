@@ -157,7 +157,7 @@ def attend(call: SoftmaxCall, config: ChunkedConfig = DEFAULT) -> tuple[jax.Arra
 
 
 def _partitioned(call: SoftmaxCall, config: ChunkedConfig) -> tuple[jax.Array, jax.Array]:
-    return sharded.partitioned(lambda call: _forward(call, config), call, axes=("BTNM", "BTN"))
+    return sharded.partitioned(functools.partial(_forward, config=config), ("BTNM", "BTN"))(call)
 
 
 def _residuals(call: SoftmaxCall, config: ChunkedConfig):
@@ -167,12 +167,11 @@ def _residuals(call: SoftmaxCall, config: ChunkedConfig):
 
 def _cotangent(config: ChunkedConfig, residuals, cotangents) -> tuple[SoftmaxCall]:
     call, *arrays = (*residuals, *cotangents)
-    axes = ("BTNM", "BTN") * 2
 
     def backward(call, *arrays):
         return _backward(config, (call, *arrays[:2]), arrays[2:])
 
-    cotangent = sharded.partitioned(backward, call, *arrays, axes=axes)
+    cotangent = sharded.partitioned(backward, ("BTNM", "BTN") * 2)(call, *arrays)
     return (derivatives.forward_only(_NO_SECOND_REVERSE, cotangent),)
 
 
