@@ -156,7 +156,7 @@ def _paths(files: str) -> list[str]:
             what = "is a folder" if matches == [pattern] else "matches folders only"
             inside = os.path.join(files, "**", "*.txt")
             raise ValueError(f"data.files={files} {what}: name its files, such as {inside}")
-        for folder in Path(pattern).parents:
+        for folder in (Path(pattern), *Path(pattern).parents):
             if os.path.islink(folder) and not os.path.exists(folder):
                 raise ValueError(
                     f"data.files={files}: {folder} is a link to {os.readlink(folder)}, which does not exist"
