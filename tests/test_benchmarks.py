@@ -201,7 +201,8 @@ def test_rows_of_eager_calls(monkeypatch, tmp_path):
     found = [(row["median_ms"], row["ratio_to_nnx"]) for row in rows[:3]]
     assert found == [(2.0, 1.0), (1.0, 0.5), (5.0, 2.5)]
     for kind in eager.KINDS:
-        make_config(kind, num_heads=8).check(eager._WIDTH, causal=True)
+        for heads in (8, 128):
+            make_config(kind, num_heads=heads).check(eager._WIDTH, causal=True)
 
     made.clear()
     assert benchmark.main("eager --lengths 4 --batch 3 --heads 2 --rounds 1".split()) == 0
@@ -333,6 +334,7 @@ def test_command_lines_of_the_card(tmp_path, rehearse):
         ),
         (benchmark, ["attention", "--contestants", "nobody"], "--contestants: there is no 'nobody'"),
         (benchmark, ["attention", "--seconds", "0"], "--seconds: must be an integer >= 1, got 0"),
+        (benchmark, ["eager", "--heads", "3"], "--heads must divide 128, half the width of the model, got 3"),
         (tune, ["peers"], "invalid choice 'peers'"),
         (tune, ["tiles", "--compiled", "nowhere"], "--compiled nowhere: no such file"),
     ],

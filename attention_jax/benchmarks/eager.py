@@ -18,6 +18,8 @@ def eager(args) -> list[dict[str, Any]]:
 
     CPU time of all threads of the process, because wall time grows with what else a machine does.
     """
+    if _WIDTH // 2 % args.heads:  # gla's keys have half the model's width
+        raise ValueError(f"--heads must divide {_WIDTH // 2}, half the width of the model, got {args.heads}")
     rows = []
     for B, T in [(args.batch, T) for T in args.lengths] or SIZES:
         both = {_PEER: _nnx(B, T, args.heads)} | {kind: _mixer(kind, B, T, args.heads) for kind in KINDS}
