@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu import profiler
 
-from attention_jax.benchmarks import attention, contestants, timing, torch_peers
+from attention_jax.benchmarks import attention, contestants, eager, timing, torch_peers
 from attention_jax.benchmarks.calls import jitted
 from attention_jax.benchmarks.case import Case
 from attention_jax.masks import parse
+from attention_jax.mixers import make_config
 from attention_jax.ops.softmax import mosaic_gpu
 from scripts import tune
 from tests import sass_report
@@ -158,6 +159,64 @@ def test_slow_contestants_come_after_all_cases_and_time_may_run_out(card, monkey
     )
 
 
+@pytest.mark.parametrize("contestant", [functools.partial(eager._mixer, "softmax"), eager._nnx])
+def test_an_eager_step_is_the_last_token_of_a_causal_forward_call_every_time(monkeypatch, contestant):
+    monkeypatch.setattr(eager, "_WIDTH", 8)
+    x = np.random.default_rng(0).normal(size=(2, 2, 8)).astype(np.float32)
+    other = np.concatenate([x[:, :1], -x[:, 1:]], axis=1)
+    found = {}
+    for name, inputs in (("x", x), ("other", other)):
+        monkeypatch.setattr(eager, "_inputs", lambda *sizes, inputs=inputs: jnp.asarray(inputs))
+        forward, step = contestant(2, 2, 2)
+        found[name] = np.asarray(forward())
+        for _ in range(2):
+            np.testing.assert_allclose(step(), found[name][:, 1:], atol=1e-6)
+    np.testing.assert_allclose(found["x"][:, :1], found["other"][:, :1], atol=1e-6)
+    assert np.abs(found["x"][:, 1:] - found["other"][:, 1:]).min() > 1e-4
+
+
+def test_rows_of_eager_calls(monkeypatch, tmp_path):
+    """Every contestant with Flax's as the base, in the order of the sizes, by the CPU's clock."""
+    made, taken = [], []
+
+    def pair(B, T, heads, kind="nnx"):
+        made.append((kind, B, T, heads))
+        return tuple(functools.partial(taken.append, (kind, what)) for what in ("forward", "step"))
+
+    clock = {"nnx": 2.0, "softmax": 1.0}
+    monkeypatch.setattr(eager, "_nnx", pair)
+    monkeypatch.setattr(eager, "_mixer", lambda kind, *sizes: pair(*sizes, kind=kind))
+    monkeypatch.setattr(eager, "cpu_clock", lambda call: call() or clock.get(taken[-1][0], 5.0))
+    path = tmp_path / "rows.json"
+    assert benchmark.main(["eager", "--rounds", "3", "--json", str(path)]) == 0
+    names = ["nnx", *eager.KINDS]
+    assert made == [(name, *size, 8) for size in eager.SIZES for name in names]
+    assert taken[: 2 * len(names)] == [(name, "forward") for name in names for _ in range(2)]
+    assert taken[2 * len(names) : 3 * len(names)] == [(name, "forward") for name in names]
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == names * 6
+    assert [row["case"] for row in rows[:: len(names)]][:3] == [
+        "B=2 T=128 forward", "B=2 T=128 decoding step", "B=2 T=256 forward"
+    ]  # fmt: skip
+    found = [(row["median_ms"], row["ratio_to_nnx"]) for row in rows[:3]]
+    assert found == [(2.0, 1.0), (1.0, 0.5), (5.0, 2.5)]
+    for kind in eager.KINDS:
+        for heads in (8, 128):
+            make_config(kind, num_heads=heads).check(eager._WIDTH, causal=True)
+
+    made.clear()
+    assert benchmark.main("eager --lengths 4 --batch 3 --heads 2 --rounds 1".split()) == 0
+    assert set(made) == {(name, 3, 4, 2) for name in names}
+
+
+def test_the_cpu_clock_reads_the_time_of_the_process_around_a_call(monkeypatch):
+    said = []
+    read = iter((1.0, 1.25))
+    stand_in = types.SimpleNamespace(process_time=lambda: said.append("clock") or next(read))
+    monkeypatch.setattr(timing, "time", stand_in)
+    assert timing.cpu_clock(lambda: said.append("call")) == 250.0 and said == ["clock", "call", "clock"]
+
+
 @pytest.mark.parametrize("text", ["Full()", "Causal()", "SlidingWindow(1)", "SlidingWindow(5)"])
 def test_peers_get_the_same_mask(text):
     case = Case(1, 12, 2, 1, 4, parse(text), "float32")
@@ -275,6 +334,7 @@ def test_command_lines_of_the_card(tmp_path, rehearse):
         ),
         (benchmark, ["attention", "--contestants", "nobody"], "--contestants: there is no 'nobody'"),
         (benchmark, ["attention", "--seconds", "0"], "--seconds: must be an integer >= 1, got 0"),
+        (benchmark, ["eager", "--heads", "3"], "--heads must divide 128, half the width of the model, got 3"),
         (tune, ["peers"], "invalid choice 'peers'"),
         (tune, ["tiles", "--compiled", "nowhere"], "--compiled nowhere: no such file"),
     ],

@@ -24,7 +24,7 @@ import numpy as np
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _PACKAGES = (
-    "jax", "jaxlib", "jax-cuda13-plugin", "torch", "triton", "tokamax", "nvidia-cudnn-cu13", "numpy",
+    "jax", "jaxlib", "flax", "jax-cuda13-plugin", "torch", "triton", "tokamax", "nvidia-cudnn-cu13", "numpy",
 )  # fmt: skip
 _QUEUED = 20
 SETTLE = 1.0  # seconds of work until a GPU's clocks are where they stay
@@ -97,6 +97,13 @@ def wall_clock(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def cpu_clock(call: Callable[[], Any]) -> float:
+    """Milliseconds of CPU time of all threads of the process until a call returns."""
+    start = time.process_time()
+    call()
+    return (time.process_time() - start) * 1e3
 
 
 def device_clock(call: Any) -> float:
@@ -216,7 +223,7 @@ def table(title: str, times: dict[str, np.ndarray], base: str) -> list[dict[str,
         ratio = float(np.median(ms / times[base]))
         row = {"case": title, "name": name, "median_ms": float(np.median(ms)), "min_ms": float(ms.min())}
         rows.append(row | {f"ratio_to_{base}": ratio})
-        print(f"{title:34} {name:10} {np.median(ms):10.1f} ms  min {ms.min():10.1f}  x{ratio:.3f} {base}")
+        print(f"{title:34} {name:14} {np.median(ms):10.2f} ms  min {ms.min():10.2f}  x{ratio:.3f} {base}")
     return rows
 
 

@@ -7,6 +7,7 @@
     blocks      the block map of each kind of mask at --length
     linear      time and memory of the linear engines, by --lengths
     overtake    the linear engines against softmax attention, by --lengths
+    eager       mixers called outside of jax.jit beside Flax's layer: CPU time
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
 
     python scripts/benchmark.py attention --lengths 2048 4096 --masks "Causal()"
@@ -26,6 +27,7 @@ from attention_jax import masks
 from attention_jax.benchmarks import linear, softmax
 from attention_jax.benchmarks.attention import attention
 from attention_jax.benchmarks.contestants import contestants
+from attention_jax.benchmarks.eager import eager
 from attention_jax.benchmarks.timing import save
 from train import command_line
 from train.commands import step_time
@@ -39,6 +41,7 @@ _BENCHMARKS = {
     "blocks": softmax.blocks,
     "linear": linear.linear,
     "overtake": linear.overtake,
+    "eager": eager,
     "step": step_time.step,
 }
 
@@ -66,9 +69,9 @@ class Options:
     widths: Counts = (64,)  #: attention: head widths
     #: attention: mask expressions, as in YAML
     masks: Annotated[tuple[str, ...], many("MASK", _mask)] = ("Causal()",)
-    batch: Count = 1  #: attention: rows
+    batch: Count = 1  #: attention, eager with --lengths: rows
     tokens: MaybeCount = None  #: attention: rows times length, in place of --batch
-    heads: Count = 8  #: attention: query heads
+    heads: Count = 8  #: attention, eager: query heads
     kv_heads: MaybeCount = None  #: attention: key-value heads; none: as many as --heads
     #: attention: systems to time; none: all that are installed, on a CPU without the slow ones
     contestants: words("NAME", contestants) = ()
