@@ -145,5 +145,5 @@ def hedgehog(x_BTNH: jax.Array, w_NHF: jax.Array, b_NF: jax.Array | None = None)
     identity, the weights are spiky, like those of softmax, from the first step on.
     """
     y_BTNF = jnp.einsum("btnh,nhf->btnf", x_BTNH.astype(jnp.float32), w_NHF.astype(jnp.float32))
-    y_BTNF = y_BTNF if b_NF is None else y_BTNF + b_NF.astype(jnp.float32)
+    y_BTNF = y_BTNF if b_NF is None else y_BTNF + b_NF.astype(jnp.float32)[None, None]
     return jax.nn.softmax(jnp.concatenate([y_BTNF, -y_BTNF], axis=-1), axis=-1)

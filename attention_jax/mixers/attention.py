@@ -96,7 +96,7 @@ class Attention(BiasedAttention):
         )
         options = self._options()
         at_BT = jnp.broadcast_to(positions_of(ctx, x_BTD.shape[1]), x_BTD.shape[:2])
-        is_global_BT = jnp.isin(at_BT, jnp.array(positions))
+        is_global_BT = jnp.isin(at_BT, jnp.array(positions, at_BT.dtype))
         y_BTNH, aux = view.attend(q_BTNH, ctx, k=view.k_BSKH[:, :, :K], v=view.v_BSKM[:, :, :K], **options)
         # The other queries are empty slots of the second call, which can skip them.
         keys_BS = at_BT if view.k_positions_BS is None else view.k_positions_BS
