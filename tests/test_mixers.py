@@ -156,7 +156,10 @@ def test_gradients_to_the_future_are_exactly_zero(name, form, x):
     grad = np.asarray(jax.jit(jax.grad(output))(x))
     assert_array_equal(grad[:, t + 1 :], 0)
     seen = dense(mask_of(row.config), T)[t]
-    assert (np.abs(grad[:, :t]).max((0, 2)) > 0).tolist() == seen[:t].tolist()
+    # The gates of forgetting in front of a window cancel up to rounding.
+    reached = np.abs(grad[:, :t]).max((0, 2))
+    least = 8 * np.finfo(np.float32).eps * np.abs(grad).max()
+    assert (reached > least).tolist() == seen[:t].tolist()
 
 
 # Recurrences and NSA have tests of their own, too.
