@@ -154,9 +154,7 @@ VALUES: dict[str, dict[str, str]] = {
     ),
     "impl": by_word(
         {
-            "attention in blocks is chunked; null chooses it where it is the best": (
-                "flash flashattention memoryefficient sdpa xformers"
-            ),
+            "attention in blocks is chunked, or null": ("flash flashattention memoryefficient sdpa xformers"),
             "the readable form is reference, of linear mixers recurrent": "dense naive eager math xla jax scan",
             "the form with the whole matrix of weights is quadratic, of softmax reference": "parallel",
             "Pallas kernels are mosaic_tpu and mosaic_gpu": "pallas splash",

@@ -405,7 +405,7 @@ def test_hints_name_what_there_is():
     [
         ("model.mixers.0.kind=gqa", "grouped-query attention is kind softmax with num_kv_heads"),
         ("model.mixers.0.kind=mha", "multi-head attention is kind softmax"),
-        ("model.mixers.0.impl=flash", "attention in blocks is chunked; null chooses it"),
+        ("model.mixers.0.impl=flash", "attention in blocks is chunked, or null"),
         ("model.mixers.0.mask=swa", "write SlidingWindow(128)"),
         ("model.mixers.0.mask=sliding_window(4)", "did you mean SlidingWindow?"),
         ("model.mixers.0.rope.scaling.kind=ntk", "the NTK-aware base is dynamic_ntk"),

@@ -23,7 +23,9 @@ def gpu(monkeypatch):
     @functools.wraps(REAL)
     def plain(*args, implementation, **options):
         assert implementation == "cudnn"
-        return REAL(*args, implementation="xla", **options)
+        # Compiled for a CPU, jax's plain form takes no float16.
+        wide = (x.astype(jnp.float32) for x in args)
+        return REAL(*wide, implementation="xla", **options).astype(args[0].dtype)
 
     monkeypatch.setattr(library, "platform", lambda call: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
@@ -37,11 +39,10 @@ def arrays(T=20, S=20, N=4, K=2, H=16, dtype=jnp.float16):
 
 @pytest.mark.parametrize("mask", [Full(), Causal(), SlidingWindow(1), SlidingWindow(5)], ids=str)
 def test_its_arguments_mean_the_same_function(gpu, mask):
-    q, k, v = arrays(dtype=jnp.bfloat16)  # compiled, the plain form takes no float16 on a CPU
+    q, k, v = arrays()
     found = dot_product_attention(q, k, v, mask=mask, scale=0.3, impl="cudnn")
     expected = dot_product_attention(q, k, v, mask=mask, scale=0.3, impl="reference")
-    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
-    np.testing.assert_allclose(found, expected, atol=2e-2)
+    np.testing.assert_allclose(found, expected, atol=4e-3)
     assert explain(q, k, v, mask=mask).chosen == "cudnn"
 
 
