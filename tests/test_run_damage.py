@@ -434,7 +434,7 @@ def test_other_settings_are_accepted_if_asked(run, whole, capsys):
 
 
 def test_what_a_record_holds(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_b=1 --xla_a=2 --xla_b=3")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=dumps --xla_b=1 --xla_a=2 --xla_b=3")
     now = environment.record()
     assert now["XLA_FLAGS"] == "--xla_a=2 --xla_b=3"
     assert now["platform"] == "cpu" and now["devices"] == 1 and now["processor"]
