@@ -26,7 +26,8 @@ from attention_jax.positions import RoPE, Temperature
 from train import config, memory
 from train.config import ConfigError, yaml_text
 from train.config.keys import hints, item_type, kind_of, members, sections
-from train.config.schema import OptimizerConfig, RunConfig
+from train.config.schema import RunConfig
+from train.config.sections import OptimizerConfig
 from train.run import folder
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,8 @@ from train import cli, config, process
 from train.config import ConfigError, yaml_text
 from train.config import help as help_lib
 from train.config import keys as keys_lib
-from train.config.schema import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
+from train.config.schema import RunConfig
+from train.config.sections import DataConfig, EvaluationConfig, OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.config.schema import DataConfig
+from train.config.sections import DataConfig
 from train.data import corpus, packing, snapshot, tokenizers
 from train.data.batches import Data, TextData
 from train.data.corpus import Corpus, Document

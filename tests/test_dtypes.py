@@ -25,7 +25,7 @@ from attention_jax.ops.softmax import attention_weights, dot_product_attention
 from attention_jax.positions import RoPE
 from tests import marks
 from tests.mixers import BIDIRECTIONAL, BIDIRECTIONAL_ONLY, CROSS, D_MODEL, MIXERS
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 from train.optimizer import make_optimizer
 from train.step import make_eval_step, make_fill_in, make_train_step
 

@@ -11,7 +11,7 @@ from attention_jax.mixers import AttentionConfig, GLAConfig, Mamba2Config, Reten
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
 from tests.params import random_params
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 from train.optimizer import make_optimizer
 from train.step import make_train_step
 

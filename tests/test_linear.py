@@ -26,7 +26,7 @@ from tests.harness import Harness
 from tests.mixers import BIDIRECTIONAL, D_MODEL, MIXERS
 from tests.params import random_params
 from tests.reference import linear as reference
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 from train.optimizer import decay_mask, make_optimizer
 from train.step import make_train_step
 

@@ -24,7 +24,7 @@ from tests.runs import interrupt, rows, saved
 from train import cli, loop
 from train import config as config_lib
 from train.commands import generate as generate_script
-from train.config.schema import DataConfig, OptimizerConfig
+from train.config.sections import DataConfig, OptimizerConfig
 from train.data import masking
 from train.data.batches import MaskedData, TextData
 from train.data.packing import Piece, assemble

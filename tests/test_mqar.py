@@ -18,7 +18,7 @@ from train import config as config_lib
 from train import loop
 from train.commands import generate, recall
 from train.config import ConfigError
-from train.config.schema import DataConfig
+from train.config.sections import DataConfig
 from train.data.prepare import prepare
 from train.data.tasks import MQARConfig
 from train.data.tasks.mqar import PAPER_SETTINGS

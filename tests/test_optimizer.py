@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 from train.optimizer import (
     clip_by_global_norm,
     decay_mask,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config.schema import DataConfig
+from train.config.sections import DataConfig
 from train.data import corpus, pairs, snapshot
 from train.data.batches import PairData
 from train.data.corpus import Corpus, Document

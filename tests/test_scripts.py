@@ -17,7 +17,7 @@ from scripts import kernel_report, tune
 from train import command_line
 from train.commands import benchmark, compare, generate, recall, visualize
 from train.config import shipped
-from train.config.schema import DataConfig
+from train.config.sections import DataConfig
 from train.run.restore import Requests
 
 MECHANISMS = shipped.FOLDER / "mechanisms"

@@ -22,7 +22,7 @@ from tests.runs import interrupt, rows, saved
 from train import config as config_lib
 from train import loop, samples
 from train.commands import generate as generate_script
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 from train.data import corpus
 from train.data.prepare import prepare
 from train.data.tokenizers import ByteTokenizer

@@ -12,7 +12,7 @@ import pytest
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, ModelOutput, apply, init_params
 from attention_jax.positions import RoPE
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 from train.objective import mean_nll
 from train.optimizer import make_optimizer, skip_non_finite
 from train.step import make_eval_step, make_train_step

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 
 _DECAYED = ("kernel", "embedding")
 

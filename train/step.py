@@ -12,7 +12,7 @@ import optax
 
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, apply, encode
-from train.config.schema import OptimizerConfig
+from train.config.sections import OptimizerConfig
 from train.objective import count_correct, token_nll
 from train.optimizer import clip_by_global_norm, make_optimizer, make_schedule
 

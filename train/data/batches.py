@@ -28,7 +28,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from train.config.schema import DataConfig
+from train.config.sections import DataConfig
 from train.data import masking, snapshot, tokenizers
 from train.data.packing import (
     Batch,

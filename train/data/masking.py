@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.config.schema import DataConfig
+from train.config.sections import DataConfig
 from train.data.packing import Batch
 from train.data.tasks import TaskConfig
 from train.data.tokenizers import Tokenizer

@@ -14,7 +14,7 @@ from train.data.packing import Batch
 from train.data.tasks import TaskConfig
 
 if TYPE_CHECKING:
-    from train.config.schema import DataConfig
+    from train.config.sections import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
