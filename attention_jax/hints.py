@@ -178,6 +178,7 @@ VALUES: dict[str, dict[str, str]] = {
         {
             "SiLU is used in swiglu": "silu swish",
             "the gated kinds are swiglu and geglu": "glu gated",
+            "the tanh form of GELU is gelu_tanh, gated geglu_tanh": "gelunew gelupytorchtanh geluapproximate",
             "there is no ReLU: write gelu": "relu",
         }
     ),
@@ -191,7 +192,9 @@ VALUES: dict[str, dict[str, str]] = {
         {
             "write rms": "rmsnorm",
             "write rms or l2": "true",
-            "there is no layer norm of queries and keys: write rms": "layernorm",
+            "write layer": "layernorm ln",
+            "a scale per head is rms_per_head": "perhead",
+            "over all heads together, as OLMo 2, is rms_all_heads": "olmo olmo2 full",
             "unscaled is l2": "cosine",
             "null turns it off": "none",
         }

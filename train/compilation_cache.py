@@ -17,6 +17,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from train.processor import first_core
+
 VARIABLE = "ATTENTION_JAX_COMPILATION_CACHE"
 #: When the folder holds more bytes, entries not used for the longest time are deleted at the next start.
 MAX_BYTES = 1 << 30
@@ -70,16 +72,9 @@ def machine() -> str:
 
 def _instruction_set() -> str:
     """The features of the first core as Linux lists them; elsewhere what Python knows of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
     names = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
-    parts = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in names:
-            parts.setdefault(name.strip(), value.strip())
+    core = first_core()
+    parts = {name: core[name] for name in core if name in names}
     return repr(parts) if parts else platform.processor()
 
 

@@ -12,10 +12,11 @@ import importlib.metadata
 import os
 import platform
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from train.processor import first_core
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 #: What changes the order of sums and the compiler's choices; flags and another platform may change more.
@@ -101,10 +102,8 @@ def _flags(text: str) -> str:
 
 def _processor() -> str:
     """The architecture and a hash of its instruction sets, on which the order of XLA's sums depends."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    core = first_core()
+    if not core:
         return platform.machine()
-    sets = next((line for line in lines if re.match(r"(flags|Features)\s*:", line)), "")
-    names = " ".join(sorted(sets.partition(":")[2].split()))
+    names = " ".join(sorted(core.get("flags", core.get("Features", "")).split()))
     return f"{platform.machine()} {hashlib.sha256(names.encode()).hexdigest()[:12]}"
