@@ -4,6 +4,7 @@ import atexit
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
 # Each pytest-xdist worker gets a core of its own, before jax counts them: two runtimes whose threads spin
@@ -20,6 +21,13 @@ if int(importlib.metadata.version("jax").split(".")[1]) < 11:
 else:
     _QUICK += " --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+
+# A shell ignores SIGINT for what it runs in the background, nohup SIGHUP; programs started here inherit that.
+for number, usual in {
+    signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL,
+}.items():  # fmt: skip
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # What commands in processes of their own compile is kept for the session, in a folder that workers share:
 # never in the user's.
