@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from attention_jax.caches import KVCache
+from attention_jax.caches import CacheOptions, KVCache
 from attention_jax.masks import Causal, Full, Sinks, SlidingWindow
 
 B, K, H, M = 3, 2, 4, 3
@@ -39,7 +39,7 @@ def append(cache: KVCache, k, v, positions) -> KVCache:
 
 def empty(mask, **changes) -> KVCache:
     arguments = {"batch": B, "capacity": CAPACITY, "kv_heads": K, "head_dim": H, "value_dim": M} | changes
-    return KVCache.empty(**arguments, mask=mask, dtype=jnp.float32)
+    return KVCache.empty(**arguments, mask=mask)
 
 
 def tokens(rng, positions_BT):
@@ -195,7 +195,7 @@ def test_a_cache_needs_a_positive_capacity(capacity):
 
 
 def test_a_cache_keeps_its_dtype_and_is_not_mutated():
-    cache = KVCache.empty(B, 8, K, H, M, mask=Full(), dtype=jnp.bfloat16)
+    cache = KVCache.empty(B, 8, K, H, M, mask=Full(), options=CacheOptions(jnp.bfloat16))
     before = jax.tree.map(np.asarray, cache)
     positions = np.tile(np.arange(4), (B, 1))
     after = append(cache, *tokens(np.random.default_rng(0), positions), positions)

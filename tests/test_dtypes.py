@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from attention_jax.biases import T5, ALiBi
+from attention_jax.caches import CacheOptions
 from attention_jax.generation import decode
 from attention_jax.generation.sampling import Sampling
 from attention_jax.masks import BigBird, Causal, Dilated, Global, Longformer, Strided
@@ -89,7 +90,8 @@ def keeps_its_dtypes(name: str, dtype) -> None:
         assert (y.dtype, gradients[1].dtype) == (dtype, dtype)
         assert dtypes(gradients[0]) == dtypes(params)
         if name in CAUSAL:
-            state = jax.eval_shape(lambda: config.init_state(D_MODEL, B, CAPACITY, causal=True, dtype=dtype))
+            cache = CacheOptions(dtype)
+            state = jax.eval_shape(lambda: config.init_state(D_MODEL, B, CAPACITY, causal=True, cache=cache))
             found = jax.eval_shape(mix, params, x, state, context(name, B, T, False, dtype))
             assert found.y.dtype == dtype and dtypes(found.state) == dtypes(state)
 

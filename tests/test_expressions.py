@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -58,7 +57,7 @@ def test_the_blocked_form(row):
 def test_decoding_with_the_cache_the_mask_allows(pieces, row):
     mask = row.mask & Causal()
     wanted = dense(truth.table(truth.both(row.truth, truth.causal), np.arange(T), np.arange(T)))
-    state = KVCache.empty(1, T, N, H, H, mask=mask, dtype=jnp.float32)
+    state = KVCache.empty(1, T, N, H, H, mask=mask)
 
     @jax.jit
     def step(state, positions_BT, q, k, v):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from attention_jax.caches import CacheOptions
 from attention_jax.generation import (
     DecodeState,
     Sampling,
@@ -390,7 +391,7 @@ def test_an_id_outside_the_vocabulary_is_refused_or_seen(small):
     with pytest.raises(ValueError, match=r"tokens must hold at least one row and one token, got .1, 0."):
         prefill(config, params, good[:, :0], capacity=4)
     with pytest.raises(ValueError, match="dtype of cached keys and values must be floating point, got int32"):
-        prefill(config, params, good, capacity=4, dtype=jnp.int32)
+        prefill(config, params, good, capacity=4, cache=CacheOptions(jnp.int32))
 
     rows = np.array([[1, 60, 2], [1, -1, 2], [1, 61, 2], [1, 100, 2], [1, -61, 2]])
     found = np.asarray(jax.jit(lambda ids: apply(config, params, ids).logits)(rows))

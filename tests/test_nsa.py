@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
+from attention_jax.caches import CacheOptions
 from attention_jax.mixers.base import Context
 from attention_jax.mixers.nsa import NSAConfig
 from attention_jax.positions import RoPE
@@ -165,7 +166,9 @@ def test_rows_shorter_than_a_block(x):
 def test_state_is_small_where_it_can_be():
     config = CASES["nsa-rope"].config
     state = jax.eval_shape(
-        lambda: config.build(D_MODEL, nnx.Rngs(0), causal=True).init_state(1, 1000, dtype=jnp.bfloat16)
+        lambda: config.build(D_MODEL, nnx.Rngs(0), causal=True).init_state(
+            1, 1000, cache=CacheOptions(jnp.bfloat16)
+        )
     )
     slots = {name: getattr(state, name).k_BSKH.shape[1] for name in ("selected", "window", "tail")}
     assert slots == {"selected": 1000, "window": 5, "tail": 4}

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import attention_jax
 from attention_jax import biases, masks
-from attention_jax.caches import Cache
+from attention_jax.caches import Cache, CacheOptions
 from attention_jax.generation import decode_step, prefill
 from attention_jax.mixers import (
     CAPTURES,
@@ -244,9 +244,12 @@ def test_no_buffer_of_a_fresh_state_is_there_twice(kind):
 
 
 def test_bfloat16_states_come_from_configs_too():
-    state = NSAConfig(num_heads=2).init_state(32, 1, 64, dtype=jnp.bfloat16)
+    state = NSAConfig(num_heads=2).init_state(32, 1, 64, cache=CacheOptions(jnp.bfloat16))
     assert state.selected.k_BSKH.dtype == state.compressed.v_BCKH.dtype == jnp.bfloat16
-    assert make_config("gla").init_state(32, 1, 64, dtype=jnp.bfloat16).matrix_BNHM.dtype == jnp.float32
+    assert (
+        make_config("gla").init_state(32, 1, 64, cache=CacheOptions(jnp.bfloat16)).matrix_BNHM.dtype
+        == jnp.float32
+    )
 
 
 def test_prefill_and_decode_step_give_the_uncached_logits(small):

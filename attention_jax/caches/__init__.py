@@ -2,6 +2,17 @@
 
 from attention_jax.caches.base import Cache, State
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
+from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
 from attention_jax.caches.recurrent import LinearState, RecurrentState
 
-__all__ = ["Cache", "HeldKeys", "KVCache", "LinearState", "MemoryCache", "RecurrentState", "State"]
+__all__ = [
+    "DEFAULT_CACHE",
+    "Cache",
+    "CacheOptions",
+    "HeldKeys",
+    "KVCache",
+    "LinearState",
+    "MemoryCache",
+    "RecurrentState",
+    "State",
+]

@@ -32,6 +32,10 @@ class Cache(Protocol):
         """The state whose row i is a copy of row rows[i]; rows: int [B']."""
         ...
 
+    def rewind(self, n_B: jax.Array) -> Self:
+        """The state without the last n_B[i] tokens of each row i; n_B: int [B]."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
@@ -59,6 +63,10 @@ class State:
                 if not 0 <= row < batch:
                     raise ValueError(f"fork: row {row} is outside the batch, rows 0..{batch - 1}")
         return jax.tree.map(lambda x: x[(slice(None),) * axis + (jnp.asarray(rows),)], self)
+
+    def rewind(self, n_B: jax.Array) -> Self:
+        """The state without the last n_B[i] tokens of each row i, exactly; n_B: int [B]."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:

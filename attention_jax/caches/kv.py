@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.caches.base import State
+from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
 from attention_jax.masks import Mask
 
 _STATIC = {"static": True}
@@ -57,7 +58,7 @@ class KVCache(State):
         value_dim: int | None,
         *,
         mask: Mask,
-        dtype,
+        options: CacheOptions = DEFAULT_CACHE,
         value_heads: int | None = None,
         per_key: Any = None,
     ) -> KVCache:
@@ -75,9 +76,9 @@ class KVCache(State):
         slots = max(lookback, 1) + len(pins)
         values = None
         if value_dim is not None:
-            values = jnp.zeros((batch, slots, value_heads or kv_heads, value_dim), dtype)
+            values = jnp.zeros((batch, slots, value_heads or kv_heads, value_dim), options.storage_dtype)
         return KVCache(
-            jnp.zeros((batch, slots, kv_heads, head_dim), dtype),
+            jnp.zeros((batch, slots, kv_heads, head_dim), options.storage_dtype),
             values,
             jnp.full((batch, slots), -1, jnp.int32),
             capacity,

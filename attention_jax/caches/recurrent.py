@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.caches.base import State
+from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +26,12 @@ class RecurrentState(State):
 
     @staticmethod
     def empty(
-        batch: int, heads: int, key_width: int, value_width: int, inputs: tuple[int, int, Any] | None = None
+        batch: int,
+        heads: int,
+        key_width: int,
+        value_width: int,
+        inputs: tuple[int, int, Any] | None = None,
+        options: CacheOptions = DEFAULT_CACHE,
     ) -> RecurrentState:
         """The state before the first token: S_0 = 0. inputs: (U, C, dtype) of `inputs_BUC`."""
         inputs_BUC = None

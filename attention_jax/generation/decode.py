@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions
 from attention_jax.generation.sampling import Sampling, sample
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind, init_state
@@ -43,7 +44,7 @@ def prefill(
     capacity: int,
     memory_BSD: jax.Array | None = None,
     memory_positions_BS: jax.Array | None = None,
-    dtype: Any = None,
+    cache: CacheOptions = DEFAULT_CACHE,
 ) -> DecodeState:
     """The state after the prompts.
 
@@ -52,7 +53,7 @@ def prefill(
       positions_BT: their positions, -1 for padding; 0, 1, 2, ... by default.
       capacity: the largest position + 1 that the caches support.
       memory_BSD, memory_positions_BS: the memory of `cross` mixers, from `encode`; their caches keep it.
-      dtype: dtype of cached keys and values; the model's by default.
+      cache: how the states are stored.
 
     A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
     tokens than the capacity, for positions of another shape or padded on the right, for a model without a
@@ -64,14 +65,12 @@ def prefill(
         raise ValueError(f"tokens_BT must be integers [B, T], got {tokens_BT.dtype} {list(shape)}")
     if 0 in shape:
         raise ValueError(f"tokens must hold at least one row and one token, got {list(shape)}: skip the call")
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype of cached keys and values must be floating point, got {jnp.dtype(dtype)}")
     B, T = shape
     if T > capacity:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
     positions_BT = _positions(positions_BT, B, T)
     ctx = Context(positions_BT, memory_BSD=memory_BSD, memory_positions_BS=memory_positions_BS)
-    caches = init_state(config, B, capacity, dtype=dtype)
+    caches = init_state(config, B, capacity, cache=cache)
     logits_B1V, caches, _ = bind(config, params).run(tokens_BT, caches, ctx=ctx, last_only=True)
     return DecodeState(caches, positions_BT[:, -1] + 1, logits_B1V[:, 0])
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.about import About
-from attention_jax.caches import KVCache, MemoryCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache, MemoryCache
 from attention_jax.layers import fused_linear
 from attention_jax.masks import Global, Mask
 from attention_jax.masks.algebra import And, Or, Recipe
@@ -51,11 +51,11 @@ class AttentionConfig(BiasedAttentionConfig):
         """The positions of the mask's `Global` members, which have projections of their own."""
         return tuple(sorted(_global_positions(self.mask)))
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> KVCache:
         """An empty KVCache with the slots that the mask needs; K further heads for global projections."""
         H, mask = self.head_width(d_model), self.restricted(causal).mask
         heads = self.kv_heads * (2 if self.global_projections else 1)
-        return KVCache.empty(batch, capacity, heads, H, H, mask=mask, dtype=dtype)
+        return KVCache.empty(batch, capacity, heads, H, H, mask=mask, options=cache)
 
 
 class Attention(BiasedAttention):
@@ -142,11 +142,11 @@ class CrossAttentionConfig(AttentionConfig):
         del causal
         return self
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> MemoryCache:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> MemoryCache:
         """An empty MemoryCache, which the first call fills from `ctx.memory_BSD`."""
         del capacity, causal
         H = self.head_width(d_model)
-        return MemoryCache.empty(batch, self.kv_heads, H, dtype=dtype)
+        return MemoryCache.empty(batch, self.kv_heads, H, dtype=cache.storage_dtype)
 
 
 class CrossAttention(Attention):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import Cache
+from attention_jax.caches import DEFAULT_CACHE, Cache, CacheOptions
 from attention_jax.choices import check_choices, check_dropout, check_epsilon
 from attention_jax.hints import hint, near
 from attention_jax.layers import linear
@@ -219,7 +219,13 @@ class MixerConfig:
         return self.module(d_model, self, causal=causal, rngs=rngs, **options)
 
     def init_state(
-        self, d_model: int, batch: int, capacity: int, *, causal: bool = True, dtype: Any = jnp.float32
+        self,
+        d_model: int,
+        batch: int,
+        capacity: int,
+        *,
+        causal: bool = True,
+        cache: CacheOptions = DEFAULT_CACHE,
     ) -> Cache:
         """An empty state of `batch` rows for positions 0 .. capacity - 1; needs no built module.
 
@@ -292,10 +298,10 @@ class Mixer(nnx.Module):
             ctx.refuse_capture(type(self).__name__, "mix")
         return self.mix(x_BTD, None, ctx=ctx).y
 
-    def init_state(self, batch: int, capacity: int, *, dtype: Any = None) -> Cache:
+    def init_state(self, batch: int, capacity: int, *, cache: CacheOptions = DEFAULT_CACHE) -> Cache:
         """An empty state of `batch` rows for positions 0 .. capacity - 1."""
         return self.config.init_state(
-            self.d_model, batch, capacity, causal=self.causal, dtype=dtype or self.dtype
+            self.d_model, batch, capacity, causal=self.causal, cache=cache.of_layer(self.dtype)
         )
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import RecurrentState
+from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_linear, unit
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
@@ -82,12 +82,12 @@ class DeltaBaseConfig(MixerConfig):
         """The number of query and key heads."""
         return getattr(self, "num_qk_heads", None) or self.num_heads
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """An empty state, whose size does not depend on `capacity`; `dtype` is that of the cached inputs only."""
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
+        """An empty state, whose size does not depend on `capacity`; the options' dtype is that of the cached inputs only."""
         del capacity, causal
         H, M = self.widths(d_model)
-        kept = (self.convolution - 1, 2 * self.qk_heads * H + self.num_heads * M, dtype)
-        return RecurrentState.empty(batch, self.num_heads, H, M, kept)
+        kept = (self.convolution - 1, 2 * self.qk_heads * H + self.num_heads * M, cache.storage_dtype)
+        return RecurrentState.empty(batch, self.num_heads, H, M, kept, cache)
 
 
 @dataclasses.dataclass(frozen=True)

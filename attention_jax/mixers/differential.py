@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import KVCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache
 from attention_jax.choices import check_between
 from attention_jax.layers import RMSNorm
 from attention_jax.mixers.base import Context, MixerOutput, Parts
@@ -66,11 +66,11 @@ class DifferentialAttentionConfig(SelfAttentionConfig):
         """2 K: heads 2n and 2n + 1 are k1 and k2 of head n."""
         return 2 * self.kv_heads
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> KVCache:
         """An empty cache with the slots that the mask needs, 2 K key heads and K value heads."""
         K, H = self.kv_heads, self.head_width(d_model)
         mask = self.restricted(causal).mask
-        return KVCache.empty(batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=mask, dtype=dtype)
+        return KVCache.empty(batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=mask, options=cache)
 
 
 class DifferentialAttention(SelfAttention):

@@ -24,7 +24,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
-from attention_jax.caches import HeldKeys, KVCache, State
+from attention_jax.caches import DEFAULT_CACHE, HeldKeys, KVCache, State
 from attention_jax.choices import check_between
 from attention_jax.layers import head_norm
 from attention_jax.layers.norms import ACTIVATIONS
@@ -75,11 +75,11 @@ class ForgettingAttentionConfig(SelfAttentionConfig):
                 f"forgetting cannot attend bidirectionally within a prefix: mask {self.mask}; use kind softmax"
             )
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> ForgettingState:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> ForgettingState:
         """An empty cache and a sum of 0."""
         N, H, mask = self.num_heads, self.head_width(d_model), self.restricted(causal).mask
         per_key = TwoFloat(*[jax.ShapeDtypeStruct((N,), jnp.float32)] * 2)
-        cache = KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, dtype=dtype, per_key=per_key)
+        cache = KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, options=cache, per_key=per_key)
         return ForgettingState(cache, two_float.zeros((batch, N)))
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.about import About
-from attention_jax.caches import RecurrentState
+from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
 from attention_jax.layers import GatedRMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -66,10 +66,10 @@ class GLAConfig(DecayMixerConfig):
         super().check(d_model, causal=causal)
         self.widths(d_model)
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
         """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
-        del capacity, causal, dtype
-        return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model))
+        del capacity, causal
+        return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model), options=cache)
 
 
 class GatedLinearAttention(Mixer):

@@ -20,7 +20,7 @@ import numpy as np
 
 from attention_jax.about import About
 from attention_jax.biases import alibi_slopes
-from attention_jax.caches import RecurrentState
+from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
 from attention_jax.layers import GatedRMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -59,11 +59,11 @@ class LightningConfig(DecayMixerConfig):
         if self.rope is not None:
             self.rope.rotated_width(head_dim)
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
-        del capacity, causal, dtype
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
+        """An empty float32 state, whose size does not depend on `capacity`."""
+        del capacity, causal
         H = head_width(d_model, self.num_heads, self.head_dim)
-        return RecurrentState.empty(batch, self.num_heads, H, H)
+        return RecurrentState.empty(batch, self.num_heads, H, H, options=cache)
 
 
 class LightningAttention(Mixer):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.caches import LinearState
+from attention_jax.caches import DEFAULT_CACHE, LinearState
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -87,9 +87,9 @@ class LinearBaseConfig(MixerConfig):
         super().check(d_model, causal=causal)  # all of them support bidirectional models
         head_width(d_model, self.num_heads, self.head_dim)
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> LinearState:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> LinearState:
         """Sums of 0, independent of `capacity`; ValueError in a model that is not causal."""
-        del capacity, dtype  # sums are always float32
+        del capacity, cache  # sums are always float32
         if not causal:
             raise ValueError(
                 f"{self.kind} has no state in a bidirectional model (causal: false), where outputs depend on "

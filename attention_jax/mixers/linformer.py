@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
+from attention_jax.caches import DEFAULT_CACHE
 from attention_jax.layers import fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -74,7 +75,7 @@ class LinformerConfig(MixerConfig):
         super().check(d_model, causal=causal)
         head_width(d_model, self.num_heads, self.head_dim)
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> None:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> None:
         """Raise ValueError, since there is no state."""
         raise ValueError(
             "linformer has no state, since every output depends on the whole row: pass state=None"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import RecurrentState
+from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
 from attention_jax.layers import GatedRMSNorm, ShortConvolution
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -84,12 +84,14 @@ class Mamba2Config(DecayMixerConfig):
         if channels // self.head_dim % self.groups:
             raise ValueError(f"groups {self.groups} does not divide the {channels // self.head_dim} heads")
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
-        """An empty state, whose size does not depend on `capacity`; `dtype` is that of the cached inputs only."""
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
+        """An empty state, whose size does not depend on `capacity`; the options' dtype is that of the cached inputs only."""
         del capacity, causal
         channels = self.expand * d_model
-        kept = (self.convolution - 1, channels + 2 * self.groups * self.state_dim, dtype)
-        return RecurrentState.empty(batch, channels // self.head_dim, self.state_dim, self.head_dim, kept)
+        kept = (self.convolution - 1, channels + 2 * self.groups * self.state_dim, cache.storage_dtype)
+        return RecurrentState.empty(
+            batch, channels // self.head_dim, self.state_dim, self.head_dim, kept, cache
+        )
 
 
 class Mamba2(Mixer):

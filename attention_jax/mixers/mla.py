@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from attention_jax.about import About
-from attention_jax.caches import KVCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache
 from attention_jax.layers import RMSNorm, fused_linear
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
@@ -85,11 +85,11 @@ class LatentAttentionConfig(MixerConfig):
         if self.rotary_dim and self.rope is not None:
             self.rope.rotated_width(self.rotary_dim)
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> KVCache:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> KVCache:
         """An empty cache of R + P numbers per token, with the slots that the mask needs."""
         del d_model
         width, mask = self.latent_dim + self.rotary_dim, self.restricted(causal).mask
-        return KVCache.empty(batch, capacity, 1, width, None, mask=mask, dtype=dtype)
+        return KVCache.empty(batch, capacity, 1, width, None, mask=mask, options=cache)
 
 
 class LatentAttention(Mixer):

@@ -29,7 +29,7 @@ from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import HeldKeys, KVCache, State
+from attention_jax.caches import DEFAULT_CACHE, HeldKeys, KVCache, State
 from attention_jax.layers import fused_linear, gelu, linear
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
@@ -121,19 +121,19 @@ class NSAConfig(MixerConfig):
         """K."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> NSAState:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> NSAState:
         """Empty caches: all tokens for the selected branch, rings for the window and for incomplete blocks."""
         K, H = self.kv_heads, head_width(d_model, self.num_heads, self.head_dim)
 
-        def cache(mask: Mask) -> KVCache:
-            return KVCache.empty(batch, capacity, K, H, H, mask=mask, dtype=dtype)
+        def keys(mask: Mask) -> KVCache:
+            return KVCache.empty(batch, capacity, K, H, H, mask=mask, options=cache)
 
         blocks = max((capacity - self.compress_block) // self.compress_stride + 1, 1)
-        empty = jnp.zeros((batch, blocks, K, H), dtype)
+        empty = jnp.zeros((batch, blocks, K, H), cache.storage_dtype)
         return NSAState(
-            selected=cache(Full()),
-            window=cache(SlidingWindow(self.window)),
-            tail=cache(SlidingWindow(self.compress_block)),
+            selected=keys(Full()),
+            window=keys(SlidingWindow(self.window)),
+            tail=keys(SlidingWindow(self.compress_block)),
             compressed=Compressed(empty, empty.copy(), jnp.full((batch, blocks), -1, jnp.int32)),
         )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from attention_jax.caches import KVCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache
 from attention_jax.choices import check_between
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, check_encoder_memory
 from attention_jax.ops import tokens
@@ -42,10 +42,10 @@ class SoftmaxMixerConfig(MixerConfig):
         if rope is not None:
             rope.rotated_width(H)
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> Any:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> Any:
         """An empty KVCache with the slots that the mask needs."""
         H, mask = self.head_width(d_model), self.restricted(causal).mask
-        return KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, dtype=dtype)
+        return KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, options=cache)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.about import About
-from attention_jax.caches import RecurrentState
+from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
 from attention_jax.layers import HeadGroupNorm, RMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
@@ -82,10 +82,10 @@ class RetentionConfig(DecayMixerConfig):
         head_dim = head_width(d_model, self.num_heads, self.head_dim)
         return head_dim, self.value_dim or 2 * head_dim
 
-    def init_state(self, d_model, batch, capacity, *, causal=True, dtype=jnp.float32) -> RecurrentState:
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
         """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
-        del capacity, causal, dtype
-        return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model))
+        del capacity, causal
+        return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model), options=cache)
 
 
 class Retention(Mixer):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions
 from attention_jax.layers import linear, matmul
 from attention_jax.mixers import Context
 from attention_jax.model.block import dropout, make_norm, weight_init
@@ -101,9 +102,9 @@ class LanguageModel(nnx.Module):
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
-    def init_state(self, batch: int, capacity: int, *, dtype: Any = None) -> Any:
+    def init_state(self, batch: int, capacity: int, *, cache: CacheOptions = DEFAULT_CACHE) -> Any:
         """`init_state(self.config, batch, capacity)`."""
-        return init_state(self.config, batch, capacity, dtype=dtype)
+        return init_state(self.config, batch, capacity, cache=cache)
 
     def _embed(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
         shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
@@ -193,17 +194,17 @@ def bind(config: ModelConfig, params: dict) -> LanguageModel:
     return nnx.merge(graphdef, _fill(template, params, ""))
 
 
-def init_state(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> Any:
+def init_state(config: ModelConfig, batch: int, capacity: int, *, cache: CacheOptions = DEFAULT_CACHE) -> Any:
     """Empty states of `batch` rows for positions 0 .. capacity - 1, without parameters.
 
     There is one state per layer or, for `scan_layers`, one per stack with a leading layer axis. capacity: the
-    largest position + 1. dtype: dtype of keys and values, the model's by default. Raises: ValueError for a mixer
+    largest position + 1. Raises: ValueError for a mixer
     without a state or a capacity beyond the learned positions.
     """
     limit = config.max_positions
     if limit is not None and capacity > limit:
         raise ValueError(f"capacity {capacity} exceeds the {limit} learned positions (max_positions)")
-    return init_states(config, batch, capacity, dtype=dtype)
+    return init_states(config, batch, capacity, cache=cache)
 
 
 def apply(

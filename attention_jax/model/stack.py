@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions
 from attention_jax.mixers import Context, MixerConfig, MixerOutput
 from attention_jax.model.block import Block
 from attention_jax.model.config import ModelConfig
@@ -91,12 +92,14 @@ def _layer(config: ModelConfig, graphdef: Any, weights: Any, state: Any):
     return lambda x_BTD, state, *, ctx: run(weights, x_BTD, ctx)
 
 
-def init_states(config: ModelConfig, batch: int, capacity: int, *, dtype: Any = None) -> list:
+def init_states(
+    config: ModelConfig, batch: int, capacity: int, *, cache: CacheOptions = DEFAULT_CACHE
+) -> list:
     """Empty states of all layers: one per layer or, for `scan_layers`, one per stack with a layer axis."""
     period = len(config.mixers)
     states = [
         mixer.init_state(
-            config.d_model, batch, capacity, causal=config.causal, dtype=jnp.dtype(dtype or config.dtype)
+            config.d_model, batch, capacity, causal=config.causal, cache=cache.of_layer(config.dtype)
         )
         for mixer in (config.mixers[i % period] for i in range(config.num_layers))
     ]
