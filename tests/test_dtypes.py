@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from attention_jax.biases import T5, ALiBi
-from attention_jax.caches import CacheOptions
-from attention_jax.generation import decode
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions
+from attention_jax.generation import decode, loop
+from attention_jax.generation.arrays import pack
 from attention_jax.generation.sampling import Sampling
 from attention_jax.masks import BigBird, Causal, Dilated, Global, Longformer, Strided
 from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
@@ -270,16 +271,22 @@ def test_a_training_step_keeps_every_dtype(name):
 
 
 def test_generation_keeps_every_dtype():
-    sampling = Sampling(temperature=1.0, top_k=3, top_p=0.9, min_p=0.1)
+    """Of the carry, of every branch that a row may need, and of the log-probabilities."""
+    sampling = Sampling(1.0, 3, 0.9, 0.1, 1.1, 0.1, 0.1, {3: 1.0}, 2, logprobs=2)
+    arrays = pack([sampling, sampling], MODEL.vocab_size)
     with strict():
         params = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
-        ids = shape(2, 5)
-        carry = jax.eval_shape(lambda *x: decode._prefill(MODEL, 16, 8, *x, None), params, ids, ids)
+        carry = jax.eval_shape(
+            lambda *x: loop._start(MODEL, 16, 8, DEFAULT_CACHE, x[0], None, *x[1:], None, None),
+            params, shape(2, 16), shape(2), shape(),
+        )  # fmt: skip
         keys = jax.random.split(jax.random.key(0), 2)
-        found = jax.eval_shape(
-            lambda *x: decode._decode(MODEL, sampling, *x), params, keys, carry, shape(), shape()
-        )
+        found, drawn = jax.eval_shape(
+            lambda *x: loop._advance(MODEL, None, *x),
+            params, keys, arrays, carry, shape(2, dtype=bool), shape(),
+        )  # fmt: skip
     assert dtypes(found) == dtypes(carry)
+    assert dtypes(drawn) == loop.Drawn("int32", "float32", "int32", "float32")
 
 
 # One row for each way in; all mixers share the check.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +10,23 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from attention_jax.caches import CacheOptions
-from attention_jax.generation import (
-    DecodeState,
-    Sampling,
-    decode_step,
-    generate,
-    prefill,
-    requests,
-    sample,
-    stream,
-)
-from attention_jax.generation import sampling as sampling_lib
+from attention_jax.generation import DecodeState, Sampling, decode_step, prefill, requests, stream
+from attention_jax.generation import generate as generate_completions
 from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_state, language_model
 from attention_jax.positions import RoPE
 from tests import marks
 from tests.marks import Row
 from tests.params import random_params
-from tests.reference.sampling import distribution, nucleus
 
 GREEDY = Sampling(temperature=0)
+
+
+def generate(*args, **options):
+    """The new tokens of each prompt."""
+    done = generate_completions(*args, **options)
+    assert [c.request for c in done] == list(range(len(args[2]))) and not any(c.error for c in done)
+    return [c.tokens for c in done]
 
 
 def model(*mixers, **options):
@@ -157,10 +153,12 @@ def test_the_bits_of_a_request_id():
 def test_streaming_is_generation_in_pieces(small):
     arguments = {"max_new_tokens": 21, "sampling": Sampling(0.8), "key": jax.random.key(1)}
     whole = generate(*small, [[1, 2], [3]], **arguments)
-    pieces = list(stream(*small, [[1, 2], [3]], chunk=4, **arguments))
-    assert [len(row) for row in (p[0] for p in pieces)] == [4, 4, 4, 4, 4, 1]
-    for row in range(2):
-        assert_array_equal(np.concatenate([p[row] for p in pieces]), whole[row])
+    for chunk, sizes in ((4, [4, 4, 4, 4, 4, 1]), (70, [21])):
+        pieces = list(stream(*small, [[1, 2], [3]], chunk=chunk, **arguments))
+        assert [len(p[0].tokens) for p in pieces] == sizes
+        assert [p[1].finish_reason for p in pieces] == [None] * (len(sizes) - 1) + ["length"]
+        for row in range(2):
+            assert_array_equal(np.concatenate([p[row].tokens for p in pieces]), whole[row])
 
 
 def test_eos_ends_a_row_and_leaves_the_others(small):
@@ -173,136 +171,11 @@ def test_eos_ends_a_row_and_leaves_the_others(small):
     assert_array_equal(stopped[1], free[1][: hits[0]] if len(hits) else free[1])
 
 
-def draws(logits, sampling, count=4000):
-    keys = jax.random.split(jax.random.key(0), count)
-    return np.asarray(sample(jnp.tile(jnp.asarray(logits), (count, 1)), sampling, keys))
-
-
-LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32))
-
-
-@pytest.mark.parametrize(
-    ("sampling", "allowed"),
-    [
-        (Sampling(0), {1}),
-        (Sampling(1.0), {0, 1, 2, 3, 4}),
-        (Sampling(1.0, top_k=2), {1, 3}),
-        (Sampling(1.0, top_k=99), {0, 1, 2, 3, 4}),
-        (Sampling(1.0, top_p=0.69), {1, 3}),
-        (Sampling(1.0, top_p=0.71), {1, 3, 4}),
-        (Sampling(1.0, top_p=1e-6), {1}),
-        (Sampling(1.0, min_p=0.3), {1, 3, 4}),
-        (Sampling(1.0, top_k=3, top_p=0.8), {1, 3}),
-    ],
-)
-def test_filters_allow_exactly_what_they_should(sampling, allowed):
-    tokens = draws(LOGITS, sampling)
-    assert set(tokens.tolist()) == allowed
-    if sampling.temperature:
-        p = np.exp(LOGITS.astype(np.float64))
-        p = np.array([p[i] if i in allowed else 0 for i in range(5)])
-        counts = np.bincount(tokens, minlength=5) / len(tokens)
-        assert np.abs(counts - p / p.sum()).max() < 0.03
-
-
-def kept(logits, **options):
-    """The probabilities [V] that the filters of `sample` leave, of logits whose largest is 0."""
-    sorted_1V, order_1V = sampling_lib._kept(jnp.asarray(logits, jnp.float32)[None], Sampling(**options))
-    p = np.exp(np.asarray(sorted_1V[0], np.float64))
-    out = np.zeros(len(logits))
-    out[np.asarray(order_1V[0])] = p / p.sum()
-    return out
-
-
-EDGES = {
-    "ties at every border": np.zeros(8),
-    "ties below the largest": np.array([-1.0, 0, -1, -1, 0, -2, -1, -1]),
-    "masked ids": np.array([-np.inf, 0, -np.inf, -3e38, -0.5, -np.inf, -np.inf, -9]),
-    "one id": np.array([0, *[-np.inf] * 7]),
-    "far apart": -np.array([60.0, 0, 20, 80, 100, 40, 103, 87]),
-    "near": -np.array([1, 0, 2, 5, 7, 3, 4, 6]) * np.finfo(np.float32).eps,
-}
-
-
-@pytest.mark.parametrize("name", EDGES)
-def test_the_filters_keep_what_float64_keeps(name):
-    """Also exact ties at the border of each filter, of which the smallest ids are kept."""
-    z = EDGES[name].astype(np.float32)
-    top_p = [1.0, 0.9999999, 0.75, 0.625, 0.5, 0.25, 0.126, 1e-7]
-    rows = [{"top_k": n} for n in (1, 2, 3, 7, 8, 9)] + [{"top_p": p} for p in top_p]
-    rows += [{"min_p": p} for p in (1.0, 0.9, 0.3, 1e-9, 1e-30)]
-    for options in [*rows, {"top_k": 5, "top_p": 0.6}, {"top_k": 6, "top_p": 0.9, "min_p": 0.4}]:
-        wanted, found = distribution(z, **options), kept(z, **options)
-        assert_array_equal(found > 0, wanted > 0, err_msg=f"{options}")
-        np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{options}")
-
-
-@pytest.mark.parametrize("scale", [4.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.0, 1.0, 12.0))])
-def test_a_nucleus_of_128k_ids_is_that_of_float64(scale):
-    """A cumulative sum in float32 reaches 1 thousands of tokens too early."""
-    z = (scale * np.random.default_rng(0).normal(size=128_256)).astype(np.float32)
-    z = -np.sort(-(z - z.max()))
-    for top_p in (1e-7, 0.1, 0.5, 0.7, 0.9, 0.999, 0.999999, 0.9999999):
-        found = int(sampling_lib._nucleus(jnp.asarray(z)[None], top_p).sum())
-        # The borders within a relative 4e-6 of the smaller part, that of float32's rounding.
-        less = 4e-6 * min(top_p, 1 - top_p)
-        assert nucleus(z, top_p - less) <= found <= nucleus(z, top_p + less), top_p
-
-
-def test_a_top_p_of_1_is_no_filter():
-    logits = 4 * np.random.default_rng(0).normal(size=4096).astype(np.float32)
-    assert_array_equal(draws(logits, Sampling(1.0, top_p=1.0), 20), draws(logits, Sampling(1.0), 20))
-    assert (kept(logits - logits.max(), top_p=1.0, top_k=5000) > 0).all()
-
-
-def test_ties_do_not_let_more_tokens_in():
-    assert set(draws(np.zeros(5, np.float32), Sampling(1.0, top_k=2)).tolist()) == {0, 1}
-
-
-@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1.2e-38, 8e37])
-def test_the_smallest_and_largest_temperatures(temperature):
-    """Logits at the distance of the temperature, ties, ids of no probability, and quotients that overflow."""
-    t = np.float32(min(temperature, 1e30))
-    for logits in (
-        np.array([5, 9, 9, -3e38, -np.inf], np.float32),
-        np.array([0, -t, -2 * t, -3 * t, -np.inf], np.float32),
-        -np.array([9, 5, 5, 3e38, 6], np.float32),
-    ):
-        tokens = draws(logits, Sampling(temperature))
-        wanted = distribution(logits, temperature)
-        counts = np.bincount(tokens, minlength=5) / len(tokens)
-        assert np.abs(counts - wanted).max() < 0.03 and (counts[wanted == 0] == 0).all()
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7), Sampling(1.0, 3, 0.9, 0.1)], ids=str)
-def test_a_row_without_a_distribution_gives_no_token(sampling):
-    rows = np.zeros((5, 6), np.float32)
-    rows[0, 2], rows[1], rows[2, 4] = np.nan, -np.inf, np.inf
-    rows[3, 1:] = -np.inf
-    tokens = sample(jnp.asarray(rows), sampling, jax.random.split(jax.random.key(0), 5))
-    assert tokens[:4].tolist() == [-1, -1, -1, 0] and 0 <= tokens[4] < 6
-
-
-def test_logits_of_another_form_are_refused():
-    keys = jax.random.split(jax.random.key(0), 2)
-    for logits, what in ((np.zeros(3, np.float32), "3"), (np.zeros((2, 0), np.float32), "2, 0")):
-        with pytest.raises(ValueError, match=rf"floating point .B, V., got float32 \[{what}\]$"):
-            sample(logits, GREEDY, keys)
-    with pytest.raises(ValueError, match="floating point .B, V., got int32"):
-        sample(np.zeros((2, 3), np.int32), GREEDY, keys)
-
-
-def test_temperature_sharpens():
-    p = np.exp(LOGITS.astype(np.float64) / 0.5)
-    counts = np.bincount(draws(LOGITS, Sampling(0.5)), minlength=5) / 4000
-    assert np.abs(counts - p / p.sum()).max() < 0.03
-
-
 def test_capacity_is_checked_before_compiling(small, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr("attention_jax.generation.decode._prefill", never)
+    monkeypatch.setattr("attention_jax.generation.loop._start", never)
     with pytest.raises(ValueError, match="a prompt of 3 tokens and 8 new ones exceed the capacity 10"):
         generate(*small, [[1, 2, 3]], max_new_tokens=8, sampling=GREEDY, capacity=10)
     config, params = model(AttentionConfig(num_heads=4), max_positions=10)
@@ -402,37 +275,26 @@ def test_an_id_outside_the_vocabulary_is_refused_or_seen(small):
         assert_array_equal(seen, np.where(ids.astype(int) < 0, 300, ids.astype(int)).astype(seen.dtype))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"temperature": -1}, {"temperature": math.nan}, {"temperature": "0.8"}, {"temperature": True},
-        {"temperature": 1e-40}, {"temperature": 9e37}, {"top_k": 0}, {"top_k": 2.5}, {"top_k": True},
-        {"top_p": 0.0}, {"top_p": math.nan}, {"top_p": True}, {"min_p": 1.5}, {"min_p": [0.1]},
-    ],
-)  # fmt: skip
-def test_bad_sampling(arguments):
-    with pytest.raises(ValueError, match=r"\A(temperature|top_k|top_p|min_p) [^\n]+\Z"):
-        Sampling(**arguments)
-
-
-def test_logits_that_are_not_finite_are_an_error_not_token_0(small):
-    config, params = small
-    broken = params | {"final_norm": {"scale": jnp.full((32,), jnp.nan)}}
+def test_logits_that_are_not_finite_end_their_request_alone(small):
+    """An embedding that is NaN poisons the rows that read it, from the token on that does."""
+    config, params = model(AttentionConfig(num_heads=4, rope=RoPE()), tie_embeddings=False)
+    broken = params | {"embed": {"embedding": params["embed"]["embedding"].copy()}}
+    broken["embed"]["embedding"][60] = np.nan
     for sampling in (GREEDY, Sampling(1.0)):
-        with pytest.raises(ValueError, match="NaN or all -inf for request 7"):
-            generate(
-                config, broken, [[1]], max_new_tokens=3, sampling=sampling, key=jax.random.key(0),
-                request_ids=[7],
-            )  # fmt: skip
+        arguments = {"max_new_tokens": 3, "sampling": sampling, "key": jax.random.key(0)}
+        bad, good = generate_completions(
+            config, broken, [[60], [1]], request_ids=[7, 3], logits_fn=never_60, **arguments
+        )
+        assert (bad.finish_reason, len(bad.tokens), good.finish_reason) == ("error", 0, "length")
+        assert "NaN or all -inf for request 7" in bad.error
+        [alone] = generate(config, params, [[1]], request_ids=[3], logits_fn=never_60, **arguments)
+        assert_array_equal(good.tokens, alone)
+    [bad] = generate_completions(config, broken, [[60]], max_new_tokens=3, sampling=GREEDY)
+    assert bad.error == "the model's logits are NaN or all -inf for request 0"
 
 
-def test_decoding_compiles_once_per_shape(small):
-    from attention_jax.generation.decode import _decode
-
-    generate(*small, [[1, 2]], max_new_tokens=5, sampling=Sampling(0, top_k=7))
-    before = _decode._cache_size()
-    generate(*small, [[4, 5, 6]], max_new_tokens=9, sampling=Sampling(0, top_k=7))
-    assert _decode._cache_size() == before
+def never_60(tokens_BC, logits_BV):
+    return logits_BV.at[:, 60].set(-jnp.inf)
 
 
 def test_scan_layers_decode_too(small):

@@ -49,7 +49,8 @@ def test_a_hybrid_stack_decodes_the_uncached_argmax():
     """64 tokens each of two prompts of different lengths, side by side with left padding."""
     params = jax.tree.map(jnp.asarray, random_params(CONFIG))
     prompts = [np.array([3, 7, 11, 15, 19]), np.array([9, 4])]
-    new = generate(CONFIG, params, prompts, max_new_tokens=64, sampling=Sampling(temperature=0))
+    done = generate(CONFIG, params, prompts, max_new_tokens=64, sampling=Sampling(temperature=0))
+    new = [completion.tokens for completion in done]
     whole = [np.concatenate([prompt, tokens]) for prompt, tokens in zip(prompts, new, strict=True)]
     padded = np.stack([np.pad(row, (0, 69 - len(row))) for row in whole])
     best = np.argmax(jax.jit(lambda t: apply(CONFIG, params, t)[0])(padded), -1)

@@ -73,10 +73,10 @@ def check_sample(folder, expected):
     run = load_run(folder)
     prompts = run.requests(["a sat on"]).prompts
     sampling = Sampling(temperature=1.0)
-    [ids] = generate(
+    [completion] = generate(
         run.model, run.params, prompts, max_new_tokens=24, sampling=sampling, key=jax.random.key(7)
     )
-    assert ids.tolist() == expected
+    assert completion.tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["scan", pytest.param("unrolled", marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from attention_jax.generation import Increment
 from train import signals, streams
 from train.commands import generate, trials
 from train.config.schema import RunConfig
@@ -175,8 +176,12 @@ def test_generate_escapes_on_a_terminal_alone(monkeypatch, kind, shown):
         requests=lambda texts: Requests([[1]], None, texts),
         config=RunConfig(),
     )
-    ids = tokenizer.encode("\x1b[31m é")
-    monkeypatch.setattr(generate, "stream", lambda *_, **__: ([[token]] for token in ids))
+    text = "\x1b[31m é"
+
+    def part(character):
+        return Increment(0, 0, tokenizer.encode(character), character)
+
+    monkeypatch.setattr(generate, "stream", lambda *_, **__: ([part(character)] for character in text))
     monkeypatch.setattr(sys, "stdout", kind())
     generate._print_text(run, generate.Options("run", prompt="\x1b>"), None)
     assert sys.stdout.getvalue() == shown

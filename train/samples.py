@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from attention_jax.generation import Sampling, stream
+from attention_jax.generation import Increment, Sampling, stream
 from attention_jax.model import ModelConfig
 from train.config.schema import RunConfig
 from train.run.restore import Requests, make_requests
@@ -59,7 +59,7 @@ def continued(
 ) -> list[str]:
     """The prompts, each with its generated text; `report` gets a line for every thousand tokens."""
     wanted, pieces = config.evaluation.sample_tokens, []
-    for piece in stream(
+    for increments in stream(
         model,
         params,
         requests.prompts,
@@ -70,12 +70,18 @@ def continued(
         eos_id=tokenizer.end_of_document,
         chunk=_SAMPLED_TOKENS,
     ):
-        pieces.append(piece)
+        pieces.append([_tokens(increment) for increment in increments])
         done = len(pieces) * _SAMPLED_TOKENS
         if done < wanted:
             report(f"sampling: {done:,} of at most {wanted:,} tokens")
     rows = [np.concatenate(row) for row in zip(*pieces, strict=True)]
     return [echo + tokenizer.decode(ids) for echo, ids in zip(requests.echo, rows, strict=True)]
+
+
+def _tokens(increment: Increment) -> np.ndarray:
+    if increment.error is not None:
+        raise ValueError(increment.error)
+    return increment.tokens
 
 
 def filled_in(data: Any, batch: Batch, predicted: jax.Array, length: int) -> list[str]:

@@ -1,7 +1,21 @@
 """Text generation with a language model: prefill, then decoding with the states of all layers."""
 
-from attention_jax.generation.decode import DecodeState, decode_step, prefill
+from attention_jax.generation.choose import adjust, sample
+from attention_jax.generation.decode import DecodeState, decode_step, extend, prefill
 from attention_jax.generation.generate import generate, stream
-from attention_jax.generation.sampling import Sampling, sample
+from attention_jax.generation.results import Completion, Increment
+from attention_jax.generation.sampling import Sampling
 
-__all__ = ["DecodeState", "Sampling", "decode_step", "generate", "prefill", "sample", "stream"]
+__all__ = [
+    "Completion",
+    "DecodeState",
+    "Increment",
+    "Sampling",
+    "adjust",
+    "decode_step",
+    "extend",
+    "generate",
+    "prefill",
+    "sample",
+    "stream",
+]

@@ -1,24 +1,31 @@
-"""Decoding with a state: `prefill`, `decode_step`, and the compiled loop of `generate`.
+"""Decoding with a state: `prefill`, `extend` and `decode_step`.
 
 state = prefill(config, params, tokens_BT, positions_BT, capacity=2048)
 token_B = state.logits_BV.argmax(-1)
 state = decode_step(config, params, state, token_B)
+
+A long prompt is read in pieces by one compiled loop. Each row is cut from its first token on, so that a
+prefix within which a mask is bidirectional lies in one piece, and its last piece is padded on the left, so
+that all rows end together:
+
+    row of 7 tokens, pieces of 4    0 1 2 3 | - 4 5 6
+    row of 3 tokens                 - - - - | - 0 1 2
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.caches import DEFAULT_CACHE, CacheOptions
-from attention_jax.generation.sampling import Sampling, sample
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions, State
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind, init_state
+
+PREFILL_CHUNK = 512  # tokens of a piece where none are asked for
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +41,34 @@ class DecodeState:
     positions_B: jax.Array
     logits_BV: jax.Array
 
+    def fork(self, rows: Any) -> DecodeState:
+        """The state whose row i is a copy of row rows[i]; rows: int [B']."""
+        caches = jax.tree.map(lambda cache: cache.fork(rows), self.caches, is_leaf=_is_state)
+        rows = jnp.asarray(rows)
+        return DecodeState(caches, self.positions_B[rows], self.logits_BV[rows])
+
+    @property
+    def capacity(self) -> int | None:
+        """The largest position + 1 that all layers support; None if their states have a constant size."""
+        return min(map(_capacity, jax.tree.leaves(self.caches, is_leaf=_is_state)), default=None, key=_last)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, State)
+
+
+def _last(capacity: int | None) -> float:
+    return float("inf") if capacity is None else capacity
+
+
+def _capacity(state: Any) -> int | None:
+    """The smallest `capacity` of a state and of the states in its fields; None if there is none."""
+    found = [getattr(state, "capacity", None)]
+    for field in dataclasses.fields(state) if dataclasses.is_dataclass(state) else ():
+        if _is_state(value := getattr(state, field.name)):
+            found.append(_capacity(value))
+    return min(found, key=_last)
+
 
 def prefill(
     config: ModelConfig,
@@ -45,6 +80,7 @@ def prefill(
     memory_BSD: jax.Array | None = None,
     memory_positions_BS: jax.Array | None = None,
     cache: CacheOptions = DEFAULT_CACHE,
+    prefill_chunk: int | None = None,
 ) -> DecodeState:
     """The state after the prompts.
 
@@ -54,25 +90,182 @@ def prefill(
       capacity: the largest position + 1 that the caches support.
       memory_BSD, memory_positions_BS: the memory of `cross` mixers, from `encode`; their caches keep it.
       cache: how the states are stored.
+      prefill_chunk: read the prompts in pieces of as many tokens, by a loop; None is 512, or the model's
+        bidirectional prefix if that is longer.
 
     A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
     tokens than the capacity, for positions of another shape or padded on the right, for a model without a
-    state, and for a token id outside the vocabulary (traced ids give NaN logits).
+    state, for pieces shorter than the model's prefix, and for a token id outside the vocabulary (traced ids
+    give NaN logits).
     """
+    tokens_BT = _checked_tokens(tokens_BT)
+    B, T = tokens_BT.shape
+    if T > capacity:
+        raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
+    positions_BT = _positions(positions_BT, B, T)
+    zeros_B = jnp.zeros((B,), jnp.int32)
+    start = DecodeState(
+        init_state(config, B, capacity, cache=cache), zeros_B, jnp.zeros((B, config.vocab_size), jnp.float32)
+    )
+    ctx = Context(memory_BSD=memory_BSD, memory_positions_BS=memory_positions_BS)
+    chunk = checked_chunk(config, prefill_chunk)
+    return _append(config, params, start, tokens_BT, positions_BT, chunk, ctx)
+
+
+def extend(
+    config: ModelConfig,
+    params: dict,
+    state: DecodeState,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    *,
+    prefill_chunk: int | None = None,
+) -> DecodeState:
+    """The state after more tokens of each row, as after a prefill of all tokens.
+
+    tokens_BT: the new tokens, left-padded if their numbers differ. positions_BT: their positions, which
+    continue `state.positions_B`, -1 for padding; no padding by default. A row without new tokens does not
+    change. prefill_chunk: as in `prefill`.
+
+    A pure function. Raises: ValueError as `prefill`, and for positions that do not continue the state or
+    exceed its capacity. Traced ones give NaN logits past the capacity.
+    """
+    tokens_BT = _checked_tokens(tokens_BT)
+    B, T = tokens_BT.shape
+    if B != len(state.positions_B):
+        raise ValueError(f"tokens_BT has {B} rows and the state {len(state.positions_B)}: give one per row")
+    next_B1 = state.positions_B[:, None]
+    if positions_BT is None:
+        positions_BT = next_B1 + jnp.arange(T, dtype=jnp.int32)[None]
+    else:
+        positions_BT = _positions(positions_BT, B, T)
+    if not isinstance(positions_BT, jax.core.Tracer):
+        given_BT = np.asarray(positions_BT)
+        wanted_BT = np.asarray(next_B1) + np.cumsum(given_BT >= 0, axis=1) - 1
+        wrong_B = ((given_BT >= 0) & (given_BT != wanted_BT)).any(1)
+        if wrong_B.any():
+            row = int(np.flatnonzero(wrong_B)[0])
+            raise ValueError(
+                f"positions_BT of row {row} must continue the state at {int(next_B1[row, 0])}, got "
+                f"{given_BT[row].max(initial=-1, where=given_BT[row] >= 0)} for its last token"
+            )
+        capacity = state.capacity
+        if capacity is not None and given_BT.max() >= capacity:
+            raise ValueError(
+                f"position {given_BT.max()} exceeds the state's capacity {capacity}: prefill with more"
+            )
+    chunk = checked_chunk(config, prefill_chunk)
+    return _append(config, params, state, tokens_BT, positions_BT, chunk, Context())
+
+
+def checked_chunk(config: ModelConfig, chunk: Any) -> int:
+    """The tokens of a piece; ValueError for no integer >= 1, and for less than the model's prefix."""
+    if chunk is None:
+        return max(PREFILL_CHUNK, config.prefix)
+    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
+        raise ValueError(f"prefill_chunk must be an integer >= 1 or None, got {chunk!r}")
+    if chunk < config.prefix:
+        raise ValueError(
+            f"prefill_chunk {chunk} is smaller than the prefix of {config.prefix} tokens within which the "
+            f"mask is bidirectional, which one piece must hold; raise it to {config.prefix}"
+        )
+    return int(chunk)
+
+
+def _append(
+    config: ModelConfig,
+    params: dict,
+    state: DecodeState,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    chunk: int,
+    ctx: Context,
+) -> DecodeState:
+    """The state after left-padded tokens."""
+    T = tokens_BT.shape[1]
+    valid_BT = positions_BT >= 0
+    if T <= chunk:
+        context = dataclasses.replace(ctx, positions_BT=positions_BT)
+        out = bind(config, params).run(tokens_BT, state.caches, ctx=context, last_only=True)
+        caches, logits_BV = out.state, out.logits[:, 0]
+    else:
+        start_B = jnp.where(valid_BT.any(1), jnp.argmax(valid_BT, axis=1), T).astype(jnp.int32)
+        _check_ids(config, tokens_BT, positions_BT)
+        caches, logits_BV = append_pieces(
+            config, params, state, jnp.asarray(tokens_BT), positions_BT, start_B, T - start_B, -(-T // chunk),
+            chunk=chunk, ctx=ctx,
+        )  # fmt: skip
+    new_B = valid_BT.any(1)
+    return DecodeState(
+        caches,
+        jnp.where(new_B, positions_BT[:, -1] + 1, state.positions_B),
+        jnp.where(new_B[:, None], logits_BV, state.logits_BV),
+    )
+
+
+def append_pieces(
+    config: ModelConfig,
+    params: dict,
+    state: DecodeState,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    start_B: jax.Array,
+    length_B: jax.Array,
+    count: jax.Array | int,
+    *,
+    chunk: int,
+    ctx: Context,
+) -> tuple[Any, jax.Array]:
+    """The caches and the last logits [B, V] after the tokens start_B ... start_B + length_B - 1 of each row.
+
+    They are read in `count` pieces of `chunk` tokens, enough for the longest row; `count` may be traced. ctx:
+    the memory of `cross` mixers, for the first piece.
+    """
+    model = bind(config, params)
+    T = tokens_BT.shape[1]
+    count_B = -(-length_B // chunk)
+
+    def piece(j, carry, ctx=Context()):  # noqa: B008 (frozen)
+        i_B1 = (j - count + count_B)[:, None]  # the piece's index in each row, negative before its first
+        first_B1 = jnp.where(i_B1 == count_B[:, None] - 1, length_B[:, None] - chunk, i_B1 * chunk)
+        index_BC = first_B1 + jnp.arange(chunk, dtype=jnp.int32)[None]
+        valid_BC = (i_B1 >= 0) & (index_BC >= i_B1 * chunk)
+        columns_BC = jnp.clip(start_B[:, None] + index_BC, 0, T - 1)
+        tokens_BC, positions_BC = (
+            jnp.take_along_axis(x, columns_BC, axis=1) for x in (tokens_BT, positions_BT)
+        )
+        ctx = dataclasses.replace(ctx, positions_BT=jnp.where(valid_BC, positions_BC, -1))
+        out = model.run(jnp.where(valid_BC, tokens_BC, 0), carry[0], ctx=ctx, last_only=True)
+        return out.state, out.logits[:, 0]
+
+    carry = (state.caches, state.logits_BV)
+    if (
+        ctx.memory_BSD is not None
+    ):  # the first piece fills caches that have no keys, and another shape, before
+        return jax.lax.fori_loop(1, count, piece, piece(0, carry, ctx))
+    return jax.lax.fori_loop(0, count, piece, carry)
+
+
+def _checked_tokens(tokens_BT: Any) -> Any:
     tokens_BT = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
     shape = tokens_BT.shape
     if len(shape) != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ValueError(f"tokens_BT must be integers [B, T], got {tokens_BT.dtype} {list(shape)}")
     if 0 in shape:
         raise ValueError(f"tokens must hold at least one row and one token, got {list(shape)}: skip the call")
-    B, T = shape
-    if T > capacity:
-        raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
-    positions_BT = _positions(positions_BT, B, T)
-    ctx = Context(positions_BT, memory_BSD=memory_BSD, memory_positions_BS=memory_positions_BS)
-    caches = init_state(config, B, capacity, cache=cache)
-    logits_B1V, caches, _ = bind(config, params).run(tokens_BT, caches, ctx=ctx, last_only=True)
-    return DecodeState(caches, positions_BT[:, -1] + 1, logits_B1V[:, 0])
+    return tokens_BT
+
+
+def _check_ids(config: ModelConfig, tokens_BT: Any, positions_BT: jax.Array) -> None:
+    """ValueError for an id outside the vocabulary where its value is known, as that of `apply`."""
+    if isinstance(tokens_BT, jax.core.Tracer) or isinstance(positions_BT, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens_BT)[np.asarray(positions_BT) >= 0]
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"token id {outside[0]} is outside 0..{config.vocab_size - 1}, the model's vocabulary"
+        )
 
 
 def _positions(positions_BT: Any, B: int, T: int) -> jax.Array:
@@ -112,47 +305,3 @@ def decode_step(
     logits_B1V, caches, _ = bind(config, params).run(tokens_B[:, None], state.caches, ctx=ctx)
     step_B = 1 if active_B is None else active_B.astype(jnp.int32)
     return DecodeState(caches, state.positions_B + step_B, logits_B1V[:, 0])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(config: ModelConfig, capacity: int, width: int, params, tokens_BT, positions_BT, source) -> dict:
-    """The initial carry of `_decode`: a `DecodeState` and buffers for `width` new tokens per row."""
-    memory, B = {}, tokens_BT.shape[0]
-    if source is not None:
-        memory_BSD = bind(config, params).encode(source[0], ctx=Context(positions_BT=source[1]))
-        memory = {"memory_BSD": memory_BSD, "memory_positions_BS": source[1]}
-    return {
-        "decode": prefill(config, params, tokens_BT, positions_BT, capacity=capacity, **memory),
-        "step": jnp.int32(0),
-        "out": jnp.full((B, width), -1, jnp.int32),
-        "done": jnp.zeros((B,), bool),
-        "bad": jnp.zeros((B,), bool),
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(config: ModelConfig, sampling: Sampling, params, keys_B, carry: dict, eos, limit) -> dict:
-    """The carry after sampling until step `limit`, or until every row has sampled `eos`."""
-
-    def unfinished(c):
-        return (c["step"] < limit) & jnp.any(c["done"] == False)  # noqa: E712
-
-    def draw(c):
-        state = c["decode"]
-        keys = jax.vmap(jax.random.fold_in)(keys_B, state.positions_B)
-        token_B = sample(state.logits_BV, sampling, keys)
-        bad_B = c["bad"] | ((token_B < 0) & (c["done"] == False))  # noqa: E712
-        done_B = c["done"] | (token_B == eos) | bad_B
-        # The states of finished rows do not change.
-        state = decode_step(config, params, state, token_B, done_B == False)  # noqa: E712
-        return {
-            "decode": state,
-            "step": c["step"] + 1,
-            "out": jax.lax.dynamic_update_index_in_dim(
-                c["out"], jnp.where(done_B, -1, token_B), c["step"], axis=1
-            ),
-            "done": done_B,
-            "bad": bad_B,
-        }
-
-    return jax.lax.while_loop(unfinished, draw, carry)

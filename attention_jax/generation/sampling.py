@@ -1,28 +1,52 @@
-"""Sampling of tokens from logits: temperature, then top-k, top-p and min-p."""
+"""`Sampling`: how the tokens of one request are chosen, and when it ends."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import numbers
+import operator
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 # The smallest normal number of float32: a processor may round smaller ones to 0, such as the reciprocal of a
 # larger temperature than its own.
-_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
+TOP_LOGPROBS = 20  # the largest `logprobs`: a program reports as many for every request that asks for any
+_MOST_STOPS = 64
+_MOST_STOP_CHARACTERS = 4096
+_MOST_SAMPLES = 2**12
+_SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sampling options, applied in this order: temperature, top-k, top-p, min-p.
+    """How the tokens of one request are chosen, and when it ends; the names are those of vLLM.
 
-    temperature: divides the logits; 0 selects the largest logit (greedy).
-    top_k: keep the k most probable tokens. top_p: keep the fewest most probable tokens with a total
-    probability of at least p (Holtzman et al. 2020, arXiv 1904.09751); 1 keeps all. min_p: keep tokens of at
-    least min_p times the largest probability (arXiv 2407.01082). Of equally probable tokens those of the
-    smallest ids are kept.
+    The logits of the model pass through these steps, in this order:
+
+    1. `repetition_penalty` r (arXiv 1909.05858) divides positive logits of ids in the prompt or the output by
+       r and multiplies negative ones by it; `frequency_penalty` is subtracted once per occurrence in the
+       output, `presence_penalty` once if there is any.
+    2. `logit_bias` maps ids to numbers that are added; -inf bans an id. Ids that would end the request are
+       banned until it has `min_tokens` tokens.
+    3. `temperature` divides; 0 selects the largest logit (greedy).
+    4. `top_k` keeps the k most probable tokens. `top_p` keeps the fewest most probable tokens with a total
+       probability of at least p (arXiv 1904.09751); 1 keeps all. `min_p` keeps tokens of at least min_p
+       times the largest probability (arXiv 2407.01082). Of equally probable tokens those of the smallest ids
+       are kept.
+
+    max_tokens: the most tokens; None is `max_new_tokens` of the call. min_tokens: no stop id and no stop
+      string ends the request before it has as many.
+    seed: an integer in [0, 2^32) that determines the random numbers of the request alone; None derives them
+      from the key of the call and the request's id.
+    stop_ids: ids that end the request, beside the call's `eos_id`. stop: strings that end it.
+    logprobs: n in [0, 20] also reports the log-probability of each token and of the n most probable ones.
+      They are those of the model: log-softmax of its logits, before step 1 and before `logits_fn`.
+    n: the number of samples.
 
     Raises: ValueError for an option of another type or outside its range.
     """
@@ -31,8 +55,35 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self):
+        self._check_distribution()
+        _check_integer("min_tokens", self.min_tokens, 0)
+        _check_integer("max_tokens", self.max_tokens, 1, none=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}: lower it"
+            )
+        _check_integer("seed", self.seed, 0, _SEEDS - 1, none=True)
+        _check_integer("logprobs", self.logprobs, 0, TOP_LOGPROBS, none=True)
+        _check_integer("n", self.n, 1, _MOST_SAMPLES)
+        # Tuples, so that the object is hashable.
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        object.__setattr__(self, "stop_ids", _stop_ids(self.stop_ids))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+
+    def _check_distribution(self) -> None:
         temperature = _number("temperature", self.temperature)
         if not 0 <= temperature <= 1 / _SMALLEST:
             raise ValueError(f"temperature must be in [0, {1 / _SMALLEST:.3g}], got {self.temperature}")
@@ -50,66 +101,87 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 < _number(name, value) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if not 0.01 <= _number("repetition_penalty", self.repetition_penalty) <= 100:
+            raise ValueError(f"repetition_penalty must be in [0.01, 100], got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not -100 <= _number(name, value) <= 100:
+                raise ValueError(f"{name} must be in [-100, 100], got {value}")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether top-k, top-p or min-p is on."""
+        return self.top_k is not None or self.top_p not in (None, 1) or self.min_p is not None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty is on."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def sample(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
-    """A token per row, int32 [B], sampled with the key of the row.
-
-    A row whose largest logit is NaN or infinite has no distribution and gives -1. Raises: ValueError for
-    logits that are not floating point [B, V].
-    """
-    shape, dtype = jnp.shape(logits_BV), jnp.result_type(logits_BV)
-    if len(shape) != 2 or not shape[1] or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"logits must be floating point [B, V], got {dtype} {list(shape)}")
-    logits_BV = jnp.asarray(logits_BV, jnp.promote_types(dtype, jnp.float32))
-    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    if sampling.temperature == 0:
-        token_B = jnp.argmax(logits_BV, axis=-1)
-    else:
-        # Relative to the largest: a quotient by a small temperature would overflow, and be rounded more.
-        token_B = _draw((logits_BV - largest_B1) / float(sampling.temperature), sampling, keys_B)
-    return jnp.where(jnp.isfinite(largest_B1[:, 0]), token_B, -1).astype(jnp.int32)
-
-
-def _draw(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
-    """Draws from logits of which each row's largest is 0."""
-    draw = jax.vmap(jax.random.categorical)
-    if sampling.top_k is None and sampling.top_p in (None, 1) and sampling.min_p is None:
-        return draw(keys_B, logits_BV)
-    sorted_BV, order_BV = _kept(logits_BV, sampling)
-    return jnp.take_along_axis(order_BV, draw(keys_B, sorted_BV)[:, None], axis=-1)[:, 0]
-
-
-def _kept(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """The logits in descending order, -inf for those that a filter drops, and their ids."""
-    # In sorted order each filter keeps a prefix, so that ties cannot keep more tokens than requested.
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        sorted_BV = sorted_BV.at[:, sampling.top_k :].set(-jnp.inf)
-    if sampling.top_p not in (None, 1):
-        sorted_BV = jnp.where(_nucleus(sorted_BV, float(sampling.top_p)), sorted_BV, -jnp.inf)
-    if sampling.min_p is not None:
-        sorted_BV = jnp.where(sorted_BV >= math.log(sampling.min_p), sorted_BV, -jnp.inf)
-    return sorted_BV, order_BV
-
-
-def _nucleus(sorted_BV: jax.Array, top_p: float) -> jax.Array:
-    """True for the tokens, in descending order, before which less than top_p of the probability lies.
-
-    Sums over many tokens are rounded: a cumulative sum reaches 1 long before the last of 100,000. The
-    smaller of the two parts decides, in which the rounding is relative to the smaller of top_p and 1 - top_p.
-    """
-    mass_BV = jnp.exp(sorted_BV)  # unnormalised: the first is 1
-    total_B1 = mass_BV.sum(-1, keepdims=True)
-    if top_p <= 0.5:
-        before_BV = jnp.cumsum(mass_BV, axis=-1) - mass_BV
-        return before_BV < top_p * total_B1
-    from_here_BV = jax.lax.cumsum(mass_BV, axis=1, reverse=True)
-    return from_here_BV > (1 - top_p) * total_B1
+def is_integer(value: Any) -> bool:
+    """True for an integer of any type but bool."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def _check_integer(name: str, value: Any, low: int, high: int | None = None, *, none: bool = False) -> None:
+    if none and value is None:
+        return
+    if not is_integer(value) or value < low or (high is not None and value > high):
+        allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be an integer {allowed}{' or None' if none else ''}, got {value!r}")
+
+
+def _bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    try:
+        rows = [(token, value) for token, value in (bias.items() if hasattr(bias, "items") else bias)]
+    except (TypeError, ValueError):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {bias!r}") from None
+    for token, value in rows:
+        if not is_integer(token):
+            raise ValueError(f"logit_bias must map token ids to numbers, got the id {token!r}")
+        value = _number(f"logit_bias[{token}]", value)
+        if math.isnan(value) or value > _LARGEST or -math.inf < value < -_LARGEST:
+            raise ValueError(f"logit_bias[{token}] must be a finite float32, or -inf to ban it, got {value}")
+    if len({int(token) for token, _ in rows}) < len(rows):
+        raise ValueError("logit_bias names a token id twice: give each id one number")
+    return tuple((int(token), float(value)) for token, value in rows)
+
+
+def _stop_ids(ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__iter__"):
+        raise ValueError(f"stop_ids must be a tuple of token ids, got {ids!r}")
+    for token in (ids := tuple(ids)):
+        if not is_integer(token):
+            raise ValueError(f"stop_ids must hold token ids, got {token!r}")
+    return tuple(int(token) for token in ids)
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if isinstance(stop, str | bytes) or not hasattr(stop, "__iter__"):
+        raise ValueError(f"stop must be a tuple of strings, got {stop!r}: write ({stop!r},)")
+    stop = tuple(stop)
+    if len(stop) > _MOST_STOPS:
+        raise ValueError(f"stop has {len(stop)} strings; give at most {_MOST_STOPS}")
+    for index, text in enumerate(stop):
+        if not isinstance(text, str):
+            raise ValueError(f"stop must hold strings, got {text!r} at {index}")
+        if not text:
+            raise ValueError(f"stop string {index} is empty and would end every text: leave it out")
+        if len(text) > _MOST_STOP_CHARACTERS:
+            raise ValueError(
+                f"stop string {index} has {len(text)} characters; give at most {_MOST_STOP_CHARACTERS}"
+            )
+    return stop

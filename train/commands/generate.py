@@ -9,17 +9,18 @@ shown as escapes such as \\x1b; a file or a pipe gets the text as it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
 from attention_jax.generation import Sampling, stream
 from train import command_line
 from train.commands.types import Folder, Integer, MaybeInteger, MaybeNumber, Number, Positional
-from train.data.tokenizers import StreamDecoder
 from train.run.restore import Requests, TrainedRun, load_run
 from train.streams import printable
 
@@ -57,7 +58,23 @@ def _main(options: Options) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     run = load_run(options.run_dir, step=step)
     print(f"{options.run_dir}: checkpoint of step {run.step}, {run.chosen}", file=sys.stderr, flush=True)
-    _print_text(run, options, sampling)
+    with _compilation_told():
+        _print_text(run, options, sampling)
+
+
+@contextlib.contextmanager
+def _compilation_told() -> Iterator[None]:
+    """Print on stderr how long each program took to compile, which the first call of a length waits for."""
+    log, handler = logging.getLogger("attention_jax.generation"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
@@ -65,8 +82,7 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
     requests = run.requests([options.prompt])
     for note in notes(run, requests):
         print(note, file=sys.stderr, flush=True)
-    decoder = StreamDecoder(run.tokenizer)
-    pieces = stream(
+    parts = stream(
         run.model,
         run.params,
         requests.prompts,
@@ -75,13 +91,16 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
         sampling=sampling,
         key=jax.random.key(seed),
         eos_id=run.tokenizer.end_of_document,
+        tokenizer=run.tokenizer,
     )
     shown = printable if sys.stdout.isatty() else str
     sys.stdout.write(shown(requests.echo[0]))
-    for [ids] in pieces:
-        sys.stdout.write(shown("".join(decoder.push(int(token)) for token in ids)))
+    for [part] in parts:
+        sys.stdout.write(shown(part.text))
         sys.stdout.flush()
-    sys.stdout.write(shown(decoder.finish()) + "\n")
+        if part.error is not None:
+            raise ValueError(part.error)
+    sys.stdout.write("\n")
 
 
 def notes(run: TrainedRun, requests: Requests) -> list[str]:
