@@ -1,6 +1,7 @@
 """Decoding states of the mixers. A state that only one mixer uses is defined in the mixer's module."""
 
-from attention_jax.caches.base import Cache, State, fork_all, rewind_all
+from attention_jax.caches.base import Cache, State, fork_all, rewind_all, storable
+from attention_jax.caches.files import load, save
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
 from attention_jax.caches.quantized import QuantizedKVCache, empty_kv_cache
@@ -19,5 +20,8 @@ __all__ = [
     "State",
     "empty_kv_cache",
     "fork_all",
+    "load",
     "rewind_all",
+    "save",
+    "storable",
 ]

@@ -42,8 +42,31 @@ class Cache(Protocol):
         ...
 
 
+STORABLE: dict[str, type] = {}  # the classes that a saved state may contain, by the name in its file
+
+
+def storable(cls: type) -> type:
+    """The class itself, a dataclass or NamedTuple of arrays, which `save` and `load` then accept in a state.
+
+    Subclasses of `State` are registered as they are defined. Fields that are no arrays need the metadata
+    `static` and hold numbers, strings, dtypes, None or tuples of these.
+    """
+    STORABLE[stored_name(cls)] = cls
+    return cls
+
+
+def stored_name(cls: type) -> str:
+    """The name of a class in files: independent of its module in this library, qualified elsewhere."""
+    inside = cls.__module__.partition(".")[0] == "attention_jax"
+    return cls.__name__ if inside else f"{cls.__module__}.{cls.__qualname__}"
+
+
 class State:
     """Base class of all states: implements `fork` and `nbytes` for any pytree."""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        storable(cls)
 
     def fork(self, rows: jax.Array) -> Self:
         """The state whose row i is a copy of row rows[i]; rows: int [B'], each in [0, B).

@@ -24,7 +24,15 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
-from attention_jax.caches import DEFAULT_CACHE, HeldKeys, KVCache, QuantizedKVCache, State, empty_kv_cache
+from attention_jax.caches import (
+    DEFAULT_CACHE,
+    HeldKeys,
+    KVCache,
+    QuantizedKVCache,
+    State,
+    empty_kv_cache,
+    storable,
+)
 from attention_jax.choices import check_between
 from attention_jax.layers import head_norm
 from attention_jax.layers.norms import ACTIVATIONS
@@ -40,6 +48,8 @@ from attention_jax.mixers.parts import (
 from attention_jax.mixers.softmax_parts import SelfAttention, SelfAttentionConfig
 from attention_jax.ops import two_float
 from attention_jax.ops.two_float import TwoFloat
+
+storable(TwoFloat)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,7 @@ from attention_jax.caches import (
     QuantizedKVCache,
     State,
     empty_kv_cache,
+    storable,
 )
 from attention_jax.layers import fused_linear, gelu, linear
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
@@ -149,6 +150,7 @@ class NSAConfig(MixerConfig):
         )
 
 
+@storable
 class Compressed(NamedTuple):
     """Compressed keys (rotated to their positions) and values, and the position of each block's last token.
 
