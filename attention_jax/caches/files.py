@@ -1,9 +1,9 @@
 """Decoding states in files: one safetensors file each, whose metadata describes the state in JSON.
 
-The metadata has two strings. `attention_jax` is the description: format number, fingerprint of the model, the
-classes and static fields of the state, dtype and shape of every tensor, and the SHA-256 of all tensors' bytes.
-`sha256` is the SHA-256 of the description. Loading constructs registered classes (`storable`) only; it neither
-unpickles nor evaluates anything that a file contains.
+The metadata has two strings. `attention_jax` is the description: format number, fingerprint of the model,
+the classes and static fields of the state, dtype and shape of every tensor, and the SHA-256 of all tensors'
+bytes. `sha256` is the SHA-256 of the description. Loading constructs registered classes (`storable`) only; it
+neither unpickles nor evaluates anything that a file contains.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def save(path: str | os.PathLike, state: Any, *, model: str) -> None:
     tree = _describe(state, "", arrays)
     digest = hashlib.sha256()
     for _, x, _ in arrays:
-        digest.update(x.data)
+        digest.update(_bytes(x))
     tensors = [{"name": name, "dtype": dtype, "shape": list(x.shape)} for name, x, dtype in arrays]
     description = json.dumps(
         {"format": FORMAT, "model": model, "tree": tree, "tensors": tensors, "sha256": digest.hexdigest()},
@@ -65,35 +65,24 @@ def load(path: str | os.PathLike, *, model: str) -> Any:
     """The state in a file that `save` wrote, with the same bits.
 
     model: the fingerprint of the model that continues with it. Raises: ValueError for a file of another model
-    or format, for one that is damaged, and for one with classes that this program does not have; OSError where
-    it cannot be read.
+    or format, for one that is damaged, and for one with classes that this program does not have; OSError
+    where it cannot be read.
     """
     _check_model("load", model)
     path = Path(path)
     found, description = _header(path)
     if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: format {description.get('format')!r}, expected {FORMAT}: save the state again"
-        )
+        found = description.get("format")
+        raise ValueError(f"{path}: state of format {found!r}, expected {FORMAT}: prefill again")
     if description["model"] != model:
         raise ValueError(
-            f"{path}: state of another model, {description['model']!r}, expected {model!r}: prefill again"
+            f"{path}: state of model {description['model']}, not of {model}: prefill again or load that model"
         )
-    tensors = description["tensors"]
-    for tensor in tensors:
-        _check_tensor(path, tensor, found)
-    digest, arrays = hashlib.sha256(), []
     try:
-        with safe_open(path, framework="np") as file:
-            for tensor in tensors:
-                x = np.ascontiguousarray(file.get_tensor(tensor["name"]))
-                digest.update(x.reshape(-1).data)
-                arrays.append(x.view(jnp.dtype(tensor["dtype"])))
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from None
-    if digest.hexdigest() != description["sha256"]:
-        raise _damaged(path, "the tensors have another SHA-256 than when they were saved")
-    return _build(path, description["tree"], [_on_device(path, x) for x in arrays])
+        arrays = _tensors(path, found, description)
+        return _build(path, description["tree"], [_on_device(path, x) for x in arrays])
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        raise _damaged(path, "the description is not one that caches.save writes") from None
 
 
 def _check_model(function: str, model: Any) -> None:
@@ -129,9 +118,8 @@ def _describe(node: Any, path: str, arrays: list) -> Any:
         return {"dict": {key: _describe(x, f"{path}/{key}", arrays) for key, x in node.items()}}
     name = stored_name(cls)
     if STORABLE.get(name) is not cls:
-        raise ValueError(
-            f"save: {path or 'the state'} is a {name}, which no file can hold: see caches.storable"
-        )
+        where = path or "the state"
+        raise ValueError(f"save: {where} is a {name}, which no file can hold: see caches.storable")
     data, static = _fields(cls)
     return {
         "class": name,
@@ -144,10 +132,9 @@ def _fields(cls: type) -> tuple[list[str], list[str]]:
     """The names of the fields with arrays and of the static ones of a dataclass or NamedTuple."""
     if not dataclasses.is_dataclass(cls):
         return list(cls._fields), []
-    fields = dataclasses.fields(cls)
-    return [f.name for f in fields if not f.metadata.get("static")], [
-        f.name for f in fields if f.metadata.get("static")
-    ]
+    fields = {field.name: bool(field.metadata.get("static")) for field in dataclasses.fields(cls)}
+    data, static = ([name for name in fields if fields[name] == wanted] for wanted in (False, True))
+    return data, static
 
 
 def _static(value: Any, path: str) -> Any:
@@ -222,6 +209,29 @@ def _check_tensor(path: Path, tensor: dict[str, Any], found: dict[str, Any]) -> 
         raise _damaged(path, f"tensor {name!r} has dtype {found[name]['dtype']}, not {dtype}")
 
 
+def _tensors(path: Path, found: dict[str, Any], description: dict[str, Any]) -> list[np.ndarray]:
+    """The arrays of a file in the order of its description, with their dtypes, shapes and bytes checked."""
+    tensors = description["tensors"]
+    for tensor in tensors:
+        _check_tensor(path, tensor, found)
+    digest, arrays = hashlib.sha256(), []
+    try:
+        with safe_open(path, framework="np") as file:
+            for tensor in tensors:
+                x = file.get_tensor(tensor["name"])
+                digest.update(_bytes(x))
+                arrays.append(x.view(jnp.dtype(tensor["dtype"])))
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from None
+    if digest.hexdigest() != description["sha256"]:
+        raise _damaged(path, "the tensors have another SHA-256 than when they were saved")
+    return arrays
+
+
+def _bytes(x: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+
+
 def _on_device(path: Path, x: np.ndarray) -> jax.Array:
     if jnp.dtype(x.dtype) != jax.dtypes.canonicalize_dtype(x.dtype):
         raise ValueError(f"{path}: holds {x.dtype} numbers, which JAX would round: set jax_enable_x64")
@@ -243,16 +253,15 @@ def _build(path: Path, node: Any, arrays: list[jax.Array]) -> Any:
         return {key: _build(path, x, arrays) for key, x in node["dict"].items()}
     cls = STORABLE.get(node["class"])
     if cls is None:
-        raise ValueError(
-            f"{path}: holds a {node['class']}, which is unknown here: import the module that has it"
-        )
+        raise ValueError(f"{path}: holds a {node['class']}, an unknown class: import its module first")
     fields = {field: _build(path, x, arrays) for field, x in node["fields"].items()}
     static = {field: _built_static(value) for field, value in node["static"].items()}
     data, fixed = _fields(cls)
     if set(data) != set(fields) or set(fixed) != set(static):
         names = sorted(set(data + fixed) ^ (fields.keys() | static.keys()))
         raise ValueError(
-            f"{path}: a {node['class']} of another version, which differs in {', '.join(names)}: prefill again"
+            f"{path}: holds a {node['class']} of another version, which differs in {', '.join(names)}: "
+            "prefill again"
         )
     return cls(**fields, **static)
 

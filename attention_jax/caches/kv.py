@@ -108,7 +108,7 @@ class KVCache(State):
     @property
     def ring(self) -> int:
         """The number of slots in the ring."""
-        return self.positions_BS.shape[1] - len(self.pins)
+        return self.positions_BS.shape[-1] - len(self.pins)
 
     @property
     def wraps(self) -> bool:
