@@ -213,14 +213,14 @@ def test_positions_with_gaps_are_refused():
 
 
 def test_a_row_can_go_back_to_nothing_and_begin_again():
-    for mask in (Causal(), SlidingWindow(5), (SlidingWindow(2) | Sinks(2)) & Causal()):
+    for mask in (MASKS["everything"], MASKS["ring and pins"]):
         cache = filled(mask, (3, 2, 1)).rewind(np.array([3, 2, 1]))
         assert_array_equal(cache.newest_B, [-1] * B)
         assert (cache.positions_BS < 0).all()
         rng = np.random.default_rng(1)
         k, v, c = tokens(rng)
         positions = np.tile(np.arange(T), (B, 1))
-        again, new = (x.append(k, v, positions, c) for x in (cache, empty(mask)))
+        again, new = (_append(x, k, v, positions, c) for x in (cache, empty(mask)))
         for b in range(B):
             jax.tree.map(assert_array_equal, visible(again, None, b), visible(new, None, b))
 
@@ -273,6 +273,17 @@ def test_a_traced_count_that_cannot_be_honoured_loses_its_row():
         assert_array_equal(after.overflow(np.full((B, 1), 21))[:, 0], wrong)
         with pytest.raises(ValueError, match="but an earlier traced rewind lost it"):
             after.rewind(np.array(wrong).astype(int))
+
+
+def test_the_stacked_state_of_scanned_layers_rewinds_each_layer():
+    layers = [filled(SlidingWindow(5), (20, 9, 3)), filled(SlidingWindow(5), (12, 30, 20))]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    n_B = np.array([2, 3, 0])
+    back = stacked.rewind(n_B)
+    for i, layer in enumerate(layers):
+        jax.tree.map(lambda x, y, i=i: assert_array_equal(x[i], y), back, layer.rewind(n_B))
+    with pytest.raises(ValueError, match="row 0 takes back 2 tokens, but its ring can take back 1 more"):
+        back.rewind(np.array([2, 0, 0]))
 
 
 def test_the_memory_of_an_encoder_stays():
@@ -415,16 +426,17 @@ def test_all_layers_rewind_and_fork_together(scan):
     run = jax.jit(lambda tokens, state, at: apply(config, params, tokens, state, ctx=Context(at))[:2])
     ids = np.random.default_rng(0).integers(0, 13, (2, 12))
     at = np.tile(np.arange(4), (2, 1))
-    start = init_state(config, 2, 20, cache=CacheOptions(spare=3))
+    start = jax.jit(lambda: init_state(config, 2, 20, cache=CacheOptions(spare=3)))()
     _, state = run(ids[:, :4], start, at)
     _, state = run(ids[:, 4:8], state, at + 4)
-    back = (rewind_all if scan else jax.jit(rewind_all))(state, np.array([1, 3]))
+    back = jax.jit(rewind_all)(state, np.array([1, 3]))
     _, never = run(ids[:, :4], start, at)
     _, never = run(ids[:, 4:8], never, np.array([[4, 5, 6, -1], [4, -1, -1, -1]]))
     last = np.array([[7, 8, 9, 10], [5, 6, 7, 8]])
     (a, _), (b, _) = run(ids[:, 8:], back, last), run(ids[:, 8:], never, last)
     assert_array_equal(a, b)
-    swapped, _ = run(ids[::-1, 8:], fork_all(back, np.array([1, 0])), last[::-1])
+    forked = jax.jit(fork_all)(back, np.array([1, 0]))
+    swapped, _ = run(ids[::-1, 8:], forked, last[::-1])
     assert_array_equal(swapped[::-1], a)
     with pytest.raises(ValueError, match="row 1 takes back 4 tokens"):
         rewind_all(state, np.array([0, 4]))
@@ -433,24 +445,21 @@ def test_all_layers_rewind_and_fork_together(scan):
 def test_a_quantised_cache_rewinds_its_codes_and_its_newest_tokens():
     options = CacheOptions(spare=SPARE, quantize="int8", residual=3)
     append, rewind = jax.jit(QuantizedKVCache.append), jax.jit(QuantizedKVCache.rewind)
-    for mask in (Causal(), SlidingWindow(6)):
-        cache, history, given = empty(mask, options), History(2), []
-        for _ in range(history.steps):
-            positions = history.append()
-            given.append(tokens(history.rng))
-            cache = append(cache, given[-1][0], given[-1][1], positions, given[-1][2])
-            cache = rewind(cache, history.rewind(possible(cache.recent)))
-        never = empty(mask, options)
-        for positions, (k, v, c) in zip(history.calls, given, strict=True):
-            never = append(never, k, v, positions, c)
-        lookback, _ = mask.cache_span()
-        views = [
-            dataclasses.replace(
-                x.codes, k_BSKH=x.view().k_BSKH, v_BSKM=x.view().v_BSKM, per_key=x.view().per_key
-            )
-            for x in (cache, never)
-        ]
-        for b in range(B):
-            jax.tree.map(assert_array_equal, *(visible(view, lookback, b) for view in views))
+    mask = SlidingWindow(6)
+    cache, history, given = empty(mask, options), History(2), []
+    for _ in range(history.steps):
+        positions = history.append()
+        given.append(tokens(history.rng))
+        cache = append(cache, given[-1][0], given[-1][1], positions, given[-1][2])
+        cache = rewind(cache, history.rewind(possible(cache.recent)))
+    never = empty(mask, options)
+    for positions, (k, v, c) in zip(history.calls, given, strict=True):
+        never = append(never, k, v, positions, c)
+    views = []
+    for state in (cache, never):
+        view = state.view()._asdict()
+        views.append(dataclasses.replace(state.codes, **view))
+    for b in range(B):
+        jax.tree.map(assert_array_equal, *(visible(view, 6, b) for view in views))
     with pytest.raises(ValueError, match="row 0 takes back 4 tokens, but its ring can take back 3"):
         cache.rewind(np.array([4, 0, 0]))
