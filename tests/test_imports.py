@@ -233,11 +233,21 @@ def test_no_other_file_knows_a_mechanism():
 
 
 def test_the_library_needs_no_training_packages():
-    """`import attention_jax` pulls in jax, flax and numpy, but nothing of the `train` extra by itself."""
+    """`import attention_jax` pulls in its own requirements, but nothing of the `train` extra by itself."""
     used = {name.split(".")[0] for path in (ROOT / "attention_jax").rglob("*.py")
             for name in _imports(path.read_text())}  # fmt: skip
     # Inside functions, so that only drawing and timing beside peers need them: matplotlib, torch, tokamax.
-    known = {"attention_jax", "jax", "flax", "numpy", "einops", "matplotlib", "torch", "tokamax"}
+    known = {
+        "attention_jax",
+        "jax",
+        "flax",
+        "numpy",
+        "einops",
+        "safetensors",
+        "matplotlib",
+        "torch",
+        "tokamax",
+    }
     assert used <= known | set(sys.stdlib_module_names)
 
 

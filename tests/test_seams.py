@@ -288,7 +288,7 @@ def test_the_memory_is_filled_by_the_prefill():
         mixers=(make_config("softmax", num_heads=2), make_config("cross", num_heads=2)),
     )
     params = random_params(config)
-    assert [state.nbytes for state in init_state(config, 2, 8)] == [2 * 8 * (2 * 16 * 4 + 4), 0]
+    assert [state.nbytes for state in init_state(config, 2, 8)] == [2 * (8 * (2 * 16 * 4 + 4) + 4), 0]
     memory = jax.random.normal(jax.random.key(1), (2, 3, 16))
     tokens = jnp.arange(8).reshape(2, 4)
     start = jax.jit(lambda t, m: prefill(config, params, t, capacity=8, memory_BSD=m))

@@ -1,8 +1,10 @@
 """Decoding states of the mixers. A state that only one mixer uses is defined in the mixer's module."""
 
-from attention_jax.caches.base import Cache, State
+from attention_jax.caches.base import Cache, State, fork_all, rewind_all, storable
+from attention_jax.caches.files import load, save
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
+from attention_jax.caches.quantized import QuantizedKVCache, empty_kv_cache
 from attention_jax.caches.recurrent import LinearState, RecurrentState
 
 __all__ = [
@@ -13,6 +15,13 @@ __all__ = [
     "KVCache",
     "LinearState",
     "MemoryCache",
+    "QuantizedKVCache",
     "RecurrentState",
     "State",
+    "empty_kv_cache",
+    "fork_all",
+    "load",
+    "rewind_all",
+    "save",
+    "storable",
 ]

@@ -42,8 +42,31 @@ class Cache(Protocol):
         ...
 
 
+STORABLE: dict[str, type] = {}  # the classes that a saved state may contain, by the name in its file
+
+
+def storable(cls: type) -> type:
+    """The class itself, a dataclass or NamedTuple of arrays, which `save` and `load` then accept in a state.
+
+    Subclasses of `State` are registered as they are defined. Fields that are no arrays need the metadata
+    `static` and hold numbers, strings, dtypes, None or tuples of these.
+    """
+    STORABLE[stored_name(cls)] = cls
+    return cls
+
+
+def stored_name(cls: type) -> str:
+    """The name of a class in files: independent of its module in this library, qualified elsewhere."""
+    inside = cls.__module__.partition(".")[0] == "attention_jax"
+    return cls.__name__ if inside else f"{cls.__module__}.{cls.__qualname__}"
+
+
 class State:
     """Base class of all states: implements `fork` and `nbytes` for any pytree."""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        storable(cls)
 
     def fork(self, rows: jax.Array) -> Self:
         """The state whose row i is a copy of row rows[i]; rows: int [B'], each in [0, B).
@@ -65,7 +88,12 @@ class State:
         return jax.tree.map(lambda x: x[(slice(None),) * axis + (jnp.asarray(rows),)], self)
 
     def rewind(self, n_B: jax.Array) -> Self:
-        """The state without the last n_B[i] tokens of each row i, exactly; n_B: int [B]."""
+        """The state without the last n_B[i] tokens of each row i, exactly; n_B: int [B], 0 changes nothing.
+
+        The stacked state of scanned layers is rewound in all its layers. Raises: ValueError for n_B that is
+        not integers [B], and for concrete counts that are negative or that this state cannot take back. A row
+        whose traced count cannot be taken back gives NaN from then on.
+        """
         raise NotImplementedError
 
     @property
@@ -73,6 +101,37 @@ class State:
         """Bytes of all arrays; the leaves may be ShapeDtypeStructs."""
         leaves = jax.tree.leaves(self)
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def rewind_all(states: Any, n_B: jax.Array) -> Any:
+    """A pytree of states, such as those of all layers, without the last n_B[i] tokens of each row i."""
+    return jax.tree.map(lambda state: state.rewind(n_B), states, is_leaf=_is_state)
+
+
+def fork_all(states: Any, rows: jax.Array) -> Any:
+    """A pytree of states, such as those of all layers, whose row i is a copy of row rows[i]."""
+    return jax.tree.map(lambda state: state.fork(rows), states, is_leaf=_is_state)
+
+
+def rewind_counts(state: State, n_B: Any) -> jax.Array | np.ndarray:
+    """The counts of a rewind as int32 [B], traced or concrete.
+
+    Raises: ValueError for counts that are not integers [B], and for a concrete count that is negative.
+    """
+    batch = jax.tree.leaves(state)[0].shape[_batch_axis(state)]
+    n_B = n_B if isinstance(n_B, jax.core.Tracer) else np.asarray(n_B)
+    if n_B.shape != (batch,) or not jnp.issubdtype(n_B.dtype, jnp.integer):
+        raise ValueError(f"rewind: n_B must be integers [{batch}], got {n_B.dtype} {list(n_B.shape)}")
+    if isinstance(n_B, jax.core.Tracer):
+        return n_B.astype(jnp.int32)
+    for row, n in enumerate(n_B):
+        if not 0 <= n <= np.iinfo(np.int32).max:
+            raise ValueError(f"rewind: row {row} takes back {n} tokens: give an int32 >= 0")
+    return n_B.astype(np.int32)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, State)
 
 
 def _batch_axis(state: State) -> int:

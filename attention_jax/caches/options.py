@@ -58,5 +58,9 @@ class CacheOptions:
         """The options with the dtype of a layer where none is given."""
         return self if self.dtype is not None else dataclasses.replace(self, dtype=dtype)
 
+    def unquantized(self) -> Self:
+        """The options without `quantize`, for states that codes would not make smaller."""
+        return dataclasses.replace(self, quantize=None, residual=0)
+
 
 DEFAULT_CACHE = CacheOptions()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.about import About
-from attention_jax.caches import DEFAULT_CACHE, KVCache, MemoryCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache, MemoryCache, empty_kv_cache
 from attention_jax.layers import fused_linear
 from attention_jax.masks import Global, Mask
 from attention_jax.masks.algebra import And, Or, Recipe
@@ -55,7 +55,7 @@ class AttentionConfig(BiasedAttentionConfig):
         """An empty KVCache with the slots that the mask needs; K further heads for global projections."""
         H, mask = self.head_width(d_model), self.restricted(causal).mask
         heads = self.kv_heads * (2 if self.global_projections else 1)
-        return KVCache.empty(batch, capacity, heads, H, H, mask=mask, options=cache)
+        return empty_kv_cache(batch, capacity, heads, H, H, mask=mask, options=cache)
 
 
 class Attention(BiasedAttention):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import DEFAULT_CACHE, KVCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache, empty_kv_cache
 from attention_jax.choices import check_between
 from attention_jax.layers import RMSNorm
 from attention_jax.mixers.base import Context, MixerOutput, Parts
@@ -70,7 +70,7 @@ class DifferentialAttentionConfig(SelfAttentionConfig):
         """An empty cache with the slots that the mask needs, 2 K key heads and K value heads."""
         K, H = self.kv_heads, self.head_width(d_model)
         mask = self.restricted(causal).mask
-        return KVCache.empty(batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=mask, options=cache)
+        return empty_kv_cache(batch, capacity, 2 * K, H, 2 * H, value_heads=K, mask=mask, options=cache)
 
 
 class DifferentialAttention(SelfAttention):

@@ -24,7 +24,15 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.biases import Axes, Bias
-from attention_jax.caches import DEFAULT_CACHE, HeldKeys, KVCache, State
+from attention_jax.caches import (
+    DEFAULT_CACHE,
+    HeldKeys,
+    KVCache,
+    QuantizedKVCache,
+    State,
+    empty_kv_cache,
+    storable,
+)
 from attention_jax.choices import check_between
 from attention_jax.layers import head_norm
 from attention_jax.layers.norms import ACTIVATIONS
@@ -40,6 +48,8 @@ from attention_jax.mixers.parts import (
 from attention_jax.mixers.softmax_parts import SelfAttention, SelfAttentionConfig
 from attention_jax.ops import two_float
 from attention_jax.ops.two_float import TwoFloat
+
+storable(TwoFloat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +89,9 @@ class ForgettingAttentionConfig(SelfAttentionConfig):
         """An empty cache and a sum of 0."""
         N, H, mask = self.num_heads, self.head_width(d_model), self.restricted(causal).mask
         per_key = TwoFloat(*[jax.ShapeDtypeStruct((N,), jnp.float32)] * 2)
-        cache = KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, options=cache, per_key=per_key)
+        cache = empty_kv_cache(
+            batch, capacity, self.kv_heads, H, H, mask=mask, options=cache, per_key=per_key
+        )
         return ForgettingState(cache, two_float.zeros((batch, N)))
 
 
@@ -115,20 +127,47 @@ class ForgetBias(Bias):
 class ForgettingState(State):
     """The cache, with the two words of c_s [B, S, N] per key, and c [B, N] of the newest token."""
 
-    cache: KVCache
+    cache: KVCache | QuantizedKVCache
     total_BN: TwoFloat
 
     def append(self, k_BTKH, v_BTKM, positions_BT: jax.Array, c_BTN: TwoFloat) -> ForgettingState:
         """The state with tokens appended; c_BTN continues from `total_BN`."""
-        return ForgettingState(self.cache.append(k_BTKH, v_BTKM, positions_BT, c_BTN), _newest(c_BTN))
+        return self.with_cache(self.cache.append(k_BTKH, v_BTKM, positions_BT, c_BTN), positions_BT, c_BTN)
+
+    def with_cache(self, cache: Any, positions_BT: jax.Array, c_BTN: TwoFloat) -> ForgettingState:
+        """The state of tokens that `cache` already holds: `total_BN` is c of the last valid one.
+
+        Not c of the last slot: of a zero added to a sum in another order, the low word may differ.
+        """
+        T = positions_BT.shape[1]
+        last_B = jnp.where(positions_BT >= 0, jnp.arange(T), -1).max(1)
+        index_B11 = jnp.maximum(last_B, 0)[:, None, None]
+
+        def newest(c_BTN: jax.Array, total_BN: jax.Array) -> jax.Array:
+            c_BN = jnp.take_along_axis(c_BTN, index_B11, axis=1)[:, 0]
+            return jnp.where(last_B[:, None] >= 0, c_BN, total_BN)
+
+        return ForgettingState(cache, jax.tree.map(newest, c_BTN, self.total_BN))
+
+    def rewind(self, n_B: jax.Array) -> ForgettingState:
+        """The state without the last n_B[i] tokens of each row i: the sum is that of the newest token kept.
+
+        Raises: ValueError, as `KVCache.rewind`.
+        """
+        cache = self.cache.rewind(n_B)
+        c_BN, held_B = cache.newest_per_key()
+        kept_B = jnp.asarray(n_B) == 0
+
+        def restore(c_BN: jax.Array, total_BN: jax.Array) -> jax.Array:
+            # Without a newest token, the row is empty, or its next outputs are NaN.
+            c_BN = jnp.where(held_B[..., None], c_BN, 0.0)
+            return jnp.where(kept_B[:, None], total_BN, c_BN)
+
+        return ForgettingState(cache, jax.tree.map(restore, c_BN, self.total_BN))
 
     def view(self) -> HeldKeys:
         """The cached keys and values, with c as `per_key`."""
         return self.cache.view()
-
-
-def _newest(c_BTN: TwoFloat) -> TwoFloat:
-    return jax.tree.map(lambda x: x[:, -1], c_BTN)
 
 
 class ForgettingAttention(SelfAttention):
@@ -169,4 +208,6 @@ class ForgettingAttention(SelfAttention):
         for gate_BTE in gates:
             y_BTE = y_BTE * ACTIVATIONS[self.config.output_gate](gate_BTE)
         y_BTD = zero_invalid(self.out(y_BTE), ctx)
-        return MixerOutput(y_BTD, None if cache is None else ForgettingState(cache, _newest(c_BTN)), aux)
+        if state is not None:
+            state = state.with_cache(cache, view.q_positions_BT, c_BTN)
+        return MixerOutput(y_BTD, state, aux)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from attention_jax.about import About
-from attention_jax.caches import DEFAULT_CACHE, KVCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache, empty_kv_cache
 from attention_jax.layers import RMSNorm, fused_linear
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
@@ -89,7 +89,7 @@ class LatentAttentionConfig(MixerConfig):
         """An empty cache of R + P numbers per token, with the slots that the mask needs."""
         del d_model
         width, mask = self.latent_dim + self.rotary_dim, self.restricted(causal).mask
-        return KVCache.empty(batch, capacity, 1, width, None, mask=mask, options=cache)
+        return empty_kv_cache(batch, capacity, 1, width, None, mask=mask, options=cache)
 
 
 class LatentAttention(Mixer):

@@ -21,6 +21,8 @@ The selection of blocks has no gradient: phi is trained through the compressed b
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,7 +31,16 @@ from einops import rearrange
 from flax import nnx
 
 from attention_jax.about import About
-from attention_jax.caches import DEFAULT_CACHE, HeldKeys, KVCache, State
+from attention_jax.caches import (
+    DEFAULT_CACHE,
+    CacheOptions,
+    HeldKeys,
+    KVCache,
+    QuantizedKVCache,
+    State,
+    empty_kv_cache,
+    storable,
+)
 from attention_jax.layers import fused_linear, gelu, linear
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
@@ -125,23 +136,25 @@ class NSAConfig(MixerConfig):
         """Empty caches: all tokens for the selected branch, rings for the window and for incomplete blocks."""
         K, H = self.kv_heads, head_width(d_model, self.num_heads, self.head_dim)
 
-        def keys(mask: Mask) -> KVCache:
-            return KVCache.empty(batch, capacity, K, H, H, mask=mask, options=cache)
+        def keys(mask: Mask, options: CacheOptions = cache) -> Any:
+            return empty_kv_cache(batch, capacity, K, H, H, mask=mask, options=options)
 
         blocks = max((capacity - self.compress_block) // self.compress_stride + 1, 1)
         empty = jnp.zeros((batch, blocks, K, H), cache.storage_dtype)
         return NSAState(
             selected=keys(Full()),
             window=keys(SlidingWindow(self.window)),
-            tail=keys(SlidingWindow(self.compress_block)),
+            # Short, and read once per block: codes would save nothing.
+            tail=keys(SlidingWindow(self.compress_block), cache.unquantized()),
             compressed=Compressed(empty, empty.copy(), jnp.full((batch, blocks), -1, jnp.int32)),
         )
 
 
+@storable
 class Compressed(NamedTuple):
     """Compressed keys (rotated to their positions) and values, and the position of each block's last token.
 
-    Entries without a complete block are 0 and have position -1.
+    Entries without a complete block have position -1.
     """
 
     k_BCKH: jax.Array
@@ -154,17 +167,31 @@ class Compressed(NamedTuple):
 class NSAState(State):
     """The state of NSA; entry i of `compressed` is block i.
 
-    tail: the keys and values of the compressed branch, before phi, for the last compress_block tokens.
+    tail: the keys and values of the compressed branch, before phi, for the last compress_block tokens. With
+    `CacheOptions.quantize`, selected and window hold codes, tail and compressed do not.
     """
 
-    selected: KVCache
-    window: KVCache
+    selected: KVCache | QuantizedKVCache
+    window: KVCache | QuantizedKVCache
     tail: KVCache
     compressed: Compressed
 
     def append(self, selected: KVCache, window: KVCache, tail: KVCache, compressed: Compressed) -> NSAState:
         """The state after more tokens, from the new states of the branches."""
         return NSAState(selected, window, tail, compressed)
+
+    def rewind(self, n_B: jax.Array) -> NSAState:
+        """The state without the last n_B[i] tokens of each row i, and without the blocks that end in them.
+
+        Raises: ValueError, as `KVCache.rewind`.
+        """
+        branches = {name: getattr(self, name).rewind(n_B) for name in ("selected", "window", "tail")}
+        # A row that one branch cannot take back is lost in all of them.
+        lost_B = functools.reduce(operator.or_, (cache.lost_B for cache in branches.values()))
+        branches = {name: cache.mark_lost(lost_B) for name, cache in branches.items()}
+        ends_BC = self.compressed.positions_BC
+        ends_BC = jnp.where(ends_BC > branches["selected"].newest_B[..., None], -1, ends_BC)
+        return NSAState(**branches, compressed=self.compressed._replace(positions_BC=ends_BC))
 
     def view(self) -> tuple[HeldKeys, HeldKeys, HeldKeys, Compressed]:
         """The arrays of the branches: selected, window, tail and compressed."""

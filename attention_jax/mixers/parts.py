@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from attention_jax.caches import DEFAULT_CACHE, KVCache
+from attention_jax.caches import DEFAULT_CACHE, KVCache, empty_kv_cache
 from attention_jax.choices import check_between
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, check_encoder_memory
 from attention_jax.ops import tokens
@@ -45,15 +45,15 @@ class SoftmaxMixerConfig(MixerConfig):
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> Any:
         """An empty KVCache with the slots that the mask needs."""
         H, mask = self.head_width(d_model), self.restricted(causal).mask
-        return KVCache.empty(batch, capacity, self.kv_heads, H, H, mask=mask, options=cache)
+        return empty_kv_cache(batch, capacity, self.kv_heads, H, H, mask=mask, options=cache)
 
 
 @dataclasses.dataclass(frozen=True)
 class KVView:
     """The keys and values that the new queries attend to, with their positions and segment ids.
 
-    per_key: further arrays per key, [B, S, ...], as given to `update_cache`. overflow_BT: True for queries past
-    the capacity, whose output is NaN.
+    per_key: further arrays per key, [B, S, ...], as given to `update_cache`. overflow_BT: True for queries whose
+    output is NaN: past the capacity, or of a row whose traced rewind could not be honoured.
     """
 
     k_BSKH: jax.Array
@@ -87,7 +87,7 @@ class KVView:
             call["mask_BNTS"] = ctx.mask_BNTS
         y_BTNM = dot_product_attention(q_BTNH, k, v, **call, **dropout_options(dropout, ctx))
         if self.overflow_BT is not None:
-            # A traced position cannot raise an error: NaN makes the overflow visible.
+            # A traced position or count cannot raise an error: NaN makes the mistake visible.
             y_BTNM = jnp.where(self.overflow_BT[:, :, None, None], jnp.nan, y_BTNM)
         call.pop("impl", None)
         aux = ctx.captured(
@@ -113,8 +113,9 @@ def update_cache(
     positions_BT = cached_positions(cache.capacity, ctx, *k_BTKH.shape[:2])
     new = (k_BTKH, v_BTKM, positions_BT, per_key)
     new_cache = cache.append(*new)
-    # Appending may overwrite keys that the earliest new tokens still attend to: use old slots and new keys.
-    view = cache.concat_view(*new) if k_BTKH.shape[1] > 1 and cache.wraps else new_cache.view()
+    # In a ring, more tokens than the spare slots and one overwrite keys that the earliest of them attend to.
+    overwrites = cache.wraps and k_BTKH.shape[1] > cache.spare + 1
+    view = cache.concat_view(*new) if overwrites else new_cache.view()
     overflow_BT = cache.overflow(positions_BT)
     return (
         KVView(view.k_BSKH, view.v_BSKM, view.per_key, positions_BT, view.positions_BS, None, overflow_BT),

@@ -1,6 +1,8 @@
 """The language model: its configuration, stacks of layers, and plain functions over dicts of arrays."""
 
+from attention_jax.model.cache_bytes import cache_bytes
 from attention_jax.model.config import EncoderConfig, ModelConfig
+from attention_jax.model.fingerprint import fingerprint
 from attention_jax.model.language_model import (
     LanguageModel,
     ModelOutput,
@@ -19,8 +21,10 @@ __all__ = [
     "ModelOutput",
     "apply",
     "bind",
+    "cache_bytes",
     "count_params",
     "encode",
+    "fingerprint",
     "init_params",
     "init_state",
 ]

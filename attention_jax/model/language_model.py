@@ -201,10 +201,15 @@ def init_state(config: ModelConfig, batch: int, capacity: int, *, cache: CacheOp
     largest position + 1. Raises: ValueError for a mixer
     without a state or a capacity beyond the learned positions.
     """
+    check_capacity(config, capacity)
+    return init_states(config, batch, capacity, cache=cache)
+
+
+def check_capacity(config: ModelConfig, capacity: int) -> None:
+    """Raise ValueError for a capacity beyond the learned positions."""
     limit = config.max_positions
     if limit is not None and capacity > limit:
         raise ValueError(f"capacity {capacity} exceeds the {limit} learned positions (max_positions)")
-    return init_states(config, batch, capacity, cache=cache)
 
 
 def apply(
