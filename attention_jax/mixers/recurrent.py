@@ -80,12 +80,13 @@ def decayed(
     v_BTNM: jax.Array,
     state: RecurrentState | None,
     ctx: Context,
-    inputs_BUC: jax.Array | None = None,
+    inputs: tuple[jax.Array | None, ...] = (None, None),
     **options: Any,
 ) -> tuple[jax.Array, RecurrentState | None, dict[str, jax.Array]]:
     """`decay_scan` over the new tokens, starting from the state.
 
-    inputs_BUC: the inputs of the short convolution for the new state.
+    inputs: those of the short convolution for the new state, and those before each of the last slots, from
+    `convolve`.
 
     Returns: y [B, T, N, M], the new state, and the arrays named in `ctx.capture`. The captured weights are those
     among the new tokens only, without the contribution of the state.
@@ -100,19 +101,40 @@ def decayed(
     )
     if state is None:
         return decay_scan(q_BTNH, k_BTKH, v_BTNM, **ids, **options), None, aux
-    y_BTNM, matrix_BNHM = decay_scan(
-        q_BTNH, k_BTKH, v_BTNM, initial_state_BNHM=state.matrix_BNHM, return_state=True, **ids, **options
-    )
-    return y_BTNM, state.append(matrix_BNHM, inputs_BUC), aux
+    y_BTNM, *matrices = decay_scan(
+        q_BTNH, k_BTKH, v_BTNM, initial_state_BNHM=state.matrix_BNHM, return_state=True,
+        past_states=state.past_states(v_BTNM.shape[1]), **ids, **options,
+    )  # fmt: skip
+    return y_BTNM, appended(state, matrices, inputs, ctx), aux
+
+
+def appended(
+    state: RecurrentState,
+    matrices: list[jax.Array],
+    inputs: tuple[jax.Array | None, ...],
+    ctx: Context,
+) -> RecurrentState:
+    """The state after the new tokens.
+
+    matrices: the last state of the recurrence and, if the state keeps past ones, those before each of the
+    last slots. inputs: the same of the short convolution.
+    """
+    matrix_BNHM, *past = matrices
+    past = (past[0], inputs[1]) if past else None
+    return state.append(matrix_BNHM, inputs[0], past=past, valid_BT=valid_tokens(ctx))
 
 
 def convolve(
     convolution: ShortConvolution, x_BTC: jax.Array, state: RecurrentState | None, ctx: Context
-) -> tuple[jax.Array, jax.Array | None]:
-    """The short convolution of the new tokens, starting from the state, and the inputs for the new state."""
-    return convolution(
-        x_BTC,
-        None if state is None else state.inputs_BUC,
-        valid_BT=valid_tokens(ctx),
-        segment_ids_BT=ctx.segment_ids_BT,
-    )
+) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+    """The short convolution of the new tokens, starting from the state, and its inputs for the new state.
+
+    The inputs are the last ones, and those before each of the last slots if the state keeps past states.
+    """
+    valid_BT, inputs_BUC, past_BRUC = valid_tokens(ctx), None, None
+    if state is not None:
+        inputs_BUC = state.inputs_BUC
+        if count := state.past_states(x_BTC.shape[1]):
+            past_BRUC = convolution.past_inputs(x_BTC, inputs_BUC, count, valid_BT)
+    y_BTC, inputs_BUC = convolution(x_BTC, inputs_BUC, valid_BT=valid_BT, segment_ids_BT=ctx.segment_ids_BT)
+    return y_BTC, (inputs_BUC, past_BRUC)

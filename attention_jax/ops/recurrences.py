@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.ops.arguments import positive_integer
-from attention_jax.ops.dispatch import Implementation
+from attention_jax.ops.dispatch import Explanation, Implementation, choose, evaluate, explain_choice
 
 
 def spread(x: jax.Array, heads: int, axis: int) -> jax.Array:
@@ -42,6 +44,60 @@ def document_runs(segments: jax.Array, valid: jax.Array) -> jax.Array:
     segment_before = jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1)
     starts = valid & (before >= 0) & (segments != segment_before)
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+
+def runs_between(run_BT: jax.Array | None, start: int, stop: int) -> jax.Array | None:
+    """The document counts of the slots start .. stop - 1 beside a state of the document in front of them."""
+    if run_BT is None or start == 0:
+        return None if run_BT is None else run_BT[:, :stop]
+    return run_BT[:, start:stop] - run_BT[:, start - 1 : start]
+
+
+def check_past_states(past_states: Any, T: int, return_state: bool) -> int:
+    """The number of past states that a call returns; ValueError unless it is an integer in [0, T]."""
+    whole = isinstance(past_states, numbers.Integral) and not isinstance(past_states, bool)
+    if not whole or not 0 <= past_states <= T:
+        raise ValueError(f"past_states must be an integer in [0, T] = [0, {T}], got {past_states!r}")
+    if past_states and not return_state:
+        raise ValueError(f"past_states={past_states} needs return_state=True: the last state completes them")
+    return int(past_states)
+
+
+def run_call(
+    table: Mapping[str, Implementation],
+    impl: Any,
+    keeping: Implementation,
+    call: Any,
+    past_states: int,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(y, the last state, the states before each of the last `past_states` slots [B, n, N, H, M] or None).
+
+    keeping: the implementation that returns the state before every token. It runs the last slots, and the
+    one that `choose` finds for the others runs those.
+    """
+    T = call.sizes[1]
+    if past_states == 0 or T == 1:
+        y_BTNM, state_BNHM = evaluate(choose(table, call, impl), None, call)
+        return y_BTNM, state_BNHM, call.state_BNHM[:, None] if past_states else None
+    if past_states == T:
+        choose(table, call, impl)  # raises what it raises without past states
+        return evaluate(keeping, None, call)
+    first = call.between(0, T - past_states, call.state_BNHM)
+    y_BTNM, state_BNHM = evaluate(choose(table, first, impl), None, first)
+    last = call.between(T - past_states, T, state_BNHM)
+    last_BTNM, state_BNHM, past_BTNHM = evaluate(keeping, None, last)
+    return jnp.concatenate([y_BTNM, last_BTNM], axis=1), state_BNHM, past_BTNHM
+
+
+def explain_call(table: Mapping[str, Implementation], impl: Any, call: Any, past_states: int) -> Explanation:
+    """`explain_choice` for the slots in front of the last `past_states`, which run token by token."""
+    T = call.sizes[1]
+    if past_states == 0 or T == 1:
+        return explain_choice(table, call, impl)
+    if past_states == T:
+        reasons = dict.fromkeys(table, f"past_states={T} keeps the state before every token")
+        return Explanation("recurrent", reasons)
+    return explain_choice(table, call.between(0, T - past_states, call.state_BNHM), impl)
 
 
 def with_chunk_size(

@@ -18,6 +18,17 @@ from attention_jax.ops.recurrences import einsum, spread
 
 def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in call.out_dtype, state_BNHM)."""
+    return _scan(call, keep=False)[:2]
+
+
+def attend_and_keep(call: DecayScanCall) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y_BTNM in call.out_dtype, state_BNHM, the states before each token [B, T, N, H, M])."""
+    y_BTNM, state_BNHM, past_TBNHM = _scan(call, keep=True)
+    return y_BTNM, state_BNHM, jnp.moveaxis(past_TBNHM, 0, 1)
+
+
+def _scan(call: DecayScanCall, *, keep: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(y_BTNM, state_BNHM, the states before each token [T, B, N, H, M] if `keep`, else None)."""
     B, T, N, _, _ = call.sizes
     log_decay, run_BT = call.log_decay, call.run_BT
     tokens = {"q": call.q_BTNH, "k": call.k_BTNH, "v": call.v_BTNM}
@@ -29,6 +40,7 @@ def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
 
     def step(carry, token):
         state_BNHM, run_B = carry
+        past_BNHM = state_BNHM if keep else None
         q_BNH, k_BNH, v_BNM = (spread(token[x].astype(call.dtype), N, 1) for x in "qkv")
         if log_decay is not None:
             state_BNHM = _decay(token.get("log_decay", log_decay), N) * state_BNHM
@@ -38,12 +50,12 @@ def attend(call: DecayScanCall) -> tuple[jax.Array, jax.Array]:
             run_B = token["run"]
         state_BNHM = state_BNHM + k_BNH[..., None] * v_BNM[..., None, :]
         y_BNM = call.scale * einsum("bnh,bnhm->bnm", q_BNH, state_BNHM)
-        return (state_BNHM, run_B), y_BNM.astype(call.out_dtype)
+        return (state_BNHM, run_B), (y_BNM.astype(call.out_dtype), past_BNHM)
 
     start = (call.state_BNHM, None if run_BT is None else jnp.zeros(B, jnp.int32))
     start = varying.like(call.q_BTNH, start)
-    (state_BNHM, _), y_TBNM = lax.scan(step, start, tokens)
-    return jnp.moveaxis(y_TBNM, 0, 1), state_BNHM
+    (state_BNHM, _), (y_TBNM, past_TBNHM) = lax.scan(step, start, tokens)
+    return jnp.moveaxis(y_TBNM, 0, 1), state_BNHM, past_TBNHM
 
 
 def _decay(log_decay: jax.Array, N: int) -> jax.Array:

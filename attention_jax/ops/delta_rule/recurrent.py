@@ -14,6 +14,17 @@ from attention_jax.ops.recurrences import spread
 
 def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
     """(y_BTNM in v's dtype, the last state_BNHM)."""
+    return _scan(call, keep=False)[:2]
+
+
+def attend_and_keep(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y_BTNM in v's dtype, the last state_BNHM, the states before each token [B, T, N, H, M])."""
+    y_BTNM, state_BNHM, past_TBNHM = _scan(call, keep=True)
+    return y_BTNM, state_BNHM, jnp.moveaxis(past_TBNHM, 0, 1)
+
+
+def _scan(call: DeltaRuleCall, *, keep: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(y_BTNM, state_BNHM, the states before each token [T, B, N, H, M] if `keep`, else None)."""
     _, _, N, _, _ = call.sizes
     wide = call.state_BNHM.dtype
     starts_BT = None
@@ -22,6 +33,7 @@ def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
 
     def step(state_BNHM, token):
         q_BQH, k_BKH, v_BNM, beta_BN, log_decay_BNH, start_B = token
+        past_BNHM = state_BNHM if keep else None
         q_BNH, k_BNH = (spread(x.astype(wide), N, axis=1) for x in (q_BQH, k_BKH))
         if start_B is not None:
             state_BNHM = jnp.where(start_B[:, None, None, None], 0, state_BNHM)
@@ -31,9 +43,9 @@ def attend(call: DeltaRuleCall) -> tuple[jax.Array, jax.Array]:
         change_BNM = beta_BN.astype(wide)[..., None] * (v_BNM.astype(wide) - answer_BNM)
         state_BNHM += k_BNH[..., None] * change_BNM[..., None, :]
         y_BNM = jnp.einsum("bnh,bnhm->bnm", call.scale * q_BNH, state_BNHM)
-        return state_BNHM, y_BNM.astype(call.v_BTNM.dtype)
+        return state_BNHM, (y_BNM.astype(call.v_BTNM.dtype), past_BNHM)
 
     tokens = (call.q_BTQH, call.k_BTKH, call.v_BTNM, call.beta_BTN, call.log_decay_BTNH, starts_BT)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    state_BNHM, y_TBNM = jax.lax.scan(step, call.state_BNHM, tokens)
-    return jnp.moveaxis(y_TBNM, 0, 1), state_BNHM
+    state_BNHM, (y_TBNM, past_TBNHM) = jax.lax.scan(step, call.state_BNHM, tokens)
+    return jnp.moveaxis(y_TBNM, 0, 1), state_BNHM, past_TBNHM
