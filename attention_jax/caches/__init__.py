@@ -3,7 +3,7 @@
 from attention_jax.caches.base import Cache, State
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
-from attention_jax.caches.recurrent import LinearState, RecurrentState
+from attention_jax.caches.recurrent import LinearState, RecurrentState, keep_in_ring
 
 __all__ = [
     "DEFAULT_CACHE",
@@ -15,4 +15,5 @@ __all__ = [
     "MemoryCache",
     "RecurrentState",
     "State",
+    "keep_in_ring",
 ]

@@ -17,6 +17,12 @@ from attention_jax.caches.base import State, _batch_axis
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
 
 
+def keep_in_ring(ring: jax.Array, new: jax.Array, slot_Bn: jax.Array) -> jax.Array:
+    """The ring [B, R, ...] with new [B, n, ...] in each row's slots; those >= R are dropped."""
+    row_B1 = jnp.arange(slot_Bn.shape[0], dtype=jnp.int32)[:, None]
+    return ring.at[row_B1, slot_Bn].set(new, mode="drop", unique_indices=True)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PastStates:
@@ -46,34 +52,33 @@ class PastStates:
         """R."""
         return jax.tree.leaves(self.arrays)[0].shape[self.count_B.ndim]
 
-    def append(self, past: tuple[jax.Array | None, ...], valid_BT: jax.Array) -> PastStates:
-        """The past states after T more slots.
+    def slots(self, valid_BT: jax.Array) -> jax.Array:
+        """Where the states before the last n of T new slots belong in a ring, int32 [B, n]; R and more: nowhere.
 
-        past: the states before each of the last min(T, R) slots, [B, min(T, R), ...]. valid_BT: True
-        [B or 1, T] for slots that hold a token; the others change nothing.
+        valid_BT: True [B or 1, T] for slots that hold a token. n = min(T, R + 1), one more than R: a row with
+        slots without a token in a block of R + 1 can then still go back to its start.
         """
-        B, T, R = self.count_B.shape[0], valid_BT.shape[1], self.size
-        kept = min(T, R)
-        valid_BT = jnp.broadcast_to(valid_BT, (B, T)).astype(jnp.int32)
-        total_B, last_BJ = valid_BT.sum(axis=1), valid_BT[:, T - kept :]
-        last_B = last_BJ.sum(axis=1)
-        before_BJ = jnp.cumsum(last_BJ, axis=1) - last_BJ
-        count_BJ = (self.count_B + total_B - last_B)[:, None] + before_BJ
-        # A slot without a token is written outside of the ring, which drops it.
-        outside_J = R + jnp.arange(kept, dtype=jnp.int32)
-        slot_JB = jnp.where(last_BJ > 0, count_BJ % R, outside_J[None]).T
-        row_JB = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32), (kept, B))
+        valid_BT = self._per_row(valid_BT)
+        (_, T), R = valid_BT.shape, self.size
+        n = min(T, R + 1)
+        total_B, last_Bn = valid_BT.sum(axis=1), valid_BT[:, T - n :]
+        # -1 for the last token of the row, -2 for that before it, ...
+        back_Bn = jnp.cumsum(last_Bn, axis=1) - last_Bn - last_Bn.sum(axis=1, keepdims=True)
+        belongs_Bn = (last_Bn > 0) & (back_Bn >= -R)
+        slot_Bn = ((self.count_B + total_B)[:, None] + back_Bn) % R
+        return jnp.where(belongs_Bn, slot_Bn, R + jnp.arange(n, dtype=jnp.int32))
 
-        def write(ring, new):
-            # In the order of tokens, in which a recurrence makes them.
-            new = jnp.moveaxis(new, 0, 1).astype(ring.dtype)
-            return ring.at[row_JB, slot_JB].set(new, mode="drop", unique_indices=True)
-
-        # States in front of a gap, a token whose state before it was not kept, cannot be returned to.
+    def append(self, arrays: tuple[jax.Array | None, ...], valid_BT: jax.Array) -> PastStates:
+        """The past states after T more slots: the rings with states in `slots(valid_BT)`."""
+        valid_BT = self._per_row(valid_BT)
+        T, R = valid_BT.shape[1], self.size
+        total_B, last_B = valid_BT.sum(axis=1), valid_BT[:, max(0, T - R - 1) :].sum(axis=1)
+        # States in front of a token whose own past state was not kept are out of reach.
         held_B = last_B + jnp.where(total_B == last_B, self.held_B, 0)
-        return PastStates(
-            self.count_B + total_B, jnp.minimum(held_B, R), jax.tree.map(write, self.arrays, past)
-        )
+        return PastStates(self.count_B + total_B, jnp.minimum(held_B, R), arrays)
+
+    def _per_row(self, valid_BT: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(valid_BT, (self.count_B.shape[0], valid_BT.shape[1])).astype(jnp.int32)
 
     def take(self, n_B: jax.Array) -> tuple[tuple[jax.Array | None, ...], jax.Array, PastStates]:
         """The arrays before the last n_B[i] tokens, whether each row holds them, and what is left."""
@@ -86,30 +91,32 @@ class PastStates:
 
 
 class RewindableState(State):
-    """Base class of states that are running sums: implements `rewind` and `past_states`.
+    """Base class of states that are running sums: implements `rewind` and `past_slots`.
 
     The last field of a subclass is `past`, and those in front of it are the arrays of its `view`.
     """
 
     past: PastStates | None
 
-    def past_states(self, new_tokens: int) -> int:
-        """The number of past states that `append` needs of a call with so many tokens."""
-        return 0 if self.past is None else min(new_tokens, self.past.size)
+    def past_slots(self, valid_BT: jax.Array | None, T: int) -> jax.Array | None:
+        """`PastStates.slots` of a call with T slots; None for a state that keeps no past states."""
+        if self.past is None:
+            return None
+        return self.past.slots(jnp.ones((1, T), bool) if valid_BT is None else valid_BT)
 
-    def _appended(self, arrays: tuple, past: tuple | None, valid_BT: jax.Array | None) -> Self:
-        """The state with new arrays."""
+    def _appended(self, arrays: tuple, rings: tuple | None, valid_BT: jax.Array | None) -> Self:
+        """The state with new arrays and rings."""
         if self.past is None:
             return type(self)(*arrays)
-        assert past is not None and valid_BT is not None, "a state that keeps past states needs new ones"
-        return type(self)(*arrays, self.past.append(past, valid_BT))
+        assert rings is not None and valid_BT is not None, "a state that keeps past states needs new ones"
+        return type(self)(*arrays, self.past.append(rings, valid_BT))
 
     def rewind(self, n_B: jax.Array) -> Self:
         """The state without the last n_B[i] tokens of each row i, bit for bit; n_B: int [B].
 
         A state that was made with `CacheOptions(spare=R)` can take back its last R tokens, and after that as
-        many as are left of these. Of a call with more than R tokens those in its last R slots count. A row
-        with n = 0 does not change. The states of scanned layers, stacked, go back together.
+        many as are left of these; of a call with more than R + 1 slots, only tokens in its last R + 1. A row
+        with n = 0 does not change. The stacked states of scanned layers go back together.
 
         Raises: ValueError for n_B that are not integers [B], and for a concrete n that is negative or more
         than a row can take back. A traced one gives a row of NaN.
@@ -191,15 +198,15 @@ class RecurrentState(RewindableState):
         matrix_BNHM: jax.Array,
         inputs_BUC: jax.Array | None = None,
         *,
-        past: tuple[jax.Array, jax.Array | None] | None = None,
+        rings: tuple[jax.Array, jax.Array | None] | None = None,
         valid_BT: jax.Array | None = None,
     ) -> RecurrentState:
         """The state after T more slots, from the final state of the recurrence.
 
-        A state that keeps past states also needs `past`, the arrays of the view before each of the last
-        `past_states(T)` slots, and valid_BT, True for slots that hold a token.
+        A state that keeps past states also needs valid_BT, True for slots that hold a token, and `rings`, its
+        rings with the states before the last slots in their places, `past_slots(valid_BT, T)`.
         """
-        return self._appended((matrix_BNHM, inputs_BUC), past, valid_BT)
+        return self._appended((matrix_BNHM, inputs_BUC), rings, valid_BT)
 
     def view(self) -> tuple[jax.Array, jax.Array | None]:
         """(matrix_BNHM, inputs_BUC)."""
@@ -245,11 +252,11 @@ class LinearState(RewindableState):
         weights_BNF1: jax.Array | None = None,
         log_scale_BK: jax.Array | None = None,
         *,
-        past: tuple[jax.Array | None, ...] | None = None,
+        rings: tuple[jax.Array | None, ...] | None = None,
         valid_BT: jax.Array | None = None,
     ) -> LinearState:
-        """The state after more tokens, from their final sums; past and valid_BT as in `RecurrentState`."""
-        return self._appended((sums_BNFM, weights_BNF1, log_scale_BK), past, valid_BT)
+        """The state after more tokens, from their final sums; rings and valid_BT as in `RecurrentState`."""
+        return self._appended((sums_BNFM, weights_BNF1, log_scale_BK), rings, valid_BT)
 
     def view(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """(sums_BNFM, weights_BNF1, log_scale_BK)."""

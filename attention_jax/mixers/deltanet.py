@@ -37,6 +37,7 @@ from attention_jax.mixers.recurrent import (
     check_steps,
     convolve,
     initial_decays,
+    past_states,
     scan_options,
 )
 from attention_jax.ops.delta_rule import delta_rule, delta_weights
@@ -207,7 +208,7 @@ class _DeltaMixer(Mixer):
             initial_state_BNHM=None if state is None else state.matrix_BNHM,
             chunk_size=config.chunk_size,
             return_state=True,
-            past_states=0 if state is None else state.past_states(T),
+            past_states=past_states(state, ctx, T),
             impl=config.impl,
             **call,
         )

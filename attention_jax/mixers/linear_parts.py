@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.caches import DEFAULT_CACHE, LinearState
+from attention_jax.caches import DEFAULT_CACHE, LinearState, keep_in_ring
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -203,9 +203,14 @@ class LinearBase(Mixer):
         seen_BT: jax.Array | None,
     ):
         """Sums over s <= t, and the state after the last token (None if `state` is None)."""
-        kept = 0 if state is None else state.past_states(v_BTKM.shape[1])
-        options |= {"log_decay": phi.log_decay_BTK, "return_state": True, "past_states": kept}
-        sums, weights, _ = (None, None, None) if state is None else state.view()
+        options |= {"log_decay": phi.log_decay_BTK, "return_state": True}
+        sums = weights = slot_Bn = None
+        if state is not None:
+            sums, weights, _ = state.view()
+            slot_Bn = state.past_slots(seen_BT, v_BTKM.shape[1])
+        rings = (None, None, None) if slot_Bn is None else state.past.arrays
+        sums_past, weights_past = (None if x is None else (x, slot_Bn) for x in rings[:2])
+        options["past_states"] = sums_past
         z_states = (None, None)
         if phi.rotated is None and self.normalize and self.epsilon:
             # The op has no epsilon: the sum of the weights is one more value, as it is in the state.
@@ -224,18 +229,22 @@ class LinearBase(Mixer):
             v_BTKM = v_BTKM.astype(jnp.float32)
             y_BTNM, *states = decay_scan(*phi.rotated, v_BTKM, initial_state_BNHM=sums, **options)
             ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
+            options["past_states"] = weights_past
             z_BTN1, *z_states = decay_scan(
                 phi.q_BTNF, phi.k_BTKF, ones_BTK1, initial_state_BNHM=weights, **options
             )
             y_BTNM = _quotient(y_BTNM, z_BTN1, self.epsilon)
         if state is None:
             return y_BTNM, None
-        past = None
-        if kept:
-            scale_BTK = phi.past_log_scale_BTK
-            past = (states[1], z_states[1], None if scale_BTK is None else scale_BTK[:, -kept:])
         new = (states[0], z_states[0], phi.log_scale_BK)
-        return y_BTNM, state.append(*new, past=past, valid_BT=seen_BT)
+        if slot_Bn is None:
+            return y_BTNM, state.append(*new)
+        log_scale = rings[2]
+        if log_scale is not None:
+            past_BnK = phi.past_log_scale_BTK[:, -slot_Bn.shape[1] :]
+            log_scale = keep_in_ring(log_scale, past_BnK, slot_Bn)
+        rings = (states[1], z_states[1], log_scale)
+        return y_BTNM, state.append(*new, rings=rings, valid_BT=seen_BT)
 
     def _bidirectional_sums(self, phi: Features, v_BTKM: jax.Array, options: dict) -> jax.Array:
         """Sums over the whole document."""

@@ -20,7 +20,7 @@ from attention_jax.ops.decay_scan.common import DecayScanCall
 from attention_jax.ops.dispatch import Explanation, Implementation, explained
 from attention_jax.ops.recurrences import (
     check_decays,
-    check_past_states,
+    checked_past,
     document_runs,
     explain_call,
     run_call,
@@ -57,7 +57,7 @@ def decay_scan(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
-    past_states: int = 0,
+    past_states: tuple[jax.Array, jax.Array] | None = None,
     impl: str | ChunkedScanConfig | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Causal linear attention through a decaying state; a token sees itself and what came before.
@@ -82,16 +82,16 @@ def decay_scan(
       chunk_size: tokens of a chunk in the chunked form; by default that of `ChunkedScanConfig`. The other
         forms have no chunks.
       return_state: also return the state after the last token.
-      past_states: also return the states before each of the last `past_states` slots, S_{T-n} ... S_{T-1};
-        at most T, with return_state. These slots run token by token whatever `impl` is, and those in front
-        of them as `impl` says.
+      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with the states before each
+        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. The places of a row differ;
+        one >= R is dropped. These n slots run token by token, those in front of them as `impl` says.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per chunk kept for the
         backward), "quadratic" (dense [T, T], for inspection), a `ChunkedScanConfig`
         ("chunked" with these sizes), or None, which chooses; see `explain`.
 
     Returns:
-      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32); with past_states = n > 0 a third array, the past
-      states [B, n, N, H, M]. Slots without a token give 0 and pass no gradient. Everything accumulates in
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32); with past_states also the ring.
+      Slots without a token give 0 and pass no gradient. Everything accumulates in
       float32 (float64 if q, k or v is).
 
     Raises:
@@ -102,13 +102,13 @@ def decay_scan(
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
     )  # fmt: skip
-    past_states = check_past_states(past_states, call.sizes[1], return_state)
+    past = checked_past(past_states, call, return_state)
     table = with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl)
-    y_BTNM, *states = run_call(table, impl, _KEEPING, call, past_states)
+    y_BTNM, *states = run_call(table, impl, _KEEPING, call, past)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)
-    return (y_BTNM, *states[: 1 + (past_states > 0)]) if return_state else y_BTNM
+    return (y_BTNM, *states) if return_state else y_BTNM
 
 
 def decay_weights(
@@ -158,8 +158,8 @@ def explain(*args, impl: str | ChunkedScanConfig | None = None, **kwargs) -> Exp
 
     def find(*, impl, return_state, past_states, chunk_size, **given):
         call = _checked_call(*given.values())[0]
-        past_states = check_past_states(past_states, call.sizes[1], return_state)
-        return explain_call(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), impl, call, past_states)
+        past = checked_past(past_states, call, return_state)
+        return explain_call(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), impl, call, past)
 
     return explained(decay_scan, find, args, kwargs | {"impl": impl})
 

@@ -22,7 +22,7 @@ from attention_jax.ops.delta_rule.common import DeltaRuleCall
 from attention_jax.ops.dispatch import Explanation, Implementation, compiled_once, explained
 from attention_jax.ops.recurrences import (
     check_decays,
-    check_past_states,
+    checked_past,
     document_runs,
     explain_call,
     run_call,
@@ -59,7 +59,7 @@ def delta_rule(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
-    past_states: int = 0,
+    past_states: tuple[jax.Array, jax.Array] | None = None,
     impl: str | ChunkedDeltaConfig | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """The outputs of the recurrence above, and the state after the last token.
@@ -80,9 +80,9 @@ def delta_rule(
       chunk_size: tokens of a chunk in the chunked form, best a power of two; by default that of
         `ChunkedDeltaConfig`. The other forms have no chunks.
       return_state: also return the state after the last token.
-      past_states: also return the states before each of the last `past_states` slots, S_{T-n} ... S_{T-1};
-        at most T, with return_state. These slots run token by token whatever `impl` is, and those in front
-        of them as `impl` says.
+      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with the states before each
+        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. The places of a row differ;
+        one >= R is dropped. These n slots run token by token, those in front of them as `impl` says.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per group of chunks kept
         for the backward), "quadratic" (all pairs, for inspection), a `ChunkedDeltaConfig`
         ("chunked" with these sizes), or None, which chooses; see `explain`.
@@ -91,8 +91,8 @@ def delta_rule(
     it explode, as the formula says. Normalise them.
 
     Returns:
-      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32); with past_states = n > 0 a third array, the past
-      states [B, n, N, H, M]. Slots without a token give 0 and pass no gradient. Everything is computed in
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32); with past_states also the ring.
+      Slots without a token give 0 and pass no gradient. Everything is computed in
       float32 (float64 if q, k and v are), matrix products included.
 
     Raises:
@@ -101,13 +101,13 @@ def delta_rule(
     call, valid_BT = _checked_call(
         q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, initial_state_BNHM, segment_ids, positions, scale,
     )  # fmt: skip
-    past_states = check_past_states(past_states, call.sizes[1], return_state)
+    past = checked_past(past_states, call, return_state)
     table = with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl)
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
-        y_BTNM, *states = run_call(table, impl, _KEEPING, call, past_states)
+        y_BTNM, *states = run_call(table, impl, _KEEPING, call, past)
     y_BTNM = select_valid(y_BTNM, valid_BT)
-    return (y_BTNM, *states[: 1 + (past_states > 0)]) if return_state else y_BTNM
+    return (y_BTNM, *states) if return_state else y_BTNM
 
 
 def delta_weights(
@@ -141,8 +141,8 @@ def explain(*args, impl: str | ChunkedDeltaConfig | None = None, **kwargs) -> Ex
 
     def find(*, impl, return_state, past_states, chunk_size, **given):
         call = _checked_call(*given.values())[0]
-        past_states = check_past_states(past_states, call.sizes[1], return_state)
-        return explain_call(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), impl, call, past_states)
+        past = checked_past(past_states, call, return_state)
+        return explain_call(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), impl, call, past)
 
     return explained(delta_rule, find, args, kwargs | {"impl": impl})
 
