@@ -53,7 +53,7 @@ class PastStates:
         return jax.tree.leaves(self.arrays)[0].shape[self.count_B.ndim]
 
     def slots(self, valid_BT: jax.Array) -> jax.Array:
-        """Where the states before the last n of T new slots belong in a ring, int32 [B, n]; R and more: nowhere.
+        """Where the states before the last n of T new slots belong in a ring, int32 [B, n]; >= R: nowhere.
 
         valid_BT: True [B or 1, T] for slots that hold a token. n = min(T, R + 1), one more than R: a row with
         slots without a token in a block of R + 1 can then still go back to its start.

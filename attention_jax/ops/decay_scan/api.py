@@ -83,16 +83,16 @@ def decay_scan(
         forms have no chunks.
       return_state: also return the state after the last token.
       past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with the states before each
-        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. The places of a row differ;
-        one >= R is dropped. These n slots run token by token, those in front of them as `impl` says.
+        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. A place >= R is dropped;
+        the others of a row differ. These n slots run token by token, those in front of them as `impl` says.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per chunk kept for the
         backward), "quadratic" (dense [T, T], for inspection), a `ChunkedScanConfig`
         ("chunked" with these sizes), or None, which chooses; see `explain`.
 
     Returns:
-      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32); with past_states also the ring.
-      Slots without a token give 0 and pass no gradient. Everything accumulates in
-      float32 (float64 if q, k or v is).
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32), or with past_states (y_BTNM, state_BNHM,
+      ring_BRNHM). Slots without a token give 0 and pass no gradient.
+      Everything accumulates in float32 (float64 if q, k or v is).
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
