@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_array_equal
 
-from attention_jax.caches import CacheOptions, RecurrentState, keep_in_ring
+from attention_jax.caches import CacheOptions
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind, init_state
 from tests.harness import Harness
@@ -126,6 +126,7 @@ def test_a_row_that_cannot_go_back_is_nan_and_the_others_are_not(name):
     assert_array_equal(np.isnan(y_BTD).all((1, 2)), [False, True, True])
     expected_BTD, _ = decoder.step(x_BTD, positions_BT, before)
     assert_array_equal(y_BTD[0], expected_BTD[0])
+    assert_array_equal(after.past.held_B, [3, 0, 0])
 
 
 def test_slots_without_a_token_change_no_past_state():
@@ -182,57 +183,51 @@ def test_a_token_past_the_horizon_of_cosformer_is_taken_back_like_any_other():
 
 
 def test_states_of_scanned_layers_go_back_together():
-    """A state with a layer axis in front: each row of all layers, beside the layers unrolled."""
-    config = ModelConfig(
-        vocab_size=11, d_model=16, num_layers=3, mixers=(MIXERS["gated-deltanet"].config,), scan_layers=True
-    )
+    """A state with a layer axis in front goes back in all layers, and so do its forks."""
+    mixers = (MIXERS["lightning"].config,)
+    config = ModelConfig(vocab_size=11, d_model=16, num_layers=2, mixers=mixers, scan_layers=True)
     params = random_params(config)
-    tokens_BT = np.random.default_rng(0).integers(0, 11, (B, 2 * BLOCK))
+    tokens_BT = np.random.default_rng(0).integers(0, 11, (B, BLOCK))
 
     @jax.jit
-    def run(tokens_BT, positions_BT, n_B):
-        state = init_state(config, B, 24, cache=CacheOptions(spare=SPARE))
-        model = bind(config, params)
-        _, state, _ = model.run(tokens_BT[:, :BLOCK], state, ctx=Context(positions_BT[:, :BLOCK]))
-        state = [s.rewind(n_B) for s in state]
-        return model.run(tokens_BT[:, BLOCK:], state, ctx=Context(positions_BT[:, BLOCK:]))[:2]
+    def run(state, positions_BT):
+        return bind(config, params).run(tokens_BT, state, ctx=Context(positions_BT))[:2]
 
     n_B = np.array([0, 3, 1])
-    later_BT = np.arange(BLOCK) + (BLOCK - n_B)[:, None]
-    taken_back = run(tokens_BT, np.concatenate([np.arange(BLOCK) * np.ones((B, 1), int), later_BT], 1), n_B)
     kept_BT = np.where(np.arange(BLOCK) < (BLOCK - n_B)[:, None], np.arange(BLOCK), -1)
-    never_seen = run(tokens_BT, np.concatenate([kept_BT, later_BT], 1), 0 * n_B)
-    assert_array_equal(taken_back[0], never_seen[0])
-    for a, b in zip(taken_back[1], never_seen[1], strict=True):
-        assert a.matrix_BNHM.ndim == 5
-        jax.tree.map(assert_array_equal, a.view(), b.view())
-        with pytest.raises(ValueError, match="row 1 can take back 0 to"):
-            a.rewind(np.array([0, 5, 0]))
-        forked = a.fork(np.array([2, 2]))
-        assert_array_equal(
-            forked.rewind(np.array([1, 1])).matrix_BNHM[:, 0], b.rewind(np.array([0, 0, 1])).matrix_BNHM[:, 2]
-        )
+    empty = init_state(config, B, 24, cache=CacheOptions(spare=SPARE))
+    _, [taken_back] = run(empty, np.tile(np.arange(BLOCK), (B, 1)))
+    _, [never_seen] = run(empty, kept_BT)
+    assert taken_back.matrix_BNHM.ndim == 5
+    with pytest.raises(ValueError, match="row 1 can take back 0 to 3 tokens, got 4"):
+        taken_back.rewind(np.array([0, 4, 0]))
+    forked, taken_back = taken_back.fork(np.array([1, 1])), rewind(taken_back, n_B)
+    later_BT = np.arange(BLOCK) + (BLOCK - n_B)[:, None]
+    for a, b in zip(*(jax.tree.leaves(run([s], later_BT)[0]) for s in (taken_back, never_seen)), strict=True):
+        assert_array_equal(a, b)
+    jax.tree.map(assert_array_equal, taken_back.view(), never_seen.view())
+    matrix_LBNHM = forked.rewind(np.array([3, 3])).matrix_BNHM
+    for row in (0, 1):
+        assert_array_equal(matrix_LBNHM[:, row], never_seen.matrix_BNHM[:, 1])
 
 
-def test_a_step_copies_no_ring():
-    """In the compiled loop over steps, a ring is written by an update in place alone."""
-    B, R, N, H, M = 1, 6, 2, 16, 24
-    state = RecurrentState.empty(B, N, H, M, (3, 40, jnp.float32), CacheOptions(spare=R))
+@pytest.mark.parametrize("length", [1, BLOCK])
+def test_a_loop_over_steps_copies_no_ring(length):
+    """In the compiled loop, rings are changed by updates in place alone."""
+    decoder = Decoder("gated-deltanet")
+    harness, x_BTD = decoder.harness, jnp.ones((B, length, D_MODEL))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def loop(state, steps):
-        def body(i, state):
-            matrix_BNHM, inputs_BUC = 0.5 * state.matrix_BNHM + i, state.inputs_BUC + i
-            valid_BT = jnp.ones((B, 1), bool)
-            slot_B1 = state.past_slots(valid_BT, 1)
-            past = (state.matrix_BNHM[:, None], state.inputs_BUC[:, None])
-            rings = [keep_in_ring(*x, slot_B1) for x in zip(state.past.arrays, past, strict=True)]
-            return state.append(matrix_BNHM, inputs_BUC, rings=tuple(rings), valid_BT=valid_BT)
+    @functools.partial(jax.jit, donate_argnums=1)
+    def loop(params, state, steps):
+        def body(i, carry):
+            x_BTD, state = carry
+            ctx = Context(jnp.broadcast_to(i * length + jnp.arange(length), (B, length)))
+            return harness.run(params, x_BTD, state, ctx)
 
-        return jax.lax.fori_loop(0, steps, body, state)
+        return jax.lax.fori_loop(0, steps, body, (x_BTD, state))
 
-    text = loop.lower(state, 5).compile().as_text()
-    made = re.findall(rf"= f32\[{B},{R},[\d,]+\]\S* ([\w-]+)\(", text)
-    print(made)
-    print(text) if 0 else None
-    assert not {"copy", "concatenate", "select"} & set(made), made
+    text = loop.lower(harness.params, decoder.state, 5).compile().as_text()
+    for ring in jax.tree.leaves(decoder.state.past.arrays):
+        made = set(re.findall(rf"= f32\[{','.join(map(str, ring.shape))}\]\S* ([\w-]+)\(", text))
+        assert made & {"dynamic-update-slice", "scatter"}
+        assert made <= {"dynamic-update-slice", "scatter", "parameter", "get-tuple-element", "fusion"}, made

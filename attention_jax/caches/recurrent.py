@@ -85,8 +85,10 @@ class PastStates:
         slot_B = (self.count_B - n_B) % self.size
         row_B = jnp.arange(slot_B.shape[0])
         found_B = (n_B >= 0) & (n_B <= self.held_B)
-        step_B = jnp.where(found_B, n_B, 0)
-        left = dataclasses.replace(self, count_B=self.count_B - step_B, held_B=self.held_B - step_B)
+        # A row that could not go back can go nowhere: NaN is not to be followed by numbers of another token.
+        left = PastStates(
+            self.count_B - jnp.where(found_B, n_B, 0), jnp.where(found_B, self.held_B - n_B, 0), self.arrays
+        )
         return jax.tree.map(lambda ring: ring[row_B, slot_B], self.arrays), found_B, left
 
 
