@@ -450,3 +450,76 @@ def test_a_log_decay_is_not_read_in_empty_slots():
     y = decay_scan(ONES, ONES, ONES, log_decay=log_decay, positions=positions)
     log_decay[:, 2] = 0
     assert_array_equal(y, decay_scan(ONES, ONES, ONES, log_decay=log_decay, positions=positions))
+
+
+@pytest.mark.parametrize(
+    ("case", "n"),
+    [
+        (Case(T=20, segments="ragged", decay="channel"), 7),
+        (Case(T=5, normalize=True, segments="ragged", heads=(4, 2, 2)), 5),
+        (Case(T=1, decay="head"), 1),
+    ],
+    ids=str,
+)
+def test_past_states_equal_float64_and_so_do_their_gradients(case, n):
+    """The states before the last n slots are those after the slots in front of each."""
+    problem = make(case)
+    (B, T), R, rng = problem.valid.shape, n + 2, np.random.default_rng(2)
+    slots = np.stack([rng.permutation(R)[:n] for _ in range(B)])
+    weights = rng.standard_normal((B, n, *problem.dstate.shape[1:])).astype(np.float32)
+    ring = np.full((B, R, *problem.dstate.shape[1:]), np.nan, np.float32)
+    dropped = np.where((np.arange(B) == 0)[:, None] & (np.arange(n) == 0), R + 3, slots)
+    kept = np.flatnonzero(dropped[0] < R)
+
+    @jax.jit
+    def run(learned):
+        def call(learned):
+            y, state, full = scan(learned, problem.fixed | {"past_states": (ring, dropped)}, None)
+            return y, state, jnp.take_along_axis(full, slots[..., None, None, None], axis=1), full
+
+        out, pull = jax.vjp(call, learned)
+        return out, pull((problem.dy, problem.dstate, weights, jnp.zeros_like(ring)))[0]
+
+    (y, state, past, full), gradients = run(planted(problem, np.nan))
+    assert np.isnan(full).all((2, 3, 4)).sum() == 2 * B + 1, "places that hold no state are as they were"
+    right = expected(problem)
+    for j in range(n):
+        shorter = dataclasses.replace(
+            problem, valid=problem.valid & (np.arange(T) < T - n + j), dy=0 * problem.dy,
+            dstate=np.where(dropped[:, j, None, None, None] < R, weights[:, j], 0),
+        )  # fmt: skip
+        before = expected(shorter)
+        rows = slice(0 if j in kept else 1, None)
+        size = cases.largest(before["state"])
+        assert_allclose(past[rows, j], before["state"][rows], rtol=0, atol=1e-5 * size)
+        right = {name: x + before[name] if name[0] == "d" else x for name, x in right.items()}
+    found = {"y": y, "state": state} | {f"d{name}": x for name, x in gradients.items()}
+    for name in found:
+        assert_allclose(
+            found[name], right[name], rtol=0, atol=1e-5 * cases.largest(right[name]), err_msg=name
+        )
+
+
+def test_past_states_that_do_not_fit():
+    problem = make(Case(T=4))
+    good = (jnp.zeros((2, 3, 2, 8, 5)), jnp.zeros((2, 2), jnp.int32))
+    for past, options, message in [
+        (3, {}, r"past_states must be a pair of arrays \(ring_BRNHM, slot_Bn\), got 3"),
+        (good, {"return_state": False}, "past_states needs return_state=True"),
+        ((good[0][:, :, :1], good[1]), {}, r"ring must be float32 .* got float32 \[2, 3, 1, 8, 5\]"),
+        ((good[0].astype(jnp.bfloat16), good[1]), {}, "ring must be float32 .* got bfloat16"),
+        ((good[0], jnp.zeros((2, 5), int)), {}, r"1 <= n <= T = 4, got int32 \[2, 5\]"),
+        ((good[0], jnp.zeros((2, 2))), {}, r"slots must be integers .* got float32"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            scan(problem.learned, problem.fixed | {"past_states": past} | options, None)
+    for n, chosen in ((4, "recurrent"), (1, "chunked")):
+        told = explain(
+            *(problem.learned[x] for x in "qkv"),
+            return_state=True,
+            past_states=(good[0], np.zeros((2, n), int)),
+        )
+        assert told.chosen == chosen
+    calls = functools.partial(scan, fixed=problem.fixed | {"past_states": (good[0], np.zeros((2, 1), int))})
+    with pytest.raises(NotImplementedError, match="impl='chunked' of decay_scan has no forward-mode"):
+        jax.jvp(lambda learned: calls(learned, impl="chunked"), (problem.learned,), (problem.learned,))

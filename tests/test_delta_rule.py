@@ -379,3 +379,42 @@ def test_bad_calls(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         delta_rule(*[given.pop(name) for name in ("q", "k", "v", "beta")], **given)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("T", "n", "decay", "kind"), [(20, 7, "channel", "packed"), (5, 5, None, "padded")])
+def test_past_states_equal_float64_and_so_do_their_gradients(T, n, decay, kind):
+    """The states before the last n slots are those after the slots in front of each."""
+    given = arrays(T, decay=decay)
+    segments, positions = layout(T, kind)
+    (dy, dstate), rng = cotangents_of(given), np.random.default_rng(2)
+    weights = rng.normal(size=(B, n, *dstate.shape[1:])).astype(np.float32)
+    slots, ring = np.stack([rng.permutation(n) for _ in range(B)]), np.zeros_like(weights)
+
+    @jax.jit
+    def run(given):
+        def call(q, k, v, beta, log_decay, state):
+            y, last, full = delta_rule(
+                q, k, v, beta, log_decay=log_decay, initial_state_BNHM=state, segment_ids=segments,
+                positions=positions, scale=SCALE, return_state=True, past_states=(ring, slots),
+            )  # fmt: skip
+            return y, last, jnp.take_along_axis(full, slots[..., None, None, None], axis=1)
+
+        out, pull = jax.vjp(call, *given)
+        return out, pull((dy, dstate, weights))
+
+    (y, last, past), found = run(given)
+    right_y, right_last, *gradients = expected(given, (dy, dstate), segments, positions)
+    pasts = []
+    for j in range(n):
+        t = T - n + j
+        # Nothing of the slots from t on, but a cotangent of the state in front of them.
+        before = np.where(np.arange(T) < t, 0 if positions is None else positions, -1) * np.ones((B, 1), int)
+        _, S, *more = expected(given, (0 * dy, weights[:, j]), segments, before)
+        pasts.append(S)
+        gradients = [a if a is None else a + b for a, b in zip(gradients, more, strict=True)]
+    names = ("y", "last", "past", *NAMES)
+    for name, x, right in zip(
+        names, (y, last, past, *found), (right_y, right_last, np.stack(pasts, 1), *gradients), strict=True
+    ):
+        if right is not None:
+            assert_allclose(x, right, rtol=0, atol=TOLERANCE * np.abs(right).max(), err_msg=name)

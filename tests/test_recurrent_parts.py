@@ -49,7 +49,8 @@ def convolver(width, activation="silu"):
     @jax.jit
     def call(params, x, inputs, ctx):
         held = None if inputs is None else RecurrentState(jnp.zeros(()), inputs)
-        return convolve(nnx.merge(graphdef, params), x, held, ctx)
+        y, (last, _) = convolve(nnx.merge(graphdef, params), x, held, ctx)
+        return y, last
 
     return module, params, call
 

@@ -5,7 +5,7 @@ from attention_jax.caches.files import load, save
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
 from attention_jax.caches.quantized import QuantizedKVCache, empty_kv_cache
-from attention_jax.caches.recurrent import LinearState, RecurrentState
+from attention_jax.caches.recurrent import LinearState, RecurrentState, keep_in_ring
 
 __all__ = [
     "DEFAULT_CACHE",
@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "empty_kv_cache",
     "fork_all",
+    "keep_in_ring",
     "load",
     "rewind_all",
     "save",

@@ -77,6 +77,28 @@ class ShortConvolution(nnx.Module):
         last_BUC = jnp.take_along_axis(history_BSC, last_BU[..., None], axis=1, mode="clip")
         return y_BTC, last_BUC.astype(inputs_BUC.dtype)
 
+    def past_inputs(
+        self, x_BTC: jax.Array, inputs_BUC: jax.Array, count: int, valid_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """The last inputs before each of the last `count` slots of x, [B, count, U, C] in the state's dtype.
+
+        inputs_BUC, valid_BT: as in a call. What `__call__` returns are the last inputs after all slots.
+        """
+        (B, T, C), U = x_BTC.shape, self.width - 1
+        if T == 1 or U == 0:
+            return jnp.broadcast_to(inputs_BUC[:, None], (B, count, U, C))
+        valid_BT = jnp.ones((B, T), bool) if valid_BT is None else jnp.broadcast_to(valid_BT, (B, T))
+        order_BT, _ = _valid_first(valid_BT)
+        before_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - valid_BT
+        # The rank of each input among the valid tokens of x; it is negative before x.
+        rank_BJ = before_BT[:, T - count :, None] + jnp.arange(-U, 0, dtype=jnp.int32)
+        rank_BJ = rank_BJ.reshape(B, count * U)
+        slot_BJ = jnp.take_along_axis(order_BT, jnp.maximum(rank_BJ, 0), axis=1)
+        new_BJC = _gathered(x_BTC.astype(self.dtype).astype(inputs_BUC.dtype), slot_BJ)
+        old_BJC = _gathered(inputs_BUC, jnp.minimum(rank_BJ + U, U - 1))
+        found_BJC = jnp.where(rank_BJ[..., None] < 0, old_BJC, new_BJC)
+        return found_BJC.reshape(B, count, U, -1)
+
     def _convolved(self, history_BSC: jax.Array, document_BT: jax.Array | None) -> jax.Array:
         """y of the last T = S - (W - 1) inputs; taps from other documents are 0."""
         U, T = self.width - 1, history_BSC.shape[1] - (self.width - 1)

@@ -32,10 +32,12 @@ from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
 from attention_jax.mixers.recurrent import (
+    appended,
     check_convolution,
     check_steps,
     convolve,
     initial_decays,
+    past_states,
     scan_options,
 )
 from attention_jax.ops.delta_rule import delta_rule, delta_weights
@@ -192,7 +194,7 @@ class _DeltaMixer(Mixer):
         outputs = fused_linear([getattr(self, name) for name in self.projected], x_BTD)
         projections = dict(zip(self.projected, outputs, strict=True))
         mixed = jnp.concatenate([projections[name] for name in "qkv"], axis=-1)
-        mixed, inputs_BUC = convolve(self.convolution, mixed, state, ctx)
+        mixed, inputs = convolve(self.convolution, mixed, state, ctx)
         q, k, v = jnp.split(mixed, [self.keys, 2 * self.keys], axis=-1)
         largest = 2.0 if config.negative_eigenvalues else 1.0
         arrays = (
@@ -201,11 +203,12 @@ class _DeltaMixer(Mixer):
         )  # fmt: skip
         call = {"log_decay": self._log_decay(projections), "scale": self.head_dim**-0.5}
         call |= scan_options(state, ctx, B, T)
-        y_BTNM, matrix_BNHM = delta_rule(
+        y_BTNM, *matrices = delta_rule(
             *arrays,
             initial_state_BNHM=None if state is None else state.matrix_BNHM,
             chunk_size=config.chunk_size,
             return_state=True,
+            past_states=past_states(state, ctx, T),
             impl=config.impl,
             **call,
         )
@@ -216,7 +219,7 @@ class _DeltaMixer(Mixer):
             attention=lambda: delta_weights(arrays[0], arrays[1], arrays[3], **call),
         )
         y_BTD = self.out(self._normalize(y_BTNM, projections).reshape(B, T, self.values))
-        state = None if state is None else state.append(matrix_BNHM, inputs_BUC)
+        state = None if state is None else appended(state, matrices, inputs, ctx)
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)
 
 

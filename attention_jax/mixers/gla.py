@@ -67,7 +67,7 @@ class GLAConfig(DecayMixerConfig):
         self.widths(d_model)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
-        """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
+        """An empty float32 state, whose size does not depend on `capacity`."""
         del capacity, causal
         return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model), options=cache)
 

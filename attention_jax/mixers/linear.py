@@ -149,7 +149,7 @@ class Cosformer(LinearBase):
         # A traced position cannot raise an error: NaN makes it visible, unlike a weight of the wrong sign.
         beyond_BT = valid_tokens(ctx) & (ctx.positions_BT >= horizon)
         kept = dataclasses.replace(ctx, positions_BT=jnp.where(beyond_BT, -1, ctx.positions_BT))
-        y_BTD, state, aux = super().mix(x_BTD, state, ctx=kept)
+        y_BTD, state, aux = self._mix(x_BTD, state, kept, seen_BT=valid_tokens(ctx))
         if not self.causal:
             beyond_BT = valid_tokens(ctx) & beyond_BT.any(axis=1, keepdims=True)
         return MixerOutput(jnp.where(beyond_BT[..., None], jnp.nan, y_BTD), state, aux)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.caches import DEFAULT_CACHE, LinearState
+from attention_jax.caches import DEFAULT_CACHE, LinearState, keep_in_ring
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -24,6 +24,7 @@ from attention_jax.mixers.parts import (
     head_width,
     merge_heads,
     split_heads,
+    valid_tokens,
     zero_invalid,
 )
 from attention_jax.mixers.recurrent import scan_options
@@ -89,18 +90,18 @@ class LinearBaseConfig(MixerConfig):
 
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> LinearState:
         """Sums of 0, independent of `capacity`; ValueError in a model that is not causal."""
-        del capacity, cache  # sums are always float32
+        del capacity
         if not causal:
             raise ValueError(
                 f"{self.kind} has no state in a bidirectional model (causal: false), where outputs depend on "
                 "later tokens: pass state=None"
             )
         columns = head_width(d_model, self.num_heads, self.head_dim) + (self.normalized and not self.rotates)
-        shape = (batch, self.num_heads, self.feature_count(d_model))
-        return LinearState(
-            jnp.zeros((*shape, columns), jnp.float32),
-            jnp.zeros((*shape, 1), jnp.float32) if self.rotates else None,
-            jnp.full((batch, self.kv_heads), -jnp.inf, jnp.float32) if self.rescales else None,
+        return LinearState.empty(
+            (batch, self.num_heads, self.feature_count(d_model), columns),
+            separate_weights=self.rotates,
+            scaled_heads=self.kv_heads if self.rescales else None,
+            options=cache,
         )
 
 
@@ -109,7 +110,7 @@ class Features(NamedTuple):
 
     rotated: q and k of the numerator, if they differ from those of the denominator. log_decay_BTK: the change of
     the logarithmic scale of the sums at each token, if they are scaled. log_scale_BK: the scale after the last
-    token.
+    token. past_log_scale_BTK: the scale before each token.
     """
 
     q_BTNF: jax.Array
@@ -117,6 +118,7 @@ class Features(NamedTuple):
     rotated: tuple[jax.Array, jax.Array] | None = None
     log_decay_BTK: jax.Array | None = None
     log_scale_BK: jax.Array | None = None
+    past_log_scale_BTK: jax.Array | None = None
 
 
 class LinearBase(Mixer):
@@ -148,6 +150,12 @@ class LinearBase(Mixer):
         The captured queries and keys are their features. The captured weights are those among the new tokens
         only, without the contribution of the state.
         """
+        return self._mix(x_BTD, state, ctx)
+
+    def _mix(
+        self, x_BTD: jax.Array, state: Any, ctx: Context | None, seen_BT: jax.Array | None = None
+    ) -> MixerOutput:
+        """`mix`; seen_BT: True for the slots that `rewind` counts, by default those that hold a token."""
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         options = scan_options(state, ctx, *x_BTD.shape[:2])
         options |= {"chunk_size": self.config.chunk_size, "impl": self.config.impl}
@@ -162,7 +170,8 @@ class LinearBase(Mixer):
             attention=lambda: self._weights(phi, options),
         )
         if self.causal:
-            y_BTNM, state = self._past(phi, v_BTKM, state, options)
+            seen_BT = valid_tokens(ctx) if seen_BT is None else seen_BT
+            y_BTNM, state = self._past(phi, v_BTKM, state, options, seen_BT)
         else:
             y_BTNM = self._bidirectional_sums(phi, v_BTKM, options)
         y_BTNM = y_BTNM.astype(v_BTKM.dtype)
@@ -185,34 +194,57 @@ class LinearBase(Mixer):
         whole = decay_weights(phi.q_BTNF, phi.k_BTKF, **call)
         return _quotient(decay_weights(*pair, **call), whole.sum(-1, keepdims=True), self.epsilon)
 
-    def _past(self, phi: Features, v_BTKM: jax.Array, state: LinearState | None, options: dict):
+    def _past(
+        self,
+        phi: Features,
+        v_BTKM: jax.Array,
+        state: LinearState | None,
+        options: dict,
+        seen_BT: jax.Array | None,
+    ):
         """Sums over s <= t, and the state after the last token (None if `state` is None)."""
         options |= {"log_decay": phi.log_decay_BTK, "return_state": True}
-        sums = weights = None
+        sums = weights = slot_Bn = None
         if state is not None:
-            sums, weights = state.sums_BNFM, state.weights_BNF1
+            sums, weights, _ = state.view()
+            slot_Bn = state.past_slots(seen_BT, v_BTKM.shape[1])
+        rings = (None, None, None) if slot_Bn is None else state.past.arrays
+        sums_past, weights_past = (None if x is None else (x, slot_Bn) for x in rings[:2])
+        options["past_states"] = sums_past
+        z_states = (None, None)
         if phi.rotated is None and self.normalize and self.epsilon:
             # The op has no epsilon: the sum of the weights is one more value, as it is in the state.
             v_BTKM = v_BTKM.astype(jnp.float32)
             v_BTKM = jnp.concatenate([v_BTKM, jnp.ones_like(v_BTKM[..., :1])], axis=-1)
-            y_BTNM, sums = decay_scan(phi.q_BTNF, phi.k_BTKF, v_BTKM, initial_state_BNHM=sums, **options)
+            y_BTNM, *states = decay_scan(phi.q_BTNF, phi.k_BTKF, v_BTKM, initial_state_BNHM=sums, **options)
             y_BTNM = _quotient(y_BTNM[..., :-1], y_BTNM[..., -1:], self.epsilon)
         elif phi.rotated is None:
             q_BTNF, k_BTKF = phi.q_BTNF.astype(v_BTKM.dtype), phi.k_BTKF.astype(v_BTKM.dtype)
-            y_BTNM, sums = decay_scan(
+            y_BTNM, *states = decay_scan(
                 q_BTNF, k_BTKF, v_BTKM, initial_state_BNHM=sums, normalize=self.normalize, scale=self.scale,
                 **options,
             )  # fmt: skip
         else:
             # In float32, so that only the quotient is rounded.
             v_BTKM = v_BTKM.astype(jnp.float32)
-            y_BTNM, sums = decay_scan(*phi.rotated, v_BTKM, initial_state_BNHM=sums, **options)
+            y_BTNM, *states = decay_scan(*phi.rotated, v_BTKM, initial_state_BNHM=sums, **options)
             ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
-            z_BTN1, weights = decay_scan(
+            options["past_states"] = weights_past
+            z_BTN1, *z_states = decay_scan(
                 phi.q_BTNF, phi.k_BTKF, ones_BTK1, initial_state_BNHM=weights, **options
             )
             y_BTNM = _quotient(y_BTNM, z_BTN1, self.epsilon)
-        return y_BTNM, None if state is None else state.append(sums, weights, phi.log_scale_BK)
+        if state is None:
+            return y_BTNM, None
+        new = (states[0], z_states[0], phi.log_scale_BK)
+        if slot_Bn is None:
+            return y_BTNM, state.append(*new)
+        log_scale = rings[2]
+        if log_scale is not None:
+            past_BnK = phi.past_log_scale_BTK[:, -slot_Bn.shape[1] :]
+            log_scale = keep_in_ring(log_scale, past_BnK, slot_Bn)
+        rings = (states[1], z_states[1], log_scale)
+        return y_BTNM, state.append(*new, rings=rings, valid_BT=seen_BT)
 
     def _bidirectional_sums(self, phi: Features, v_BTKM: jax.Array, options: dict) -> jax.Array:
         """Sums over the whole document."""
@@ -259,6 +291,6 @@ def _bidirectional_weights(q_BTNF: jax.Array, k_BTKF: jax.Array, ids: dict) -> j
 def _quotient(y: jax.Array, z: jax.Array, epsilon: float) -> jax.Array:
     """y / (z + epsilon), and 0 if all weights are 0 (relu features may have no support in common with any key)."""
     y, z = y.astype(jnp.float32), z.astype(jnp.float32)
-    positive = z > 0
+    none = z <= 0  # False for NaN, which must be seen
     z = z + epsilon if epsilon else z
-    return jnp.where(positive, y / jnp.where(positive, z, 1.0), 0.0)
+    return jnp.where(none, 0.0, y / jnp.where(none, 1.0, z))

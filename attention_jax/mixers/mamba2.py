@@ -129,7 +129,7 @@ class Mamba2(Mixer):
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         projected = self.in_proj(x_BTD)
         z_BTE, mixed, dt = jnp.split(projected, [E, projected.shape[-1] - self.heads], axis=-1)
-        mixed, inputs_BUC = convolve(self.convolution, mixed, state, ctx)
+        mixed, inputs = convolve(self.convolution, mixed, state, ctx)
         u, b, c = jnp.split(mixed, [E, E + self.shared], axis=-1)
         u_BTNM = split_heads(u, config.head_dim).astype(jnp.float32)
         dt_BTN = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
@@ -137,7 +137,7 @@ class Mamba2(Mixer):
             dt_BTN = jnp.clip(dt_BTN, config.dt_limit_low, config.dt_limit_high)
         o_BTNM, state, aux = decayed(
             split_heads(c, config.state_dim), split_heads(b, config.state_dim),
-            (u_BTNM * dt_BTN[..., None]).astype(self.dtype), state, ctx, inputs_BUC,
+            (u_BTNM * dt_BTN[..., None]).astype(self.dtype), state, ctx, inputs,
             log_decay=-jnp.exp(self.A_log[...])[None, None] * dt_BTN,
             impl=config.impl,
         )  # fmt: skip

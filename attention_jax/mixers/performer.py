@@ -99,7 +99,8 @@ class Performer(LinearBase):
         log_decay_BTK = jnp.where(jnp.isneginf(before_BTK), 0.0, before_BTK - running_BTK)
         shift_BTK = _replace_invalid(running_BTK, largest_BTK, ctx)
         k_BTKF = jnp.exp(k_BTKF - shift_BTK[..., None])
-        return Features(q_BTNF, k_BTKF, log_decay_BTK=log_decay_BTK, log_scale_BK=running_BTK[:, -1])
+        scales = {"log_scale_BK": running_BTK[:, -1], "past_log_scale_BTK": before_BTK}
+        return Features(q_BTNF, k_BTKF, log_decay_BTK=log_decay_BTK, **scales)
 
 
 def redraw(params: dict, key: jax.Array, *, orthogonal: bool = True) -> dict:

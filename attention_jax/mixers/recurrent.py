@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.caches import RecurrentState
+from attention_jax.caches import RecurrentState, keep_in_ring
 from attention_jax.layers import ShortConvolution
 from attention_jax.mixers.base import Context, MixerConfig
 from attention_jax.mixers.parts import cached_positions, valid_tokens
@@ -80,12 +80,12 @@ def decayed(
     v_BTNM: jax.Array,
     state: RecurrentState | None,
     ctx: Context,
-    inputs_BUC: jax.Array | None = None,
+    inputs: tuple[jax.Array | None, jax.Array | None] = (None, None),
     **options: Any,
 ) -> tuple[jax.Array, RecurrentState | None, dict[str, jax.Array]]:
     """`decay_scan` over the new tokens, starting from the state.
 
-    inputs_BUC: the inputs of the short convolution for the new state.
+    inputs: those of the short convolution for the new state, from `convolve`.
 
     Returns: y [B, T, N, M], the new state, and the arrays named in `ctx.capture`. The captured weights are those
     among the new tokens only, without the contribution of the state.
@@ -100,19 +100,50 @@ def decayed(
     )
     if state is None:
         return decay_scan(q_BTNH, k_BTKH, v_BTNM, **ids, **options), None, aux
-    y_BTNM, matrix_BNHM = decay_scan(
-        q_BTNH, k_BTKH, v_BTNM, initial_state_BNHM=state.matrix_BNHM, return_state=True, **ids, **options
-    )
-    return y_BTNM, state.append(matrix_BNHM, inputs_BUC), aux
+    y_BTNM, *matrices = decay_scan(
+        q_BTNH, k_BTKH, v_BTNM, initial_state_BNHM=state.matrix_BNHM, return_state=True,
+        past_states=past_states(state, ctx, v_BTNM.shape[1]), **ids, **options,
+    )  # fmt: skip
+    return y_BTNM, appended(state, matrices, inputs, ctx), aux
+
+
+def past_states(state: RecurrentState | None, ctx: Context, T: int) -> tuple[jax.Array, jax.Array] | None:
+    """The argument `past_states` of a recurrence over T new slots: None if the state keeps no past ones."""
+    if state is None or state.past is None:
+        return None
+    return state.past.arrays[0], state.past_slots(valid_tokens(ctx), T)
+
+
+def appended(
+    state: RecurrentState,
+    matrices: list[jax.Array],
+    inputs: tuple[jax.Array | None, jax.Array | None],
+    ctx: Context,
+) -> RecurrentState:
+    """The state after the new tokens.
+
+    matrices: the last state of the recurrence and, if the state keeps past ones, their ring. inputs: the same
+    of the short convolution.
+    """
+    matrix_BNHM, *ring = matrices
+    rings = (*ring, inputs[1]) if ring else None
+    return state.append(matrix_BNHM, inputs[0], rings=rings, valid_BT=valid_tokens(ctx))
 
 
 def convolve(
     convolution: ShortConvolution, x_BTC: jax.Array, state: RecurrentState | None, ctx: Context
-) -> tuple[jax.Array, jax.Array | None]:
-    """The short convolution of the new tokens, starting from the state, and the inputs for the new state."""
-    return convolution(
-        x_BTC,
-        None if state is None else state.inputs_BUC,
-        valid_BT=valid_tokens(ctx),
-        segment_ids_BT=ctx.segment_ids_BT,
-    )
+) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+    """The short convolution of the new tokens, starting from the state, and its inputs for the new state.
+
+    The inputs are the last ones, and the ring of past ones if the state keeps them.
+    """
+    valid_BT = valid_tokens(ctx)
+    inputs_BUC = ring = None
+    if state is not None:
+        inputs_BUC = state.inputs_BUC
+        slot_Bn = state.past_slots(valid_BT, x_BTC.shape[1])
+        if slot_Bn is not None:
+            past_BnUC = convolution.past_inputs(x_BTC, inputs_BUC, slot_Bn.shape[1], valid_BT)
+            ring = keep_in_ring(state.past.arrays[1], past_BnUC, slot_Bn)
+    y_BTC, inputs_BUC = convolution(x_BTC, inputs_BUC, valid_BT=valid_BT, segment_ids_BT=ctx.segment_ids_BT)
+    return y_BTC, (inputs_BUC, ring)

@@ -83,7 +83,7 @@ class RetentionConfig(DecayMixerConfig):
         return head_dim, self.value_dim or 2 * head_dim
 
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
-        """An empty float32 state, whose size does not depend on `capacity`; `dtype` is ignored."""
+        """An empty float32 state, whose size does not depend on `capacity`."""
         del capacity, causal
         return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model), options=cache)
 

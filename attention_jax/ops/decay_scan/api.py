@@ -17,15 +17,16 @@ from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
 from attention_jax.ops.decay_scan.common import DecayScanCall
-from attention_jax.ops.dispatch import (
-    Explanation,
-    Implementation,
-    choose,
-    evaluate,
-    explain_choice,
-    explained,
+from attention_jax.ops.dispatch import Explanation, Implementation, explained
+from attention_jax.ops.recurrences import (
+    check_decays,
+    checked_past,
+    document_runs,
+    explain_call,
+    run_call,
+    sum_dtype,
+    with_chunk_size,
 )
-from attention_jax.ops.recurrences import check_decays, document_runs, sum_dtype, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -40,6 +41,7 @@ _IMPLEMENTATIONS = {
     "chunked": Implementation(chunked.attend, config=ChunkedScanConfig()),
     "quadratic": Implementation(quadratic.attend, quadratic.unsupported, unwanted=lambda call: "O(T^2)"),
 }
+_KEEPING = Implementation(recurrent.attend_and_keep)
 
 
 def decay_scan(
@@ -55,8 +57,9 @@ def decay_scan(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
+    past_states: tuple[jax.Array, jax.Array] | None = None,
     impl: str | ChunkedScanConfig | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Causal linear attention through a decaying state; a token sees itself and what came before.
 
     Args:
@@ -79,13 +82,17 @@ def decay_scan(
       chunk_size: tokens of a chunk in the chunked form; by default that of `ChunkedScanConfig`. The other
         forms have no chunks.
       return_state: also return the state after the last token.
+      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with the states before each
+        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. A place >= R is dropped;
+        the others of a row differ. These n slots run token by token, those in front of them as `impl` says.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per chunk kept for the
         backward), "quadratic" (dense [T, T], for inspection), a `ChunkedScanConfig`
         ("chunked" with these sizes), or None, which chooses; see `explain`.
 
     Returns:
-      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32). Slots without a token give 0 and pass no
-      gradient. Everything accumulates in float32 (float64 if q, k or v is).
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32), or with past_states (y_BTNM, state_BNHM,
+      ring_BRNHM). Slots without a token give 0 and pass no gradient.
+      Everything accumulates in float32 (float64 if q, k or v is).
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
@@ -95,12 +102,13 @@ def decay_scan(
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,
     )  # fmt: skip
+    past = checked_past(past_states, call, return_state)
     table = with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl)
-    y_BTNM, state_BNHM = evaluate(choose(table, call, impl), None, call)
+    y_BTNM, *states = run_call(table, impl, _KEEPING, call, past)
     if normalize:
         y_BTNM = _normalized(y_BTNM, float(scale)).astype(call.v_BTNM.dtype)
     y_BTNM = select_valid(y_BTNM, valid)
-    return (y_BTNM, state_BNHM) if return_state else y_BTNM
+    return (y_BTNM, *states) if return_state else y_BTNM
 
 
 def decay_weights(
@@ -148,11 +156,10 @@ def _any_values(q, k, log_decay, state, normalize) -> Any:
 def explain(*args, impl: str | ChunkedScanConfig | None = None, **kwargs) -> Explanation:
     """What `decay_scan` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 
-    def find(*, impl, return_state, chunk_size, **given):
-        del return_state
-        return explain_choice(
-            with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), _checked_call(*given.values())[0], impl
-        )
+    def find(*, impl, return_state, past_states, chunk_size, **given):
+        call = _checked_call(*given.values())[0]
+        past = checked_past(past_states, call, return_state)
+        return explain_call(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), impl, call, past)
 
     return explained(decay_scan, find, args, kwargs | {"impl": impl})
 

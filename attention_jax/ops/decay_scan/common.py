@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from attention_jax.ops.recurrences import runs_between
+
 _STATIC = {"static": True}
 
 
@@ -40,6 +42,14 @@ class DecayScanCall:
         """(B, T, N, H, M)."""
         B, N, H, M = self.state_BNHM.shape
         return B, self.q_BTNH.shape[1], N, H, M
+
+    def between(self, start: int, stop: int, state_BNHM: jax.Array) -> DecayScanCall:
+        """The call of the slots start .. stop - 1; the state is that after the slots in front of them."""
+        per_slot = {name: getattr(self, name)[:, start:stop] for name in ("q_BTNH", "k_BTNH", "v_BTNM")}
+        if self.log_decay is not None and self.log_decay.ndim > 1:
+            per_slot["log_decay"] = self.log_decay[:, start:stop]
+        run_BT = runs_between(self.run_BT, start, stop)
+        return dataclasses.replace(self, **per_slot, state_BNHM=state_BNHM, run_BT=run_BT)
 
     @property
     def dtype(self) -> Any:

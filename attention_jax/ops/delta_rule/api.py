@@ -19,16 +19,16 @@ from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
 from attention_jax.ops.delta_rule.common import DeltaRuleCall
-from attention_jax.ops.dispatch import (
-    Explanation,
-    Implementation,
-    choose,
-    compiled_once,
-    evaluate,
-    explain_choice,
-    explained,
+from attention_jax.ops.dispatch import Explanation, Implementation, compiled_once, explained
+from attention_jax.ops.recurrences import (
+    check_decays,
+    checked_past,
+    document_runs,
+    explain_call,
+    run_call,
+    sum_dtype,
+    with_chunk_size,
 )
-from attention_jax.ops.recurrences import check_decays, document_runs, sum_dtype, with_chunk_size
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
 
 
@@ -43,6 +43,7 @@ _IMPLEMENTATIONS = {
     "chunked": Implementation(chunked.attend, config=ChunkedDeltaConfig()),
     "quadratic": Implementation(quadratic.attend, unwanted=lambda call: "O(T^2)"),
 }
+_KEEPING = Implementation(recurrent.attend_and_keep)
 
 
 def delta_rule(
@@ -58,8 +59,9 @@ def delta_rule(
     scale: float = 1.0,
     chunk_size: int | None = None,
     return_state: bool = False,
+    past_states: tuple[jax.Array, jax.Array] | None = None,
     impl: str | ChunkedDeltaConfig | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, ...]:
     """The outputs of the recurrence above, and the state after the last token.
 
     Args:
@@ -78,6 +80,9 @@ def delta_rule(
       chunk_size: tokens of a chunk in the chunked form, best a power of two; by default that of
         `ChunkedDeltaConfig`. The other forms have no chunks.
       return_state: also return the state after the last token.
+      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with the states before each
+        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. A place >= R is dropped;
+        the others of a row differ. These n slots run token by token, those in front of them as `impl` says.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per group of chunks kept
         for the backward), "quadratic" (all pairs, for inspection), a `ChunkedDeltaConfig`
         ("chunked" with these sizes), or None, which chooses; see `explain`.
@@ -86,8 +91,10 @@ def delta_rule(
     it explode, as the formula says. Normalise them.
 
     Returns:
-      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32). Slots without a token give 0 and pass no
-      gradient. Everything is computed in float32 (float64 if q, k and v are), matrix products included.
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32), or with past_states (y_BTNM, state_BNHM,
+      ring_BRNHM). Slots without a token give 0 and pass no gradient.
+      Everything is computed in float32 (float64 if q, k and v are), matrix
+      products included.
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
@@ -95,12 +102,13 @@ def delta_rule(
     call, valid_BT = _checked_call(
         q_BTNH, k_BTKH, v_BTNM, beta_BTN, log_decay, initial_state_BNHM, segment_ids, positions, scale,
     )  # fmt: skip
-    implementation = choose(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), call, impl)
+    past = checked_past(past_states, call, return_state)
+    table = with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl)
     # A state is a long sum: an accelerator's default of fewer bits would add up.
     with jax.default_matmul_precision("highest"):
-        y_BTNM, state_BNHM = evaluate(implementation, None, call)
+        y_BTNM, *states = run_call(table, impl, _KEEPING, call, past)
     y_BTNM = select_valid(y_BTNM, valid_BT)
-    return (y_BTNM, state_BNHM) if return_state else y_BTNM
+    return (y_BTNM, *states) if return_state else y_BTNM
 
 
 def delta_weights(
@@ -132,11 +140,10 @@ _weights = compiled_once(quadratic.weights)
 def explain(*args, impl: str | ChunkedDeltaConfig | None = None, **kwargs) -> Explanation:
     """What `delta_rule` would run for the same arguments; arrays may be ShapeDtypeStructs."""
 
-    def find(*, impl, return_state, chunk_size, **given):
-        del return_state
-        return explain_choice(
-            with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), _checked_call(*given.values())[0], impl
-        )
+    def find(*, impl, return_state, past_states, chunk_size, **given):
+        call = _checked_call(*given.values())[0]
+        past = checked_past(past_states, call, return_state)
+        return explain_call(with_chunk_size(_IMPLEMENTATIONS, chunk_size, impl), impl, call, past)
 
     return explained(delta_rule, find, args, kwargs | {"impl": impl})
 

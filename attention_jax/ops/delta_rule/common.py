@@ -9,6 +9,8 @@ import dataclasses
 
 import jax
 
+from attention_jax.ops.recurrences import runs_between
+
 _STATIC = {"static": True}
 
 
@@ -30,6 +32,13 @@ class DeltaRuleCall:
     state_BNHM: jax.Array
     run_BT: jax.Array | None
     scale: float = dataclasses.field(metadata=_STATIC)
+
+    def between(self, start: int, stop: int, state_BNHM: jax.Array) -> DeltaRuleCall:
+        """The call of the slots start .. stop - 1; the state is that after the slots in front of them."""
+        names = ("q_BTQH", "k_BTKH", "v_BTNM", "beta_BTN", "log_decay_BTNH")
+        per_slot = {name: x[:, start:stop] for name in names if (x := getattr(self, name)) is not None}
+        run_BT = runs_between(self.run_BT, start, stop)
+        return dataclasses.replace(self, **per_slot, state_BNHM=state_BNHM, run_BT=run_BT)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
