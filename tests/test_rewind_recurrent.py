@@ -147,7 +147,9 @@ def test_what_a_state_without_spare_accepts():
     jax.tree.map(assert_array_equal, plain.rewind(np.zeros(B, int)), plain)
     rewound = rewind(plain, np.array([0, 1, -2]))
     assert_array_equal(np.isnan(rewound.matrix_BNHM).all((1, 2, 3)), [False, True, True])
-    with pytest.raises(ValueError, match=r"rewind: row 1 can take back 0 to 0 tokens, got 2; .* at most 0"):
+    with pytest.raises(
+        ValueError, match=r"rewind: row 1 takes back 2 tokens, but its state can take back 0; .* at most 0"
+    ):
         plain.rewind(np.array([0, 2, 0]))
 
 
@@ -155,11 +157,11 @@ def test_a_concrete_number_that_does_not_fit_is_refused():
     decoder = Decoder("gated-deltanet")
     decoder.append(first(BLOCK, 4, 2, 1))
     for n_B, message in {
-        (0, 0, 2): "rewind: row 2 can take back 0 to 1 tokens, got 2; this state keeps at most 3",
-        (4, 0, 0): "rewind: row 0 can take back 0 to 3 tokens, got 4",
-        (0, -1, 0): "rewind: row 1 can take back 0 to 2 tokens, got -1",
-        (0, 0): "rewind: n_B must be integers [B] = [3], got int64 [2]",
-        (0.0, 0, 0): "rewind: n_B must be integers [B] = [3], got float64 [3]",
+        (0, 0, 2): "rewind: row 2 takes back 2 tokens, but its state can take back 1; it keeps at most 3",
+        (4, 0, 0): "rewind: row 0 takes back 4 tokens, but its state can take back 3",
+        (0, -1, 0): "rewind: row 1 takes back -1 tokens",
+        (0, 0): "rewind: n_B must be integers [3], got int64 [2]",
+        (0.0, 0, 0): "rewind: n_B must be integers [3], got float64 [3]",
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)) as raised:
             decoder.state.rewind(np.array(n_B))
@@ -199,7 +201,7 @@ def test_states_of_scanned_layers_go_back_together():
     _, [taken_back] = run(empty, np.tile(np.arange(BLOCK), (B, 1)))
     _, [never_seen] = run(empty, kept_BT)
     assert taken_back.matrix_BNHM.ndim == 5
-    with pytest.raises(ValueError, match="row 1 can take back 0 to 3 tokens, got 4"):
+    with pytest.raises(ValueError, match="row 1 takes back 4 tokens, but its state can take back 3"):
         taken_back.rewind(np.array([0, 4, 0]))
     forked, taken_back = taken_back.fork(np.array([1, 1])), rewind(taken_back, n_B)
     later_BT = np.arange(BLOCK) + (BLOCK - n_B)[:, None]

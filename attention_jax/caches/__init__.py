@@ -1,6 +1,6 @@
 """Decoding states of the mixers. A state that only one mixer uses is defined in the mixer's module."""
 
-from attention_jax.caches.base import Cache, State, fork_all, rewind_all, storable
+from attention_jax.caches.base import Cache, State, fork_all, most_rewound, rewind_all, storable
 from attention_jax.caches.files import load, save
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
@@ -22,6 +22,7 @@ __all__ = [
     "fork_all",
     "keep_in_ring",
     "load",
+    "most_rewound",
     "rewind_all",
     "save",
     "storable",

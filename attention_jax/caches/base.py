@@ -97,6 +97,15 @@ class State:
         raise NotImplementedError
 
     @property
+    def most_rewound(self) -> int | None:
+        """The most tokens that `rewind` takes back after any call; None if there is no limit.
+
+        By default that of the states in its fields.
+        """
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return most_rewound([value for value in fields if isinstance(value, State)])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays; the leaves may be ShapeDtypeStructs."""
         leaves = jax.tree.leaves(self)
@@ -106,6 +115,12 @@ class State:
 def rewind_all(states: Any, n_B: jax.Array) -> Any:
     """A pytree of states, such as those of all layers, without the last n_B[i] tokens of each row i."""
     return jax.tree.map(lambda state: state.rewind(n_B), states, is_leaf=_is_state)
+
+
+def most_rewound(states: Any) -> int | None:
+    """The smallest `most_rewound` of a pytree of states, None if none of them has a limit."""
+    limits = (state.most_rewound for state in jax.tree.leaves(states, is_leaf=_is_state))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def fork_all(states: Any, rows: jax.Array) -> Any:

@@ -147,6 +147,11 @@ class KVCache(State):
             per_key=jax.tree.map(write, self.per_key, per_key),
         )
 
+    @property
+    def most_rewound(self) -> int | None:
+        """`spare` on a ring that wraps; None for a cache that keeps all tokens."""
+        return self.spare if self.wraps else None
+
     def rewind(self, n_B: jax.Array) -> KVCache:
         """The cache without the last n_B[i] tokens of each row i; n_B: int [B], 0 keeps a row as it is.
 

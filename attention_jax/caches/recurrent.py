@@ -114,6 +114,11 @@ class RewindableState(State):
         assert rings is not None and valid_BT is not None, "a state that keeps past states needs new ones"
         return type(self)(*arrays, self.past.append(rings, valid_BT))
 
+    @property
+    def most_rewound(self) -> int:
+        """The number of past states that it keeps."""
+        return 0 if self.past is None else self.past.size
+
     def rewind(self, n_B: jax.Array) -> Self:
         """The state without the last n_B[i] tokens of each row i, bit for bit; n_B: int [B].
 

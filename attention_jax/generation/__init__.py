@@ -2,6 +2,7 @@
 
 from attention_jax.generation.choose import adjust, sample
 from attention_jax.generation.decode import DecodeState, decode_step, extend, prefill
+from attention_jax.generation.drafts import DraftModel, NGram
 from attention_jax.generation.generate import generate, stream
 from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
@@ -9,7 +10,9 @@ from attention_jax.generation.sampling import Sampling
 __all__ = [
     "Completion",
     "DecodeState",
+    "DraftModel",
     "Increment",
+    "NGram",
     "Sampling",
     "adjust",
     "decode_step",

@@ -6,6 +6,7 @@ position), so that a request gets the same tokens for any batch size, in any row
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ from attention_jax.caches import DEFAULT_CACHE, CacheOptions
 from attention_jax.generation import loop
 from attention_jax.generation.arrays import pack, placed
 from attention_jax.generation.decode import DecodeState
+from attention_jax.generation.drafts import Speculation, check_speculation
 from attention_jax.generation.requests import Batch, check_count, checked_batch
 from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
+from attention_jax.generation.speculative import SpeculativeDecoding
 from attention_jax.generation.stop import StoppableText, Tokenizer
 from attention_jax.model import ModelConfig
 
@@ -43,6 +46,7 @@ def generate(
     state: DecodeState | None = None,
     cache: CacheOptions = DEFAULT_CACHE,
     prefill_chunk: int | None = None,
+    speculation: Speculation | None = None,
 ) -> list[Completion]:
     """A `Completion` for each sample of each prompt, in the order of the prompts.
 
@@ -64,6 +68,8 @@ def generate(
       cache: how the states are stored.
       prefill_chunk: the prompts are read in pieces of as many tokens; None is at most 512, or the model's
         bidirectional prefix if that is longer.
+      speculation: an `NGram` or a `DraftModel`: several tokens are drafted and read by one call of the model.
+        The tokens are the same, up to ties that rounding decides.
 
     A request whose logits are NaN or all -inf ends with finish_reason "error"; the others go on.
 
@@ -75,7 +81,8 @@ def generate(
     pieces = stream(
         config, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, key=key, eos_id=eos_id,
         request_ids=request_ids, capacity=capacity, sources=sources, tokenizer=tokenizer,
-        logits_fn=logits_fn, state=state, cache=cache, prefill_chunk=prefill_chunk, chunk=None,
+        logits_fn=logits_fn, state=state, cache=cache, prefill_chunk=prefill_chunk,
+        speculation=speculation, chunk=None,
     )  # fmt: skip
     return [Completion.of(list(parts)) for parts in zip(*pieces, strict=True)]
 
@@ -97,6 +104,7 @@ def stream(
     state: DecodeState | None = None,
     cache: CacheOptions = DEFAULT_CACHE,
     prefill_chunk: int | None = None,
+    speculation: Speculation | None = None,
     chunk: int | None = 8,
 ) -> Iterator[list[Increment]]:
     """`generate` in parts: yields an `Increment` for each sample, of at most `chunk` tokens.
@@ -114,7 +122,10 @@ def stream(
         chunk = _STOP_CHUNK if stops else loop.WIDTH
     check_count("chunk", chunk)
     _check_logits_fn(config, logits_fn, len(batch.rows), batch.capacity)
-    decoding = _begin(config, params, batch, key, logits_fn, state, cache)
+    if speculation is not None:
+        check_speculation(config, speculation, state)
+        cache = dataclasses.replace(cache, spare=max(cache.spare, speculation.num_tokens))
+    decoding = _begin(config, params, batch, key, logits_fn, state, cache, speculation)
     samples = [_Sample(batch, row, tokenizer, plain=logits_fn is None) for row in range(len(batch.rows))]
     return _produce(decoding, samples, chunk, _STOP_CHUNK if stops else loop.WIDTH)
 
@@ -127,6 +138,7 @@ def _begin(
     logits_fn: loop.LogitsFn | None,
     state: DecodeState | None,
     cache: CacheOptions,
+    speculation: Speculation | None,
 ) -> loop.Decoding:
     """The rows after their prompts."""
     samplings, rows = batch.samplings, batch.rows
@@ -151,7 +163,11 @@ def _begin(
         np.array([seed is not None for seed in seeds]),
         batch.samples,
     )
-    return loop.Decoding(config, params, carry, placed(arrays), keys_B, logits_fn)
+    begun = (config, params, carry, placed(arrays), keys_B, logits_fn)
+    if speculation is None:
+        return loop.Decoding(*begun)
+    own = speculation.start(batch.prompts, rows, batch.capacity, batch.chunk)
+    return SpeculativeDecoding(speculation, own, *begun)
 
 
 def _produce(
@@ -187,6 +203,7 @@ def _increments(
     reports = None
     if any(sample.sampling.logprobs is not None for sample in samples):
         reports = jax.device_get((drawn.logprobs_BW, drawn.top_ids_BWM, drawn.top_logprobs_BWM))
+    drafts = jax.device_get(decoding.drafts)
     for row, sample in enumerate(samples):
         new = tokens_BW[row][tokens_BW[row] >= 0]
         ended = None
@@ -194,6 +211,8 @@ def _increments(
             ended = "error" if bad_B[row] else "length" if stopped_B[row] < 0 else "stop"
         report = None if reports is None else tuple(x[row] for x in reports)
         increment = sample.push(new, ended, int(stopped_B[row]), report)
+        if drafts is not None:
+            increment = dataclasses.replace(increment, drafts=(int(drafts[0][row]), int(drafts[1][row])))
         if sample.finish_reason and not done_B[row]:
             decoding.end(row)
         yield increment

@@ -63,6 +63,21 @@ class Drawn:
     top_ids_BWM: jax.Array
     top_logprobs_BWM: jax.Array
 
+    @staticmethod
+    def empty(B: int, V: int) -> Drawn:
+        """No tokens yet, of B rows and V ids."""
+        M = min(TOP_LOGPROBS, V)
+        return Drawn(
+            jnp.full((B, WIDTH), -1, jnp.int32),
+            jnp.zeros((B, WIDTH), jnp.float32),
+            jnp.zeros((B, WIDTH, M), jnp.int32),
+            jnp.zeros((B, WIDTH, M), jnp.float32),
+        )
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """The arrays, in order."""
+        return self.tokens_BW, self.logprobs_BW, self.top_ids_BWM, self.top_logprobs_BWM
+
 
 class Decoding:
     """Rows that are being decoded: `advance` draws tokens, `end` ends rows, `carry.state` is their state."""
@@ -77,20 +92,25 @@ class Decoding:
         logits_fn: LogitsFn | None = None,
     ):
         self.config, self.params, self.carry = config, params, carry
-        self._arrays, self._keys_B, self._logits_fn = arrays, keys_B, logits_fn
-        self._ended_B = np.zeros(len(keys_B), bool)
+        self.arrays, self.keys_B, self.logits_fn = arrays, keys_B, logits_fn
+        self.ended_B = np.zeros(len(keys_B), bool)
+
+    @property
+    def drafts(self) -> tuple[jax.Array, jax.Array] | None:
+        """Drafts read and drafts kept so far, of each row; None without speculation."""
+        return None
 
     def end(self, row: int) -> None:
         """Draw no more tokens of this row."""
-        self._ended_B[row] = True
+        self.ended_B[row] = True
 
     def advance(self, steps: int) -> Drawn:
         """At most `steps` <= WIDTH more tokens of every row that is not done."""
         B, C = self.carry.tokens_BC.shape
-        with _compilation_logged(_advance, f"decoding for batch {B}, capacity {C}"):
+        with compilation_logged(_advance, f"decoding for batch {B}, capacity {C}"):
             self.carry, drawn = _advance(
-                self.config, self._logits_fn, self.params, self._keys_B, self._arrays, self.carry,
-                self._ended_B, np.int32(steps),
+                self.config, self.logits_fn, self.params, self.keys_B, self.arrays, self.carry,
+                self.ended_B, np.int32(steps),
             )  # fmt: skip
         return drawn
 
@@ -117,7 +137,7 @@ def start(
     lengths_R = np.array([len(prompt) for prompt in prompts], np.int32)
     count = np.int32(-(-lengths_R.max() // chunk))
     what = f"prefill for batch {len(prompts)}, capacity {capacity}, pieces of {chunk} tokens"
-    with _compilation_logged(_start, what):
+    with compilation_logged(_start, what):
         return _start(
             config, capacity, chunk, cache, params, state, tokens_RC, lengths_R, count, source, rows
         )
@@ -181,14 +201,7 @@ def _advance(
     limit: jax.Array,
 ) -> tuple[Carry, Drawn]:
     """The carry after `limit` steps, or as soon as all rows are done, and the tokens drawn."""
-    B, V = carry.prompt_BV.shape
-    M = min(TOP_LOGPROBS, V)
-    drawn = Drawn(
-        jnp.full((B, WIDTH), -1, jnp.int32),
-        jnp.zeros((B, WIDTH), jnp.float32),
-        jnp.zeros((B, WIDTH, M), jnp.int32),
-        jnp.zeros((B, WIDTH, M), jnp.float32),
-    )
+    drawn = Drawn.empty(*carry.prompt_BV.shape)
     carry = dataclasses.replace(carry, done_B=carry.done_B | ended_B)
 
     def unfinished(loop):
@@ -197,14 +210,14 @@ def _advance(
 
     def draw(loop):
         step, carry, drawn = loop
-        token_B, reports = _next_tokens(logits_fn, keys_B, arrays, carry)
-        carry, active_B = _record(arrays, carry, token_B)
+        token_B, reports = next_tokens(logits_fn, keys_B, arrays, carry)
+        carry, active_B = record(arrays, carry, token_B, True)
         # The states of finished rows do not change.
         state = decode_step(config, params, carry.state, token_B, active_B)
         columns = (jnp.where(active_B, token_B, -1), *reports)
         drawn = Drawn(*(
             jax.lax.dynamic_update_index_in_dim(x, column, step, axis=1)
-            for x, column in zip(dataclasses.astuple(drawn), columns, strict=True)
+            for x, column in zip(drawn.arrays(), columns, strict=True)
         ))  # fmt: skip
         return step + 1, dataclasses.replace(carry, state=state), drawn
 
@@ -212,7 +225,7 @@ def _advance(
     return carry, drawn
 
 
-def _next_tokens(
+def next_tokens(
     logits_fn: LogitsFn | None, keys_B: jax.Array, arrays: SamplingArrays, carry: Carry
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A token per row, -1 without a distribution, and its log-probabilities."""
@@ -225,10 +238,15 @@ def _next_tokens(
     return token_B, log_probabilities(state.logits_BV, token_B, arrays)
 
 
-def _record(arrays: SamplingArrays, carry: Carry, token_B: jax.Array) -> tuple[Carry, jax.Array]:
-    """The carry with the tokens recorded, all but the state, and the rows of which the token is an output."""
+def record(
+    arrays: SamplingArrays, carry: Carry, token_B: jax.Array, where_B: jax.Array | bool
+) -> tuple[Carry, jax.Array]:
+    """The carry with the tokens recorded, all but the state, and the rows of which the token is an output.
+
+    Only rows of `where_B` that are not done are changed.
+    """
     B, C = carry.tokens_BC.shape
-    live_B = carry.done_B == False  # noqa: E712
+    live_B = (carry.done_B == False) & where_B  # noqa: E712
     bad_B = live_B & (token_B < 0)
     stop_B = live_B & jnp.any(token_B[:, None] == arrays.stop_ids_BE, axis=1) & (token_B >= 0)
     active_B = live_B & (bad_B == False) & (stop_B == False)  # noqa: E712
@@ -241,7 +259,7 @@ def _record(arrays: SamplingArrays, carry: Carry, token_B: jax.Array) -> tuple[C
         tokens_BC=carry.tokens_BC.at[rows_B, columns_B].set(token_B, mode="drop"),
         counts_BV=carry.counts_BV.at[rows_B, ids_B].add(1, mode="drop"),
         generated_B=generated_B,
-        done_B=(active_B == False) | (generated_B >= arrays.max_tokens_B),  # noqa: E712
+        done_B=carry.done_B | (live_B & ((active_B == False) | (generated_B >= arrays.max_tokens_B))),  # noqa: E712
         stopped_B=jnp.where(stop_B, token_B, carry.stopped_B),
         bad_B=carry.bad_B | bad_B,
     )
@@ -264,7 +282,7 @@ def row_keys(
 
 
 @contextlib.contextmanager
-def _compilation_logged(program: Any, what: str) -> Iterator[None]:
+def compilation_logged(program: Any, what: str) -> Iterator[None]:
     """Log, at level INFO, how long a call took that compiled a program."""
     before, began = program._cache_size(), time.perf_counter()
     yield

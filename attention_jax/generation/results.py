@@ -23,6 +23,7 @@ class Increment:
     finish_reason: None as long as the sample goes on, then "stop" (an id or a string), "length" (its most
       tokens) or "error".
     stop: the id or the string that ended it. error: the message of an error.
+    drafts: with speculation, the drafts so far that the model has read, and those of them that were kept.
     """
 
     request: int
@@ -35,6 +36,7 @@ class Increment:
     finish_reason: FinishReason | None = None
     stop: int | str | None = None
     error: str | None = None
+    drafts: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,4 +66,5 @@ class Completion(Increment):
             finish_reason=last.finish_reason,
             stop=last.stop,
             error=last.error,
+            drafts=last.drafts,
         )

@@ -1,0 +1,204 @@
+"""Speculative decoding: several tokens are drafted, and one call of the model reads them all.
+
+    x_p = choose(logits_p, key_p)             what plain decoding draws at position p
+    drafts d_{p+1} ... d_{p+K} after x_p      by n-gram lookup or by a small model (`drafts.py`)
+    logits_{p+1} ... logits_{p+K+1}           one call of the model with x_p, d_{p+1}, ..., d_{p+K}
+    d_{p+j} is kept if it and all drafts before it equal x_{p+j} = choose(logits_{p+j}, key_{p+j})
+
+The states then take back the other drafts (`State.rewind`), as many as each row needs. The key of a token depends
+on its request and position only, so that the tokens are those of plain decoding, greedy or sampled, up to the
+rounding of logits, and their distribution is that of the model without a rejection step. A draft model draws with
+the same keys: with the same Gumbel noise both models take the same token wherever their distributions are close.
+
+Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318), who accept by rejection; common
+random numbers: Daliri et al. 2024 (arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.caches import rewind_all
+from attention_jax.generation import loop
+from attention_jax.generation.arrays import SamplingArrays
+from attention_jax.generation.decode import DecodeState, decode_step
+from attention_jax.generation.drafts import Drafting, Speculation
+from attention_jax.mixers import Context
+from attention_jax.model import ModelConfig, bind
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """int32 sums over the calls so far. drafted_B, kept_B: drafts of each row, and those that were kept.
+
+    calls: calls of the model with drafts; steps: calls without.
+    """
+
+    drafted_B: jax.Array
+    kept_B: jax.Array
+    calls: jax.Array
+    steps: jax.Array
+
+
+class Progress(NamedTuple):
+    """What a call changes. drawn_B: the tokens of each row in this call; own: what the proposer carries."""
+
+    carry: loop.Carry
+    own: Any
+    counts: Counts
+    drawn: loop.Drawn
+    drawn_B: jax.Array
+
+
+class SpeculativeDecoding(loop.Decoding):
+    """`Decoding` with drafts; the tokens are the same."""
+
+    def __init__(self, speculation: Speculation, own: Any, *args: Any):
+        super().__init__(*args)
+        zeros_B = jnp.zeros((len(self.keys_B),), jnp.int32)
+        # Distinct buffers: they are donated.
+        self._speculation, self._own = speculation, own
+        self.counts = Counts(zeros_B, zeros_B.copy(), jnp.int32(0), jnp.int32(0).copy())
+
+    @property
+    def drafts(self) -> tuple[jax.Array, jax.Array]:
+        """Drafts read and drafts kept so far, of each row."""
+        return self.counts.drafted_B, self.counts.kept_B
+
+    def advance(self, steps: int) -> loop.Drawn:
+        """At most `steps` <= WIDTH more tokens of every row that is not done."""
+        B, C = self.carry.tokens_BC.shape
+        with loop.compilation_logged(_advance, f"speculative decoding for batch {B}, capacity {C}"):
+            self.carry, self._own, self.counts, drawn = _advance(
+                self.config, self.logits_fn, self.params, self.keys_B, self.arrays, self._speculation,
+                self.carry, self._own, self.counts, self.ended_B, np.int32(steps),
+            )  # fmt: skip
+        return drawn
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(6, 7, 8))
+def _advance(
+    config: ModelConfig,
+    logits_fn: loop.LogitsFn | None,
+    params: Any,
+    keys_B: jax.Array,
+    arrays: SamplingArrays,
+    speculation: Speculation,
+    carry: loop.Carry,
+    own: Any,
+    counts: Counts,
+    ended_B: jax.Array,
+    limit: jax.Array,
+) -> tuple[loop.Carry, Any, Counts, loop.Drawn]:
+    """The state after `limit` tokens of every row that is not done before."""
+    B, V = carry.prompt_BV.shape
+    carry = dataclasses.replace(carry, done_B=carry.done_B | ended_B)
+    choosing = _Choosing(logits_fn, keys_B, arrays)
+
+    def unfinished(now: Progress):
+        return jnp.any((now.carry.done_B == False) & (now.drawn_B < limit))  # noqa: E712
+
+    def draw(now: Progress) -> Progress:
+        now, token_B, active_B = choosing.newest(now, limit)
+        proposal, own = speculation.propose(now.own, Drafting(now.carry, token_B, active_B, keys_B, arrays))
+        room_B = jnp.minimum(limit - now.drawn_B, arrays.max_tokens_B - now.carry.generated_B)
+        goes_on_B = active_B & (now.carry.done_B == False)  # noqa: E712
+        count_B = jnp.where(goes_on_B, jnp.minimum(proposal.count_B, room_B), 0)
+        tokens_BT = jnp.concatenate([token_B[:, None], proposal.drafts_BK], axis=1)
+
+        def verified(now: Progress) -> tuple[Progress, jax.Array]:
+            return _verified(config, params, choosing, now, tokens_BT, active_B, count_B)
+
+        def stepped(now: Progress) -> tuple[Progress, jax.Array]:
+            state = decode_step(config, params, now.carry.state, token_B, active_B)
+            logits_BV = jnp.where(active_B[:, None], state.logits_BV, now.carry.state.logits_BV)
+            state = dataclasses.replace(state, logits_BV=logits_BV)
+            counts = dataclasses.replace(now.counts, steps=now.counts.steps + 1)
+            carry = dataclasses.replace(now.carry, state=state)
+            return now._replace(carry=carry, counts=counts), jnp.zeros_like(count_B)
+
+        now, kept_B = jax.lax.cond(jnp.any(count_B > 0), verified, stepped, now._replace(own=None))
+        return now._replace(own=speculation.settle(own, active_B, count_B, kept_B))
+
+    start = Progress(carry, own, counts, loop.Drawn.empty(B, V), jnp.zeros((B,), jnp.int32))
+    end = jax.lax.while_loop(unfinished, draw, start)
+    return end.carry, end.own, end.counts, end.drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choosing:
+    """How tokens are chosen, and recorded."""
+
+    logits_fn: loop.LogitsFn | None
+    keys_B: jax.Array
+    arrays: SamplingArrays
+
+    def newest(self, now: Progress, limit: jax.Array) -> tuple[Progress, jax.Array, jax.Array]:
+        """The token after the state of each row, recorded, and the rows of which it is an output."""
+        token_B, reports = loop.next_tokens(self.logits_fn, self.keys_B, self.arrays, now.carry)
+        now, active_B = self._recorded(now, token_B, reports, now.drawn_B < limit)
+        return now, jnp.where(active_B, token_B, 0), active_B
+
+    def matched(self, now: Progress, draft_B: jax.Array, wanted_B: jax.Array) -> tuple[Progress, jax.Array]:
+        """The drafts recorded where they equal the token that is chosen, and the rows where they do."""
+        token_B, reports = loop.next_tokens(self.logits_fn, self.keys_B, self.arrays, now.carry)
+        return self._recorded(now, token_B, reports, wanted_B & (token_B == draft_B))
+
+    def _recorded(self, now: Progress, token_B, reports, live_B) -> tuple[Progress, jax.Array]:
+        carry, active_B = loop.record(self.arrays, now.carry, token_B, live_B)
+        rows_B = jnp.arange(len(token_B))
+        column_B = jnp.where(active_B, now.drawn_B, loop.WIDTH)  # mode="drop" ignores column WIDTH
+        drawn = loop.Drawn(*(
+            x.at[rows_B, column_B].set(new, mode="drop")
+            for x, new in zip(now.drawn.arrays(), (token_B, *reports), strict=True)
+        ))  # fmt: skip
+        drawn_B = now.drawn_B + active_B.astype(jnp.int32)
+        return now._replace(carry=carry, drawn=drawn, drawn_B=drawn_B), active_B
+
+
+def _verified(
+    config: ModelConfig,
+    params: Any,
+    choosing: _Choosing,
+    now: Progress,
+    tokens_BT: jax.Array,
+    active_B: jax.Array,
+    count_B: jax.Array,
+) -> tuple[Progress, jax.Array]:
+    """The state after the newest token and the drafts that are kept, and their number."""
+    state, T = now.carry.state, tokens_BT.shape[1]
+    offset_T = jnp.arange(T, dtype=jnp.int32)[None]
+    read_BT = active_B[:, None] & (offset_T <= count_B[:, None])
+    ctx = Context(jnp.where(read_BT, state.positions_B[:, None] + offset_T, -1))
+    logits_BTV, caches, _ = bind(config, params).run(jnp.where(read_BT, tokens_BT, 0), state.caches, ctx=ctx)
+
+    def compare(loop_carry, j):
+        now, alive_B, kept_B = loop_carry
+        at = DecodeState(None, state.positions_B + 1 + j, logits_BTV[:, j])
+        now = now._replace(carry=dataclasses.replace(now.carry, state=at))
+        now, kept_now_B = choosing.matched(now, tokens_BT[:, j + 1], alive_B & (j < count_B))
+        alive_B = kept_now_B & (now.carry.done_B == False)  # noqa: E712
+        return (now, alive_B, kept_B + kept_now_B.astype(jnp.int32)), None
+
+    bare = now._replace(
+        carry=dataclasses.replace(now.carry, state=DecodeState(None, state.positions_B, state.logits_BV))
+    )
+    begin = (bare, count_B > 0, jnp.zeros_like(count_B))
+    (now, _, kept_B), _ = jax.lax.scan(compare, begin, jnp.arange(T - 1, dtype=jnp.int32))
+    logits_BV = jnp.take_along_axis(logits_BTV, kept_B[:, None, None], axis=1)[:, 0]
+    state = DecodeState(
+        rewind_all(caches, jnp.where(active_B, count_B - kept_B, 0)),
+        state.positions_B + jnp.where(active_B, 1 + kept_B, 0),
+        jnp.where(active_B[:, None], logits_BV, state.logits_BV),
+    )
+    counts = Counts(
+        now.counts.drafted_B + count_B, now.counts.kept_B + kept_B, now.counts.calls + 1, now.counts.steps
+    )
+    return now._replace(carry=dataclasses.replace(now.carry, state=state), counts=counts), kept_B
