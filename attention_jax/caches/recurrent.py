@@ -159,8 +159,8 @@ class RewindableState(State):
             held_B = np.asarray(self.past.held_B).reshape(-1, len(n_B)).min(axis=0)
         for row in np.flatnonzero(n_B > held_B)[:1]:
             raise ValueError(
-                f"rewind: row {row} takes back {n_B[row]} tokens, but its state can take back {held_B[row]}; it "
-                f"keeps at most {size}: raise CacheOptions.spare"
+                f"rewind: row {row} takes back {n_B[row]} tokens, but its state can take back "
+                f"{held_B[row]}; it keeps at most {size}: raise CacheOptions.spare"
             )
 
 

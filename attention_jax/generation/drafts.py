@@ -1,4 +1,4 @@
-"""Where the drafts of speculative decoding come from: n-gram lookup (`NGram`) or a small model (`DraftModel`).
+"""The drafts of speculative decoding: from n-gram lookup (`NGram`) or from a small model (`DraftModel`).
 
 A proposer is a frozen pytree, an argument of the compiled loop. `own` is what the loop carries for it.
 
@@ -28,7 +28,7 @@ _STATIC = {"static": True}
 
 
 class Drafting(NamedTuple):
-    """What a proposer may read: the newest token of each row, recorded but not yet appended, and the options."""
+    """What a proposer may read; the newest token of each row is recorded in `carry` but not yet appended."""
 
     carry: loop.Carry
     token_B: jax.Array
@@ -153,7 +153,7 @@ Speculation = NGram | DraftModel
 def lookup(
     tokens_BC: jax.Array, length_B: jax.Array, *, count: int, longest: int, shortest: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The `count` tokens that followed the longest suffix that occurred before, int32 [B, count], and whether one did.
+    """What followed the last occurrence of the longest known suffix, int32 [B, count], and if there is one.
 
     tokens_BC: int32, the tokens of each row; those at length_B and after are ignored. If the occurrence is so
     late that the text ends before `count` tokens, the drafts go on with the period that this implies.
@@ -188,8 +188,8 @@ def check_speculation(config: ModelConfig, speculation: Any, state: Any = None) 
         bind(speculation.config, speculation.params)
         if speculation.config.vocab_size != config.vocab_size:
             raise ValueError(
-                f"the draft model has {speculation.config.vocab_size} token ids and the model {config.vocab_size}:"
-                " both must have the same vocabulary"
+                f"the draft model has {speculation.config.vocab_size} token ids and the model "
+                f"{config.vocab_size}: both must have the same vocabulary"
             )
         if state is not None:
             raise ValueError("a draft model has not read the tokens of state: pass state=None or use NGram()")

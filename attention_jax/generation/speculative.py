@@ -5,13 +5,14 @@
     logits_{p+1} ... logits_{p+K+1}           one call of the model with x_p, d_{p+1}, ..., d_{p+K}
     d_{p+j} is kept if it and all drafts before it equal x_{p+j} = choose(logits_{p+j}, key_{p+j})
 
-The states then take back the other drafts (`State.rewind`), as many as each row needs. The key of a token depends
-on its request and position only, so that the tokens are those of plain decoding, greedy or sampled, up to the
-rounding of logits, and their distribution is that of the model without a rejection step. A draft model draws with
-the same keys: with the same Gumbel noise both models take the same token wherever their distributions are close.
+The states then take back the other drafts (`State.rewind`), as many as each row needs. The key of a token
+depends on its request and position only. The tokens are therefore those of plain decoding, greedy or sampled,
+up to the rounding of logits, and their distribution is that of the model without a rejection step. A draft
+model draws with the same keys: with the same Gumbel noise both models take the same token wherever their
+distributions are close.
 
-Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318), who accept by rejection; common
-random numbers: Daliri et al. 2024 (arXiv 2408.07978).
+Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318), who accept by rejection;
+common random numbers: Daliri et al. 2024 (arXiv 2408.07978).
 """
 
 from __future__ import annotations
