@@ -5,6 +5,7 @@ from attention_jax.generation.decode import DecodeState, decode_step, extend, pr
 from attention_jax.generation.generate import generate, stream
 from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
+from attention_jax.generation.score import score
 
 __all__ = [
     "Completion",
@@ -17,5 +18,6 @@ __all__ = [
     "generate",
     "prefill",
     "sample",
+    "score",
     "stream",
 ]

@@ -1,8 +1,8 @@
 """The compiled programs of generation, and `Decoding`, which runs them.
 
 `_start` reads the prompts in pieces; `_advance` draws tokens in a `lax.while_loop`. They are compiled for a
-model, a number of rows and a capacity, `_start` also for the length of a piece. Sampling options, keys, prompt
-lengths and numbers of tokens are arguments.
+model, a number of rows and a capacity, `_start` also for the length of a piece. Sampling options, keys,
+prompt lengths and numbers of tokens are arguments.
 """
 
 from __future__ import annotations
