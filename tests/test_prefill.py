@@ -95,6 +95,7 @@ def test_a_long_prefix_makes_longer_pieces():
     assert done.tokens[0] == np.argmax(apply(long, params, prompt[None]).logits[0, -1])
 
 
+@pytest.mark.slow
 def test_a_source_is_encoded_before_the_first_piece():
     mixers = (AttentionConfig(num_heads=2, rope=RoPE()), CrossAttentionConfig(num_heads=2))
     config, params = model(*mixers, encoder=EncoderConfig(num_layers=1, mixers=mixers[:1]))
