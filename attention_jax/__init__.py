@@ -9,7 +9,7 @@ defined where it is used. An array's name ends in its axes: `q_BTNH`, `logits_BT
 from attention_jax import biases, caches, drop_in, feature_maps, masks, positions
 from attention_jax.biases import T5, ALiBi, ALiBiConfig, Bias
 from attention_jax.catalogue import catalogue
-from attention_jax.generation import Sampling, generate, stream
+from attention_jax.generation import Completion, Sampling, generate, score, stream
 from attention_jax.masks import (
     BigBird,
     BlockLocal,
@@ -46,6 +46,7 @@ __all__ = [
     "BlockLocal",
     "Causal",
     "Chunked",
+    "Completion",
     "Dense",
     "Dilated",
     "EncoderConfig",
@@ -77,6 +78,7 @@ __all__ = [
     "init_params",
     "masks",
     "positions",
+    "score",
     "selected_attention",
     "stream",
 ]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from attention_jax.generation import Sampling, choose, sample
+from attention_jax.generation import Sampling, adjust, choose, sample
 from attention_jax.generation.arrays import pack
-from tests.reference.sampling import distribution, nucleus
+from tests.reference.sampling import adjusted, distribution, nucleus
 
 GREEDY = Sampling(temperature=0)
 
@@ -142,14 +142,98 @@ def test_temperature_sharpens():
     assert np.abs(counts - p / p.sum()).max() < 0.03
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"temperature": -1}, {"temperature": math.nan}, {"temperature": "0.8"}, {"temperature": True},
-        {"temperature": 1e-40}, {"temperature": 9e37}, {"top_k": 0}, {"top_k": 2.5}, {"top_k": True},
-        {"top_p": 0.0}, {"top_p": math.nan}, {"top_p": True}, {"min_p": 1.5}, {"min_p": [0.1]},
-    ],
-)  # fmt: skip
+ROWS = (
+    (Sampling(), [], [], 0),
+    (Sampling(repetition_penalty=1.7), [0, 1], [2, 2], 2),
+    (Sampling(presence_penalty=0.5, frequency_penalty=-0.25), [3, 3], [1, 4, 4, 4], 4),
+    (Sampling(logit_bias={5: 2.5, 0: -math.inf}), [1], [], 0),
+    (Sampling(min_tokens=3, stop_ids=(6, 1)), [1], [2, 2], 2),
+    (Sampling(min_tokens=3, stop_ids=(6, 1)), [1], [2, 2, 2], 3),
+    (Sampling(0.5, 3, 0.9, 0.1, 2.0, 1.0, 0.5, {1: -1.0}, 9, stop_ids=(0,)), [1, 2], [3, 1], 2),
+)
+
+
+def histories(V):
+    prompt, counts = np.zeros((len(ROWS), V), bool), np.zeros((len(ROWS), V), np.int32)
+    for i, (_, before, output, _) in enumerate(ROWS):
+        prompt[i, before] = True
+        np.add.at(counts[i], output, 1)
+    return prompt, counts, np.array([row[3] for row in ROWS], np.int32)
+
+
+def test_penalties_biases_and_bans_are_those_of_float64():
+    """And a row that asks for none keeps its bits beside others that do."""
+    z = np.random.default_rng(0).normal(size=(len(ROWS), 8)).astype(np.float32) * 3
+    found = np.asarray(jax.jit(adjust)(z, pack([row[0] for row in ROWS], 8), *histories(8)))
+    for i, (s, prompt, output, generated) in enumerate(ROWS):
+        wanted = adjusted(
+            z[i], prompt, output, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, s.logit_bias,
+            s.stop_ids if generated < s.min_tokens else (),
+        )  # fmt: skip
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-6, err_msg=str(s))
+    assert_array_equal(found[0], z[0])
+    untouched = [Sampling()] * len(ROWS)
+    assert_array_equal(jax.jit(adjust)(z, pack(untouched, 8), *histories(8)), z)
+
+
+def test_the_neighbours_of_a_row_change_no_draw():
+    rows = [GREEDY, Sampling(0.7), Sampling(1.0, top_k=3), Sampling(1.3, top_p=0.8), Sampling(min_p=0.2)]
+    z = np.random.default_rng(1).normal(size=(5, 40)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(3), 5)
+    beside = sample(z, pack(rows, 40), keys)
+    for i, row in enumerate(rows):
+        assert sample(z[i : i + 1], row, keys[i : i + 1])[0] == beside[i], row
+    with pytest.raises(ValueError, match="sample applies temperature and filters alone"):
+        sample(z, Sampling(presence_penalty=1.0), keys)
+
+
+def test_sampled_counts_pass_a_chi_square_test():
+    """Penalties, bias, temperature and all filters together, against the float64 distribution."""
+    s, prompt, output, _ = ROWS[-1]
+    z = np.array([3.0, 7.4, 2.0, 4.0, 0.9, 1.1, -1.0, 0.5], np.float32)
+    left = adjusted(z, prompt, output, 2.0, 1.0, 0.5, s.logit_bias, s.stop_ids)
+    p = distribution(left, s.temperature, s.top_k, s.top_p, s.min_p)
+    prompt_BV, counts_BV, generated_B = (x[-1:] for x in histories(8))
+    arrays = pack([s], 8)
+    found = adjust(jnp.asarray(z)[None], arrays, prompt_BV, counts_BV, generated_B)
+    keys = jax.random.split(jax.random.key(0), count := 4000)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), arrays)
+    counts = np.bincount(np.asarray(sample(jnp.tile(found, (count, 1)), rows, keys)), minlength=8)
+    kept = p > 0
+    assert kept.sum() == 3 and (counts[~kept] == 0).all()
+    # The 99.9 % quantile with 2 degrees of freedom.
+    assert ((counts - count * p)[kept] ** 2 / (count * p[kept])).sum() < 13.8
+
+
+def test_log_probabilities_are_those_of_float64():
+    z = np.random.default_rng(2).normal(size=(3, 30)).astype(np.float32) * 5
+    rows = pack([Sampling(logprobs=0), Sampling(), Sampling(logprobs=20)], 30)
+    token, ids, top = map(np.asarray, choose.log_probabilities(jnp.asarray(z), jnp.array([4, 0, 29]), rows))
+    z64 = z.astype(np.float64)
+    wanted = z64 - np.log(np.exp(z64).sum(-1, keepdims=True))
+    np.testing.assert_allclose(token, wanted[np.arange(3), [4, 0, 29]], rtol=1e-6, atol=1e-6)
+    assert_array_equal(ids, np.argsort(-z, axis=-1, kind="stable")[:, :20])
+    np.testing.assert_allclose(top, np.take_along_axis(wanted, ids, 1), rtol=1e-6, atol=1e-6)
+
+
+BAD = [
+    {"temperature": -1}, {"temperature": math.nan}, {"temperature": "0.8"}, {"temperature": True},
+    {"temperature": 1e-40}, {"temperature": 9e37}, {"top_k": 0}, {"top_k": 2.5}, {"top_k": True},
+    {"top_p": 0.0}, {"top_p": math.nan}, {"top_p": True}, {"min_p": 1.5}, {"min_p": [0.1]},
+    {"repetition_penalty": 0}, {"repetition_penalty": math.inf}, {"presence_penalty": math.nan},
+    {"frequency_penalty": "1"}, {"frequency_penalty": 101}, {"logit_bias": 3}, {"logit_bias": {"a": 1}},
+    {"logit_bias": {1: math.nan}}, {"logit_bias": {1: math.inf}}, {"logit_bias": {1: 1e39}},
+    {"logit_bias": [(1, 2.0), (1, 3.0)]}, {"min_tokens": -1}, {"min_tokens": 1.0}, {"max_tokens": 0},
+    {"min_tokens": 5, "max_tokens": 4}, {"seed": -1}, {"seed": 2**32}, {"seed": "a"}, {"stop_ids": 3},
+    {"stop_ids": "ab"}, {"stop_ids": (1.5,)}, {"stop": "end"}, {"stop": ("",)}, {"stop": (b"x",)},
+    {"stop": ("x",) * 65}, {"stop": ("x" * 4097,)}, {"logprobs": -1}, {"logprobs": 21}, {"n": 0},
+    {"n": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=str)
 def test_bad_sampling(arguments):
-    with pytest.raises(ValueError, match=r"\A(temperature|top_k|top_p|min_p) [^\n]+\Z"):
+    name = next(iter(arguments))
+    with pytest.raises(ValueError, match=rf"\A{name}[^\n]+\Z") as error:
         Sampling(**arguments)
+    assert len(str(error.value)) < 200

@@ -6,6 +6,7 @@ from attention_jax.generation.drafts import DraftModel, NGram
 from attention_jax.generation.generate import generate, stream
 from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
+from attention_jax.generation.score import score
 
 __all__ = [
     "Completion",
@@ -20,5 +21,6 @@ __all__ = [
     "generate",
     "prefill",
     "sample",
+    "score",
     "stream",
 ]

@@ -177,20 +177,23 @@ def _append(
     params: dict,
     state: DecodeState,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array,
+    positions_BT: Any,
     chunk: int,
     ctx: Context,
 ) -> DecodeState:
     """The state after left-padded tokens."""
     T = tokens_BT.shape[1]
+    # In NumPy where the positions are known: XLA takes seconds to fold long constants.
+    xp = np if isinstance(positions_BT, np.ndarray) else jnp
     valid_BT = positions_BT >= 0
+    start_B = xp.where(valid_BT.any(1), xp.argmax(valid_BT, axis=1), T).astype(np.int32)
+    given_BT, positions_BT = positions_BT, jnp.asarray(positions_BT)
     if T <= chunk:
         context = dataclasses.replace(ctx, positions_BT=positions_BT)
         out = bind(config, params).run(tokens_BT, state.caches, ctx=context, last_only=True)
         caches, logits_BV = out.state, out.logits[:, 0]
     else:
-        start_B = jnp.where(valid_BT.any(1), jnp.argmax(valid_BT, axis=1), T).astype(jnp.int32)
-        _check_ids(config, tokens_BT, positions_BT)
+        _check_ids(config, tokens_BT, given_BT)
         caches, logits_BV = append_pieces(
             config, params, state, jnp.asarray(tokens_BT), positions_BT, start_B, T - start_B, -(-T // chunk),
             chunk=chunk, ctx=ctx,
@@ -268,10 +271,13 @@ def _check_ids(config: ModelConfig, tokens_BT: Any, positions_BT: jax.Array) -> 
         )
 
 
-def _positions(positions_BT: Any, B: int, T: int) -> jax.Array:
-    """The positions of prompts as int32 [B, T]; ValueError for other shapes and for padding on the right."""
+def _positions(positions_BT: Any, B: int, T: int) -> Any:
+    """The positions of prompts as int32 [B, T]; ValueError for other shapes and for padding on the right.
+
+    A NumPy array unless they are traced.
+    """
     if positions_BT is None:
-        return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        return np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     traced = isinstance(positions_BT, jax.core.Tracer)
     positions_BT = positions_BT if traced else np.asarray(positions_BT)
     shape = positions_BT.shape
@@ -279,7 +285,9 @@ def _positions(positions_BT: Any, B: int, T: int) -> jax.Array:
         raise ValueError(f"positions_BT must be integers [{B}, {T}], got {positions_BT.dtype} {shape}")
     if not traced and ((positions_BT[..., -1:] < 0) & (positions_BT >= 0)).any():
         raise ValueError("prompts must be left-padded: a row of positions_BT ends in padding (-1)")
-    return jnp.broadcast_to(jnp.asarray(positions_BT, jnp.int32), (B, T))
+    if traced:
+        return jnp.broadcast_to(positions_BT.astype(jnp.int32), (B, T))
+    return np.broadcast_to(positions_BT.astype(np.int32), (B, T))
 
 
 def decode_step(

@@ -62,7 +62,8 @@ def generate(
       tokenizer: an object with `decode(ids) -> str`, for text and stop strings.
       logits_fn: `logits_fn(tokens_BC, logits_BV) -> logits_BV`, a pure function under `jit`, applied to the
         model's logits before penalties. tokens_BC: int32 [B, capacity], prompt and new tokens by position, -1
-        for none. It is compiled into the loop: pass the same object each time.
+        for none (as an index, -1 would be the last id). It is compiled into the
+        loop: pass the same object each time.
       state: a `DecodeState` that the prompts continue, which may then be empty: one row for all, or one row
         each. It is not changed. Penalties and `logits_fn` know only the tokens of this call.
       cache: how the states are stored.

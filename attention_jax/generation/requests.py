@@ -221,7 +221,7 @@ def checked_prompts(config: ModelConfig, prompts: Sequence[Any], continued: bool
     prompts = [
         np.zeros(0, np.int32)
         if continued and np.ndim(prompt) == 1 and len(prompt) == 0
-        else _checked_ids(config, f"prompt {index}", prompt)
+        else checked_ids(config, f"prompt {index}", prompt)
         for index, prompt in enumerate(prompts)
     ]
     if not prompts:
@@ -236,7 +236,8 @@ def checked_prompts(config: ModelConfig, prompts: Sequence[Any], continued: bool
     return prompts
 
 
-def _checked_ids(config: ModelConfig, what: str, ids: Any) -> np.ndarray:
+def checked_ids(config: ModelConfig, what: str, ids: Any) -> np.ndarray:
+    """The ids of one sequence as int32; ValueError for none, and for one outside the vocabulary."""
     try:
         ids = np.asarray(ids)
     except ValueError:  # lists of several lengths
@@ -259,7 +260,7 @@ def padded_sources(config: ModelConfig, sources: Any, requests: int) -> tuple[np
         raise ValueError(f"a model {'without' if config.encoder is None else 'with'} an encoder {state}")
     if sources is None:
         return None
-    rows = [_checked_ids(config, f"source {index}", source) for index, source in enumerate(sources)]
+    rows = [checked_ids(config, f"source {index}", source) for index, source in enumerate(sources)]
     if len(rows) != requests:
         raise ValueError(f"{len(rows)} sources for {requests} prompts; give one per prompt")
     S = bucket(max(map(len, rows)))

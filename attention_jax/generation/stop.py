@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 _REPLACED = "\ufffd"  # what tokenizers put in the place of bytes that are not (yet) UTF-8
 _OPEN = 3  # an incomplete character of UTF-8 has at most 3 bytes, each of which may show as one such
-_WINDOW = 64  # tokens that are decoded again at most
+_WINDOW = 64  # tokens that are decoded again, beside those of one call
+_TRIES = 16
 
 
 class Tokenizer(Protocol):
@@ -43,24 +44,27 @@ class TextDecoder:
         end = len(text) - min(open_, _OPEN)
         new, self._shown = text[self._shown : end], max(self._shown, end)
         if not open_:
-            self._forget(self._clean)
+            if self._clean:
+                del self._ids[: self._clean]
+                self._shown = len(self._tokenizer.decode(self._ids))
             self._clean = len(self._ids)
-        elif len(self._ids) > _WINDOW:  # bytes that are no text; cut where the text before does not change
-            for place in range(len(self._ids) - 1, len(self._ids) - 2 * _OPEN, -1):
-                if text.startswith(self._tokenizer.decode(self._ids[:place])):
-                    self._forget(place)
-                    self._clean = 0
-                    break
+        elif len(self._ids) > _WINDOW:
+            self._cut(text)
         return new
 
     def finish(self) -> str:
         """The rest of the text, where it ends within a character."""
         return self._tokenizer.decode(self._ids)[self._shown :]
 
-    def _forget(self, count: int) -> None:
-        if count:
-            self._shown = max(0, self._shown - len(self._tokenizer.decode(self._ids[:count])))
-            del self._ids[:count]
+    def _cut(self, text: str) -> None:
+        """Forget tokens of bytes that are no text, up to a place that both sides leave as they are."""
+        for place in range(len(self._ids) - 1, max(0, len(self._ids) - _TRIES), -1):
+            before, after = (self._tokenizer.decode(ids) for ids in (self._ids[:place], self._ids[place:]))
+            if before + after == text and len(before) <= self._shown:
+                del self._ids[:place]
+                self._shown -= len(before)
+                self._clean = 0
+                return
 
 
 class Text(NamedTuple):

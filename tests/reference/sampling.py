@@ -46,3 +46,18 @@ def nucleus(logits, top_p) -> int:
 
 def _normalised(p: np.ndarray) -> np.ndarray:
     return p / math.fsum(p)
+
+
+def adjusted(
+    logits, prompt=(), output=(), repetition=1.0, presence=0.0, frequency=0.0, bias=(), banned=()
+) -> np.ndarray:
+    """Logits [V] after penalties (arXiv 1909.05858, section 4.1, in vLLM's form), biases and bans."""
+    z = np.array(logits, np.float64)
+    for token in set(prompt) | set(output):
+        z[token] = z[token] / repetition if z[token] > 0 else z[token] * repetition
+    for token in set(output):
+        z[token] -= frequency * list(output).count(token) + presence
+    for token, value in bias:
+        z[token] += value
+    z[list(banned)] = -np.inf
+    return z

@@ -8,6 +8,7 @@
     linear      time and memory of the linear engines, by --lengths
     overtake    the linear engines against softmax attention, by --lengths
     eager       mixers called outside of jax.jit beside Flax's layer: CPU time
+    prefill_memory  what XLA plans for reading a prompt of --length, beside weights and cache
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
 
     python scripts/benchmark.py attention --lengths 2048 4096 --masks "Causal()"
@@ -28,6 +29,7 @@ from attention_jax.benchmarks import linear, softmax
 from attention_jax.benchmarks.attention import attention
 from attention_jax.benchmarks.contestants import contestants
 from attention_jax.benchmarks.eager import eager
+from attention_jax.benchmarks.prefill_memory import prefill_memory
 from attention_jax.benchmarks.timing import save
 from train import command_line
 from train.commands import step_time
@@ -42,6 +44,7 @@ _BENCHMARKS = {
     "linear": linear.linear,
     "overtake": linear.overtake,
     "eager": eager,
+    "prefill_memory": prefill_memory,
     "step": step_time.step,
 }
 
