@@ -90,7 +90,7 @@ def test_memory_beside_bfloat16(quantize, share, H):
 )
 def test_exactly_the_newest_tokens_are_as_given(mask):
     """By position, in ragged rows, across the wraps of both rings, in view and concat_view."""
-    R, T = 4, 3
+    R, T = 2, 3
     cache, rng = empty(mask, quantize="int4", residual=R, spare=1), np.random.default_rng(0)
     given = [{} for _ in range(B)]
     rewind = jax.jit(QuantizedKVCache.rewind)

@@ -36,6 +36,7 @@ from attention_jax.mixers import (
     make_config,
 )
 from attention_jax.model import ModelConfig, apply, init_params, init_state
+from attention_jax.ops.two_float import TwoFloat
 from attention_jax.positions import RoPE
 
 B, K, H, M, T, SPARE, CAPACITY = 3, 2, 4, 3, 4, 3, 64
@@ -366,6 +367,18 @@ def test_outputs_after_a_rewind_have_the_same_bits(name, options):
         assert_array_equal(ends_BC, start.compressed.positions_BC)
         for a, b in zip(state.compressed[:2], start.compressed[:2], strict=True):
             assert_array_equal(a[ends_BC >= 0], b[ends_BC >= 0])
+
+
+def test_the_sum_of_forgetting_attention_is_that_of_the_newest_token():
+    """Also where invalid tokens follow it, whose sums may have other low words."""
+    state = MIXERS["forgetting"].init_state(D, B, CAPACITY)
+    state = dataclasses.replace(state, total_BN=TwoFloat(*np.full((2, B, 2), 7, np.float32)))
+    c_BTN = TwoFloat(*np.arange(2 * B * T * 2, dtype=np.float32).reshape(2, B, T, 2))
+    positions = np.array([[0, 1, -1, -1], [-1, 0, 1, 2], [-1, -1, -1, -1]])
+    k = np.zeros((B, T, 2, 8), np.float32)
+    total = state.append(k, k, positions, c_BTN).total_BN
+    for new, words in zip(total, c_BTN, strict=True):
+        assert_array_equal(new, np.stack([words[0, 1], words[1, 3], [7, 7]]))
 
 
 def test_spare_slots_spare_the_copy_of_the_ring():
