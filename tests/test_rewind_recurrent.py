@@ -105,10 +105,10 @@ def test_a_rewound_state_equals_one_that_never_saw_the_tokens(name):
         decoder.append(np.array(valid)[:, None])
     decoder.rewind(3, 2, 1)  # across calls
     decoder.check()
-    decoder.append(first(BLOCK, 2, 3, 0))
-    decoder.rewind(2, 3, 0)  # the whole block
-    decoder.check()
     decoder.append(every(1))
+    decoder.append(first(BLOCK, 2, 3, 0))
+    decoder.rewind(2, 3, 1)  # the whole block, and a token before it
+    decoder.check()
     decoder.append(every(BLOCK))
     decoder.append(every(PROMPT))
     decoder.check()
