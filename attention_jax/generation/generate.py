@@ -26,7 +26,7 @@ from attention_jax.generation.requests import (
     padded_sources,
 )
 from attention_jax.generation.sampling import Sampling
-from attention_jax.model import ModelConfig
+from attention_jax.model import ModelConfig, prepare_for_decoding
 
 
 def generate(
@@ -95,6 +95,7 @@ def stream(
     capacity = checked_capacity(config, max(map(len, prompts)), max_new_tokens, capacity)
     ids = checked_request_ids(request_ids, len(prompts))
     source = padded_sources(config, sources, len(prompts))
+    params = prepare_for_decoding(config, params)
     tokens_BT, positions_BT = _left_padded(prompts, capacity)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(ids)
     width = -(-max_new_tokens // BUCKET) * BUCKET

@@ -10,17 +10,21 @@ from attention_jax.model.language_model import (
     encode,
     init_params,
     init_state,
+    prepare_for_decoding,
 )
+from attention_jax.model.prepared import Prepared
 
 __all__ = [
     "EncoderConfig",
     "LanguageModel",
     "ModelConfig",
     "ModelOutput",
+    "Prepared",
     "apply",
     "bind",
     "count_params",
     "encode",
     "init_params",
     "init_state",
+    "prepare_for_decoding",
 ]
