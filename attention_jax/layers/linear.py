@@ -42,8 +42,8 @@ def fused_linear(
 ) -> list[jax.Array]:
     """[f(x) for f in linears] as one wider matrix product, forward and backward.
 
-    In a prepared model the layers of one call have one kernel (`prepare_linears`). Otherwise their kernels are
-    concatenated in every call.
+    In a prepared model the layers of one call have one kernel (`prepare_linears`). Otherwise their kernels
+    are concatenated in every call.
 
     only_prepared: never concatenate kernels; for wide layers, where that takes longer than it saves.
     """
