@@ -107,9 +107,9 @@ def dot_product_attention(
         batch row, head, q position, k position) alone.
       return_lse: also return the log-sum-exp of each row's scores, the sink's included.
       impl: "reference" (dense), "chunked" (blocks, O(T) memory), "decode" (a few queries), "cudnn"
-        (NVIDIA's library), "mosaic_tpu" and "mosaic_gpu" (our kernels); a `ChunkedConfig`, `MosaicTPUConfig` or `MosaicGPUConfig`, which
-        names its implementation and sets tile sizes and the like; or None, which chooses by platform and
-        size; see `explain`.
+        (NVIDIA's library), "mosaic_tpu" and "mosaic_gpu" (our kernels); a `ChunkedConfig`, `MosaicTPUConfig`
+        or `MosaicGPUConfig`, which names its implementation and sets tile sizes and the like; or None, which
+        chooses by platform and size; see `explain`.
 
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
