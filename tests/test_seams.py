@@ -517,15 +517,17 @@ def test_rows_to_fork_are_integers(rows):
 
 @pytest.mark.parametrize("kind", ["softmax", "forgetting", "nsa", "gla"])
 def test_fork_copies_rows_of_scanned_layers_too(kind):
-    """Not layers, which stand on the first axis of stacked states."""
+    """A model whose layers are scanned in training has a state per layer, as any other."""
     config = ModelConfig(
         vocab_size=11, d_model=D_MODEL, num_layers=3, mixers=(make_config(kind),), scan_layers=True
     )
-    [state] = jax.tree.map(
-        lambda leaf: leaf + jnp.arange(B).reshape(B, *[1] * (leaf.ndim - 2)), init_state(config, B, 64)
+    states = jax.tree.map(
+        lambda leaf: leaf + jnp.arange(B).reshape(B, *[1] * (leaf.ndim - 1)).astype(leaf.dtype),
+        init_state(config, B, 64),
     )
-    rows = np.array([1, 1, 0])
-    jax.tree.map(lambda new, old: assert_array_equal(new, np.asarray(old)[:, rows]), state.fork(rows), state)
+    assert len(states) == config.num_layers
+    state, rows = states[2], np.array([1, 1, 0])
+    jax.tree.map(lambda new, old: assert_array_equal(new, np.asarray(old)[rows]), state.fork(rows), state)
     with pytest.raises(ValueError, match="fork: row 2 is outside the batch, rows 0..1"):
         state.fork([2])
 

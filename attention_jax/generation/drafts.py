@@ -2,6 +2,8 @@
 
 A proposer is a frozen pytree, an argument of the compiled loop. `own` is what the loop carries for it.
 
+    prepared()                 the proposer with weights in the layout for decoding
+    start(prompts, ...)        own, after the prompts
     propose(own, drafting)     a `Proposal`: drafts for the tokens after the newest one, and own
     settle(own, kept_B, ...)   own, after the model has kept that many drafts of each row
 """
@@ -20,7 +22,7 @@ from attention_jax.generation import loop
 from attention_jax.generation.arrays import SamplingArrays
 from attention_jax.generation.choose import adjust, choose
 from attention_jax.generation.decode import decode_step
-from attention_jax.model import ModelConfig, bind
+from attention_jax.model import ModelConfig, bind, prepare_for_decoding
 
 _MOST_DRAFTS = 64
 _LONGEST_PAUSE = 5  # a row without success proposes again after 2^5 calls at the latest
@@ -67,6 +69,10 @@ class NGram:
         if self.shortest > self.longest:
             raise ValueError(f"shortest {self.shortest} must be <= longest {self.longest}")
 
+    def prepared(self) -> NGram:
+        """The proposer itself."""
+        return self
+
     def start(self, prompts: list[np.ndarray], rows: np.ndarray, capacity: int, chunk: int) -> jax.Array:
         """own: calls without success in a row, and calls that a row still pauses, int32 [B, 2]."""
         del prompts, capacity, chunk
@@ -112,6 +118,10 @@ class DraftModel:
             raise ValueError(
                 "a draft model must be causal and without an encoder: it continues the same tokens"
             )
+
+    def prepared(self) -> DraftModel:
+        """The proposer with weights laid out for decoding."""
+        return dataclasses.replace(self, params=prepare_for_decoding(self.config, self.params))
 
     def start(self, prompts: list[np.ndarray], rows: np.ndarray, capacity: int, chunk: int) -> Any:
         """own: the `DecodeState` of the draft model after the prompts."""

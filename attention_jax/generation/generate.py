@@ -24,7 +24,7 @@ from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
 from attention_jax.generation.speculative import SpeculativeDecoding
 from attention_jax.generation.stop import StoppableText, Tokenizer
-from attention_jax.model import ModelConfig
+from attention_jax.model import ModelConfig, prepare_for_decoding
 
 _STOP_CHUNK = 16  # tokens between two looks for stop strings; those after a match are computed in vain
 
@@ -143,6 +143,7 @@ def _begin(
 ) -> loop.Decoding:
     """The rows after their prompts."""
     samplings, rows = batch.samplings, batch.rows
+    params = prepare_for_decoding(config, params)
     alone = len(rows) == len(samplings)  # one sample of each
     carry = loop.start(
         config, params, batch.prompts, capacity=batch.capacity, chunk=batch.chunk, cache=cache, state=state,
@@ -167,6 +168,7 @@ def _begin(
     begun = (config, params, carry, placed(arrays), keys_B, logits_fn)
     if speculation is None:
         return loop.Decoding(*begun)
+    speculation = speculation.prepared()
     own = speculation.start(batch.prompts, rows, batch.capacity, batch.chunk)
     return SpeculativeDecoding(speculation, own, *begun)
 

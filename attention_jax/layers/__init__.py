@@ -2,7 +2,17 @@
 
 from attention_jax.layers.convolution import ShortConvolution
 from attention_jax.layers.feed_forward import FeedForward, FeedForwardKind, is_gated
-from attention_jax.layers.linear import fused_linear, gelu, gelu_tanh, linear, matmul
+from attention_jax.layers.linear import (
+    PreparedLinear,
+    fused_linear,
+    gelu,
+    gelu_tanh,
+    kernel_rows,
+    linear,
+    matmul,
+    prepare_linears,
+    recorded_calls,
+)
 from attention_jax.layers.norms import (
     GatedRMSNorm,
     HeadGroupNorm,
@@ -20,6 +30,7 @@ __all__ = [
     "HeadGroupNorm",
     "HeadNorm",
     "LayerNorm",
+    "PreparedLinear",
     "RMSNorm",
     "ShortConvolution",
     "fused_linear",
@@ -27,7 +38,10 @@ __all__ = [
     "gelu_tanh",
     "head_norm",
     "is_gated",
+    "kernel_rows",
     "linear",
     "matmul",
+    "prepare_linears",
+    "recorded_calls",
     "unit",
 ]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from attention_jax.layers.linear import gelu, gelu_tanh, linear
+from attention_jax.layers.linear import fused_linear, gelu, gelu_tanh, linear
 
 FeedForwardKind = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"]
 
@@ -50,8 +50,10 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """y [B, T, D]."""
         activation, gated = _KINDS[self.kind]
-        up_BTF = self.up(x_BTD)
-        return self.down(activation(self.gate(x_BTD)) * up_BTF if gated else activation(up_BTF))
+        if not gated:
+            return self.down(activation(self.up(x_BTD)))
+        gate_BTF, up_BTF = fused_linear([self.gate, self.up], x_BTD, only_prepared=True)
+        return self.down(activation(gate_BTF) * up_BTF)
 
 
 def is_gated(kind: FeedForwardKind) -> bool:

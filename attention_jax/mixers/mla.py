@@ -21,7 +21,7 @@ from einops import rearrange
 
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, KVCache, empty_kv_cache
-from attention_jax.layers import RMSNorm, fused_linear
+from attention_jax.layers import RMSNorm, fused_linear, kernel_rows
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -166,14 +166,20 @@ class LatentAttention(Mixer):
     def _absorbed(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
         """Attention of absorbed queries to the latents: K = 1, and v is a part of k."""
         config = self.config
-        N, H = config.num_heads, config.head_dim
-        k_up_RNH = rearrange(self.k_up.kernel[...].astype(self.dtype), "r (n h) -> r n h", n=N)
-        v_up_RNM = rearrange(self.v_up.kernel[...].astype(self.dtype), "r (n m) -> r n m", n=N)
-        q_BTNR = jnp.einsum("btnh,rnh->btnr", q_BTNH[..., :H], k_up_RNH)
-        q_BTNE = jnp.concatenate([q_BTNR, q_BTNH[..., H:]], axis=-1)
-        latent_BS1R = self._latent_part(view)[:, :, None]
-        y_BTNR, aux = view.attend(q_BTNE, ctx, v=latent_BS1R, **self._options())
-        return jnp.einsum("btnr,rnm->btnm", y_BTNR, v_up_RNM), aux
+        N, R, H = config.num_heads, config.latent_dim, config.head_dim
+        k_up_NHR = rearrange(kernel_rows(self.k_up), "(n h) r -> n h r", n=N)
+        v_up_NMR = rearrange(kernel_rows(self.v_up), "(n m) r -> n m r", n=N)
+        # Kernels prepared for decoding may be stored in a wider dtype than that of the computation.
+        q_BTNH, rotary = q_BTNH[..., :H].astype(k_up_NHR.dtype), q_BTNH[..., H:]
+        q_BTNR = jnp.einsum("btnh,nhr->btnr", q_BTNH, k_up_NHR).astype(self.dtype)
+        q_BTNE = jnp.concatenate([q_BTNR, rotary], axis=-1)
+        # The values are the keys' first R features. Cutting them out would copy the cache for every token.
+        y_BTNE, aux = view.attend(q_BTNE, ctx, v=view.k_BSKH, **self._options())
+        y_BTNR = y_BTNE[..., :R]
+        if "values" in aux:
+            aux["values"] = self._latent_part(view)[:, :, None]
+        y_BTNM = jnp.einsum("btnr,nmr->btnm", y_BTNR.astype(v_up_NMR.dtype), v_up_NMR)
+        return y_BTNM.astype(self.dtype), aux
 
     def _latent_part(self, view: KVView) -> jax.Array:
         """c [B, S, R] with empty slots set to 0, since it is multiplied before the op masks them."""

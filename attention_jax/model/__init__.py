@@ -12,13 +12,16 @@ from attention_jax.model.language_model import (
     encode,
     init_params,
     init_state,
+    prepare_for_decoding,
 )
+from attention_jax.model.prepared import Prepared
 
 __all__ = [
     "EncoderConfig",
     "LanguageModel",
     "ModelConfig",
     "ModelOutput",
+    "Prepared",
     "apply",
     "bind",
     "cache_bytes",
@@ -27,4 +30,5 @@ __all__ = [
     "fingerprint",
     "init_params",
     "init_state",
+    "prepare_for_decoding",
 ]

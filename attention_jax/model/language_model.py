@@ -8,6 +8,7 @@ With an encoder, bidirectional layers encode the source, and `cross` mixers atte
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -18,10 +19,11 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions
-from attention_jax.layers import linear, matmul
+from attention_jax.layers import PreparedLinear, linear, matmul
 from attention_jax.mixers import Context
 from attention_jax.model.block import dropout, make_norm, weight_init
 from attention_jax.model.config import ModelConfig
+from attention_jax.model.prepared import Prepared, prepare_model
 from attention_jax.model.stack import init_states, make_stacks, run_stacks
 from attention_jax.positions import sinusoidal
 
@@ -94,11 +96,12 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The output projection: float32 logits_BTV of normalised features."""
-        if self.config.tie_embeddings:
-            kernel_DV = self.embed.embedding[...].T
+        head = getattr(self, "head", None)
+        if isinstance(head, PreparedLinear):
+            logits_BTV = head.product(x_BTD)
         else:
-            kernel_DV = self.head.kernel[...]
-        logits_BTV = matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+            kernel_DV = self.embed.embedding[...].T if head is None else head.kernel[...]
+            logits_BTV = matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
@@ -188,18 +191,63 @@ def _init_params(config: ModelConfig, key: jax.Array) -> dict:
     return _to_strings(nnx.to_pure_dict(nnx.state(LanguageModel(config, rngs=nnx.Rngs(key)))))
 
 
-def bind(config: ModelConfig, params: dict) -> LanguageModel:
-    """The module with `params`; ValueError for a leaf that is missing, unknown or of the wrong shape."""
+def bind(config: ModelConfig, params: dict | Prepared) -> LanguageModel:
+    """The module with `params`; ValueError for a leaf that is missing, unknown or of the wrong shape.
+
+    `params` may be what `prepare_for_decoding` returns for the same config.
+    """
+    if isinstance(params, Prepared):
+        if params.config != config:
+            raise ValueError(
+                f"params were prepared for another configuration{_difference(params.config, config)}: call "
+                "prepare_for_decoding with this one"
+            )
+        return nnx.merge(_prepared_graphdef(config), params.weights)
     graphdef, template = _template(config)
     return nnx.merge(graphdef, _fill(template, params, ""))
+
+
+def prepare_for_decoding(config: ModelConfig, params: dict | Prepared) -> Prepared:
+    """The weights laid out once for many calls of `prefill`, `decode_step`, `generate`, `apply` and `encode`.
+
+    These accept it in place of `params`, with the same config. Each layer has its own weights whatever
+    `config.scan_layers` is, and projections of the same input share a kernel [out, in]. The numbers are those
+    of `params` up to the order of summation. It has no gradient layout: train with `params`.
+
+    One pass over the weights, compiled; while it runs the memory holds them twice, and afterwards `params` may
+    be deleted. Prepared weights are returned as they are. A pure function; raises the errors of `bind`.
+    """
+    if isinstance(params, Prepared):
+        bind(config, params)
+        return params
+    return Prepared(_prepare(config, params), config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(config: ModelConfig, params: dict) -> dict:
+    return nnx.to_pure_dict(nnx.state(prepare_model(bind(config, params))))
+
+
+@functools.lru_cache(maxsize=64)
+def _prepared_graphdef(config: ModelConfig):
+    abstract = nnx.eval_shape(lambda: prepare_model(LanguageModel(config, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(abstract)
+
+
+def _difference(prepared: ModelConfig, config: ModelConfig) -> str:
+    """The first field in which two configurations differ, for an error message."""
+    for field in dataclasses.fields(ModelConfig):
+        values = getattr(prepared, field.name), getattr(config, field.name)
+        if values[0] != values[1]:
+            return f" ({field.name} differs)"
+    return ""
 
 
 def init_state(config: ModelConfig, batch: int, capacity: int, *, cache: CacheOptions = DEFAULT_CACHE) -> Any:
     """Empty states of `batch` rows for positions 0 .. capacity - 1, without parameters.
 
-    There is one state per layer or, for `scan_layers`, one per stack with a leading layer axis. capacity: the
-    largest position + 1. Raises: ValueError for a mixer
-    without a state or a capacity beyond the learned positions.
+    There is one state per layer. capacity: the largest position + 1. Raises: ValueError for a mixer without a
+    state or a capacity beyond the learned positions.
     """
     check_capacity(config, capacity)
     return init_states(config, batch, capacity, cache=cache)

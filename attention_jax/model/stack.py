@@ -2,7 +2,8 @@
 
 Layer i has mixer i mod P of P mixers. Parameters are stacked by their index in this period: stack p holds the
 layers p, p + P, p + 2P, ... with a leading layer axis. The same layout is applied unrolled (faster on a CPU) or
-by `lax.scan` over whole periods (compiles faster).
+by `lax.scan` over whole periods (compiles faster). A call with a state is always unrolled, and there is one state
+per layer: a loop over tokens updates each in place.
 """
 
 from __future__ import annotations
@@ -37,52 +38,67 @@ def make_stacks(
     )
 
 
+class Layers(nnx.Module):
+    """The blocks of a model one after another, each with its own parameters: `make_stacks` prepared for decoding."""
+
+    def __init__(self, blocks: list[Block]):
+        self.blocks = nnx.List(blocks)
+
+
+def unstack(stacks: nnx.List, num_layers: int) -> list[Block]:
+    """The blocks of all layers, in their order."""
+    weights = [_unstacked(stack) for stack in stacks]
+    period = len(weights)
+    return [nnx.merge(weights[i % period][0], weights[i % period][1][i // period]) for i in range(num_layers)]
+
+
 def run_stacks(
-    config: ModelConfig, stacks: nnx.List, num_layers: int, x_BTD: jax.Array, state: Any, ctx: Context
+    config: ModelConfig,
+    stacks: nnx.List | Layers,
+    num_layers: int,
+    x_BTD: jax.Array,
+    state: Any,
+    ctx: Context,
 ) -> MixerOutput:
     """The output x of all layers, their states in the form of `init_states`, and the `aux` of each layer."""
-    if config.scan_layers:
-        return _scanned(config, stacks, num_layers, x_BTD, state, ctx)
-    states = [None] * num_layers if state is None else list(state)
-    weights, aux = [_unstacked(stack) for stack in stacks], [{}] * num_layers
-    for i in range(num_layers):
-        graphdef, layers = weights[i % len(weights)]
-        layer = _layer(config, graphdef, layers[i // len(weights)], states[i])
-        x_BTD, states[i], aux[i] = layer(x_BTD, states[i], ctx=ctx.fold_key(i))
+    if config.scan_layers and state is None and not isinstance(stacks, Layers):
+        return _scanned(config, stacks, num_layers, x_BTD, ctx)
+    blocks = stacks.blocks if isinstance(stacks, Layers) else unstack(stacks, num_layers)
+    states, aux = [None] * num_layers if state is None else list(state), [{}] * num_layers
+    for i, block in enumerate(blocks):
+        mix = block.mix if state is not None else _rematerialized(config, *nnx.split(block))
+        x_BTD, states[i], aux[i] = mix(x_BTD, states[i], ctx=ctx.fold_key(i))
     return MixerOutput(x_BTD, None if state is None else states, tuple(aux))
 
 
-def _scanned(config, stacks, num_layers: int, x_BTD, state, ctx: Context) -> MixerOutput:
+def _scanned(config, stacks, num_layers: int, x_BTD, ctx: Context) -> MixerOutput:
     """`lax.scan` over whole periods, then the remaining layers."""
     period = len(stacks)
     rounds = num_layers // period
     split = [nnx.split(stack) for stack in stacks]
     scanned = [jax.tree.map(lambda a: a[:rounds], weights) for _, weights in split]
-    states = [None] * period if state is None else list(state)
-    scanned_states = [jax.tree.map(lambda a: a[:rounds], s) for s in states]
 
     def one_period(x_BTD, step):
-        index, weights, states = step
-        states, aux = list(states), [{}] * period
+        index, weights = step
+        aux = [{}] * period
         for p, (graphdef, _) in enumerate(split):
-            layer = _layer(config, graphdef, weights[p], states[p])
-            x_BTD, states[p], aux[p] = layer(x_BTD, states[p], ctx=ctx.fold_key(index * period + p))
-        return x_BTD, (states, aux)
+            mix = _rematerialized(config, graphdef, weights[p])
+            x_BTD, _, aux[p] = mix(x_BTD, None, ctx=ctx.fold_key(index * period + p))
+        return x_BTD, aux
 
-    x_BTD, (out, stacked) = jax.lax.scan(one_period, x_BTD, (jnp.arange(rounds), scanned, scanned_states))
+    x_BTD, stacked = jax.lax.scan(one_period, x_BTD, (jnp.arange(rounds), scanned))
     aux = [jax.tree.map(lambda a, r=r: a[r], stacked[p]) for r in range(rounds) for p in range(period)]
     for p in range(num_layers - rounds * period):
-        weights, s = jax.tree.map(lambda a: a[rounds], (split[p][1], states[p]))
-        layer = _layer(config, split[p][0], weights, s)
-        x_BTD, s, last = layer(x_BTD, s, ctx=ctx.fold_key(rounds * period + p))
-        out[p] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), out[p], s)
+        graphdef, weights = split[p]
+        mix = _rematerialized(config, graphdef, jax.tree.map(lambda a: a[rounds], weights))
+        x_BTD, _, last = mix(x_BTD, None, ctx=ctx.fold_key(rounds * period + p))
         aux.append(last)
-    return MixerOutput(x_BTD, None if state is None else out, tuple(aux))
+    return MixerOutput(x_BTD, None, tuple(aux))
 
 
-def _layer(config: ModelConfig, graphdef: Any, weights: Any, state: Any):
-    """`Block.mix` of a layer, rematerialised in the parallel form if the config has `remat`."""
-    if config.remat is None or state is not None:
+def _rematerialized(config: ModelConfig, graphdef: Any, weights: Any):
+    """`Block.mix` of a layer in the parallel form, rematerialised if the config has `remat`."""
+    if config.remat is None:
         return nnx.merge(graphdef, weights).mix
 
     def run(weights, x_BTD, ctx):
@@ -95,17 +111,13 @@ def _layer(config: ModelConfig, graphdef: Any, weights: Any, state: Any):
 def init_states(
     config: ModelConfig, batch: int, capacity: int, *, cache: CacheOptions = DEFAULT_CACHE
 ) -> list:
-    """Empty states of all layers: one per layer or, for `scan_layers`, one per stack with a layer axis."""
-    period = len(config.mixers)
-    states = [
-        mixer.init_state(
+    """Empty states of all layers, one per layer."""
+    return [
+        config.mixers[i % len(config.mixers)].init_state(
             config.d_model, batch, capacity, causal=config.causal, cache=cache.of_layer(config.dtype)
         )
-        for mixer in (config.mixers[i % period] for i in range(config.num_layers))
+        for i in range(config.num_layers)
     ]
-    if not config.scan_layers:
-        return states
-    return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *states[p::period]) for p in range(period)]
 
 
 def _stacked(make, size: int, rngs: nnx.Rngs) -> nnx.Module:

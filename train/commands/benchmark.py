@@ -7,6 +7,8 @@
     blocks      the block map of each kind of mask at --length
     linear      time and memory of the linear engines, by --lengths
     overtake    the linear engines against softmax attention, by --lengths
+    decode      tokens per second beside the bandwidth of matrix-vector products and, with --peer,
+                transformers; with --lengths: time per token after so many generated tokens
     eager       mixers called outside of jax.jit beside Flax's layer: CPU time
     prefill_memory  what XLA plans for reading a prompt of --length, beside weights and cache
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
@@ -28,6 +30,7 @@ from attention_jax import masks
 from attention_jax.benchmarks import linear, softmax
 from attention_jax.benchmarks.attention import attention
 from attention_jax.benchmarks.contestants import contestants
+from attention_jax.benchmarks.decode import decode
 from attention_jax.benchmarks.eager import eager
 from attention_jax.benchmarks.prefill_memory import prefill_memory
 from attention_jax.benchmarks.timing import save
@@ -43,6 +46,7 @@ _BENCHMARKS = {
     "blocks": softmax.blocks,
     "linear": linear.linear,
     "overtake": linear.overtake,
+    "decode": decode,
     "eager": eager,
     "prefill_memory": prefill_memory,
     "step": step_time.step,
@@ -51,6 +55,12 @@ _BENCHMARKS = {
 
 def _mask(text: str) -> str:
     masks.parse(text)
+    return text
+
+
+def _peer(text: str) -> str:
+    if text != "transformers":
+        raise ValueError(f"must be transformers, got {text}")
     return text
 
 
@@ -84,6 +94,7 @@ class Options:
     window: Count = 512  #: window: its tokens
     nanogpt: MaybePath = None  #: step: a checkout of nanoGPT
     config: str = "shakespeare_char"  #: step: the configuration, a file or a name
+    peer: Annotated[str | None, one("NAME", _peer)] = None  #: decode: transformers, for its `generate`
     rounds: Count = 11  #: how often contestants take turns
     seconds: MaybeCount = None  #: attention: begin nothing after so many seconds
     json: MaybePath = None  #: also write the rows to this file

@@ -28,7 +28,7 @@ from attention_jax.ops.dispatch import (
     explain_choice,
     explained,
 )
-from attention_jax.ops.softmax import chunked, library, mosaic_gpu, mosaic_tpu, reference
+from attention_jax.ops.softmax import chunked, decode, library, mosaic_gpu, mosaic_tpu, reference
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig
 from attention_jax.ops.softmax.common import SoftmaxCall
 from attention_jax.ops.softmax.mosaic_gpu import MosaicGPUConfig
@@ -61,6 +61,7 @@ _IMPLEMENTATIONS = {
     "cudnn": Implementation(library.attend, library.unsupported, _one_query),
     "mosaic_gpu": Implementation(mosaic_gpu.attend, mosaic_gpu.unsupported, _never_run, MosaicGPUConfig()),
     "mosaic_tpu": Implementation(mosaic_tpu.attend, mosaic_tpu.unsupported, _one_query, MosaicTPUConfig()),
+    "decode": Implementation(decode.attend, decode.unsupported, decode.unwanted),
     "reference": Implementation(reference.attend, unwanted=_dense_too_large),
     "chunked": Implementation(chunked.attend, config=ChunkedConfig()),
 }
@@ -105,10 +106,10 @@ def dot_product_attention(
       dropout_rate, dropout_key: drops entries of P, scaled by 1 / (1 - rate). The bits depend on (key,
         batch row, head, q position, k position) alone.
       return_lse: also return the log-sum-exp of each row's scores, the sink's included.
-      impl: "reference" (dense), "chunked" (blocks, O(T) memory), "cudnn" (NVIDIA's library), "mosaic_tpu"
-        and "mosaic_gpu" (our kernels); a `ChunkedConfig`, `MosaicTPUConfig` or `MosaicGPUConfig`, which
-        names its implementation and sets tile sizes and the like; or None, which chooses by platform and
-        size; see `explain`.
+      impl: "reference" (dense), "chunked" (blocks, O(T) memory), "decode" (a few queries), "cudnn"
+        (NVIDIA's library), "mosaic_tpu" and "mosaic_gpu" (our kernels); a `ChunkedConfig`, `MosaicTPUConfig`
+        or `MosaicGPUConfig`, which names its implementation and sets tile sizes and the like; or None, which
+        chooses by platform and size; see `explain`.
 
     Returns:
       out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse

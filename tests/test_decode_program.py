@@ -1,0 +1,155 @@
+"""The compiled loop over tokens reads weights and caches and does nothing else to them; prepared weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from attention_jax.generation.decode import decode_step, prefill
+from attention_jax.masks import SlidingWindow
+from attention_jax.mixers import make_config
+from attention_jax.model import ModelConfig, Prepared, apply, bind, init_params, prepare_for_decoding
+from attention_jax.positions import RoPE
+from tests.hlo import loop_instructions
+
+# No two of the widths are multiples of one another, so that a size names its array. Blocks have 256 keys.
+CAPACITY, HEADS = 701, {"num_heads": 4}
+MODELS = {
+    "mha": make_config("softmax", rope=RoPE(), **HEADS),
+    "gqa, scanned": make_config("softmax", num_kv_heads=2, rope=RoPE(), **HEADS),
+    "mqa": make_config("softmax", num_kv_heads=1, **HEADS),
+    "mla": make_config("mla", latent_dim=30, head_dim=22, rotary_dim=8, **HEADS),
+    "window": make_config("softmax", mask=SlidingWindow(97), **HEADS),
+    "linear": make_config("linear", **HEADS),
+    "gated delta": make_config("gated_deltanet", **HEADS),
+    "mamba2": make_config("mamba2", head_dim=44, state_dim=26),
+}
+# What may have an array of that size as its result: what computes nothing, and updates in place.
+_HARMLESS = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "dynamic-update-slice"}
+
+
+def _config(name: str, mixer) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=211,
+        d_model=88,
+        num_layers=2,
+        mixers=(mixer,),
+        mlp_width=183,
+        init_std=0.1,
+        scan_layers="scanned" in name,
+    )
+
+
+def _loop(config: ModelConfig, weights, state):
+    def step(_, state):
+        return decode_step(config, weights, state, state.logits_BV.argmax(-1).astype(jnp.int32))
+
+    return jax.lax.fori_loop(0, 7, step, state)
+
+
+def _program(config: ModelConfig, weights) -> tuple[list, int]:
+    """The instructions of the loop, and the size of the smallest kernel of a layer or array of a KV cache."""
+    tokens = jnp.zeros((1, 5), jnp.int32)
+    state = jax.eval_shape(lambda w: prefill(config, w, tokens, capacity=CAPACITY), weights)
+    compiled = jax.jit(_loop, static_argnums=0, donate_argnums=2).lower(config, weights, state).compile()
+    kernels = jax.tree.leaves(jax.eval_shape(lambda w: prepare_for_decoding(config, w), weights).weights)
+    sizes = [x.size for x in kernels if x.ndim > 1 and min(x.shape) > 16]
+    sizes += [x.size for x in jax.tree.leaves(state.caches) if x.ndim == 4 and x.shape[1] >= 97]
+    return loop_instructions(compiled.as_text()), min(sizes)
+
+
+def _touched(config: ModelConfig, weights) -> list[str]:
+    """The instructions that make an array as large as a weight or a whole cache, blocks of a cache apart."""
+    instructions, smallest = _program(config, weights)
+    updates = {x.size for x in instructions if x.opcode == "dynamic-update-slice"}
+    return [
+        x.text
+        for x in instructions
+        if x.size >= smallest
+        and x.opcode not in _HARMLESS
+        and not (x.opcode == "fusion" and x.size in updates)  # the fusion around an update
+        and "[1,256," not in x.text.split(" = ")[1]  # a block of keys
+        and "[256," not in x.text.split(" = ")[1]
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loop_neither_moves_nor_converts_weights_and_caches(name):
+    config = _config(name, MODELS[name])
+    weights = jax.eval_shape(lambda: prepare_for_decoding(config, init_params(config, jax.random.key(0))))
+    states = {"linear", "gated delta", "mamba2"}  # a recurrent state is computed anew by every token
+    found = [x for x in _touched(config, weights) if name not in states or _is_matrix(x, weights)]
+    assert not found, found
+
+
+def _is_matrix(text: str, weights: Prepared) -> bool:
+    shapes = {
+        str(list(s)).replace(" ", "") for x in jax.tree.leaves(weights) for s in (x.shape, x.shape[::-1])
+    }
+    return any(shape in text.split(" = ")[1].split("(")[0] for shape in shapes if shape.count(","))
+
+
+def test_weights_that_are_not_prepared_are_moved():
+    config = _config("mha", MODELS["mha"])
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    touched = _touched(config, params)
+    assert all(any(f" {opcode}(" in x for x in touched) for opcode in ("slice", "transpose", "copy"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prepared_weights_give_the_same_logits(dtype):
+    """In the parallel form, in a prefill and token by token, with tied and untied heads, biases and norms."""
+    mixers = (
+        make_config("softmax", num_kv_heads=2, use_bias=True, rope=RoPE(), **HEADS),
+        make_config("mla", latent_dim=8, head_dim=8, rotary_dim=4),
+    )
+    config = ModelConfig(
+        vocab_size=31, d_model=32, num_layers=2, mixers=mixers, use_bias=True, dtype=dtype, init_std=0.1,
+        tie_embeddings=dtype == "float32",
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    prepared = prepare_for_decoding(config, params)
+    assert prepare_for_decoding(config, prepared) is prepared
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 12))
+
+    @jax.jit
+    def run(weights):
+        state = prefill(config, weights, tokens[:, :9], capacity=16)
+
+        def step(state, tokens_B):
+            state = decode_step(config, weights, state, tokens_B)
+            return state, state.logits_BV
+
+        _, logits_TBV = jax.lax.scan(step, state, jnp.asarray(tokens[:, 9:].T))
+        return apply(config, weights, tokens).logits, jnp.concatenate([state.logits_BV[None], logits_TBV])
+
+    tolerance = {"float32": 1e-5, "bfloat16": 0.06}[dtype]
+    (whole, steps), plain = run(prepared), run(params)
+    assert_allclose(whole, plain[0], atol=tolerance)
+    assert_allclose(steps, plain[1], atol=tolerance)
+    assert_allclose(whole[:, 8:], steps.swapaxes(0, 1), atol=tolerance)
+
+
+def test_prepared_weights_of_a_bfloat16_model_are_rounded_and_stored_for_the_platform():
+    config = dataclasses.replace(_config("mha", MODELS["mha"]), dtype="bfloat16")
+    params = init_params(config, jax.random.key(0))
+    kernel = prepare_for_decoding(config, params).weights["stacks"]["blocks"][0]["mixer"]["out"]["kernel"]
+    assert kernel.dtype == (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    wanted = params["stacks"]["0"]["mixer"]["out"]["kernel"][0].T.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(kernel.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
+def test_prepared_weights_belong_to_one_configuration():
+    config = _config("mqa", MODELS["mqa"])
+    prepared = prepare_for_decoding(config, init_params(config, jax.random.key(0)))
+    other = dataclasses.replace(config, mlp="geglu")
+    with pytest.raises(
+        ValueError, match=r"prepared for another configuration \(mlp differs\): call prepare_for"
+    ):
+        bind(other, prepared)
