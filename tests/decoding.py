@@ -52,12 +52,12 @@ class Decodes:
             for mixer in self.mixers
         )
         options = {"num_layers": max(2, len(mixers)), "mlp_width": 32, "tie_embeddings": False} | self.options
-        # Embeddings of this size make logits of up to 10.
+        # Logits of up to 10, and no tied embeddings, with which greedy tokens repeat the last one.
         return ModelConfig(vocab_size=VOCAB, d_model=D_MODEL, mixers=mixers, init_std=0.3, **options)
 
 
-# Every row of the mixers' table, every kind that takes a mask in a ring with pins, an encoder's memory, and
-# layers that are scanned, whose states are stacked.
+# Every row of the mixers' table, every kind that takes a mask in a ring with pins, an encoder's memory, a
+# model with states of several kinds, and scanned layers, whose states are stacked.
 DECODES = {name: Decodes((row.config,)) for name, row in MIXERS.items()}
 DECODES |= {
     f"{name}-ring": Decodes((dataclasses.replace(row.config, mask=_RING),))
@@ -69,6 +69,7 @@ DECODES |= {
         (AttentionConfig(num_heads=4, rope=RoPE()), CROSS),
         {"encoder": EncoderConfig(num_layers=1, mixers=(AttentionConfig(num_heads=4, rope=RoPE()),))},
     ),
+    "hybrid": Decodes(tuple(MIXERS[name].config for name in ("window-sinks", "mla", "gated-deltanet"))),
     "scanned": Decodes(
         (AttentionConfig(num_kv_heads=2, rope=RoPE(), mask=_RING), GatedDeltaNetConfig(chunk_size=8)),
         {"num_layers": 4, "scan_layers": True},

@@ -247,6 +247,7 @@ def test_rows_of_generation_with_and_without_a_cache(monkeypatch, tmp_path, caps
         "interleave",
         lambda calls, rounds: {name: np.full(rounds, call[1]) for name, call in calls.items()},
     )
+    monkeypatch.setattr(kv_cache, "wall_clock", lambda call: call[1])
     json_path, png = tmp_path / "rows.json", tmp_path / "times.png"
     arguments = "kv_cache --lengths 5 2 --d-model 16 --heads 2 --layers 3 --vocabulary 32 --rounds 5".split()
     assert benchmark.main([*arguments, "--json", str(json_path), "--plot", str(png)]) == 0

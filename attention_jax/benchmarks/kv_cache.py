@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attention_jax.benchmarks.kv_cache_plot import plot
-from attention_jax.benchmarks.timing import interleave
+from attention_jax.benchmarks.timing import interleave, wall_clock
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 _LAST_STEPS = 64  # of a run with a cache, timed as one: enough that copying the cache before them is little
@@ -100,12 +100,14 @@ def compare(
     calls: dict[tuple[str, bool], Callable] = {(name, True): run.last for name, run in runs.items()}
     calls |= {(name, False): uncached(model, n, repeats) for name, model in models.items()}
     steps = interleave(calls, rounds)
-    wholes = interleave({name: run.whole for name, run in runs.items()}, min(rounds, _RUNS))
+    # In turn, too. `cached` has compiled and run them, and a run is long.
+    wholes = [{name: wall_clock(run.whole) for name, run in runs.items()} for _ in range(min(rounds, _RUNS))]
     rows = []
     for name, model in models.items():
         with_ms, without_ms = steps[name, True] / runs[name].steps, steps[name, False] / repeats
         points[name].append((n, float(np.median(without_ms))))
-        total, without_total = float(np.median(wholes[name])), cumulative(points[name])
+        total = float(np.median([whole[name] for whole in wholes]))
+        without_total = cumulative(points[name])
         rows.append({
             "mechanism": name,
             "tokens": n,
