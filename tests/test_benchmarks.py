@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu import profiler
 
-from attention_jax.benchmarks import attention, contestants, eager, timing, torch_peers
+import attention_jax
+from attention_jax.benchmarks import attention, contestants, eager, kv_cache, timing, torch_peers
 from attention_jax.benchmarks.calls import jitted
 from attention_jax.benchmarks.case import Case
+from attention_jax.benchmarks.kv_cache_plot import spread
 from attention_jax.masks import parse
 from attention_jax.mixers import make_config
 from attention_jax.ops.softmax import mosaic_gpu
 from scripts import tune
 from tests import sass_report
+from tests.params import random_params
 from train import command_line
 from train.commands import benchmark
 
@@ -209,6 +212,69 @@ def test_rows_of_eager_calls(monkeypatch, tmp_path):
     assert set(made) == {(name, 3, 4, 2) for name in names}
 
 
+def test_steps_with_and_without_a_cache_make_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(attention_jax, "init_params", lambda config, key: random_params(config))
+    args = benchmark_options("kv_cache --d-model 16 --heads 2 --layers 1 --vocabulary 32".split())
+    models = kv_cache.contestants(args)
+    assert [model.numbers for model in models.values()] == [32, 16, 16, 36]
+    # Untied: a model that is not trained repeats its last token otherwise.
+    config = dataclasses.replace(models["MLA"].config, tie_embeddings=False, init_std=0.5)
+    n, model = 9, models["MLA"]._replace(config=config, params=random_params(config, seed=2))
+    run = kv_cache.cached(model, n)
+    # The latents and, per slot, its position.
+    assert run.steps == n and run.nbytes == 4 * n * (model.numbers + 1)
+    tokens = np.asarray(run.whole())
+    assert len(set(tokens.tolist())) > 3
+    np.testing.assert_array_equal(run.last(), tokens)
+    first, second = np.concatenate([[0], tokens[: n - 2]]), tokens[: n - 1]
+    assert kv_cache.uncached(model, n - 1, 1, first[None])() == tokens[n - 2]
+    # The second repetition reads what the first has made.
+    expected = kv_cache.uncached(model, n - 1, 1, second[None])()
+    assert kv_cache.uncached(model, n - 1, 2, first[None])() == expected
+
+
+def test_rows_of_generation_with_and_without_a_cache(monkeypatch, tmp_path, capsys):
+    """By stand-ins: a step at n tokens takes 2 ms with a cache and 2 + n ms without."""
+
+    def cached(model, n):
+        return kv_cache.Cached(("whole", 2.0 * n), ("last", 2.0 * 3), 3, 4 * model.numbers * n)
+
+    monkeypatch.setattr(attention_jax, "init_params", lambda config, key: random_params(config))
+    monkeypatch.setattr(kv_cache, "cached", cached)
+    monkeypatch.setattr(kv_cache, "uncached", lambda model, n, repeats: ("step", (2.0 + n) * repeats))
+    monkeypatch.setattr(
+        kv_cache,
+        "interleave",
+        lambda calls, rounds: {name: np.full(rounds, call[1]) for name, call in calls.items()},
+    )
+    monkeypatch.setattr(kv_cache, "wall_clock", lambda call: call[1])
+    json_path, png = tmp_path / "rows.json", tmp_path / "times.png"
+    arguments = "kv_cache --lengths 5 2 --d-model 16 --heads 2 --layers 3 --vocabulary 32 --rounds 5".split()
+    assert benchmark.main([*arguments, "--json", str(json_path), "--plot", str(png)]) == 0
+    rows = json.loads(json_path.read_text())["rows"]
+    assert [(row["tokens"], row["mechanism"]) for row in rows] == [
+        (n, name) for n in (2, 5) for name in ("MHA", "GQA", "MQA", "MLA")
+    ]
+    row = rows[4]
+    assert row["formula_bytes"] == 3 * 4 * 32 * 5 and row["cache_bytes"] == 4 * 32 * 5
+    assert row["cached"] == {
+        "step_ms": 2.0, "step_quartiles_ms": [2.0, 2.0], "total_ms": 10.0, "tokens_per_s": 500.0
+    }  # fmt: skip
+    # Between the steps of 4 and 7 ms at 2 and 5 tokens a power of the length.
+    power = np.log(7 / 4) / np.log(5 / 2)
+    total = 3.0 + 4.0 + 4.0 * 1.5**power + 4.0 * 2.0**power + 7.0
+    assert row["uncached"]["step_ms"] == 7.0 and row["uncached"]["total_ms"] == pytest.approx(total)
+    assert row["step_ratio"] == 3.5 and row["total_ratio"] == pytest.approx(total / 10)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("MQA") == 2
+
+
+def test_labels_of_lines_do_not_overlap():
+    assert spread([0.1, 0.5], 0.2) == [0.1, 0.5]
+    # The last four want 2.5 / 4 on the average, with 0.3 to either side of it.
+    np.testing.assert_allclose(spread([0.1, 0.5, 0.5, 0.6, 0.9], 0.2), [0.1, 0.325, 0.525, 0.725, 0.925])
+
+
 def test_the_cpu_clock_reads_the_time_of_the_process_around_a_call(monkeypatch):
     said = []
     read = iter((1.0, 1.25))
@@ -334,6 +400,8 @@ def test_command_lines_of_the_card(tmp_path, rehearse):
         ),
         (benchmark, ["attention", "--contestants", "nobody"], "--contestants: there is no 'nobody'"),
         (benchmark, ["attention", "--seconds", "0"], "--seconds: must be an integer >= 1, got 0"),
+        (benchmark, ["kv_cache", "--d-model", "24"], "--d-model must be a multiple of 4 x --heads 8, "),
+        (benchmark, ["kv_cache", "--lengths", "1", "8"], "--lengths must be at least 2 generated tokens"),
         (benchmark, ["eager", "--heads", "3"], "--heads must divide 128, half the width of the model, got 3"),
         (tune, ["peers"], "invalid choice 'peers'"),
         (tune, ["tiles", "--compiled", "nowhere"], "--compiled nowhere: no such file"),

@@ -39,6 +39,16 @@ def mask(row: Row) -> str:
     return f"`{row['mask'].replace('window=', '').replace(', right=0', '')}`"
 
 
+def timing(way: str, key: str, divisor: float, form: str) -> Cell:
+    """The cell of a time or rate of generation, `way` cached or uncached."""
+    return lambda row: format(row[way][key] / divisor, form)
+
+
+def cache_megabytes(key: str) -> Cell:
+    """The cell of a number of bytes."""
+    return lambda row: f"{row[key] / 1e6:.2f} MB"
+
+
 def megabytes(row: Row) -> str:
     """The compiler's temporaries; empty where it plans none."""
     return f"{row['temporary_bytes'] / 1e6:.1f} MB" if row["temporary_bytes"] else ""
@@ -75,6 +85,21 @@ TABLES: dict[str, dict[str, Cell]] = {
         "64k": timed(65536),
         "time ~ T^": lambda row: f"{row['exponent']['time']:.2f}",
         "memory ~ T^": lambda row: f"{row['exponent']['memory']:.2f}",
+    },
+    "kv-cache": {
+        "tokens": field("tokens"),
+        "mechanism": field("mechanism"),
+        "step, cache": timing("cached", "step_ms", 1, ".2f"),
+        "total, cache": timing("cached", "total_ms", 1e3, ".3f"),
+        "tokens/s, cache": timing("cached", "tokens_per_s", 1, ".0f"),
+        "step, none": timing("uncached", "step_ms", 1, ".2f"),
+        "total, none": timing("uncached", "total_ms", 1e3, ".3f"),
+        "tokens/s, none": timing("uncached", "tokens_per_s", 1, ".1f"),
+        "ratio, step": field("step_ratio", ".1f"),
+        "ratio, total": field("total_ratio", ".1f"),
+        "cache": cache_megabytes("cache_bytes"),
+        "formula": cache_megabytes("formula_bytes"),
+        "parameters": field("parameters", ","),
     },
     "mechanisms": {
         "mechanism": field("mechanism"),

@@ -10,7 +10,9 @@
     decode      tokens per second beside the bandwidth of matrix-vector products and, with --peer,
                 transformers; with --lengths: time per token after so many generated tokens
     eager       mixers called outside of jax.jit beside Flax's layer: CPU time
-    prefill_memory  what XLA plans for reading a prompt of --length, beside weights and cache
+    kv_cache    generation with and without a cache at --lengths tokens
+    prefill_memory
+                what XLA plans for reading a prompt of --length, beside weights and cache
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
 
     python scripts/benchmark.py attention --lengths 2048 4096 --masks "Causal()"
@@ -32,6 +34,7 @@ from attention_jax.benchmarks.attention import attention
 from attention_jax.benchmarks.contestants import contestants
 from attention_jax.benchmarks.decode import decode
 from attention_jax.benchmarks.eager import eager
+from attention_jax.benchmarks.kv_cache import kv_cache
 from attention_jax.benchmarks.prefill_memory import prefill_memory
 from attention_jax.benchmarks.timing import save
 from train import command_line
@@ -48,6 +51,7 @@ _BENCHMARKS = {
     "overtake": linear.overtake,
     "decode": decode,
     "eager": eager,
+    "kv_cache": kv_cache,
     "prefill_memory": prefill_memory,
     "step": step_time.step,
 }
@@ -84,8 +88,12 @@ class Options:
     masks: Annotated[tuple[str, ...], many("MASK", _mask)] = ("Causal()",)
     batch: Count = 1  #: attention, eager with --lengths: rows
     tokens: MaybeCount = None  #: attention: rows times length, in place of --batch
-    heads: Count = 8  #: attention, eager: query heads
-    kv_heads: MaybeCount = None  #: attention: key-value heads; none: as many as --heads
+    heads: Count = 8  #: attention, eager, kv_cache: query heads
+    #: attention, kv_cache: key-value heads; none: as many as --heads, for GQA in kv_cache a quarter of them
+    kv_heads: MaybeCount = None
+    d_model: Count = 256  #: kv_cache: width of the models
+    layers: Count = 6  #: kv_cache: their layers
+    vocabulary: Count = 4096  #: kv_cache: their token ids
     #: attention: systems to time; none: all that are installed, on a CPU without the slow ones
     contestants: words("NAME", contestants) = ()
     #: float32, bfloat16 or float16; none: float32 on a CPU, bfloat16 elsewhere
@@ -98,7 +106,7 @@ class Options:
     rounds: Count = 11  #: how often contestants take turns
     seconds: MaybeCount = None  #: attention: begin nothing after so many seconds
     json: MaybePath = None  #: also write the rows to this file
-    plot: MaybePath = None  #: attention: draw TFLOP/s over the length to this file
+    plot: MaybePath = None  #: attention: draw TFLOP/s over the length to this file; kv_cache: draw the times
 
 
 def main(argv: Sequence[str] | None = None) -> int:
