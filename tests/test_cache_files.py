@@ -28,7 +28,6 @@ from attention_jax.caches import (
     save,
     storable,
 )
-from attention_jax.caches.base import STORABLE
 from attention_jax.masks import Dense, Predicate, SlidingWindow
 from attention_jax.mixers import make_config
 from attention_jax.model import ModelConfig, cache_bytes, fingerprint, init_params, init_state
@@ -243,14 +242,17 @@ class Pair(NamedTuple):
     x: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Odd(State):
+    """A state whose static field may be anything."""
+
+    f: Any = dataclasses.field(metadata={"static": True})
+
+
 def test_what_a_file_cannot_hold_is_refused_by_its_place(tmp_path):
     path = tmp_path / "state"
     x = jnp.ones(2)
-    odd = jax.tree_util.register_dataclass(
-        dataclasses.make_dataclass(
-            "Odd", [("f", Any, dataclasses.field(metadata={"static": True}))], bases=(State,), frozen=True
-        )
-    )
     for state, message in (
         (
             {"a": [x, Pair(x)]},
@@ -259,7 +261,7 @@ def test_what_a_file_cannot_hold_is_refused_by_its_place(tmp_path):
         ({"a": 3}, "save: /a is a builtins.int, which no file can hold"),
         ({"a": {1: x}}, "save: /a is a builtins.dict, which no file can hold"),
         ({"a": np.array([None])}, "save: /a has dtype object, which a file cannot hold"),
-        ([odd(print)], "save: the static field /0/f is a builtin_function_or_method, which no file can hold"),
+        ([Odd(print)], "save: the static field /0/f is a builtin_function_or_method, which no file can hold"),
     ):
         with pytest.raises(ValueError, match=message):
             save(path, state, model=MODEL)
@@ -269,7 +271,6 @@ def test_what_a_file_cannot_hold_is_refused_by_its_place(tmp_path):
         with pytest.raises(ValueError, match="model must be the fingerprint of the model, a string, got"):
             save(path, x, model=model)
     assert not os.listdir(tmp_path)
-    del STORABLE[f"{odd.__module__}.Odd"]
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "save_file"])

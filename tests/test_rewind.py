@@ -276,6 +276,16 @@ def test_a_traced_count_that_cannot_be_honoured_loses_its_row():
             after.rewind(np.array(wrong).astype(int))
 
 
+def test_the_ring_of_the_newest_tokens_limits_a_traced_rewind():
+    """The codes of all tokens could go back further, but no longer in the precision that was asked for."""
+    cache = empty(Causal(), CacheOptions(spare=1, quantize="int8", residual=2), batch=1)
+    k, v, c = (x[:1] for x in jax.tree.leaves(tokens(np.random.default_rng(0))))
+    cache = jax.jit(QuantizedKVCache.append)(cache, k, v, np.arange(T)[None], {"c": c})
+    for n, lost in ((1, False), (2, True)):
+        after = jax.jit(QuantizedKVCache.rewind)(cache, np.array([n]))
+        assert after.overflow(np.array([[T]])).tolist() == [[lost]]
+
+
 def test_the_stacked_state_of_scanned_layers_rewinds_each_layer():
     layers = [filled(SlidingWindow(5), (20, 9, 3)), filled(SlidingWindow(5), (12, 30, 20))]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
