@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.caches import KVCache
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions, KVCache
 from attention_jax.generation import DecodeState, decode_step, prefill
 from attention_jax.masks import Causal, Sinks, SlidingWindow
 from attention_jax.mixers import AttentionConfig, Context, GatedDeltaNetConfig, MixerConfig
@@ -88,7 +88,9 @@ class Decoder:
         self._whole = jax.jit(
             lambda params, tokens, memory: apply(self.config, params, tokens, ctx=Context(**memory)).logits
         )
-        self._prefill = jax.jit(functools.partial(prefill, self.config, capacity=length))
+        self._prefill = jax.jit(
+            functools.partial(prefill, self.config, capacity=length), static_argnames="cache"
+        )
         self._step = jax.jit(functools.partial(decode_step, self.config))
         self._piece = jax.jit(
             lambda params, tokens, state, ctx: apply(self.config, params, tokens, state, ctx=ctx)[:2]
@@ -105,12 +107,12 @@ class Decoder:
         memory = {name: x[rows] for name, x in self.memory.items()}
         return np.asarray(self._whole(self.params, tokens_RT, memory))
 
-    def prompted(self, lengths: Any) -> tuple[DecodeState, np.ndarray]:
+    def prompted(self, lengths: Any, cache: CacheOptions = DEFAULT_CACHE) -> tuple[DecodeState, np.ndarray]:
         """The state after the first lengths[r] tokens of each row, padded on the left, and found_RTV."""
         width, found_RTV = max(lengths), self.nothing()
         slots_RP = np.arange(width) - width + np.array(lengths)[:, None]
         tokens_RP = np.take_along_axis(self.tokens_RT, np.maximum(slots_RP, 0), axis=1)
-        state = self._prefill(self.params, tokens_RP, np.maximum(slots_RP, -1), **self.memory)
+        state = self._prefill(self.params, tokens_RP, np.maximum(slots_RP, -1), cache=cache, **self.memory)
         for r, length in enumerate(lengths):
             found_RTV[r, length - 1] = state.logits_BV[r]
         return state, found_RTV

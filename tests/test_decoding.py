@@ -1,8 +1,12 @@
 """Cached decoding gives the logits of the uncached forward, for every mechanism that has a state."""
 
+import jax
 import numpy as np
 import pytest
 
+from attention_jax.caches import CacheOptions, load, save
+from attention_jax.generation import DecodeState
+from attention_jax.model import fingerprint
 from tests.decoding import DECODES, LENGTH, LENGTHS, PROMPT, ROWS, Decoder, check, forked, rings
 
 # A ring with pins, latents, and a recurrence with a convolution in one model.
@@ -46,6 +50,47 @@ def test_after_a_fork(decoder):
     found = decoder.nothing()
     decoder.stepped(forked(state, rows), tokens, found)
     check(found, decoder.uncached(tokens, rows), first)
+
+
+# More than one token of a convolution's inputs, and rows that take back nothing.
+SPARE, BACK = 5, (3, 0, 5)
+
+
+def beside_and_back(decoder):
+    """Two states after the same tokens: one has also seen BACK[r] others in each row and taken them back."""
+    plain, _ = decoder.prompted(LENGTHS, cache=CacheOptions(spare=SPARE))
+    plain = decoder.stepped(plain, decoder.tokens_RT, decoder.nothing(), np.array(LENGTHS) + 13)
+    start_R, other = np.asarray(plain.positions_B), (decoder.tokens_RT + 1) % decoder.config.vocab_size
+    back, ends = plain, start_R + np.array(BACK)
+    back = decoder.stepped(back, other, decoder.nothing(), ends)
+    assert (np.asarray(back.positions_B) == ends).all()
+    return plain, DecodeState(
+        [cache.rewind(np.array(BACK)) for cache in back.caches], plain.positions_B, plain.logits_BV
+    )
+
+
+@pytest.mark.parametrize("decoder", names(()), indirect=True)
+def test_after_a_rewind(decoder):
+    """Every later logit is that of a state that never saw the tokens, bit for bit."""
+    plain, back = beside_and_back(decoder)
+    first = np.asarray(plain.positions_B)
+    expected, found = decoder.nothing(), decoder.nothing()
+    decoder.stepped(plain, decoder.tokens_RT, expected)
+    decoder.stepped(back, decoder.tokens_RT, found)
+    np.testing.assert_array_equal(found, expected)
+    check(found, decoder.uncached(decoder.tokens_RT), first)
+
+
+def test_after_saving_and_loading(decoder, tmp_path):
+    """The loaded state has the same bits and goes on with the same programs."""
+    state, found = decoder.prompted(LENGTHS)
+    model = fingerprint(decoder.config, decoder.params)
+    save(tmp_path / "state", state.caches, model=model)
+    loaded = load(tmp_path / "state", model=model)
+    assert jax.tree.structure(loaded) == jax.tree.structure(state.caches)
+    jax.tree.map(np.testing.assert_array_equal, loaded, state.caches)
+    decoder.stepped(DecodeState(loaded, state.positions_B, state.logits_BV), decoder.tokens_RT, found)
+    check(found, decoder.uncached(decoder.tokens_RT), np.array(LENGTHS) - 1)
 
 
 @pytest.mark.parametrize("name", names(()))
