@@ -8,7 +8,7 @@
     linear      time and memory of the linear engines, by --lengths
     overtake    the linear engines against softmax attention, by --lengths
     eager       mixers called outside of jax.jit beside Flax's layer: CPU time
-    prefill_memory  what XLA plans for reading a prompt of --length, beside weights and cache
+    prefill_memory  memory that reading a prompt of --length needs
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
 
     python scripts/benchmark.py attention --lengths 2048 4096 --masks "Causal()"
