@@ -85,11 +85,7 @@ def checked_batch(
             raise ValueError(
                 "a state holds what its layers need of the sources: give one of state and sources"
             )
-        check_state(config, state, len(prompts), cache)
-        before = np.broadcast_to(np.asarray(state.positions_B), (len(prompts),)).tolist()
-        if capacity is not None and capacity != (state.capacity or capacity):
-            raise ValueError(f"capacity {capacity} is not that of the state, {state.capacity}: leave it out")
-        capacity = state.capacity if capacity is None else capacity
+        before, capacity = _checked_start(config, state, len(prompts), cache, capacity)
     needs = [(b + len(p), limit) for b, p, limit in zip(before, prompts, limits, strict=True)]
     capacity = checked_capacity(config, needs, capacity)
     counts = [s.n for s in samplings]
@@ -105,6 +101,17 @@ def checked_batch(
         rows=np.repeat(np.arange(len(prompts), dtype=np.int32), counts),
         samples=np.concatenate([np.arange(n, dtype=np.uint32) for n in counts]),
     )
+
+
+def _checked_start(
+    config: ModelConfig, state: DecodeState, requests: int, cache: CacheOptions, capacity: Any
+) -> tuple[list[int], Any]:
+    """The tokens in front of each prompt, and the capacity; ValueError for a state that does not fit."""
+    check_state(config, state, requests, cache)
+    if capacity is not None and capacity != (state.capacity or capacity):
+        raise ValueError(f"capacity {capacity} is not that of the state, {state.capacity}: leave it out")
+    before = np.broadcast_to(np.asarray(state.positions_B), (requests,)).tolist()
+    return before, state.capacity if capacity is None else capacity
 
 
 def bucket(length: int) -> int:
