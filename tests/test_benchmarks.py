@@ -221,8 +221,8 @@ def test_steps_with_and_without_a_cache_make_the_same_tokens(monkeypatch):
     config = dataclasses.replace(models["MLA"].config, tie_embeddings=False, init_std=0.5)
     n, model = 9, models["MLA"]._replace(config=config, params=random_params(config, seed=2))
     run = kv_cache.cached(model, n)
-    # The latents and, per slot, its position.
-    assert run.steps == n and run.nbytes == 4 * n * (model.numbers + 1)
+    # The latents, per slot its position, and the newest one.
+    assert run.steps == n and run.nbytes == 4 * (n * (model.numbers + 1) + 1)
     tokens = np.asarray(run.whole())
     assert len(set(tokens.tolist())) > 3
     np.testing.assert_array_equal(run.last(), tokens)

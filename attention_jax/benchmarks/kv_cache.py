@@ -70,17 +70,17 @@ def contestants(args) -> dict[str, Contestant]:
     """The four models; MLA with DeepSeek's ratios of the latent and the rotary part to a head, 4 and 1/2."""
     import jax
 
-    from attention_jax import AttentionConfig, LatentAttentionConfig, ModelConfig, RoPE, init_params
+    from attention_jax import ModelConfig, RoPE, init_params, make_config
 
     N, L, D = args.heads, args.layers, args.d_model
     if D % (4 * N):
         raise ValueError(f"--d-model must be a multiple of 4 x --heads {N}, for rotary halves, got {D}")
     H, K = D // N, args.kv_heads or max(1, N // 4)
     mixers = {
-        name: (AttentionConfig(num_heads=N, num_kv_heads=k, rope=RoPE()), 2 * k * H)
+        name: (make_config("softmax", num_heads=N, num_kv_heads=k, rope=RoPE()), 2 * k * H)
         for name, k in (("MHA", N), ("GQA", K), ("MQA", 1))
     }
-    latent = LatentAttentionConfig(num_heads=N, latent_dim=4 * H, head_dim=H, rotary_dim=H // 2)
+    latent = make_config("mla", num_heads=N, latent_dim=4 * H, head_dim=H, rotary_dim=H // 2)
     mixers["MLA"] = (latent, latent.latent_dim + latent.rotary_dim)
     found = {}
     for name, (mixer, numbers) in mixers.items():
