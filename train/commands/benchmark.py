@@ -7,13 +7,12 @@
     blocks      the block map of each kind of mask at --length
     linear      time and memory of the linear engines, by --lengths
     overtake    the linear engines against softmax attention, by --lengths
-    decode      tokens per second beside the bandwidth of matrix-vector products and,
-                with --peer, transformers; with --lengths: time per token after so many
-                generated tokens
+    decode      tokens per second beside the bandwidth of products, and beside
+                transformers (--peer); --lengths: the time after so many tokens
     eager       mixers called outside of jax.jit beside Flax's layer: CPU time
     kv_cache    generation with and without a cache at --lengths tokens
     prefill_memory
-                the memory planned for a prompt of --length, beside weights and cache
+                the memory planned for reading a prompt of --length
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
 
     python scripts/benchmark.py attention --lengths 2048 4096 --masks "Causal()"
