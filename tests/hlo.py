@@ -23,7 +23,10 @@ class Instruction:
 
 
 def loop_instructions(hlo: str) -> list[Instruction]:
-    """All instructions that the outermost while loops run, those inside fusions and inner loops included."""
+    """All instructions that the outermost while loops run, those inside fusions and inner loops included.
+
+    Inner loops apart that go on until something is finite, which it is.
+    """
     computations, entry = _computations(hlo)
     loops = [_called(x.text) for x in computations[entry] if x.opcode == "while"]
     pending, seen = [name for names in loops for name in names], set()
@@ -32,7 +35,12 @@ def loop_instructions(hlo: str) -> list[Instruction]:
         name = pending.pop()
         if name not in seen:
             seen.add(name)
-            pending += [called for x in computations[name] for called in _called(x.text)]
+            pending += [
+                called
+                for x in computations[name]
+                if not (x.opcode == "while" and _tests_for_finite(computations, x))
+                for called in _called(x.text)
+            ]
     return [x for name in sorted(seen) for x in computations[name]]
 
 
@@ -47,6 +55,12 @@ def _computations(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
             size = math.prod(int(n) for n in shape[1].split(",") if n) if shape else 0
             current.append(Instruction(match[1], match[3], size, line.strip()))
     return found, entry
+
+
+def _tests_for_finite(computations: dict[str, list[Instruction]], loop: Instruction) -> bool:
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)[1]
+    inside = [condition, *(called for x in computations[condition] for called in _called(x.text))]
+    return any(x.opcode == "is-finite" for name in inside for x in computations[name])
 
 
 def _called(text: str) -> list[str]:

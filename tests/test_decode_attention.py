@@ -59,13 +59,15 @@ def test_blocks_of_a_cache_equal_the_dense_form(T, N, K, H, mask, options):
         assert_allclose(new, old, rtol=2e-5, atol=2e-6)
 
 
-def test_keys_after_the_newest_change_no_bit_whatever_the_capacity():
+def test_hidden_keys_change_no_bit():
+    """Neither finite ones nor, in slots without a token, NaN and Inf."""
     rng = np.random.default_rng(1)
-    (q, k, v), ids = _call(rng, 1, 1, 1024, 4, 2, 16, [300])
+    (q, k, v), ids = _call(rng, 2, 3, 128, 4, 2, 16, [90, 100])
     run = jax.jit(functools.partial(dot_product_attention, mask=Causal(), impl="decode"))
-    long = run(q, k, v, **ids)
-    short = run(
-        q, k[:, :512], v[:, :512], q_positions=ids["q_positions"], k_positions=ids["k_positions"][:, :512]
-    )
-    assert_array_equal(long, short)
-    assert jnp.isfinite(long).all()
+    found, wanted = [], run(q, k, v, **ids)
+    for fill in (7.0, np.nan, np.inf):
+        hidden = np.asarray(ids["k_positions"] < 0)[..., None, None]
+        found.append(run(q, *(np.where(hidden, np.float32(fill), x) for x in (k, v)), **ids))
+    assert jnp.isfinite(wanted).all() and hidden.any()
+    for x in found:
+        assert_array_equal(x, wanted)

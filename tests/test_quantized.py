@@ -167,7 +167,8 @@ def test_every_mixer_of_keys_and_values_decodes_from_codes(kind):
 
     plain, _ = outputs()
     exact, state = outputs(quantize="int8", residual=CAPACITY)
-    assert_array_equal(exact, plain)
+    # The products read other layouts, so that sums may be in another order.
+    assert_allclose(exact, plain, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(plain).max())
     codes, _ = outputs(quantize="int8")
     assert 0 < np.abs(codes - plain).max() < 0.02 * np.abs(plain).max()
     caches = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, KVCache | QuantizedKVCache))

@@ -480,8 +480,9 @@ def test_a_quantised_cache_rewinds_its_codes_and_its_newest_tokens():
         never = append(never, k, v, positions, c)
     views = []
     for state in (cache, never):
-        view = state.view()._asdict()
-        views.append(dataclasses.replace(state.codes, **view))
+        k_BSKH, v_BSKM, positions_BS, per_key = state.view()
+        heads = {"keys_BKSH": k_BSKH.swapaxes(1, 2), "values_BKSM": v_BSKM.swapaxes(1, 2)}
+        views.append(dataclasses.replace(state.codes, positions_BS=positions_BS, per_key=per_key, **heads))
     for b in range(B):
         jax.tree.map(assert_array_equal, *(visible(view, 6, b) for view in views))
     with pytest.raises(ValueError, match="row 0 takes back 4 tokens, but its ring can take back 3"):

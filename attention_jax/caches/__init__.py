@@ -1,6 +1,6 @@
 """Decoding states of the mixers. A state that only one mixer uses is defined in the mixer's module."""
 
-from attention_jax.caches.base import Cache, State, fork_all, most_rewound, rewind_all, storable
+from attention_jax.caches.base import Cache, State, fork_all, grow_all, most_rewound, rewind_all, storable
 from attention_jax.caches.files import load, save
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "empty_kv_cache",
     "fork_all",
+    "grow_all",
     "keep_in_ring",
     "load",
     "most_rewound",

@@ -87,6 +87,14 @@ class State:
                     raise ValueError(f"fork: row {row} is outside the batch, rows 0..{batch - 1}")
         return jax.tree.map(lambda x: x[(slice(None),) * axis + (jnp.asarray(rows),)], self)
 
+    def grown(self, empty: Self) -> Self:
+        """The state with the slots of `empty`, the empty state of the same mixer for a larger capacity.
+
+        By default the state itself, whose size does not depend on the capacity.
+        """
+        del empty
+        return self
+
     def rewind(self, n_B: jax.Array) -> Self:
         """The state without the last n_B[i] tokens of each row i, exactly; n_B: int [B], 0 changes nothing.
 
@@ -115,6 +123,11 @@ class State:
 def rewind_all(states: Any, n_B: jax.Array) -> Any:
     """A pytree of states, such as those of all layers, without the last n_B[i] tokens of each row i."""
     return jax.tree.map(lambda state: state.rewind(n_B), states, is_leaf=_is_state)
+
+
+def grow_all(states: Any, empty: Any) -> Any:
+    """A pytree of states with the slots of the empty states `empty` for a larger capacity."""
+    return jax.tree.map(lambda state, larger: state.grown(larger), states, empty, is_leaf=_is_state)
 
 
 def most_rewound(states: Any) -> int | None:

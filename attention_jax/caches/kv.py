@@ -40,20 +40,21 @@ class HeldKeys(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache(State):
-    """k [B, slots, K, H], v [B, slots, K, M], positions int32 [B, slots].
+    """keys [B, K, slots, H], values [B, K, slots, M], positions int32 [B, slots].
 
-    v is None if values are computed from the keys (a latent cache). `per_key` is a pytree of further arrays
-    [B, slots, ...] with one entry per key, or None. `capacity` bounds positions: the largest position + 1. It
-    is not the number of slots, which is smaller for a ring that wraps. `spare`: the slots of the ring beyond
-    the lookback of its mask.
+    The keys of a head stand one after another, as a decoding step reads them. `k_BSKH` and `v_BSKM` are the
+    same arrays in the order of the ops. The values are None if they are computed from the keys (a latent
+    cache). `per_key` is a pytree of further arrays [B, slots, ...] with one entry per key, or None.
+    `capacity` bounds positions: the largest position + 1. It is not the number of slots, which is smaller for
+    a ring that wraps. `spare`: the slots of the ring beyond the lookback of its mask.
 
     newest_B: int32, the position of each row's newest token, one past the capacity included; -1 before the
     first, 2^31 - 1 for a lost row, whose traced rewind could not be honoured. oldest_B: int32, the oldest
     position that a rewind may make the newest; None if the ring does not wrap.
     """
 
-    k_BSKH: jax.Array
-    v_BSKM: jax.Array | None
+    keys_BKSH: jax.Array
+    values_BKSM: jax.Array | None
     positions_BS: jax.Array
     newest_B: jax.Array
     oldest_B: jax.Array | None
@@ -92,9 +93,9 @@ class KVCache(State):
         slots, wraps = ring + len(pins), ring < capacity
         values = None
         if value_dim is not None:
-            values = jnp.zeros((batch, slots, value_heads or kv_heads, value_dim), options.storage_dtype)
+            values = jnp.zeros((batch, value_heads or kv_heads, slots, value_dim), options.storage_dtype)
         return KVCache(
-            jnp.zeros((batch, slots, kv_heads, head_dim), options.storage_dtype),
+            jnp.zeros((batch, kv_heads, slots, head_dim), options.storage_dtype),
             values,
             jnp.full((batch, slots), -1, jnp.int32),
             jnp.full((batch,), -1, jnp.int32),
@@ -104,6 +105,16 @@ class KVCache(State):
             options.spare if wraps else 0,
             jax.tree.map(lambda x: jnp.zeros((batch, slots, *x.shape), x.dtype), per_key),
         )
+
+    @property
+    def k_BSKH(self) -> jax.Array:
+        """The keys by slot and head."""
+        return self.keys_BKSH.swapaxes(-3, -2)
+
+    @property
+    def v_BSKM(self) -> jax.Array | None:
+        """The values by slot and head."""
+        return None if self.values_BKSM is None else self.values_BKSM.swapaxes(-3, -2)
 
     @property
     def ring(self) -> int:
@@ -139,13 +150,38 @@ class KVCache(State):
         newest_B, oldest_B = jnp.maximum(self.newest_B, positions_BT.max(1)), self.oldest_B
         return dataclasses.replace(
             self,
-            k_BSKH=write(self.k_BSKH, k_BTKH),
-            v_BSKM=None if self.v_BSKM is None else write(self.v_BSKM, v_BTKM),
+            keys_BKSH=_write_heads(self.keys_BKSH, k_BTKH, slots_BT),
+            values_BKSM=None if v_BTKM is None else _write_heads(self.values_BKSM, v_BTKM, slots_BT),
             positions_BS=write(self.positions_BS, positions_BT),
             newest_B=newest_B,
             oldest_B=None if oldest_B is None else jnp.maximum(oldest_B, newest_B - self.spare),
             per_key=jax.tree.map(write, self.per_key, per_key),
         )
+
+    def grown(self, empty: KVCache) -> KVCache:
+        """The same keys in the slots of a larger empty cache of the same mixer."""
+        if empty.positions_BS.shape == self.positions_BS.shape:
+            return dataclasses.replace(self, **empty.static)
+        if not empty.wraps:  # a position has the same slot in both
+
+            def into(larger: jax.Array, held: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice(larger, held, (0,) * held.ndim)
+
+            filled = jax.tree.map(into, empty, dataclasses.replace(self, **empty.static))
+        else:
+            filled = empty.append(*self.view())
+        oldest_B = None
+        if empty.wraps:
+            oldest_B = jnp.maximum(
+                -1 if self.oldest_B is None else self.oldest_B, self.newest_B - empty.spare
+            )
+            oldest_B = jnp.where(self.lost_B, self.newest_B, oldest_B).astype(jnp.int32)
+        return dataclasses.replace(filled, newest_B=self.newest_B, oldest_B=oldest_B)
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The fields that are not arrays."""
+        return {"capacity": self.capacity, "pins": self.pins, "spare": self.spare}
 
     @property
     def most_rewound(self) -> int | None:
@@ -259,6 +295,28 @@ class KVCache(State):
         return slots
 
 
+def _write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """The array with new tokens in their slots; those >= S are dropped.
+
+    A loop with a traced number of turns, which XLA's CPU backend runs in place. It copies the whole array for
+    a scatter that is not along the leading axes, and fuses a single update with what reads the array, on a
+    copy.
+    """
+    (B, T), S = slots_BT.shape, held_BKSH.shape[2]
+    new_BTKH, slots_BT = jnp.asarray(new_BTKH, held_BKSH.dtype), jnp.asarray(slots_BT)
+
+    def write(i: jax.Array, held_BKSH: jax.Array) -> jax.Array:
+        b, t = (0, 0) if B * T == 1 else (i // T, i % T)
+        slot = slots_BT[b, t]
+        place = (b, 0, jnp.minimum(slot, S - 1), 0)
+        new_1K1H = new_BTKH[b, t][None, :, None]
+        old_1K1H = jax.lax.dynamic_slice(held_BKSH, place, new_1K1H.shape)
+        return jax.lax.dynamic_update_slice(held_BKSH, jnp.where(slot < S, new_1K1H, old_1K1H), place)
+
+    turns = jnp.where((slots_BT < S).any(), B * T, 0)
+    return jax.lax.fori_loop(0, turns, write, held_BKSH)
+
+
 def _beyond_spare(row: int, n: int, possible: int) -> str:
     return (
         f"rewind: row {row} takes back {n} tokens, but its ring can take back {possible} more: raise "
@@ -269,26 +327,42 @@ def _beyond_spare(row: int, n: int, possible: int) -> str:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemoryCache(State):
-    """The projected keys and values of a cross-attention memory: k [B, S, K, H], v [B, S, K, M].
+    """The projected keys and values of a memory: keys [B, K, S, H], values [B, K, S, M].
 
-    S = 0 before the prefill, which computes them from `ctx.memory_BSD`.
+    `k_BSKH` and `v_BSKM` are the same arrays in the order of the ops. S = 0 before the prefill, which
+    computes them from `ctx.memory_BSD`.
     """
 
-    k_BSKH: jax.Array
-    v_BSKM: jax.Array
+    keys_BKSH: jax.Array
+    values_BKSM: jax.Array
     positions_BS: jax.Array
 
     @staticmethod
     def empty(batch: int, kv_heads: int, head_dim: int, *, dtype: Any) -> MemoryCache:
         """A memory without keys."""
-        none_BSKH = jnp.zeros((batch, 0, kv_heads, head_dim), dtype)
-        return MemoryCache(none_BSKH, none_BSKH.copy(), jnp.zeros((batch, 0), jnp.int32))
+        none_BKSH = jnp.zeros((batch, kv_heads, 0, head_dim), dtype)
+        return MemoryCache(none_BKSH, none_BKSH.copy(), jnp.zeros((batch, 0), jnp.int32))
+
+    @staticmethod
+    def of(k_BSKH: jax.Array, v_BSKM: jax.Array, positions_BS: jax.Array | None) -> MemoryCache:
+        """The memory of these keys; positions may be None for one call."""
+        return MemoryCache(k_BSKH.swapaxes(1, 2), v_BSKM.swapaxes(1, 2), positions_BS)
+
+    @property
+    def k_BSKH(self) -> jax.Array:
+        """The keys by slot and head."""
+        return self.keys_BKSH.swapaxes(-3, -2)
+
+    @property
+    def v_BSKM(self) -> jax.Array:
+        """The values by slot and head."""
+        return self.values_BKSM.swapaxes(-3, -2)
 
     def append(self, k_BSKH: jax.Array, v_BSKM: jax.Array, positions_BS: jax.Array) -> MemoryCache:
         """The memory with more keys appended."""
-        held, new = jax.tree.leaves(self), (k_BSKH, v_BSKM, positions_BS)
-        joined = (jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(held, new, strict=True))
-        return MemoryCache(*joined)
+        held, new = self.view(), (k_BSKH, v_BSKM, positions_BS)
+        joined = (jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(held[:3], new, strict=True))
+        return MemoryCache.of(*joined)
 
     def rewind(self, n_B: jax.Array) -> MemoryCache:
         """The memory itself: its keys are the encoder's, and no token of the row has added to them.

@@ -97,8 +97,8 @@ class QuantizedKVCache(State):
         code_dtype = jnp.int8 if quantize == "int8" else jnp.uint8
         codes = dataclasses.replace(
             codes,
-            k_BSKH=jnp.zeros(codes.k_BSKH.shape, code_dtype),
-            v_BSKM=None if value_dim is None else jnp.zeros(codes.v_BSKM.shape, code_dtype),
+            keys_BKSH=jnp.zeros(codes.keys_BKSH.shape, code_dtype),
+            values_BKSM=None if value_dim is None else jnp.zeros(codes.values_BKSM.shape, code_dtype),
         )
         recent = None
         if options.residual:
@@ -165,6 +165,11 @@ class QuantizedKVCache(State):
             recent = recent.rewind(n_B)
             codes = codes.mark_lost(recent.lost_B)
         return dataclasses.replace(self, codes=codes, recent=recent)
+
+    def grown(self, empty: QuantizedKVCache) -> QuantizedKVCache:
+        """The same codes in the slots of a larger empty cache of the same mixer."""
+        recent = None if self.recent is None else self.recent.grown(empty.recent)
+        return dataclasses.replace(empty, codes=self.codes.grown(empty.codes), recent=recent)
 
     def mark_lost(self, rows_B: jax.Array) -> QuantizedKVCache:
         """The cache with these rows lost, boolean [B]: the output of their later tokens is NaN."""

@@ -165,7 +165,7 @@ def _begin(
         np.array([seed is not None for seed in seeds]),
         batch.samples,
     )
-    begun = (config, params, carry, placed(arrays), keys_B, logits_fn)
+    begun = (config, params, carry, placed(arrays), keys_B, logits_fn, cache)
     if speculation is None:
         return loop.Decoding(*begun)
     speculation = speculation.prepared()

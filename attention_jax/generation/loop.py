@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.caches import CacheOptions
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions
 from attention_jax.generation.arrays import SamplingArrays
 from attention_jax.generation.choose import adjust, choose, log_probabilities
 from attention_jax.generation.decode import DecodeState, append_pieces, decode_step
+from attention_jax.generation.growth import first_capacity, grown, next_capacity
 from attention_jax.generation.sampling import TOP_LOGPROBS
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind, init_state
@@ -90,10 +91,12 @@ class Decoding:
         arrays: SamplingArrays,
         keys_B: jax.Array,
         logits_fn: LogitsFn | None = None,
+        cache: CacheOptions = DEFAULT_CACHE,
     ):
         self.config, self.params, self.carry = config, params, carry
         self.arrays, self.keys_B, self.logits_fn = arrays, keys_B, logits_fn
         self.ended_B = np.zeros(len(keys_B), bool)
+        self._cache, self._reach = cache, int(carry.state.positions_B.max())
 
     @property
     def drafts(self) -> tuple[jax.Array, jax.Array] | None:
@@ -104,9 +107,19 @@ class Decoding:
         """Draw no more tokens of this row."""
         self.ended_B[row] = True
 
+    def make_room(self, steps: int) -> None:
+        """Let the caches grow if so many more tokens would not fit."""
+        state, capacity = self.carry.state, self.carry.tokens_BC.shape[1]
+        self._reach, size = self._reach + steps, state.capacity
+        needed = min(self._reach, capacity)
+        if size is not None and needed > size:
+            state = _grown(self.config, state, next_capacity(size, needed, capacity), self._cache)
+            self.carry = dataclasses.replace(self.carry, state=state)
+
     def advance(self, steps: int) -> Drawn:
         """At most `steps` <= WIDTH more tokens of every row that is not done."""
-        B, C = self.carry.tokens_BC.shape
+        self.make_room(steps)
+        B, C = self.carry.tokens_BC.shape[0], self.carry.state.capacity
         with compilation_logged(_advance, f"decoding for batch {B}, capacity {C}"):
             self.carry, drawn = _advance(
                 self.config, self.logits_fn, self.params, self.keys_B, self.arrays, self.carry,
@@ -137,10 +150,9 @@ def start(
     lengths_R = np.array([len(prompt) for prompt in prompts], np.int32)
     count = np.int32(-(-lengths_R.max() // chunk))
     what = f"prefill for batch {len(prompts)}, capacity {capacity}, pieces of {chunk} tokens"
+    size = first_capacity(config, cache, int(lengths_R.max()) + WIDTH, capacity)
     with compilation_logged(_start, what):
-        return _start(
-            config, capacity, chunk, cache, params, state, tokens_RC, lengths_R, count, source, rows
-        )
+        return _start(config, size, chunk, cache, params, state, tokens_RC, lengths_R, count, source, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -264,6 +276,9 @@ def record(
         bad_B=carry.bad_B | bad_B,
     )
     return carry, active_B
+
+
+_grown = jax.jit(grown, static_argnums=(0, 2, 3))
 
 
 @jax.jit

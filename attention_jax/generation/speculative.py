@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,8 @@ class SpeculativeDecoding(loop.Decoding):
 
     def advance(self, steps: int) -> loop.Drawn:
         """At most `steps` <= WIDTH more tokens of every row that is not done."""
-        B, C = self.carry.tokens_BC.shape
+        self.make_room(steps)
+        B, C = self.carry.tokens_BC.shape[0], self.carry.state.capacity
         with loop.compilation_logged(_advance, f"speculative decoding for batch {B}, capacity {C}"):
             self.carry, self._own, self.counts, drawn = _advance(
                 self.config, self.logits_fn, self.params, self.keys_B, self.arrays, self._speculation,
@@ -114,23 +116,36 @@ def _advance(
         count_B = jnp.where(goes_on_B, jnp.minimum(proposal.count_B, room_B), 0)
         tokens_BT = jnp.concatenate([token_B[:, None], proposal.drafts_BK], axis=1)
 
-        def verified(now: Progress) -> tuple[Progress, jax.Array]:
-            return _verified(config, params, choosing, now, tokens_BT, active_B, count_B)
+        def verified(begun: tuple[Progress, jax.Array]) -> tuple[Progress, jax.Array]:
+            return _verified(config, params, choosing, begun[0], tokens_BT, active_B, count_B)
 
-        def stepped(now: Progress) -> tuple[Progress, jax.Array]:
+        def stepped(begun: tuple[Progress, jax.Array]) -> tuple[Progress, jax.Array]:
+            now, kept_B = begun
             state = decode_step(config, params, now.carry.state, token_B, active_B)
             logits_BV = jnp.where(active_B[:, None], state.logits_BV, now.carry.state.logits_BV)
             state = dataclasses.replace(state, logits_BV=logits_BV)
             counts = dataclasses.replace(now.counts, steps=now.counts.steps + 1)
             carry = dataclasses.replace(now.carry, state=state)
-            return now._replace(carry=carry, counts=counts), jnp.zeros_like(count_B)
+            return now._replace(carry=carry, counts=counts), kept_B
 
-        now, kept_B = jax.lax.cond(jnp.any(count_B > 0), verified, stepped, now._replace(own=None))
+        drafted = jnp.any(count_B > 0)
+        begun = (now._replace(own=None), jnp.zeros_like(count_B))
+        now, kept_B = _once(drafted == False, stepped, _once(drafted, verified, begun))  # noqa: E712
         return now._replace(own=speculation.settle(own, active_B, count_B, kept_B))
 
     start = Progress(carry, own, counts, loop.Drawn.empty(B, V), jnp.zeros((B,), jnp.int32))
     end = jax.lax.while_loop(unfinished, draw, start)
     return end.carry, end.own, end.counts, end.drawn
+
+
+def _once(condition: jax.Array, run: Callable[[Any], Any], x: Any) -> Any:
+    """run(x) if the condition holds, else x: a loop of one or no turn.
+
+    XLA's CPU backend copies what a `lax.cond` reads and another instruction changes in place: whole caches.
+    """
+    return jax.lax.while_loop(
+        lambda now: now[0], lambda now: (jnp.array(False), run(now[1])), (condition, x)
+    )[1]
 
 
 @dataclasses.dataclass(frozen=True)

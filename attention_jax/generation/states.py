@@ -63,7 +63,7 @@ def _form(value: Any, owner: Any = None) -> Any:
     def text(leaf: Any) -> str:
         shape = list(leaf.shape)
         if isinstance(owner, MemoryCache):
-            shape[-1 if leaf.dtype == jnp.int32 else -3] = "S"
+            shape[-1 if leaf.dtype == jnp.int32 else -2] = "S"
         return f"{leaf.dtype} {shape}"
 
     return jax.tree.map(text, value)

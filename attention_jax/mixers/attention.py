@@ -183,7 +183,7 @@ class CrossAttention(Attention):
         k, v = fused_linear([self.k, self.v], zero_invalid(memory_BSD, ctx))
         k_BSKH, v_BSKH = self._keys(k, ctx), self._values(v)
         if state is None:
-            return MemoryCache(k_BSKH, v_BSKH, positions_BS)
+            return MemoryCache.of(k_BSKH, v_BSKH, positions_BS)
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(memory_BSD.shape[1]), memory_BSD.shape[:2])
         return state.append(k_BSKH, v_BSKH, jnp.broadcast_to(positions_BS, memory_BSD.shape[:2]))

@@ -165,6 +165,10 @@ class ForgettingState(State):
 
         return ForgettingState(cache, jax.tree.map(restore, c_BN, self.total_BN))
 
+    def grown(self, empty: ForgettingState) -> ForgettingState:
+        """The same state with the slots of a larger empty one."""
+        return dataclasses.replace(self, cache=self.cache.grown(empty.cache))
+
     def view(self) -> HeldKeys:
         """The cached keys and values, with c as `per_key`."""
         return self.cache.view()

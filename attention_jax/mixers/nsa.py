@@ -193,6 +193,17 @@ class NSAState(State):
         ends_BC = jnp.where(ends_BC > branches["selected"].newest_B[..., None], -1, ends_BC)
         return NSAState(**branches, compressed=self.compressed._replace(positions_BC=ends_BC))
 
+    def grown(self, empty: NSAState) -> NSAState:
+        """The same state with the slots and blocks of a larger empty one."""
+
+        def into(larger: jax.Array, held: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(larger, held, (0,) * held.ndim)
+
+        return NSAState(
+            *(getattr(self, name).grown(getattr(empty, name)) for name in ("selected", "window", "tail")),
+            jax.tree.map(into, empty.compressed, self.compressed),
+        )
+
     def view(self) -> tuple[HeldKeys, HeldKeys, HeldKeys, Compressed]:
         """The arrays of the branches: selected, window, tail and compressed."""
         return self.selected.view(), self.window.view(), self.tail.view(), self.compressed

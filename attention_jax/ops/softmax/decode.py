@@ -1,35 +1,24 @@
-"""Softmax attention of a few queries to a cache, in blocks of keys up to the last key that is seen.
+"""Softmax attention of a few queries to a cache.
 
-    m' = max(m, max_s z_s),  l' = l e^(m-m') + sum_s e^(z_s-m'),  a' = a e^(m-m') + sum_s e^(z_s-m') v_s
+A cache holds the keys of a head one after another, [B, K, S, H], and gives them as the transposed view
+[B, S, K, H]. Transposed back, they are read where they stand, by one matrix product per kv head for the
+queries of its group: a step reads every key and value once. Hidden keys are read, too: a cache should not
+have many more slots than tokens (`generate` lets its caches grow).
 
-over blocks of keys (Milakov & Gimelshein 2018, arXiv 1805.02867). A traced number of blocks is visited, from
-the first to the last that holds a key which some query sees, so that a step costs what the tokens present
-cost, whatever the capacity of the cache is.
-
-A block of the cache [C, J, H] of J kv heads is read as the matrix [C, J H] that it is in memory. The query of
-a head has its features in its own H columns and zeros in the others. This takes J times the operations and
-no transposed copy of the keys, which XLA's CPU backend makes for a product over a batch of heads.
-
-Derivatives are those of the dense form, a single block with all keys.
+XLA's CPU backend copies what it slices before a product, so that reading a cache in blocks takes three times
+as long as reading all of it.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.biases import slice_leaves
-from attention_jax.ops import varying
 from attention_jax.ops.softmax.common import SoftmaxCall, platform
 from attention_jax.ops.tokens import positions_or_arange, select_valid
 
 _MOST_QUERIES = 16
-_BLOCK = 256  # keys; k and v of 12 heads of width 64 then take 1.5 MB, which a core's cache holds
-_COLUMNS = 256  # the width of the heads that are read side by side
 _FULL = lax.Precision.HIGHEST
 
 
@@ -42,7 +31,7 @@ def unwanted(call: SoftmaxCall) -> str | None:
     """Why another implementation runs the call better, or None."""
     T = call.sizes[1]
     if platform(call) != "cpu":
-        return "blocks of keys one after another leave an accelerator idle"
+        return "its layout is that of caches on a CPU"
     if T > _MOST_QUERIES:
         return f"T = {T} > {_MOST_QUERIES}: it is for a few queries against a cache"
     if call.k_positions_BS is None:
@@ -57,26 +46,79 @@ def attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_jvp
 def _attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
-    S = call.sizes[2]
-    size = min(_BLOCK, -(-S // 2))
-    kept_BNTS = _kept(call)
-    live_S = kept_BNTS.any((0, 1, 2))
-    first = jnp.argmax(live_S).astype(jnp.int32)
-    last = (S - 1 - jnp.argmax(live_S[::-1])).astype(jnp.int32)
-    # Without any key both are 0 or S - 1: one block, or all, in which nothing is kept.
-    stop = jnp.where(live_S.any(), last // size + 1, 0)
-    body = functools.partial(_block, call, kept_BNTS, size)
-    carry = varying.like(call.q_BTNH, _start(call))
-    return _finish(call, lax.fori_loop(first // size, stop, body, carry))
+    v_BKSM = call.v_BSKM.swapaxes(1, 2)
+    p_BKRS, l_BKR, lse_BTN = _probabilities(call, call.k_BSKH.swapaxes(1, 2))
+    out_BTNM = _weighed(call, p_BKRS, l_BKR, v_BKSM)
+    if call.k_valid_BS is not None:
+        # A slot without a token may hold NaN or Inf, and 0 times these is NaN. To set it to 0 beforehand
+        # would copy all values at every token.
+        # A loop of no or one turn: XLA's CPU backend copies what a conditional reads.
+        out_BTNM, _ = lax.while_loop(
+            lambda now: (now[1] == 0) & (jnp.isfinite(now[0]).all() == False),  # noqa: E712
+            # The selection depends on the turn, or XLA would move it in front of the loop.
+            lambda now: (_weighed(call, p_BKRS, l_BKR, _present(call, v_BKSM, now[1] == 0)), now[1] + 1),
+            (out_BTNM, jnp.int32(0)),
+        )
+    return out_BTNM.astype(call.q_BTNH.dtype), lse_BTN
 
 
 @_attend.defjvp
 def _attend_jvp(primals, tangents):
-    return jax.jvp(_dense, primals, tangents)
+    return jax.jvp(_selected, primals, tangents)
 
 
-def _dense(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
-    return _finish(call, _block(call, _kept(call), call.sizes[2], jnp.int32(0), _start(call)))
+def _selected(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
+    """The same with keys and values of slots without a token set to 0 first, for derivatives."""
+    k_BKSH, v_BKSM = (_present(call, x.swapaxes(1, 2)) for x in (call.k_BSKH, call.v_BSKM))
+    p_BKRS, l_BKR, lse_BTN = _probabilities(call, k_BKSH)
+    return _weighed(call, p_BKRS, l_BKR, v_BKSM).astype(call.q_BTNH.dtype), lse_BTN
+
+
+def _present(call: SoftmaxCall, x_BKSH: jax.Array, which: jax.Array | bool = True) -> jax.Array:
+    """The array with 0 in slots without a token."""
+    if call.k_valid_BS is None:
+        return x_BKSH
+    valid_BS = call.k_valid_BS & which
+    return jnp.where(valid_BS[:, None, :, None], x_BKSH, jnp.zeros((), x_BKSH.dtype))
+
+
+def _weighed(call: SoftmaxCall, p_BKRS: jax.Array, l_BKR: jax.Array, v_BKSM: jax.Array) -> jax.Array:
+    """sum_s p_s v_s / l, float32 [B, T, N, M]."""
+    B, T, _, N, _, _, M = call.sizes
+    a_BKRM = _product(p_BKRS, v_BKSM, 2) / l_BKR[..., None]
+    return a_BKRM.reshape(B, N, T, M).swapaxes(1, 2)
+
+
+def _probabilities(call: SoftmaxCall, k_BKSH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(z - max z) [B, K, G T, S], its sum, at least 1 without a key, and the lse of all queries."""
+    B, T, S, N, K, H, _ = call.sizes
+    G = N // K
+    q_BTNH = select_valid(call.q_BTNH, call.q_valid_BT).astype(jnp.float32) * call.scale
+    q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    z_BNTS = _product(q_BKRH, k_BKSH, 3).reshape(B, N, T, S)
+    kept_BNTS = _kept(call)
+    z_BNTS = jnp.where(kept_BNTS, _exponents(call, z_BNTS), -jnp.inf)
+    m_BNT = z_BNTS.max(-1)
+    if call.sink_logits_N is not None:
+        sinks_BNT = jnp.broadcast_to(call.sink_logits_N.astype(jnp.float32)[None, :, None], m_BNT.shape)
+        m_BNT = jnp.maximum(m_BNT, sinks_BNT)
+    m_BNT = lax.stop_gradient(m_BNT)
+    shift_BNT = jnp.where(m_BNT == -jnp.inf, 0.0, m_BNT)
+    # The selection changes no value; it keeps an overflowing gradient of a hidden entry from 0 * Inf.
+    p_BNTS = jnp.where(kept_BNTS, jnp.exp(z_BNTS - shift_BNT[..., None]), 0.0)
+    l_BNT = p_BNTS.sum(-1)
+    if call.sink_logits_N is not None:
+        l_BNT = l_BNT + jnp.exp(sinks_BNT - shift_BNT)
+    some_BNT = l_BNT > 0
+    l_BNT = jnp.where(some_BNT, l_BNT, 1.0)
+    lse_BNT = jnp.where(some_BNT, shift_BNT + jnp.log(l_BNT), -jnp.inf)
+    return p_BNTS.reshape(B, K, G * T, S), l_BNT.reshape(B, K, G * T), lse_BNT.swapaxes(1, 2)
+
+
+def _product(a_BKRC: jax.Array, b_BKSC: jax.Array, axis: int) -> jax.Array:
+    """float32 products over the last axis of a and an axis of b, for each row and kv head."""
+    dimensions = (((3,), (axis,)), ((0, 1), (0, 1)))
+    return lax.dot_general(a_BKRC, b_BKSC.astype(jnp.float32), dimensions, precision=_FULL)
 
 
 def _kept(call: SoftmaxCall) -> jax.Array:
@@ -96,94 +138,12 @@ def _kept(call: SoftmaxCall) -> jax.Array:
     return jnp.broadcast_to(kept, (*kept.shape[:2], T, S))
 
 
-def _start(call: SoftmaxCall) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Maximum, denominator and numerator before the first key; a sink is a key without a value."""
-    B, T, _, N, _, _, M = call.sizes
-    m_BNT = jnp.full((B, N, T), -jnp.inf, jnp.float32)
-    if call.sink_logits_N is not None:
-        m_BNT = jnp.maximum(m_BNT, call.sink_logits_N.astype(jnp.float32)[None, :, None])
-    return m_BNT, jnp.where(m_BNT == -jnp.inf, 0.0, 1.0), jnp.zeros((B, N, T, M), jnp.float32)
-
-
-def _block(call: SoftmaxCall, kept_BNTS: jax.Array, size: int, i: jax.Array, carry: Any) -> Any:
-    """The carry after the keys of block i; the last block begins earlier, so that it is whole."""
-    S = call.sizes[2]
-    start = jnp.minimum(i * size, S - size)
-    m_BNT, l_BNT, a_BNTM = carry
-    cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-    kept_BNTC = cut(kept_BNTS, axis=3) & (start + jnp.arange(size) >= i * size)
-    valid_BC = None if call.k_valid_BS is None else cut(call.k_valid_BS, axis=1)
-    heads = _heads_side_by_side(call)
-
-    def block(x_BSKH: jax.Array, first: int, count: int) -> jax.Array:
-        """The block of `count` kv heads, float32 [B, C, J, H], with 0 in slots without a token."""
-        B, _, _, width = x_BSKH.shape
-        x_BCJH = lax.dynamic_slice(x_BSKH, (0, start, first, 0), (B, size, count, width))
-        return select_valid(x_BCJH, valid_BC).astype(jnp.float32)
-
-    z_BNTC = jnp.concatenate([_scores(call, block(call.k_BSKH, *j), *j) for j in heads], axis=1)
-    z_BNTC = jnp.where(kept_BNTC, _exponents(call, z_BNTC, start, size), -jnp.inf)
-    new_BNT = lax.stop_gradient(jnp.maximum(m_BNT, z_BNTC.max(-1)))
-    shift_BNT = jnp.where(new_BNT == -jnp.inf, 0.0, new_BNT)
-    # The selections change no value; they keep an overflowing gradient of a hidden entry from 0 * Inf.
-    p_BNTC = jnp.where(kept_BNTC, jnp.exp(z_BNTC - shift_BNT[..., None]), 0.0)
-    decay_BNT = jnp.exp(m_BNT - shift_BNT)
-    sums = [_weighed(call, p_BNTC, block(call.v_BSKM, *j), *j) for j in heads]
-    return (
-        new_BNT,
-        l_BNT * decay_BNT + p_BNTC.sum(-1),
-        a_BNTM * decay_BNT[..., None] + jnp.concatenate(sums, axis=1),
-    )
-
-
-def _heads_side_by_side(call: SoftmaxCall) -> list[tuple[int, int]]:
-    """(first, number) of the kv heads that are read as one matrix."""
-    *_, K, H, M = call.sizes
-    count = max(1, _COLUMNS // max(H, M))
-    return [(first, min(count, K - first)) for first in range(0, K, count)]
-
-
-def _scores(call: SoftmaxCall, k_BCJH: jax.Array, first: int, J: int) -> jax.Array:
-    """q . k * scale of the query heads of J kv heads, [B, J G, T, C]."""
-    B, T, _, N, K, H, _ = call.sizes
-    G, C = N // K, k_BCJH.shape[1]
-    q_BTnH = select_valid(call.q_BTNH[:, :, first * G : (first + J) * G], call.q_valid_BT)
-    q_BJGTH = (q_BTnH.astype(jnp.float32) * call.scale).reshape(B, T, J, G, H).transpose(0, 2, 3, 1, 4)
-    own_JJ = jnp.eye(J, dtype=bool)[None, :, None, None, :, None]
-    rows = jnp.where(own_JJ, q_BJGTH[:, :, :, :, None], 0.0).reshape(B, J * G * T, J * H)
-    z_BRC = lax.dot_general(rows, k_BCJH.reshape(B, C, J * H), (((2,), (2,)), ((0,), (0,))), precision=_FULL)
-    return z_BRC.reshape(B, J * G, T, C)
-
-
-def _weighed(call: SoftmaxCall, p_BNTC: jax.Array, v_BCJM: jax.Array, first: int, J: int) -> jax.Array:
-    """sum_s p_s v_s of the query heads of J kv heads, [B, J G, T, M]."""
-    B, T, _, N, K, _, M = call.sizes
-    G, C = N // K, v_BCJM.shape[1]
-    rows = p_BNTC[:, first * G : (first + J) * G].reshape(B, J * G * T, C)
-    a = lax.dot_general(rows, v_BCJM.reshape(B, C, J * M), (((2,), (1,)), ((0,), (0,))), precision=_FULL)
-    # Of a head's row only its own columns count. A sum over the others would add 0 * Inf.
-    a = a.reshape(B, J, G * T, J, M)
-    return jnp.stack([a[:, j, :, j] for j in range(J)], axis=1).reshape(B, J * G, T, M)
-
-
-def _exponents(call: SoftmaxCall, z_BNTC: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def _exponents(call: SoftmaxCall, z_BNTS: jax.Array) -> jax.Array:
     """Scores after the softcap and the bias."""
     _, T, S, N, *_ = call.sizes
     if call.softcap is not None:
-        z_BNTC = call.softcap * jnp.tanh(z_BNTC / call.softcap)
+        z_BNTS = call.softcap * jnp.tanh(z_BNTS / call.softcap)
     if call.bias is None:
-        return z_BNTC
-    q_pos_BT = positions_or_arange(call.q_positions_BT, T)
-    k_pos_BS = positions_or_arange(call.k_positions_BS, S)
-    k_pos_BC = lax.dynamic_slice_in_dim(k_pos_BS, start, size, axis=1)
-    bias = slice_leaves(call.bias, key=(start, size))
-    return z_BNTC + bias.score(call.head_ids(jnp.arange(N)), q_pos_BT, k_pos_BC)
-
-
-def _finish(call: SoftmaxCall, carry: Any) -> tuple[jax.Array, jax.Array]:
-    m_BNT, l_BNT, a_BNTM = carry
-    some_BNT = l_BNT > 0
-    l_BNT = jnp.where(some_BNT, l_BNT, 1.0)
-    out_BNTM = a_BNTM / l_BNT[..., None]
-    lse_BNT = jnp.where(some_BNT, m_BNT + jnp.log(l_BNT), -jnp.inf)
-    return out_BNTM.swapaxes(1, 2).astype(call.q_BTNH.dtype), lse_BNT.swapaxes(1, 2)
+        return z_BNTS
+    positions = (positions_or_arange(x, n) for x, n in ((call.q_positions_BT, T), (call.k_positions_BS, S)))
+    return z_BNTS + call.bias.score(call.head_ids(jnp.arange(N)), *positions)
