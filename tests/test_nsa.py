@@ -170,7 +170,7 @@ def test_state_is_small_where_it_can_be():
             1, 1000, cache=CacheOptions(jnp.bfloat16)
         )
     )
-    slots = {name: getattr(state, name).k_BSKH.shape[1] for name in ("selected", "window", "tail")}
+    slots = {name: getattr(state, name).positions_BS.shape[1] for name in ("selected", "window", "tail")}
     assert slots == {"selected": 1000, "window": 5, "tail": 4}
     assert state.compressed.k_BCKH.shape == (1, 499, 2, 8) and state.compressed.k_BCKH.dtype == jnp.bfloat16
 

@@ -303,18 +303,19 @@ def _write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array)
     copy.
     """
     (B, T), S = slots_BT.shape, held_BKSH.shape[2]
-    new_BTKH, slots_BT = jnp.asarray(new_BTKH, held_BKSH.dtype), jnp.asarray(slots_BT)
+    new_BTKH, slots_BT = jnp.asarray(new_BTKH, held_BKSH.dtype), jnp.asarray(slots_BT, jnp.int32)
+    zero = jnp.int32(0)
 
     def write(i: jax.Array, held_BKSH: jax.Array) -> jax.Array:
-        b, t = (0, 0) if B * T == 1 else (i // T, i % T)
+        b, t = i // T, i % T
         slot = slots_BT[b, t]
-        place = (b, 0, jnp.minimum(slot, S - 1), 0)
+        place = (b, zero, jnp.minimum(slot, S - 1), zero)
         new_1K1H = new_BTKH[b, t][None, :, None]
         old_1K1H = jax.lax.dynamic_slice(held_BKSH, place, new_1K1H.shape)
         return jax.lax.dynamic_update_slice(held_BKSH, jnp.where(slot < S, new_1K1H, old_1K1H), place)
 
-    turns = jnp.where((slots_BT < S).any(), B * T, 0)
-    return jax.lax.fori_loop(0, turns, write, held_BKSH)
+    turns = jnp.where((slots_BT < S).any(), jnp.int32(B * T), zero)
+    return jax.lax.fori_loop(zero, turns, write, held_BKSH)
 
 
 def _beyond_spare(row: int, n: int, possible: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions, MemoryCache
 from attention_jax.model.config import ModelConfig
@@ -39,12 +40,13 @@ def cache_bytes(
             lambda: mixer.init_state(config.d_model, batch, length, causal=config.causal, cache=cache)
         )
         if isinstance(state, MemoryCache):
-            state = jax.eval_shape(MemoryCache.append, state, *_memory(state, memory_length))
+            state = jax.eval_shape(functools.partial(_filled, length=memory_length), state)
         return state.nbytes
 
     return tuple(layer(i % len(config.mixers)) for i in range(config.num_layers))
 
 
-def _memory(state: MemoryCache, length: int) -> list[jax.ShapeDtypeStruct]:
-    """The shapes of a memory's keys, values and positions."""
-    return [jax.ShapeDtypeStruct((x.shape[0], length, *x.shape[2:]), x.dtype) for x in jax.tree.leaves(state)]
+def _filled(state: MemoryCache, length: int) -> MemoryCache:
+    """The empty memory with so many keys of 0."""
+    held = (x for x in state.view() if x is not None)
+    return state.append(*(jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype) for x in held))
