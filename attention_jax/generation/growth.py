@@ -6,6 +6,8 @@ compiled program of its own. Caches of another kind do not grow.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from attention_jax.caches import CacheOptions, grow_all
@@ -18,9 +20,16 @@ FIRST_SLOTS = 1024
 def first_capacity(config: ModelConfig, cache: CacheOptions, needed: int, capacity: int) -> int:
     """The capacity to begin with: at least `needed`, and all of it if the caches would not become larger."""
     size = next_capacity(FIRST_SLOTS, needed, capacity)
-    shapes = (jax.eval_shape(lambda n=n: init_state(config, 1, n, cache=cache)) for n in (size, capacity))
-    same = len({tuple(leaf.shape for leaf in jax.tree.leaves(states)) for states in shapes}) == 1
-    return capacity if same else size
+    if size < capacity and _slots(config, cache, size) == _slots(config, cache, capacity):
+        return capacity
+    return size
+
+
+@functools.lru_cache(maxsize=256)
+def _slots(config: ModelConfig, cache: CacheOptions, capacity: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the caches."""
+    states = jax.eval_shape(lambda: init_state(config, 1, capacity, cache=cache))
+    return tuple(leaf.shape for leaf in jax.tree.leaves(states))
 
 
 def next_capacity(size: int, needed: int, capacity: int) -> int:

@@ -197,11 +197,7 @@ def bind(config: ModelConfig, params: dict | Prepared) -> LanguageModel:
     `params` may be what `prepare_for_decoding` returns for the same config.
     """
     if isinstance(params, Prepared):
-        if params.config != config:
-            raise ValueError(
-                f"params were prepared for another configuration{_difference(params.config, config)}: call "
-                "prepare_for_decoding with this one"
-            )
+        _check_prepared(config, params)
         return nnx.merge(_prepared_graphdef(config), params.weights)
     graphdef, template = _template(config)
     return nnx.merge(graphdef, _fill(template, params, ""))
@@ -218,7 +214,7 @@ def prepare_for_decoding(config: ModelConfig, params: dict | Prepared) -> Prepar
     be deleted. Prepared weights are returned as they are. A pure function; raises the errors of `bind`.
     """
     if isinstance(params, Prepared):
-        bind(config, params)
+        _check_prepared(config, params)
         return params
     return Prepared(_prepare(config, params), config)
 
@@ -232,6 +228,14 @@ def _prepare(config: ModelConfig, params: dict) -> dict:
 def _prepared_graphdef(config: ModelConfig):
     abstract = nnx.eval_shape(lambda: prepare_model(LanguageModel(config, rngs=nnx.Rngs(0))))
     return nnx.graphdef(abstract)
+
+
+def _check_prepared(config: ModelConfig, params: Prepared) -> None:
+    if params.config != config:
+        raise ValueError(
+            f"params were prepared for another configuration{_difference(params.config, config)}: call "
+            "prepare_for_decoding with this one"
+        )
 
 
 def _difference(prepared: ModelConfig, config: ModelConfig) -> str:
