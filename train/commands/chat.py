@@ -71,8 +71,10 @@ def converse(run: TrainedRun, settings: Settings) -> None:
         chat = Chat(run, settings, timed, interrupts)
         if sys.stdin.isatty():
             print(f"{chat.capacity:,} positions; /help lists the commands", file=sys.stderr, flush=True)
-        while (line := interrupts.line()) is not None:
+        while True:
             try:
+                if (line := interrupts.line()) is None:
+                    return
                 chat.take(line)
             except KeyboardInterrupt:
                 report("interrupted")
