@@ -17,7 +17,7 @@ from attention_jax.generation import NGram, loop
 from train.commands import generate as script
 from train.commands.chat import Settings, converse
 from train.config.schema import RunConfig
-from train.data.tokenizers import ByteTokenizer
+from train.data.tokenizers import ByteTokenizer, CharTokenizer
 from train.run.restore import TrainedRun
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +91,11 @@ def test_two_turns_are_the_text_of_one_prompt_and_read_nothing_again(chat, monke
     assert counts == [4, 4]  # the end-of-document token is in front of the first
     ends = re.findall(r"^\[12 tokens, [\d,]+ tokens/s.*; (\d+) of 192 positions\]$", found.err, re.M)
     assert ends == ["16", "32"]
+
+
+@pytest.mark.slow
+def test_drafts_are_counted_and_change_nothing(chat):
+    one, two = two_turns("ab", "cde")
     speculative = dataclasses.replace(GREEDY, speculation=NGram(2))
     found = chat("ab", "cde", settings=speculative)
     assert found.out == shown(one.text) + shown(two.text)
@@ -153,13 +158,14 @@ def test_undo_save_and_load_give_the_same_text_and_mistakes_end_nothing(chat, tm
 
 
 def test_a_full_context_is_told_and_nothing_is_lost(chat):
-    settings = dataclasses.replace(GREEDY, capacity=24)
+    settings = dataclasses.replace(ASCII, tokens=180)
     found = chat("abc", "defg", "h" * 20, "/undo", "defg", settings=settings)
-    one, two = two_turns("abc", "defg")
-    text = BYTES.decode(two.tokens[:2])
-    assert found.out == shown(one.text) + shown(text) + shown(text)
+    first = [*START, *BYTES.encode("abc\n")]
+    one = answer(first, 180, ASCII)
+    two = answer([*first, *one.tokens, *BYTES.encode("defg\n")], 2, ASCII)
+    assert found.out == shown(one.text) + shown(two.text) + shown(two.text)
     assert (
-        "error: the context is full: 24 of 24 positions are used, and the turn has 21 tokens; /undo"
+        "error: the context is full: 192 of 192 positions are used, and the turn has 21 tokens; /undo"
         in found.err
     )
 
@@ -187,6 +193,45 @@ def test_a_template_and_a_stop_string_that_is_no_part_of_the_text(chat):
 def test_options_that_chat_does_not_have(capsys, tmp_path, arguments, message):
     assert script.main([str(tmp_path), "--chat", *arguments]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def generated(monkeypatch, capsys, *arguments, runs=None):
+    """What `generate.py run --tokens 4 ...` prints, with runs in the place of folders."""
+    runs = {"run": TrainedRun(RunConfig(), MODEL, PARAMS, BYTES, 1)} | (runs or {})
+    monkeypatch.setattr(script, "load_run", lambda folder, **_: runs[str(folder)])
+    status = script.main(["run", "--prompt", "ab", "--tokens", "4", *arguments])
+    return status, capsys.readouterr()
+
+
+def test_samples_and_their_log_probabilities(monkeypatch, capsys):
+    arguments = ["--n", "2", "--logprobs", "2", "--seed", "3", "--cache", "int8"]
+    status, found = generated(monkeypatch, capsys, *arguments)
+    assert status == 0 and re.search(r"^8 tokens, [\d,]+ tokens/s(, compiled in .* s)?$", found.err, re.M)
+    first, _, rest = found.out.partition("== sample 2 of 2 ==\n")
+    assert first.startswith("== sample 1 of 2 ==\nab") and rest.startswith("ab")
+    tables = re.findall(r"^ +logprob  token +likeliest\n((?: +\d.*\n){4})", rest, re.M)
+    assert len(tables) == 2 and max(map(len, rest.splitlines())) <= 80
+    for row in "".join(tables).splitlines():
+        logprob, likeliest = (float(word) for word in (row.split()[1], row.rsplit(None, 3)[-3]))
+        assert logprob <= likeliest <= 0
+    again = generated(monkeypatch, capsys, "--seed", "3", "--cache", "int8", "--n", "2")[1].out
+    assert again.startswith(first.rstrip("\n"))
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(monkeypatch, capsys):
+    other = TrainedRun(RunConfig(), MODEL, PARAMS, CharTokenizer("ab"), 1)
+    status, found = generated(monkeypatch, capsys, "--draft", "other", runs={"other": other})
+    assert status == 2 and found.out == ""
+    assert found.err.endswith("error: --draft other: its tokenizer is another than that of run\n")
+
+
+@pytest.mark.slow
+def test_drafts_are_reported(monkeypatch, capsys):
+    for arguments in (["--speculate", "2"], ["--draft", "run"]):
+        status, found = generated(monkeypatch, capsys, *arguments, "--temperature", "0")
+        assert status == 0
+        kept, read = re.search(r"(\d+) of (\d+) drafts kept\n$", found.err).groups()
+        assert int(kept) == int(read)
 
 
 @pytest.mark.slow
