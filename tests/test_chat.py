@@ -180,6 +180,7 @@ def test_a_template_and_a_stop_string_that_is_no_part_of_the_text(chat):
     history = [*START, *BYTES.encode(f"Q: ab\nA:{first.text[:cut]}Q: cd\nA:")]
     second = answer(history, settings=ASCII).text.partition(stop)[0]
     assert found.out == shown(first.text[:cut]) + shown(second)
+    assert f"; {9 + cut} of 192 positions]" in found.err
 
 
 @pytest.mark.parametrize(
