@@ -129,7 +129,7 @@ def test_rewind_fork_save_and_load(tmp_path):
     session = Session(*FULL, capacity=64)
     said(session, [1, 2, 3])
     other, text = session.fork(), session.tokens.tolist()
-    for count in (4, 1, 1, 0):
+    for count in (5, 1, 0):
         session.rewind(count)
     assert other.tokens.tolist() == text and session.tokens.tolist() == text[:-6]
     assert said(session, []) == expected("full", text[:-6])
