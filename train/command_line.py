@@ -64,7 +64,7 @@ def guard(run: Callable[[], int]) -> int:
     except FloatingPointError as error:  # jax_debug_nans
         return _failed(f"{error} ({_place(error)})", 1)
     except (ValueError, NotImplementedError) as error:
-        if not _is_users(error):
+        if not is_users(error):
             raise
         return _failed(str(error), getattr(error, "exit_status", 2))
     except (RuntimeError, AssertionError, MemoryError) as error:
@@ -158,7 +158,7 @@ def _run(
     chosen = parse(options, argv)
     if own_process:
         compilation_cache.enable()
-    if "jax" in sys.modules:  # `_is_users` looks at the frame that raised
+    if "jax" in sys.modules:  # `is_users` looks at the frame that raised
         sys.modules["jax"].config.update("jax_traceback_filtering", "off")
     return body(chosen) or 0
 
@@ -240,7 +240,7 @@ def _is_ours(names: dict[str, Any]) -> bool:
     return names.get("__name__", "").partition(".")[0] in (*_OURS, "__main__")
 
 
-def _is_users(error: BaseException) -> bool:
+def is_users(error: BaseException) -> bool:
     """Whether an error is a user's mistake: raised by our own code.
 
     A ValueError that jax or NumPy raised is a defect of ours, and its traceback is what is needed.

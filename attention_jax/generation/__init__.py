@@ -7,6 +7,7 @@ from attention_jax.generation.generate import generate, stream
 from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
 from attention_jax.generation.score import score
+from attention_jax.generation.session import Session
 
 __all__ = [
     "Completion",
@@ -15,6 +16,7 @@ __all__ = [
     "Increment",
     "NGram",
     "Sampling",
+    "Session",
     "adjust",
     "decode_step",
     "extend",

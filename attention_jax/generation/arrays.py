@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,17 @@ def pack(
 def placed(arrays: SamplingArrays) -> SamplingArrays:
     """The arrays on the device."""
     return jax.tree.map(jnp.asarray, arrays)
+
+
+def placed_beside(tree: Any, like: jax.Array) -> Any:
+    """The arrays on the device that `like` is committed to, or as they are.
+
+    A program's results are committed if one of its arguments is. Without this, a loop would be compiled for
+    its first call, and again for the results of that call.
+    """
+    if not like.committed or len(like.sharding.device_set) > 1:
+        return tree
+    return jax.device_put(tree, like.sharding)
 
 
 def _width(least: int, lengths: list[int]) -> int:

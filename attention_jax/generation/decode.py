@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.caches import DEFAULT_CACHE, CacheOptions, State
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions, State, storable
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind, init_state
 
 PREFILL_CHUNK = 512  # tokens of a piece where none are asked for
 
 
+@storable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:

@@ -118,6 +118,31 @@ def stream(
         request_ids=request_ids, capacity=capacity, sources=sources, tokenizer=tokenizer, cache=cache,
         prefill_chunk=prefill_chunk, state=state,
     )  # fmt: skip
+    _, parts = begin(
+        config, params, batch, key=key, tokenizer=tokenizer, logits_fn=logits_fn, state=state, cache=cache,
+        speculation=speculation, chunk=chunk,
+    )  # fmt: skip
+    return parts
+
+
+def begin(
+    config: ModelConfig,
+    params: Any,
+    batch: Batch,
+    *,
+    key: jax.Array | None,
+    tokenizer: Tokenizer | None,
+    logits_fn: loop.LogitsFn | None,
+    state: DecodeState | None,
+    cache: CacheOptions,
+    speculation: Speculation | None,
+    chunk: int | None,
+    history: np.ndarray | None = None,
+) -> tuple[loop.Decoding, Iterator[list[Increment]]]:
+    """The rows after their prompts, and the iterator that decodes them and yields their increments.
+
+    history: the tokens of a state of one row, for penalties, `logits_fn` and n-gram lookup.
+    """
     stops = any(s.stop for s in batch.samplings)
     if chunk is None:
         chunk = _STOP_CHUNK if stops else loop.WIDTH
@@ -126,12 +151,12 @@ def stream(
     if speculation is not None:
         check_speculation(config, speculation, state)
         cache = dataclasses.replace(cache, spare=max(cache.spare, speculation.num_tokens))
-    decoding = _begin(config, params, batch, key, logits_fn, state, cache, speculation)
+    decoding = _decoding(config, params, batch, key, logits_fn, state, cache, speculation, history)
     samples = [_Sample(batch, row, tokenizer, plain=logits_fn is None) for row in range(len(batch.rows))]
-    return _produce(decoding, samples, chunk, _STOP_CHUNK if stops else loop.WIDTH)
+    return decoding, _produce(decoding, samples, chunk, _STOP_CHUNK if stops else loop.WIDTH)
 
 
-def _begin(
+def _decoding(
     config: ModelConfig,
     params: Any,
     batch: Batch,
@@ -140,6 +165,7 @@ def _begin(
     state: DecodeState | None,
     cache: CacheOptions,
     speculation: Speculation | None,
+    history: np.ndarray | None,
 ) -> loop.Decoding:
     """The rows after their prompts."""
     samplings, rows = batch.samplings, batch.rows
@@ -149,6 +175,8 @@ def _begin(
         config, params, batch.prompts, capacity=batch.capacity, chunk=batch.chunk, cache=cache, state=state,
         source=batch.source, rows=None if alone else rows,
     )  # fmt: skip
+    if history is not None:
+        carry = loop.with_history(carry, history)
     arrays = pack(
         [samplings[r] for r in rows], config.vocab_size,
         eos=None if batch.eos < 0 else batch.eos, max_tokens=[batch.limits[r] for r in rows],

@@ -155,6 +155,21 @@ def start(
         return _start(config, size, chunk, cache, params, state, tokens_RC, lengths_R, count, source, rows)
 
 
+def with_history(carry: Carry, history: np.ndarray) -> Carry:
+    """The carry of rows whose state already held these tokens: they count as tokens of the prompt."""
+    (_, C), (_, V) = carry.tokens_BC.shape, carry.prompt_BV.shape
+    tokens_1C, prompt_1V = np.full((1, C), -1, np.int32), np.zeros((1, V), bool)
+    tokens_1C[0, : len(history)] = history
+    prompt_1V[0, history] = True
+    return _with_history(carry, tokens_1C, prompt_1V)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_history(carry: Carry, tokens_1C: jax.Array, prompt_1V: jax.Array) -> Carry:
+    tokens_BC = jnp.maximum(carry.tokens_BC, tokens_1C)
+    return dataclasses.replace(carry, tokens_BC=tokens_BC, prompt_BV=carry.prompt_BV | prompt_1V)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _start(
     config: ModelConfig,

@@ -96,7 +96,7 @@ def checked_batch(
         ids=checked_request_ids(request_ids, len(prompts)),
         eos=eos,
         capacity=capacity,
-        chunk=_piece(config, max(map(len, prompts)), capacity, prefill_chunk),
+        chunk=piece(config, max(map(len, prompts)), capacity, prefill_chunk),
         source=None if state is not None else padded_sources(config, sources, len(prompts)),
         rows=np.repeat(np.arange(len(prompts), dtype=np.int32), counts),
         samples=np.concatenate([np.arange(n, dtype=np.uint32) for n in counts]),
@@ -120,7 +120,7 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _piece(config: ModelConfig, longest: int, capacity: int, chunk: Any) -> int:
+def piece(config: ModelConfig, longest: int, capacity: int, chunk: Any) -> int:
     """The tokens of a piece: as asked for, else the fewest pieces of about the same length."""
     most = checked_chunk(config, chunk)
     if chunk is None:

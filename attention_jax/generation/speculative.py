@@ -28,7 +28,7 @@ import numpy as np
 
 from attention_jax.caches import rewind_all
 from attention_jax.generation import loop
-from attention_jax.generation.arrays import SamplingArrays
+from attention_jax.generation.arrays import SamplingArrays, placed_beside
 from attention_jax.generation.decode import DecodeState, decode_step
 from attention_jax.generation.drafts import Drafting, Speculation
 from attention_jax.mixers import Context
@@ -66,8 +66,9 @@ class SpeculativeDecoding(loop.Decoding):
         super().__init__(*args)
         zeros_B = jnp.zeros((len(self.keys_B),), jnp.int32)
         # Distinct buffers: they are donated.
-        self._speculation, self._own = speculation, own
-        self.counts = Counts(zeros_B, zeros_B.copy(), jnp.int32(0), jnp.int32(0).copy())
+        counts = Counts(zeros_B, zeros_B.copy(), jnp.int32(0), jnp.int32(0).copy())
+        self._speculation = speculation
+        self._own, self.counts = placed_beside((own, counts), self.carry.state.positions_B)
 
     @property
     def drafts(self) -> tuple[jax.Array, jax.Array]:

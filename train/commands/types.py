@@ -16,17 +16,19 @@ from attention_jax.choices import LARGEST
 from attention_jax.hints import near
 
 
-def one(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec:
+def one(
+    metavar: str, read: Callable[[str], Any], show: Callable[[Any], str] = str
+) -> PrimitiveConstructorSpec:
     """The annotation of an option of one word, which `read` turns into a value, or ValueError says why not.
 
-    metavar: what stands for the word in the help. None, where it is the default, is shown as `none`.
+    metavar: what stands for the word in the help. A default is shown by `show`, None as `none`.
     """
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda words: read(words[0]),
         is_instance=lambda value: True,
-        str_from_instance=lambda value: ["none" if value is None else str(value)],
+        str_from_instance=lambda value: ["none" if value is None else show(value)],
     )
 
 
@@ -97,6 +99,15 @@ def _path(text: str) -> Path:
     return Path(found)
 
 
+def _unescaped(text: str) -> str:
+    """The text with a newline for \\n, a tab for \\t and a backslash for two."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+
+
 # A count is an integer >= 1.
 Count = Annotated[int, one("N", _count)]
 MaybeCount = Annotated[int | None, one("N", _count)]
@@ -108,6 +119,8 @@ Number = Annotated[float, one("X", _number)]
 MaybeNumber = Annotated[float | None, one("X", _number)]
 Folder = Annotated[Path, one("PATH", _path)]
 MaybePath = Annotated[Path | None, one("PATH", _path)]
+Escaped = Annotated[str, one("TEXT", _unescaped, _escaped)]
+EscapedTexts = Annotated[tuple[str, ...], many("TEXT", _unescaped, _escaped)]
 MaybeText = Annotated[str | None, one("TEXT", str)]
 Configs = Annotated[tuple[str, ...], many("CONFIG", str)]
 Overrides = Annotated[tuple[str, ...], many("KEY=VALUE", str)]
