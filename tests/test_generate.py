@@ -137,6 +137,18 @@ def test_a_request_gets_the_same_tokens_in_any_batch_and_slot(small):
     assert (other[0] != alone[0]).any()
 
 
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_no_kind_of_key_makes_requests_depend_on_each_other(small, impl):
+    """Under vmap, JAX draws the numbers of all keys of these kinds from the first one."""
+    options = {"max_new_tokens": 8, "key": jax.random.key(4, impl=impl), "sampling": Sampling(2.0)}
+    a, b = np.arange(5), np.arange(30, 50)
+    together = generate(*small, [a, b], **options)
+    assert_array_equal(generate(*small, [b], request_ids=[1], **options)[0], together[1])
+    seeded = options | {"sampling": Sampling(2.0, seed=3)}
+    plain = seeded | {"key": jax.random.key(0)}
+    assert_array_equal(generate(*small, [a, b], **seeded)[1], generate(*small, [b], **plain)[0])
+
+
 def test_the_bits_of_a_request_id():
     """They are those of `fold_in` of the 32-bit word, of every type of integer."""
     ids = [0, 5, 2**31, 2**32 - 1]

@@ -178,7 +178,7 @@ def lookup(
             last = tokens_C[jnp.maximum(length - 1 - j, 0)]
             here_C = jnp.where(index_C >= j, jnp.roll(tokens_C, j), -1)
             equal_C &= (here_C == last) & (length - 1 - j >= 0)
-            matched_C += equal_C
+            matched_C += equal_C.astype(jnp.int32)
         usable_C = (index_C < length - 1) & (matched_C >= shortest)
         # Of the longest matches the last: C distinct indices fit below the next length.
         best = jnp.argmax(jnp.where(usable_C, matched_C * C + index_C, -1)).astype(jnp.int32)
