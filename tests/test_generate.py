@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from attention_jax.caches import CacheOptions
-from attention_jax.generation import DecodeState, Sampling, decode_step, prefill, requests, stream
+from attention_jax.generation import DecodeState, Sampling, decode_step, extend, prefill, requests, stream
 from attention_jax.generation import generate as generate_completions
 from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_state, language_model
@@ -116,6 +116,12 @@ def test_a_prefix_lm_decodes_what_it_computes_in_parallel():
     whole = np.concatenate([prompt, tokens])
     logits = jax.jit(lambda t: apply(config, params, t)[0])(whole[None])
     assert_array_equal(tokens, np.argmax(logits[0], -1)[len(prompt) - 1 : -1])
+    # Tokens within the prefix would have to attend to those that come later.
+    state, refused = prefill(config, params, prompt[None, :3], capacity=64), "row 0 of the state has 3 tokens"
+    with pytest.raises(ValueError, match=refused):
+        extend(config, params, state, prompt[None, 3:])
+    with pytest.raises(ValueError, match=refused):
+        generate(config, params, [prompt[3:]], state=state, max_new_tokens=1, sampling=GREEDY)
 
 
 @pytest.fixture(scope="module")

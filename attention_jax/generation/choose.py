@@ -104,8 +104,8 @@ def _draw(logits_BV: jax.Array, arrays: SamplingArrays, keys_B: jax.Array) -> ja
 def threefry(keys: jax.Array) -> jax.Array:
     """PRNG keys of threefry2x32, the same ones or made of the first two words of others.
 
-    Under `vmap`, keys of "rbg" and "unsafe_rbg" draw the numbers of the first row's key for all rows, so that a
-    token would depend on the other requests of its batch.
+    Under `vmap`, keys of "rbg" and "unsafe_rbg" draw the numbers of all rows from the key of the first, so
+    that a token would depend on the other requests of its batch.
     """
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
         keys = jax.random.wrap_key_data(keys)
