@@ -111,14 +111,15 @@ def _block(call: SoftmaxCall, kept_BNTS: jax.Array, size: int, i: jax.Array, car
     start = jnp.minimum(i * size, S - size)
     m_BNT, l_BNT, a_BNTM = carry
     cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-    kept_BNTC = cut(kept_BNTS, axis=3) & (start + jnp.arange(size) >= i * size)
+    own_C = start + jnp.arange(size, dtype=jnp.int32) >= i * size
+    kept_BNTC = cut(kept_BNTS, axis=3) & own_C[None, None, None]
     valid_BC = None if call.k_valid_BS is None else cut(call.k_valid_BS, axis=1)
     heads = _heads_side_by_side(call)
 
     def block(x_BSKH: jax.Array, first: int, count: int) -> jax.Array:
         """The block of `count` kv heads, float32 [B, C, J, H], with 0 in slots without a token."""
-        B, _, _, width = x_BSKH.shape
-        x_BCJH = lax.dynamic_slice(x_BSKH, (0, start, first, 0), (B, size, count, width))
+        (B, _, _, width), zero = x_BSKH.shape, jnp.int32(0)  # all indices of one type under x64
+        x_BCJH = lax.dynamic_slice(x_BSKH, (zero, start, zero + first, zero), (B, size, count, width))
         return select_valid(x_BCJH, valid_BC).astype(jnp.float32)
 
     z_BNTC = jnp.concatenate([_scores(call, block(call.k_BSKH, *j), *j) for j in heads], axis=1)
@@ -177,7 +178,7 @@ def _exponents(call: SoftmaxCall, z_BNTC: jax.Array, start: jax.Array, size: int
     k_pos_BS = positions_or_arange(call.k_positions_BS, S)
     k_pos_BC = lax.dynamic_slice_in_dim(k_pos_BS, start, size, axis=1)
     bias = slice_leaves(call.bias, key=(start, size))
-    return z_BNTC + bias.score(call.head_ids(jnp.arange(N)), q_pos_BT, k_pos_BC)
+    return z_BNTC + bias.score(call.head_ids(jnp.arange(N, dtype=jnp.int32)), q_pos_BT, k_pos_BC)
 
 
 def _finish(call: SoftmaxCall, carry: Any) -> tuple[jax.Array, jax.Array]:
