@@ -205,6 +205,9 @@ def test_files_that_hold_something_else_are_refused(saved):
     assert refusal(path).startswith("damaged state: ")
     safetensors.numpy.save_file({"x": np.ones(3)}, path)
     assert "the header is not one that caches.save writes" in refusal(path)
+    text = b'{"x": {"dtype": "F32", "shape": [%s]}}' % (b"9" * 5000)  # more digits than Python reads
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    assert "the header is not one that caches.save writes" in refusal(path)
     with pytest.raises(FileNotFoundError):
         load(path.with_name("absent"), model=MODEL)
 

@@ -4,6 +4,7 @@ Programs are traced, not compiled. Also: empty batches.
 """
 
 import contextlib
+import dataclasses
 import functools
 import types
 
@@ -14,11 +15,11 @@ from flax import nnx
 
 from attention_jax.biases import T5, ALiBi
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions
-from attention_jax.generation import decode, loop
+from attention_jax.generation import DraftModel, NGram, decode, loop, speculative
 from attention_jax.generation.arrays import pack
 from attention_jax.generation.sampling import Sampling
 from attention_jax.masks import BigBird, Causal, Dilated, Global, Longformer, Strided
-from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
+from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig, make_config
 from attention_jax.model import EncoderConfig, ModelConfig, apply, init_params
 from attention_jax.ops.decay_scan import decay_scan, decay_weights
 from attention_jax.ops.delta_rule import delta_rule, delta_weights
@@ -91,10 +92,15 @@ def keeps_its_dtypes(name: str, dtype) -> None:
         assert (y.dtype, gradients[1].dtype) == (dtype, dtype)
         assert dtypes(gradients[0]) == dtypes(params)
         if name in CAUSAL:
-            cache = CacheOptions(dtype)
-            state = jax.eval_shape(lambda: config.init_state(D_MODEL, B, CAPACITY, causal=True, cache=cache))
-            found = jax.eval_shape(mix, params, x, state, context(name, B, T, False, dtype))
-            assert found.y.dtype == dtype and dtypes(found.state) == dtypes(state)
+            ctx = context(name, B, T, False, dtype)
+            for cache in (CacheOptions(dtype), CacheOptions(dtype, 3, "int8", 2)):
+                state = jax.eval_shape(
+                    lambda cache=cache: config.init_state(D_MODEL, B, CAPACITY, causal=True, cache=cache)
+                )
+                found = jax.eval_shape(mix, params, x, state, ctx)
+                assert found.y.dtype == dtype and dtypes(found.state) == dtypes(state)
+                rewound = jax.eval_shape(lambda state, n_B: state.rewind(n_B), found.state, shape(B))
+                assert dtypes(rewound) == dtypes(state)
 
 
 # One row per mechanism; the others have the same code.
@@ -287,6 +293,29 @@ def test_generation_keeps_every_dtype():
         )  # fmt: skip
     assert dtypes(found) == dtypes(carry)
     assert dtypes(drawn) == loop.Drawn("int32", "float32", "int32", "float32")
+
+
+def test_speculation_keeps_every_dtype():
+    """Of the carry with past states, and of what each proposer carries."""
+    mixers = (AttentionConfig(num_heads=2, rope=RoPE()), make_config("gated_deltanet", num_heads=2))
+    config = dataclasses.replace(MODEL, mixers=mixers, num_layers=2, encoder=None)
+    sampling = Sampling(1.0, 3, 0.9, 0.1, 1.1, 0.1, 0.1, {3: 1.0}, 2, logprobs=2)
+    arrays = pack([sampling, sampling], config.vocab_size)
+    with strict():
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        carry = jax.eval_shape(
+            lambda *x: loop._start(config, 16, 8, CacheOptions(spare=3), x[0], None, *x[1:], None, None),
+            params, shape(2, 16), shape(2), shape(),
+        )  # fmt: skip
+        keys = jax.random.split(jax.random.key(0), 2)
+        counts = speculative.Counts(shape(2), shape(2), shape(), shape())
+        for proposer, own in ((NGram(3), shape(2, 2)), (DraftModel(config, params, 3), carry.state)):
+            found, own_after, counted, drawn = jax.eval_shape(
+                lambda *x: speculative._advance(config, None, *x),
+                params, keys, arrays, proposer, carry, own, counts, shape(2, dtype=bool), shape(),
+            )  # fmt: skip
+            assert dtypes((found, own_after, counted)) == dtypes((carry, own, counts))
+            assert dtypes(drawn) == loop.Drawn("int32", "float32", "int32", "float32")
 
 
 # One row for each way in; all mixers share the check.

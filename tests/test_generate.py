@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from attention_jax.caches import CacheOptions
-from attention_jax.generation import DecodeState, Sampling, decode_step, prefill, requests, stream
+from attention_jax.generation import DecodeState, Sampling, decode_step, extend, prefill, requests, stream
 from attention_jax.generation import generate as generate_completions
 from attention_jax.mixers import AttentionConfig, Context, CosformerConfig, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode, init_state, language_model
@@ -116,6 +116,12 @@ def test_a_prefix_lm_decodes_what_it_computes_in_parallel():
     whole = np.concatenate([prompt, tokens])
     logits = jax.jit(lambda t: apply(config, params, t)[0])(whole[None])
     assert_array_equal(tokens, np.argmax(logits[0], -1)[len(prompt) - 1 : -1])
+    # Tokens within the prefix would have to attend to those that come later.
+    state, refused = prefill(config, params, prompt[None, :3], capacity=64), "row 0 of the state has 3 tokens"
+    with pytest.raises(ValueError, match=refused):
+        extend(config, params, state, prompt[None, 3:])
+    with pytest.raises(ValueError, match=refused):
+        generate(config, params, [prompt[3:]], state=state, max_new_tokens=1, sampling=GREEDY)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,18 @@ def test_a_request_gets_the_same_tokens_in_any_batch_and_slot(small):
     assert_array_equal(alone[0], together[1])
     other = generate(*small, [b], max_new_tokens=24, sampling=sampling, key=key, request_ids=[2])
     assert (other[0] != alone[0]).any()
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_no_kind_of_key_makes_requests_depend_on_each_other(small, impl):
+    """Under vmap, JAX draws the numbers of all keys of these kinds from the first one."""
+    options = {"max_new_tokens": 8, "key": jax.random.key(4, impl=impl), "sampling": Sampling(2.0)}
+    a, b = np.arange(5), np.arange(30, 50)
+    together = generate(*small, [a, b], **options)
+    assert_array_equal(generate(*small, [b], request_ids=[1], **options)[0], together[1])
+    seeded = options | {"sampling": Sampling(2.0, seed=3)}
+    plain = seeded | {"key": jax.random.key(0)}
+    assert_array_equal(generate(*small, [a, b], **seeded)[1], generate(*small, [b], **plain)[0])
 
 
 def test_the_bits_of_a_request_id():

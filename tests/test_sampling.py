@@ -183,6 +183,9 @@ def test_the_neighbours_of_a_row_change_no_draw():
     beside = sample(z, pack(rows, 40), keys)
     for i, row in enumerate(rows):
         assert sample(z[i : i + 1], row, keys[i : i + 1])[0] == beside[i], row
+    others = jax.random.split(jax.random.key(3, impl="rbg"), 5)
+    beside = sample(z, Sampling(), others)
+    assert all(sample(z[i : i + 1], Sampling(), others[i : i + 1])[0] == beside[i] for i in range(5))
     with pytest.raises(ValueError, match="sample applies temperature and filters alone"):
         sample(z, Sampling(presence_penalty=1.0), keys)
 

@@ -231,3 +231,18 @@ def test_errors(small):
     bidirectional = ModelConfig(vocab_size=31, d_model=32, num_layers=2, causal=False)
     with pytest.raises(ValueError, match="a draft model must be causal and without an encoder"):
         DraftModel(bidirectional, params)
+
+
+def test_a_draft_model_of_the_same_limit_drafts_up_to_it():
+    """Its drafts may not reach past its learned positions; a shorter draft model is refused by name."""
+    config, params = model(AttentionConfig(num_heads=2), max_positions=24)
+    options = {"max_new_tokens": 20, "sampling": Sampling(0)}
+    prompts = [[1, 2, 3, 4], [5]]
+    plain = generate(config, params, prompts, **options)
+    found = generate(config, params, prompts, speculation=DraftModel(config, params, 3), **options)
+    for a, b in zip(plain, found, strict=True):
+        assert_array_equal(a.tokens, b.tokens)
+    assert found[1].drafts[1] > 10
+    short = DraftModel(*model(AttentionConfig(num_heads=2), max_positions=16), 3)
+    with pytest.raises(ValueError, match="the draft model's max_positions 16 is below the capacity 24"):
+        generate(config, params, prompts, speculation=short, **options)

@@ -183,19 +183,27 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise _damaged(path, f"{size} bytes do not hold a header of {length}")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = _json(path, text)
         metadata = header.pop("__metadata__")
         description = metadata[_DESCRIPTION]
         if hashlib.sha256(description.encode()).hexdigest() != metadata[_DIGEST]:
             raise _damaged(path, "the description has another SHA-256 than when it was saved")
         claimed = sum(_BYTES[tensor["dtype"]] * math.prod(tensor["shape"]) for tensor in header.values())
-        description = json.loads(description)
+        description = _json(path, description)
         description["model"], description["tensors"]
-    except (LookupError, TypeError, AttributeError, UnicodeError, RecursionError, json.JSONDecodeError):
+    except (LookupError, TypeError, AttributeError, UnicodeError, RecursionError):
         raise _damaged(path, "the header is not one that caches.save writes") from None
     if claimed != size - 8 - length:
         raise _damaged(path, f"its tensors need {claimed} bytes, and it has {size - 8 - length}")
     return header, description
+
+
+def _json(path: Path, text: str | bytes) -> Any:
+    """The value of a text; Python refuses integers of thousands of digits by a plain ValueError."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise _damaged(path, "the header is not one that caches.save writes") from None
 
 
 def _check_tensor(path: Path, tensor: dict[str, Any], found: dict[str, Any]) -> None:

@@ -62,9 +62,10 @@ class PastStates:
         valid_BT = self._per_row(valid_BT)
         (_, T), R = valid_BT.shape, self.size
         n = min(T, R + 1)
-        total_B, last_Bn = valid_BT.sum(axis=1), valid_BT[:, T - n :]
+        total_B, last_Bn = valid_BT.sum(axis=1, dtype=jnp.int32), valid_BT[:, T - n :]
         # -1 for the last token of the row, -2 for that before it, ...
-        back_Bn = jnp.cumsum(last_Bn, axis=1) - last_Bn - last_Bn.sum(axis=1, keepdims=True)
+        before_Bn = jnp.cumsum(last_Bn, axis=1, dtype=jnp.int32) - last_Bn
+        back_Bn = before_Bn - last_Bn.sum(axis=1, keepdims=True, dtype=jnp.int32)
         belongs_Bn = (last_Bn > 0) & (back_Bn >= -R)
         slot_Bn = ((self.count_B + total_B)[:, None] + back_Bn) % R
         return jnp.where(belongs_Bn, slot_Bn, R + jnp.arange(n, dtype=jnp.int32))
@@ -73,7 +74,9 @@ class PastStates:
         """The past states after T more slots: the rings with states in `slots(valid_BT)`."""
         valid_BT = self._per_row(valid_BT)
         T, R = valid_BT.shape[1], self.size
-        total_B, last_B = valid_BT.sum(axis=1), valid_BT[:, max(0, T - R - 1) :].sum(axis=1)
+        total_B, last_B = (
+            x.sum(axis=1, dtype=jnp.int32) for x in (valid_BT, valid_BT[:, max(0, T - R - 1) :])
+        )
         # States in front of a token whose own past state was not kept are out of reach.
         held_B = last_B + jnp.where(total_B == last_B, self.held_B, 0)
         return PastStates(self.count_B + total_B, jnp.minimum(held_B, R), arrays)

@@ -89,7 +89,7 @@ def choose(logits_BV: jax.Array, arrays: SamplingArrays, make_keys: Callable[[],
 
 def _draw(logits_BV: jax.Array, arrays: SamplingArrays, keys_B: jax.Array) -> jax.Array:
     """Draws from logits of which each row's largest is 0."""
-    draw = jax.vmap(jax.random.categorical)
+    draw, keys_B = jax.vmap(jax.random.categorical), threefry(keys_B)
     needed_B = arrays.filtered_B & (arrays.greedy_B == False)  # noqa: E712
 
     def filtered():
@@ -99,6 +99,19 @@ def _draw(logits_BV: jax.Array, arrays: SamplingArrays, keys_B: jax.Array) -> ja
 
     plain_B = draw(keys_B, logits_BV).astype(jnp.int32)
     return jax.lax.cond(jnp.any(needed_B), filtered, lambda: plain_B)
+
+
+def threefry(keys: jax.Array) -> jax.Array:
+    """PRNG keys of threefry2x32, the same ones or made of the first two words of others.
+
+    Under `vmap`, keys of "rbg" and "unsafe_rbg" draw the numbers of all rows from the key of the first, so
+    that a token would depend on the other requests of its batch.
+    """
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
+        keys = jax.random.wrap_key_data(keys)
+    if str(jax.random.key_impl(keys)) == "threefry2x32":
+        return keys
+    return jax.random.wrap_key_data(jax.random.key_data(keys)[..., :2], impl="threefry2x32")
 
 
 def keep(logits_BV: jax.Array, arrays: SamplingArrays) -> tuple[jax.Array, jax.Array]:

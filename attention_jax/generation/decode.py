@@ -142,6 +142,7 @@ def extend(
         positions_BT = _positions(positions_BT, B, T)
     if not isinstance(positions_BT, jax.core.Tracer):
         given_BT = np.asarray(positions_BT)
+        check_prefix(config, np.where((given_BT >= 0).any(1), np.asarray(state.positions_B), config.prefix))
         wanted_BT = np.asarray(next_B1) + np.cumsum(given_BT >= 0, axis=1) - 1
         wrong_B = ((given_BT >= 0) & (given_BT != wanted_BT)).any(1)
         if wrong_B.any():
@@ -171,6 +172,15 @@ def checked_chunk(config: ModelConfig, chunk: Any) -> int:
             f"mask is bidirectional, which one piece must hold; raise it to {config.prefix}"
         )
     return int(chunk)
+
+
+def check_prefix(config: ModelConfig, positions_B: Any) -> None:
+    """ValueError for a row that ends within the prefix: its tokens have not attended to the rest of it."""
+    for row in np.flatnonzero(np.asarray(positions_B) < config.prefix)[:1]:
+        raise ValueError(
+            f"row {row} of the state has {positions_B[row]} tokens, fewer than the prefix of {config.prefix} "
+            "tokens within which the mask is bidirectional: prefill with the whole prefix"
+        )
 
 
 def _append(

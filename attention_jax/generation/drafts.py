@@ -125,9 +125,12 @@ class DraftModel:
 
     def start(self, prompts: list[np.ndarray], rows: np.ndarray, capacity: int, chunk: int) -> Any:
         """own: the `DecodeState` of the draft model after the prompts."""
+        # Drafts may reach past the last token that is wanted. Those past the draft model's limit are NaN, and
+        # then none are proposed.
+        most = max(capacity, self.config.limit[0]) if self.config.limit else capacity + self.num_tokens
         started = loop.start(
             self.config, self.params, prompts,
-            capacity=capacity + self.num_tokens,  # drafts may reach past the last token that is wanted
+            capacity=min(capacity + self.num_tokens, most),
             chunk=chunk, cache=CacheOptions(spare=self.num_tokens), rows=rows,
         )  # fmt: skip
         return started.state
@@ -178,7 +181,7 @@ def lookup(
             last = tokens_C[jnp.maximum(length - 1 - j, 0)]
             here_C = jnp.where(index_C >= j, jnp.roll(tokens_C, j), -1)
             equal_C &= (here_C == last) & (length - 1 - j >= 0)
-            matched_C += equal_C
+            matched_C += equal_C.astype(jnp.int32)
         usable_C = (index_C < length - 1) & (matched_C >= shortest)
         # Of the longest matches the last: C distinct indices fit below the next length.
         best = jnp.argmax(jnp.where(usable_C, matched_C * C + index_C, -1)).astype(jnp.int32)
@@ -190,7 +193,7 @@ def lookup(
     return jax.vmap(row)(tokens_BC, length_B)
 
 
-def check_speculation(config: ModelConfig, speculation: Any, state: Any = None) -> None:
+def check_speculation(config: ModelConfig, speculation: Any, capacity: int, state: Any = None) -> None:
     """ValueError for what is not a proposer, or one that does not fit the model or the state to continue."""
     if not isinstance(speculation, Speculation):
         raise ValueError(f"speculation must be an NGram, a DraftModel or None, got {speculation!r:.80}")
@@ -200,6 +203,12 @@ def check_speculation(config: ModelConfig, speculation: Any, state: Any = None) 
             raise ValueError(
                 f"the draft model has {speculation.config.vocab_size} token ids and the model "
                 f"{config.vocab_size}: both must have the same vocabulary"
+            )
+        limit, key = speculation.config.limit or (None, "")
+        if limit is not None and limit < capacity:
+            raise ValueError(
+                f"the draft model's {key} {limit} is below the capacity {capacity}: pass capacity={limit} if "
+                "that is enough, or another draft model"
             )
         if state is not None:
             raise ValueError("a draft model has not read the tokens of state: pass state=None or use NGram()")

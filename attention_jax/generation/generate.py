@@ -70,7 +70,8 @@ def generate(
       prefill_chunk: the prompts are read in pieces of as many tokens; None is at most 512, or the model's
         bidirectional prefix if that is longer.
       speculation: an `NGram` or a `DraftModel`: several tokens are drafted and read by one call of the model.
-        The tokens are the same, up to ties that rounding decides.
+        The tokens are the same, up to ties that rounding decides; with `CacheOptions.residual` they may
+        differ more, since the tokens in full precision then depend on how many are read by one call.
 
     A request whose logits are NaN or all -inf ends with finish_reason "error"; the others go on.
 
@@ -149,7 +150,7 @@ def begin(
     check_count("chunk", chunk)
     _check_logits_fn(config, logits_fn, len(batch.rows), batch.capacity)
     if speculation is not None:
-        check_speculation(config, speculation, state)
+        check_speculation(config, speculation, batch.capacity, state)
         cache = dataclasses.replace(cache, spare=max(cache.spare, speculation.num_tokens))
     decoding = _decoding(config, params, batch, key, logits_fn, state, cache, speculation, history)
     samples = [_Sample(batch, row, tokenizer, plain=logits_fn is None) for row in range(len(batch.rows))]

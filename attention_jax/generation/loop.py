@@ -21,7 +21,7 @@ import numpy as np
 
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions
 from attention_jax.generation.arrays import SamplingArrays
-from attention_jax.generation.choose import adjust, choose, log_probabilities
+from attention_jax.generation.choose import adjust, choose, log_probabilities, threefry
 from attention_jax.generation.decode import DecodeState, append_pieces, decode_step
 from attention_jax.generation.growth import first_capacity, grown, next_capacity
 from attention_jax.generation.sampling import TOP_LOGPROBS
@@ -302,10 +302,11 @@ def row_keys(
 ) -> jax.Array:
     """The key of each row: of its seed where it has one, else of the call's key and the request id.
 
-    Sample 0 has the key of its request, so that a request's first sample does not depend on their number.
+    Sample 0 has the key of its request, so that a request's first sample does not depend on their number. The
+    keys are of threefry2x32 whatever the call's key is (see `threefry`).
     """
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    seed = jax.random.key(0, impl=jax.random.key_impl(key))
+    fold, key = jax.vmap(jax.random.fold_in, (None, 0)), threefry(key)
+    seed = jax.random.key(0, impl="threefry2x32")
     keys_B = jnp.where(seeded_B, fold(seed, seeds_B), fold(key, ids_B))
     apart_B = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, _SAMPLES), n))
     return jnp.where(samples_B > 0, apart_B(keys_B, samples_B), keys_B)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.caches import CacheOptions
-from attention_jax.generation.decode import DecodeState, checked_chunk
+from attention_jax.generation.decode import DecodeState, check_prefix, checked_chunk
 from attention_jax.generation.sampling import Sampling, is_integer
 from attention_jax.generation.states import check_state
 from attention_jax.model import ModelConfig
@@ -108,6 +108,7 @@ def _checked_start(
 ) -> tuple[list[int], Any]:
     """The tokens in front of each prompt, and the capacity; ValueError for a state that does not fit."""
     check_state(config, state, requests, cache)
+    check_prefix(config, np.asarray(state.positions_B))
     if capacity is not None and capacity != (state.capacity or capacity):
         raise ValueError(f"capacity {capacity} is not that of the state, {state.capacity}: leave it out")
     before = np.broadcast_to(np.asarray(state.positions_B), (requests,)).tolist()

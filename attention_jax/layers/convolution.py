@@ -89,9 +89,9 @@ class ShortConvolution(nnx.Module):
             return jnp.broadcast_to(inputs_BUC[:, None], (B, count, U, C))
         valid_BT = jnp.ones((B, T), bool) if valid_BT is None else jnp.broadcast_to(valid_BT, (B, T))
         order_BT, _ = _valid_first(valid_BT)
-        before_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - valid_BT
+        before_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - valid_BT.astype(jnp.int32)
         # The rank of each input among the valid tokens of x; it is negative before x.
-        rank_BJ = before_BT[:, T - count :, None] + jnp.arange(-U, 0, dtype=jnp.int32)
+        rank_BJ = before_BT[:, T - count :, None] + jnp.arange(-U, 0, dtype=jnp.int32)[None, None]
         rank_BJ = rank_BJ.reshape(B, count * U)
         slot_BJ = jnp.take_along_axis(order_BT, jnp.maximum(rank_BJ, 0), axis=1)
         new_BJC = _gathered(x_BTC.astype(self.dtype).astype(inputs_BUC.dtype), slot_BJ)

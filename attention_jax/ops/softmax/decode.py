@@ -146,4 +146,4 @@ def _exponents(call: SoftmaxCall, z_BNTS: jax.Array) -> jax.Array:
     if call.bias is None:
         return z_BNTS
     positions = (positions_or_arange(x, n) for x, n in ((call.q_positions_BT, T), (call.k_positions_BS, S)))
-    return z_BNTS + call.bias.score(call.head_ids(jnp.arange(N)), *positions)
+    return z_BNTS + call.bias.score(call.head_ids(jnp.arange(N, dtype=jnp.int32)), *positions)
