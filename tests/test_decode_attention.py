@@ -14,9 +14,9 @@ from attention_jax.biases import ALiBi
 from attention_jax.masks import Causal, SlidingWindow
 from attention_jax.ops.softmax import dot_product_attention, explain
 from tests import problems
-from tests.test_softmax import FAST
+from tests.cases import fast_cases
 
-_NO_DROPOUT = [case for case in FAST if not case.dropout]
+_NO_DROPOUT = [case for case in fast_cases() if not case.dropout]
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ from tests.cases import (
     IMPLEMENTATIONS,
     TILED,
     OpCase,
+    covering_cases,
+    fast_cases,
 )
-from tests.covering import pairwise
 from tests.reference import softmax as truth
 
 # Tiles of 16 queries x 1 or 2 units of 8 keys: short rows then have tiles of every kind.
@@ -46,12 +47,8 @@ chunked_first = pytest.mark.parametrize(
 )
 
 
-def _covering(factors, tries=30, seed=0):
-    return [OpCase(seed=i, **row) for i, row in enumerate(pairwise(factors, seed, tries))]
-
-
-FAST = _covering(FACTORS_FAST, seed=6)  # of the first seeds the one with the fewest rows
-SLOW = _covering(FACTORS_SLOW, tries=4)
+FAST = fast_cases()
+SLOW = covering_cases(FACTORS_SLOW, tries=4)
 
 
 @pytest.mark.parametrize("case", FAST, ids=str)
