@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attention_jax.caches import CacheOptions
 from attention_jax.generation import prefill
 from attention_jax.mixers import make_config
-from attention_jax.model import ModelConfig, init_params, init_state
+from attention_jax.model import ModelConfig, init_params, init_state, prepare_for_decoding
 
 _LENGTH = 2**15
 
@@ -27,7 +27,9 @@ class Plan(NamedTuple):
 
 def planned(config: ModelConfig, length: int, batch: int = 1, prefill_chunk: int | None = None) -> Plan:
     """The plan for prompts of `length` tokens; compiles the program and runs nothing."""
-    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    params = jax.eval_shape(
+        lambda key: prepare_for_decoding(config, init_params(config, key)), jax.random.key(0)
+    )
     tokens_BT = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     read = functools.partial(prefill, config, capacity=length, prefill_chunk=prefill_chunk)
     plan = jax.jit(read).lower(params, tokens_BT).compile().memory_analysis()

@@ -13,6 +13,8 @@
     kv_cache    generation with and without a cache at --lengths tokens
     prefill_memory
                 the memory planned for reading a prompt of --length
+    speculation drafts by n-gram lookup beside plain decoding, with a trained --run
+    quantized   perplexity with int8 and int4 caches, of a trained --run
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
 
     python scripts/benchmark.py attention --lengths 2048 4096 --masks "Causal()"
@@ -38,7 +40,7 @@ from attention_jax.benchmarks.kv_cache import kv_cache
 from attention_jax.benchmarks.prefill_memory import prefill_memory
 from attention_jax.benchmarks.timing import save
 from train import command_line
-from train.commands import step_time
+from train.commands import step_time, trained_decoding
 from train.commands.types import Count, Counts, MaybeCount, MaybePath, Positional, many, one, words
 
 _BENCHMARKS = {
@@ -53,6 +55,8 @@ _BENCHMARKS = {
     "eager": eager,
     "kv_cache": kv_cache,
     "prefill_memory": prefill_memory,
+    "speculation": trained_decoding.speculation,
+    "quantized": trained_decoding.quantized,
     "step": step_time.step,
 }
 
@@ -105,6 +109,7 @@ class Options:
     peer: Annotated[str | None, one("NAME", _peer)] = None  #: decode: transformers, for its `generate`
     rounds: Count = 11  #: how often contestants take turns
     seconds: MaybeCount = None  #: attention: begin nothing after so many seconds
+    run: MaybePath = None  #: speculation, quantized: the folder of a run of `python -m train`
     json: MaybePath = None  #: also write the rows to this file
     plot: MaybePath = None  #: attention: draw TFLOP/s over the length to this file; kv_cache: draw the times
 
