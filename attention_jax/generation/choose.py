@@ -51,9 +51,20 @@ def adjust(
     prompt_BV: True for ids in the prompt. counts_BV: int32, how often each id is in the output. generated_B:
     int32, the number of tokens in the output.
     """
+    return adjust_by(logits_BV, arrays, lambda: (prompt_BV, counts_BV), generated_B)
+
+
+def adjust_by(
+    logits_BV: jax.Array,
+    arrays: SamplingArrays,
+    seen: Callable[[], tuple[jax.Array, jax.Array]],
+    generated_B: jax.Array,
+) -> jax.Array:
+    """`adjust`, where `seen()` computes prompt_BV and counts_BV only if a row needs them."""
     early_B = generated_B < arrays.min_tokens_B
 
     def adjusted(z_BV):
+        prompt_BV, counts_BV = seen()
         seen_BV, counts = prompt_BV | (counts_BV > 0), counts_BV.astype(z_BV.dtype)
         repetition, presence, frequency = (
             x[:, None].astype(z_BV.dtype)

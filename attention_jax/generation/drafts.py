@@ -176,12 +176,11 @@ def lookup(
 
     def row(tokens_C, length):
         # matched_C: the number of tokens that end at an index and equal the last tokens of the text.
-        equal_C, matched_C = jnp.ones((C,), bool), jnp.zeros((C,), jnp.int32)
-        for j in range(longest):
-            last = tokens_C[jnp.maximum(length - 1 - j, 0)]
-            here_C = jnp.where(index_C >= j, jnp.roll(tokens_C, j), -1)
-            equal_C &= (here_C == last) & (length - 1 - j >= 0)
-            matched_C += equal_C.astype(jnp.int32)
+        j_J = jnp.arange(longest, dtype=jnp.int32)
+        last_J = jnp.where(j_J < length, tokens_C[jnp.maximum(length - 1 - j_J, 0)], -2)
+        index_JC = index_C[None] - j_J[:, None]
+        here_JC = jnp.where(index_JC >= 0, tokens_C[jnp.maximum(index_JC, 0)], -1)
+        matched_C = jnp.where(here_JC == last_J[:, None], longest, j_J[:, None]).min(0)
         usable_C = (index_C < length - 1) & (matched_C >= shortest)
         # Of the longest matches the last: C distinct indices fit below the next length.
         best = jnp.argmax(jnp.where(usable_C, matched_C * C + index_C, -1)).astype(jnp.int32)

@@ -29,6 +29,7 @@ import numpy as np
 from attention_jax.caches import rewind_all
 from attention_jax.generation import loop
 from attention_jax.generation.arrays import SamplingArrays, placed_beside
+from attention_jax.generation.choose import adjust_by, choose, log_probabilities
 from attention_jax.generation.decode import DecodeState, decode_step
 from attention_jax.generation.drafts import Drafting, Speculation
 from attention_jax.mixers import Context
@@ -168,6 +169,60 @@ class _Choosing:
         token_B, reports = loop.next_tokens(self.logits_fn, self.keys_B, self.arrays, now.carry)
         return self._recorded(now, token_B, reports, wanted_B & (token_B == draft_B))
 
+    def all_matched(
+        self, now: Progress, logits_BKV: jax.Array, drafts_BK: jax.Array, count_B: jax.Array
+    ) -> tuple[Progress, jax.Array]:
+        """The drafts recorded up to the first that is not the token that is chosen, and their number.
+
+        All tokens are chosen at once, each as if the drafts before it were kept, as they are if it counts.
+        """
+        (B, K, V), carry = logits_BKV.shape, now.carry
+        place_1K, row_B1 = jnp.arange(K, dtype=jnp.int32)[None], jnp.arange(B, dtype=jnp.int32)[:, None]
+        at_BK = carry.state.positions_B[:, None] + 1 + place_1K
+        row_R = jnp.repeat(row_B1[:, 0], K)
+        arrays = jax.tree.map(lambda x: x[row_R], self.arrays)
+
+        def seen() -> tuple[jax.Array, jax.Array]:
+            one_BKV = jax.nn.one_hot(drafts_BK, V, dtype=jnp.int32)
+            before_BKV = jnp.cumsum(one_BKV, axis=1, dtype=jnp.int32) - one_BKV
+            return carry.prompt_BV[row_R], carry.counts_BV[row_R] + before_BKV.reshape(B * K, V)
+
+        logits_RV, generated_BK = logits_BKV.reshape(B * K, V), carry.generated_B[:, None] + place_1K
+        token_R = choose(
+            adjust_by(logits_RV, arrays, seen, generated_BK.reshape(-1)), arrays,
+            lambda: jax.vmap(jax.random.fold_in)(self.keys_B[row_R], at_BK.reshape(-1)),
+        )  # fmt: skip
+        reports = log_probabilities(logits_RV, token_R, arrays)
+        token_BK = token_R.reshape(B, K)
+        equal_BK = (token_BK == drafts_BK) & (place_1K < count_B[:, None])
+        stop_BK = jnp.any(token_R[:, None] == arrays.stop_ids_BE, axis=1).reshape(B, K)
+        kept_BK = jnp.cumprod(equal_BK & (stop_BK == False), axis=1, dtype=jnp.int32) > 0  # noqa: E712
+        before_BK = jnp.concatenate([jnp.ones((B, 1), bool), kept_BK[:, :-1]], axis=1)
+        ends_BK = before_BK & equal_BK & stop_BK
+        kept_B, ends_B = kept_BK.sum(1, dtype=jnp.int32), ends_BK.any(1)
+        generated_B = carry.generated_B + kept_B
+
+        def write(x: jax.Array, place_BK: jax.Array, new: jax.Array) -> jax.Array:
+            # mode="drop": what is not kept has a place behind the last.
+            place_BK = jnp.where(kept_BK, place_BK, x.shape[1])
+            return x.at[row_B1, place_BK].set(new.reshape(B, K, *new.shape[1:]), mode="drop")
+
+        carry = dataclasses.replace(
+            carry,
+            tokens_BC=write(carry.tokens_BC, at_BK, token_R),
+            counts_BV=carry.counts_BV.at[row_B1, jnp.where(kept_BK, token_BK, V)].add(1, mode="drop"),
+            generated_B=generated_B,
+            done_B=carry.done_B | ends_B | (generated_B >= self.arrays.max_tokens_B),
+            stopped_B=jnp.where(
+                ends_B, jnp.where(ends_BK, token_BK, 0).sum(1, dtype=jnp.int32), carry.stopped_B
+            ),
+        )
+        place_BK = now.drawn_B[:, None] + place_1K
+        drawn = loop.Drawn(*(
+            write(x, place_BK, new) for x, new in zip(now.drawn.arrays(), (token_R, *reports), strict=True)
+        ))  # fmt: skip
+        return now._replace(carry=carry, drawn=drawn, drawn_B=now.drawn_B + kept_B), kept_B
+
     def _recorded(self, now: Progress, token_B, reports, live_B) -> tuple[Progress, jax.Array]:
         carry, active_B = loop.record(self.arrays, now.carry, token_B, live_B)
         rows_B = jnp.arange(len(token_B))
@@ -196,19 +251,12 @@ def _verified(
     ctx = Context(jnp.where(read_BT, state.positions_B[:, None] + offset_T, -1))
     logits_BTV, caches, _ = bind(config, params).run(jnp.where(read_BT, tokens_BT, 0), state.caches, ctx=ctx)
 
-    def compare(loop_carry, j):
-        now, alive_B, kept_B = loop_carry
-        at = DecodeState(None, state.positions_B + 1 + j, logits_BTV[:, j])
-        now = now._replace(carry=dataclasses.replace(now.carry, state=at))
-        now, kept_now_B = choosing.matched(now, tokens_BT[:, j + 1], alive_B & (j < count_B))
-        alive_B = kept_now_B & (now.carry.done_B == False)  # noqa: E712
-        return (now, alive_B, kept_B + kept_now_B.astype(jnp.int32)), None
-
-    bare = now._replace(
-        carry=dataclasses.replace(now.carry, state=DecodeState(None, state.positions_B, state.logits_BV))
-    )
-    begin = (bare, count_B > 0, jnp.zeros_like(count_B))
-    (now, _, kept_B), _ = jax.lax.scan(compare, begin, jnp.arange(T - 1, dtype=jnp.int32))
+    bare = DecodeState(None, state.positions_B, state.logits_BV)
+    now = now._replace(carry=dataclasses.replace(now.carry, state=bare))
+    if choosing.logits_fn is None:
+        now, kept_B = choosing.all_matched(now, logits_BTV[:, :-1], tokens_BT[:, 1:], count_B)
+    else:
+        now, kept_B = _one_by_one(choosing, now, logits_BTV, tokens_BT, count_B)
     logits_BV = jnp.take_along_axis(logits_BTV, kept_B[:, None, None], axis=1)[:, 0]
     state = DecodeState(
         rewind_all(caches, jnp.where(active_B, count_B - kept_B, 0)),
@@ -219,3 +267,23 @@ def _verified(
         now.counts.drafted_B + count_B, now.counts.kept_B + kept_B, now.counts.calls + 1, now.counts.steps
     )
     return now._replace(carry=dataclasses.replace(now.carry, state=state), counts=counts), kept_B
+
+
+def _one_by_one(
+    choosing: _Choosing, now: Progress, logits_BTV: jax.Array, tokens_BT: jax.Array, count_B: jax.Array
+) -> tuple[Progress, jax.Array]:
+    """`_Choosing.all_matched` with a `logits_fn`, which sees the rows of the batch and no token too many."""
+    positions_B = now.carry.state.positions_B
+
+    def compare(loop_carry, j):
+        now, alive_B, kept_B = loop_carry
+        at = DecodeState(None, positions_B + 1 + j, logits_BTV[:, j])
+        now = now._replace(carry=dataclasses.replace(now.carry, state=at))
+        now, kept_now_B = choosing.matched(now, tokens_BT[:, j + 1], alive_B & (j < count_B))
+        alive_B = kept_now_B & (now.carry.done_B == False)  # noqa: E712
+        return (now, alive_B, kept_B + kept_now_B.astype(jnp.int32)), None
+
+    begin = (now, count_B > 0, jnp.zeros_like(count_B))
+    places = jnp.arange(tokens_BT.shape[1] - 1, dtype=jnp.int32)
+    (now, _, kept_B), _ = jax.lax.scan(compare, begin, places)
+    return now, kept_B
