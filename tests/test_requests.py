@@ -143,7 +143,12 @@ def test_prompts_continue_a_state(small):
         ),
         (state, other, {}, "layer 1 is a LinearState, not a KVCache"),
         (state, dataclasses.replace(config, num_layers=3), {}, "2 layers or stacks, and the model 3"),
-        (state, config, {"cache": CacheOptions("bfloat16")}, "layer 0 has k_BSKH float32 .*, not bfloat16"),
+        (
+            state,
+            config,
+            {"cache": CacheOptions("bfloat16")},
+            "layer 0 has keys_BKSH float32 .*, not bfloat16",
+        ),
         (
             state,
             dataclasses.replace(config, vocab_size=60),

@@ -184,10 +184,10 @@ def test_a_token_past_the_horizon_of_cosformer_is_taken_back_like_any_other():
     jax.tree.map(assert_array_equal, decoder.state.rewind(np.full(B, 2)).view(), expected.view())
 
 
-def test_states_of_scanned_layers_go_back_together():
+def test_stacked_states_of_layers_go_back_together():
     """A state with a layer axis in front goes back in all layers, and so do its forks."""
     mixers = (MIXERS["lightning"].config,)
-    config = ModelConfig(vocab_size=11, d_model=16, num_layers=2, mixers=mixers, scan_layers=True)
+    config = ModelConfig(vocab_size=11, d_model=16, num_layers=2, mixers=mixers)
     params = random_params(config)
     tokens_BT = np.random.default_rng(0).integers(0, 11, (B, BLOCK))
 
@@ -195,17 +195,25 @@ def test_states_of_scanned_layers_go_back_together():
     def run(state, positions_BT):
         return bind(config, params).run(tokens_BT, state, ctx=Context(positions_BT))[:2]
 
+    def stack(states):
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *states)
+
+    def unstack(state):
+        return [jax.tree.map(lambda x: x[layer], state) for layer in range(2)]  # noqa: B023 (used at once)
+
     n_B = np.array([0, 3, 1])
     kept_BT = np.where(np.arange(BLOCK) < (BLOCK - n_B)[:, None], np.arange(BLOCK), -1)
     empty = init_state(config, B, 24, cache=CacheOptions(spare=SPARE))
-    _, [taken_back] = run(empty, np.tile(np.arange(BLOCK), (B, 1)))
-    _, [never_seen] = run(empty, kept_BT)
+    taken_back = stack(run(empty, np.tile(np.arange(BLOCK), (B, 1)))[1])
+    never_seen = stack(run(empty, kept_BT)[1])
     assert taken_back.matrix_BNHM.ndim == 5
     with pytest.raises(ValueError, match="row 1 takes back 4 tokens, but its state can take back 3"):
         taken_back.rewind(np.array([0, 4, 0]))
     forked, taken_back = taken_back.fork(np.array([1, 1])), rewind(taken_back, n_B)
     later_BT = np.arange(BLOCK) + (BLOCK - n_B)[:, None]
-    for a, b in zip(*(jax.tree.leaves(run([s], later_BT)[0]) for s in (taken_back, never_seen)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(run(unstack(s), later_BT)[0]) for s in (taken_back, never_seen)), strict=True
+    ):
         assert_array_equal(a, b)
     jax.tree.map(assert_array_equal, taken_back.view(), never_seen.view())
     matrix_LBNHM = forked.rewind(np.array([3, 3])).matrix_BNHM

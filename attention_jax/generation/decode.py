@@ -140,7 +140,7 @@ def extend(
         positions_BT = next_B1 + jnp.arange(T, dtype=jnp.int32)[None]
     else:
         positions_BT = _positions(positions_BT, B, T)
-    if not isinstance(positions_BT, jax.core.Tracer):
+    if not any(isinstance(x, jax.core.Tracer) for x in (positions_BT, next_B1)):
         given_BT = np.asarray(positions_BT)
         check_prefix(config, np.where((given_BT >= 0).any(1), np.asarray(state.positions_B), config.prefix))
         wanted_BT = np.asarray(next_B1) + np.cumsum(given_BT >= 0, axis=1) - 1

@@ -20,6 +20,7 @@ from attention_jax.generation.states import check_state
 from attention_jax.model import ModelConfig
 
 _BUCKET = 64  # the least multiple that lengths are rounded up to, to limit compilations
+_MOST = 2**30
 _IDS = 2**32  # a request id is one word of a random key
 
 
@@ -297,6 +298,11 @@ def checked_capacity(config: ModelConfig, needs: Sequence[tuple[int, int]], capa
                     f"request {index}: a prompt of {prompt} tokens and {new} new ones exceed the {what}: "
                     f"{fits} would fit"
                 )
+        if prompt + new > _MOST:
+            raise ValueError(
+                f"request {index}: a prompt of {prompt} tokens and {new} new ones exceed {_MOST} positions: "
+                "lower max_new_tokens"
+            )
     if capacity is None:
         capacity = bucket(max(map(sum, needs)))
     return capacity if limit is None else min(capacity, limit)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.model.config import ModelConfig
+from attention_jax.model.prepared import Prepared
 
 
 def fingerprint(config: ModelConfig, params: dict) -> str:
@@ -20,7 +21,11 @@ def fingerprint(config: ModelConfig, params: dict) -> str:
     Of every parameter its path, dtype, shape and bytes count, and of the configuration every field. A function
     in the configuration, such as that of `masks.Predicate`, counts by its name: two functions of one module with
     one name are the same to it. Reads all parameters: keep the string where it is needed more than once.
+
+    Raises: ValueError for what `prepare_for_decoding` returns, whose arrays are others.
     """
+    if isinstance(params, Prepared):
+        raise ValueError("fingerprint needs the parameters that prepare_for_decoding was given, got Prepared")
     digest = hashlib.sha256(json.dumps(_canonical(config), sort_keys=True).encode())
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]

@@ -13,7 +13,7 @@
     kv_cache    generation with and without a cache at --lengths tokens
     prefill_memory
                 the memory planned for reading a prompt of --length
-    speculation drafts by n-gram lookup beside plain decoding, with a trained --run
+    speculation n-gram drafts beside plain decoding, of a trained --run
     quantized   perplexity with int8 and int4 caches, of a trained --run
     step        a training step beside nanoGPT's, from a checkout in --nanogpt
 
