@@ -28,8 +28,10 @@ def loop_instructions(hlo: str) -> list[Instruction]:
     Inner loops apart that go on until something is finite, which it is.
     """
     computations, entry = _computations(hlo)
-    loops = [_called(x.text) for x in computations[entry] if x.opcode == "while"]
-    pending, seen = [name for names in loops for name in names], set()
+    pending, outside, seen = [], [entry], set()
+    while outside:  # a backend may put the loop into a computation that the entry calls
+        for x in computations[outside.pop()]:
+            (pending if x.opcode == "while" else outside).extend(_called(x.text))
     assert pending, "the program has no loop"
     while pending:
         name = pending.pop()
