@@ -206,28 +206,13 @@ def _by_length(options: Any) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _stepper(name: str, tokens: int) -> Callable[[], None]:
-    """A call that generates `_CHUNK` more tokens."""
-    import jax
-    import jax.numpy as jnp
-
-    from attention_jax.generation.decode import decode_step, prefill
+def _stepper(name: str, tokens: int) -> Callable[[], Any]:
+    """A call that generates `_CHUNK` more tokens, with a cache that grows as that of `generate` does."""
+    from attention_jax.generation import stream
 
     config, prepared = _model("5.5M", _mixers("5.5M")[name])
-    prompt = jnp.zeros((1, _PROMPT), jnp.int32)
-    capacity = _PROMPT + tokens
-
-    def chunk(weights, state):
-        def step(_, state):
-            return decode_step(config, weights, state, state.logits_BV.argmax(-1).astype(jnp.int32))
-
-        return jax.lax.fori_loop(0, _CHUNK, step, state)
-
-    state = jax.jit(lambda weights: prefill(config, weights, prompt, capacity=capacity))(prepared)
-    compiled = jax.jit(chunk, donate_argnums=1).lower(prepared, state).compile()
-
-    def run() -> None:
-        nonlocal state
-        state = jax.block_until_ready(compiled(prepared, state))
-
-    return run
+    parts = stream(
+        config, prepared, [np.zeros(_PROMPT, np.int32)],
+        max_new_tokens=tokens, sampling=_greedy(), chunk=_CHUNK,
+    )  # fmt: skip
+    return lambda: next(parts)

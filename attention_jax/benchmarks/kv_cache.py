@@ -1,8 +1,8 @@
 """Greedy generation of one row with and without a cache, for MHA, GQA, MQA and MLA of equal width and depth.
 
-Generation begins with one token. With a cache, a step is `decode_step` in a cache of capacity n; without one
-it is the forward over all n tokens, with the output projection of the last one only. Both stand in a compiled
-loop, and the time to compile does not count.
+Generation begins with one token. With a cache, a step is `decode_step` with prepared weights in a cache of
+capacity n; without one it is the forward over all n tokens, with the output projection of the last one only.
+Both stand in a compiled loop, and the time to compile does not count.
 
 | figure | with a cache | without |
 |---|---|---|
@@ -143,7 +143,9 @@ def cached(model: Contestant, n: int) -> Cached:
     import jax.numpy as jnp
 
     from attention_jax.generation import DecodeState, decode_step
-    from attention_jax.model import init_state
+    from attention_jax.model import init_state, prepare_for_decoding
+
+    prepared = prepare_for_decoding(model.config, model.params)
 
     @jax.jit
     def run(params, carry, first, end):
@@ -158,13 +160,13 @@ def cached(model: Contestant, n: int) -> Cached:
     zero_B, logits_BV = jnp.zeros(1, jnp.int32), jnp.zeros((1, model.config.vocab_size))
     empty = DecodeState(init_state(model.config, 1, n), zero_B, logits_BV)
     start, steps = (empty, zero_B, jnp.zeros(n, jnp.int32)), min(_LAST_STEPS, n)
-    before = run(model.params, start, 0, n - steps)
+    before = run(prepared, start, 0, n - steps)
 
     def whole():
-        return jax.block_until_ready(run(model.params, start, 0, n))[2]
+        return jax.block_until_ready(run(prepared, start, 0, n))[2]
 
     def last():
-        return jax.block_until_ready(run(model.params, before, n - steps, n))[2]
+        return jax.block_until_ready(run(prepared, before, n - steps, n))[2]
 
     return Cached(whole, last, steps, sum(cache.nbytes for cache in empty.caches))
 

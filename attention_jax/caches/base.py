@@ -1,8 +1,8 @@
 """The interface of decoding states.
 
 A state is a frozen pytree whose leaves all have the batch as their first axis, as the names of its fields say
-(`k_BSKH`). A model with `scan_layers` stacks the states of its layers along one more axis in front. A state
-is an argument and a return value: nothing is changed in place.
+(`keys_BKSH`). The states of several layers may be stacked along one more axis in front. A state is an
+argument and a return value: nothing is changed in place.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class State:
     def fork(self, rows: jax.Array) -> Self:
         """The state whose row i is a copy of row rows[i]; rows: int [B'], each in [0, B).
 
-        The stacked state of scanned layers is forked along its batch axis, too.
+        The stacked state of several layers is forked along its batch axis, too.
 
         Raises: ValueError for rows that are not integers [B'], and for a concrete row outside the batch,
         since JAX indexing would clamp or wrap it.
@@ -98,7 +98,7 @@ class State:
     def rewind(self, n_B: jax.Array) -> Self:
         """The state without the last n_B[i] tokens of each row i, exactly; n_B: int [B], 0 changes nothing.
 
-        The stacked state of scanned layers is rewound in all its layers. Raises: ValueError for n_B that is
+        The stacked state of several layers is rewound in all of them. Raises: ValueError for n_B that is
         not integers [B], and for concrete counts that are negative or that this state cannot take back. A row
         whose traced count cannot be taken back gives NaN from then on.
         """

@@ -28,23 +28,11 @@ _LARGEST = {"int8": 127, "int4": 7}
 
 
 def empty_kv_cache(
-    batch: int,
-    capacity: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int | None,
-    *,
-    mask: Mask,
-    options: CacheOptions = DEFAULT_CACHE,
-    value_heads: int | None = None,
-    per_key: Any = None,
+    *sizes: int | None, options: CacheOptions = DEFAULT_CACHE, **layout: Any
 ) -> KVCache | QuantizedKVCache:
     """The empty cache that the options choose; the arguments are those of `KVCache.empty`."""
-    empty = KVCache.empty if options.quantize is None else QuantizedKVCache.empty
-    return empty(
-        batch, capacity, kv_heads, head_dim, value_dim,
-        mask=mask, options=options, value_heads=value_heads, per_key=per_key,
-    )  # fmt: skip
+    cls = KVCache if options.quantize is None else QuantizedKVCache
+    return cls.empty(*sizes, options=options, **layout)
 
 
 @jax.tree_util.register_dataclass

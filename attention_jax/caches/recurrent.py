@@ -127,7 +127,7 @@ class RewindableState(State):
 
         A state that was made with `CacheOptions(spare=R)` can take back its last R tokens, and after that as
         many as are left of these; of a call with more than R + 1 slots, only tokens in its last R + 1. A row
-        with n = 0 does not change. The stacked states of scanned layers go back together.
+        with n = 0 does not change. The stacked states of several layers go back together.
 
         Raises: ValueError for n_B that are not integers [B], and for a concrete n that is negative or more
         than a row can take back. A traced one gives a row of NaN.

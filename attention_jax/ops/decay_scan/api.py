@@ -70,8 +70,7 @@ def decay_scan(
       log_decay: log of the factors in [0, 1] that the state is multiplied with before a token is added.
         None: no decay. [N]: constant. [B, T, N]: per token. [B, T, N, H]: per token and row of the state.
         Its heads, too, may be any number that divides N. -inf forgets all.
-      initial_state_BNHM: float32, the state before the first token; 0 by default. With normalize it has
-        M + 1 columns.
+      initial_state_BNHM: float32, the state before the first token, M + 1 columns with normalize; None: 0.
       segment_ids: int [B, T] or [T]. The state is reset at a token whose segment differs from that of the
         token before it; the initial state is continued by the first document.
       positions: int [B, T] or [T]. A slot with position < 0 or segment < 0 holds no token: it is never
@@ -79,25 +78,21 @@ def decay_scan(
       normalize: y_t = scale * q_t S_t / (q_t . z_t) with z_t = exp(log_decay_t) z_{t-1} + k_t, for
         features q, k >= 0. A denominator of exactly 0 gives 0. z is the last of the state's M + 1 columns.
       scale: multiplies y.
-      chunk_size: tokens of a chunk in the chunked form; by default that of `ChunkedScanConfig`. The other
-        forms have no chunks.
+      chunk_size: tokens of a chunk in the chunked form; by default that of `ChunkedScanConfig`.
       return_state: also return the state after the last token.
-      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with the states before each
-        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. A place >= R is dropped;
-        the others of a row differ. These n slots run token by token, those in front of them as `impl` says.
+      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with S_{T-n} ... S_{T-1} in
+        its places slot_Bn, int [B, n]; those >= R are dropped. The last n slots then run token by token.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per chunk kept for the
-        backward), "quadratic" (dense [T, T], for inspection), a `ChunkedScanConfig`
-        ("chunked" with these sizes), or None, which chooses; see `explain`.
+        backward), "quadratic" (dense [T, T], for inspection), a `ChunkedScanConfig` (chunked with these
+        sizes), or None, which chooses; see `explain`.
 
     Returns:
-      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32), or with past_states (y_BTNM, state_BNHM,
-      ring_BRNHM). Slots without a token give 0 and pass no gradient.
-      Everything accumulates in float32 (float64 if q, k or v is).
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32), or with past_states also ring_BRNHM. Slots without
+      a token give 0 and pass no gradient. Everything accumulates in float32 (float64 if q, k or v is).
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
-      NotImplementedError: a named `impl` cannot do this call (it never falls back), or forward mode
-        (`jax.jvp`) through "chunked", which has reverse mode to any order.
+      NotImplementedError: a named `impl` cannot do this call, or `jax.jvp` through "chunked".
     """
     call, valid = _checked_call(
         q_BTNH, k_BTKH, v_BTKM, log_decay, initial_state_BNHM, segment_ids, positions, normalize, scale,

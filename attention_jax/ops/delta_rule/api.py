@@ -80,9 +80,8 @@ def delta_rule(
       chunk_size: tokens of a chunk in the chunked form, best a power of two; by default that of
         `ChunkedDeltaConfig`. The other forms have no chunks.
       return_state: also return the state after the last token.
-      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with the states before each
-        of the last n slots, S_{T-n} ... S_{T-1}, in its places slot_Bn, int [B, n]. A place >= R is dropped;
-        the others of a row differ. These n slots run token by token, those in front of them as `impl` says.
+      past_states: (ring_BRNHM, slot_Bn), with return_state: also return the ring with S_{T-n} ... S_{T-1} in
+        its places slot_Bn, int [B, n]; those >= R are dropped. The last n slots then run token by token.
       impl: "recurrent" (token by token), "chunked" (products of matrices, a state per group of chunks kept
         for the backward), "quadratic" (all pairs, for inspection), a `ChunkedDeltaConfig`
         ("chunked" with these sizes), or None, which chooses; see `explain`.
@@ -91,10 +90,8 @@ def delta_rule(
     it explode, as the formula says. Normalise them.
 
     Returns:
-      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32), or with past_states (y_BTNM, state_BNHM,
-      ring_BRNHM). Slots without a token give 0 and pass no gradient.
-      Everything is computed in float32 (float64 if q, k and v are), matrix
-      products included.
+      y_BTNM in v's dtype, or (y_BTNM, state_BNHM float32), or with past_states also ring_BRNHM. Slots without
+      a token give 0 and pass no gradient. Everything is computed in float32 (float64 if q, k and v are).
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; a concrete log_decay > 0 or NaN.
