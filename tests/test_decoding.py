@@ -28,14 +28,14 @@ def test_a_ragged_batch(decoder):
     state, found = decoder.prompted(LENGTHS)
     assert all(4 * ring <= LENGTH for ring in rings(state.caches))
     decoder.stepped(state, decoder.tokens_RT, found)
-    check(found, decoder.uncached(decoder.tokens_RT), np.array(LENGTHS) - 1)
+    check(decoder, found, np.array(LENGTHS) - 1)
 
 
 def test_a_prefill_in_pieces(decoder):
     """Of other sizes in every row, none in some, longer and shorter than rings, chunks and convolutions."""
     counts = [(8, 3, 5), (8, 0, 1), (1, 8, 8), (7, 2, 2), (8, 8, 0), (0, 8, 8), (8, 3, 8), (0, 8, 8)]
     assert np.sum(counts, axis=0).tolist() == [LENGTH] * ROWS
-    check(decoder.in_pieces(counts), decoder.uncached(decoder.tokens_RT), [0] * ROWS)
+    check(decoder, decoder.in_pieces(counts), [0] * ROWS)
 
 
 def test_after_a_fork(decoder):
@@ -49,7 +49,7 @@ def test_after_a_fork(decoder):
     tokens = np.where(known, decoder.tokens_RT[rows], other).astype(np.int32)
     found = decoder.nothing()
     decoder.stepped(forked(state, rows), tokens, found)
-    check(found, decoder.uncached(tokens, rows), first)
+    check(decoder, found, first, tokens, rows)
 
 
 # More than one token of a convolution's inputs, and rows that take back nothing.
@@ -78,7 +78,7 @@ def test_after_a_rewind(decoder):
     decoder.stepped(plain, decoder.tokens_RT, expected)
     decoder.stepped(back, decoder.tokens_RT, found)
     np.testing.assert_array_equal(found, expected)
-    check(found, decoder.uncached(decoder.tokens_RT), first)
+    check(decoder, found, first)
 
 
 def test_after_saving_and_loading(decoder, tmp_path):
@@ -90,7 +90,7 @@ def test_after_saving_and_loading(decoder, tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(state.caches)
     jax.tree.map(np.testing.assert_array_equal, loaded, state.caches)
     decoder.stepped(DecodeState(loaded, state.positions_B, state.logits_BV), decoder.tokens_RT, found)
-    check(found, decoder.uncached(decoder.tokens_RT), np.array(LENGTHS) - 1)
+    check(decoder, found, np.array(LENGTHS) - 1)
 
 
 @pytest.mark.parametrize("name", names(()))
@@ -98,7 +98,7 @@ def test_a_single_prompt(name):
     decoder = Decoder(DECODES[name], rows=1)
     state, found = decoder.prompted((PROMPT,))
     decoder.stepped(state, decoder.tokens_RT, found)
-    check(found, decoder.uncached(decoder.tokens_RT), [PROMPT - 1])
+    check(decoder, found, [PROMPT - 1])
 
 
 @pytest.mark.parametrize(("name", "new"), [
