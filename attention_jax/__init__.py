@@ -9,6 +9,7 @@ defined where it is used. An array's name ends in its axes: `q_BTNH`, `logits_BT
 from attention_jax import biases, caches, drop_in, feature_maps, masks, positions
 from attention_jax.biases import T5, ALiBi, ALiBiConfig, Bias
 from attention_jax.catalogue import catalogue
+from attention_jax.feed_forwards import DenseConfig
 from attention_jax.generation import Completion, Sampling, generate, score, stream
 from attention_jax.masks import (
     BigBird,
@@ -30,7 +31,15 @@ from attention_jax.masks import (
 )
 from attention_jax.mixers import *  # noqa: F403 (its __all__)
 from attention_jax.mixers import __all__ as _mixers
-from attention_jax.model import EncoderConfig, LanguageModel, ModelConfig, apply, encode, init_params
+from attention_jax.model import (
+    BlockConfig,
+    EncoderConfig,
+    LanguageModel,
+    ModelConfig,
+    apply,
+    encode,
+    init_params,
+)
 from attention_jax.ops.selected import selected_attention
 from attention_jax.ops.softmax import dot_product_attention, explain
 from attention_jax.positions import RoPE
@@ -43,11 +52,13 @@ __all__ = [
     "ALiBiConfig",
     "Bias",
     "BigBird",
+    "BlockConfig",
     "BlockLocal",
     "Causal",
     "Chunked",
     "Completion",
     "Dense",
+    "DenseConfig",
     "Dilated",
     "EncoderConfig",
     "Full",

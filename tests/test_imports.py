@@ -16,12 +16,19 @@ TOP = ("attention_jax", "train", "scripts", "tests")
 
 # From the lowest up; a module may import its own layer and those below.
 LAYERS = [
-    ["attention_jax.about", "attention_jax.choices", "attention_jax.hints", "attention_jax.optional"],
+    [
+        "attention_jax.about",
+        "attention_jax.choices",
+        "attention_jax.hints",
+        "attention_jax.kinds",
+        "attention_jax.optional",
+    ],
     ["attention_jax.masks", "attention_jax.biases", "attention_jax.positions", "attention_jax.feature_maps"],
     ["attention_jax.caches"],
     ["attention_jax.ops"],
     ["attention_jax.layers"],
     ["attention_jax.mixers", "attention_jax.drop_in"],
+    ["attention_jax.feed_forwards"],
     ["attention_jax.model"],
     ["attention_jax.generation", "attention_jax.catalogue"],
     ["attention_jax"],

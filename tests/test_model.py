@@ -255,7 +255,7 @@ def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
         ({"vocab_size": 0}, "vocab_size must be >= 1"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 0.99\]"),
         ({"remat": "dots_savable"}, "unknown policy 'dots_savable'; .*; did you mean dots_saveable"),
-        ({"mlp": "relu"}, "mlp must be one of swiglu, geglu, geglu_tanh, gelu, gelu_tanh, got 'relu'"),
+        ({"mlp": "tanh"}, "mlp must be one of swiglu, geglu, geglu_tanh, .*, relu2, got 'tanh'"),
         ({"norm_order": "parallel"}, "norm_order must be one of pre, post, sandwich, got 'parallel'"),
         ({"embedding_scale": 0.0}, "embedding_scale must be from 0.001 to 1e\\+06, got 0.0"),
         ({"norm": "rms"}, "norm must be one of rmsnorm, layernorm, got 'rms'"),

@@ -45,8 +45,8 @@ def check_memory(config: RunConfig) -> None:
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """The number of parameters, by the shapes of one layer of each mixer: many layers need no more time."""
-    period = len(model.mixers)
+    """The number of parameters, by the shapes of one layer of each kind: many layers need no more time."""
+    period = len(model.period)
     encoder = model.encoder
     one = None if encoder is None else dataclasses.replace(encoder, num_layers=len(encoder.mixers))
     single = _count(dataclasses.replace(model, num_layers=period, encoder=one))
@@ -76,7 +76,7 @@ def _sample_bytes(config: RunConfig, model: ModelConfig) -> int:
         return 0
     if model.limit is not None:  # more are refused with the prompt
         tokens = min(tokens, model.limit[0])
-    period = dataclasses.replace(model, num_layers=len(model.mixers))
+    period = dataclasses.replace(model, num_layers=len(model.period))
     state = jax.eval_shape(lambda: init_state(period, 1, tokens))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 

@@ -3,6 +3,7 @@
 from attention_jax.caches.base import Cache, State, fork_all, grow_all, most_rewound, rewind_all, storable
 from attention_jax.caches.files import load, save
 from attention_jax.caches.kv import HeldKeys, KVCache, MemoryCache
+from attention_jax.caches.none import NoState
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
 from attention_jax.caches.quantized import QuantizedKVCache, empty_kv_cache
 from attention_jax.caches.recurrent import LinearState, RecurrentState, keep_in_ring
@@ -15,6 +16,7 @@ __all__ = [
     "KVCache",
     "LinearState",
     "MemoryCache",
+    "NoState",
     "QuantizedKVCache",
     "RecurrentState",
     "State",

@@ -1,7 +1,6 @@
-"""Layers that mixers and the model are built from: projections, norms, short convolutions, feed-forwards."""
+"""Layers that mixers and the model are built from: projections, norms, short convolutions."""
 
 from attention_jax.layers.convolution import ShortConvolution
-from attention_jax.layers.feed_forward import FeedForward, FeedForwardKind, is_gated
 from attention_jax.layers.linear import (
     PreparedLinear,
     fused_linear,
@@ -24,8 +23,6 @@ from attention_jax.layers.norms import (
 )
 
 __all__ = [
-    "FeedForward",
-    "FeedForwardKind",
     "GatedRMSNorm",
     "HeadGroupNorm",
     "HeadNorm",
@@ -37,7 +34,6 @@ __all__ = [
     "gelu",
     "gelu_tanh",
     "head_norm",
-    "is_gated",
     "kernel_rows",
     "linear",
     "matmul",

@@ -8,12 +8,14 @@ the configs of the mixers say which one a layer has.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
@@ -58,12 +60,35 @@ class HeadsRMSNorm(nnx.Module):
         return (x * jnp.broadcast_to(self.scale[...], x.shape)).astype(self.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Promotion:
+    """Flax's promotion of (x, scale, ...), under any `jax_numpy_dtype_promotion`, of scale + offset."""
+
+    offset: float
+
+    def __call__(self, arrays: tuple[Any, ...], **options: Any) -> Any:
+        x, scale, *rest = arrays
+        if self.offset and scale is not None:
+            scale = scale + self.offset
+        return promote_dtype((x, scale, *rest), **options)
+
+
+def _with_offset(offset: float) -> dict[str, Any]:
+    """Options of a norm of Flax whose scale is `offset` + its parameter, which starts at 1 - offset."""
+    options: dict[str, Any] = {"promote_dtype": _Promotion(offset)}
+    return options | {"scale_init": nnx.initializers.constant(1.0 - offset)} if offset else options
+
+
 class RMSNorm(nnx.RMSNorm):
     """`nnx.RMSNorm`, whose statistics are float32 beside features of any dtype.
 
     Flax leaves the conversion to NumPy's promotion, which is allowed here whatever
-    `jax_numpy_dtype_promotion` is elsewhere.
+    `jax_numpy_dtype_promotion` is elsewhere. offset: added to the learned scale, which starts at 1 - offset;
+    checkpoints of Gemma hold such scales, with an offset of 1.
     """
+
+    def __init__(self, width: int, *, offset: float = 0.0, **options: Any):
+        super().__init__(width, **_with_offset(offset), **options)
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """y [..., width] in the layer's dtype, for x [..., width]."""
@@ -72,7 +97,10 @@ class RMSNorm(nnx.RMSNorm):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` under any `jax_numpy_dtype_promotion`, as `RMSNorm` is."""
+    """`nnx.LayerNorm` under any `jax_numpy_dtype_promotion` and with an offset, as `RMSNorm` is."""
+
+    def __init__(self, width: int, *, offset: float = 0.0, **options: Any):
+        super().__init__(width, **_with_offset(offset), **options)
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """y [..., width] in the layer's dtype, for x [..., width]."""

@@ -25,7 +25,8 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, Cache, CacheOptions
 from attention_jax.choices import check_choices, check_dropout, check_epsilon
-from attention_jax.hints import hint, near
+from attention_jax.hints import hint
+from attention_jax.kinds import Kind, same_definition
 from attention_jax.layers import linear
 from attention_jax.masks import Causal, Mask, parse
 from attention_jax.ops.softmax.api import implementations as softmax_implementations
@@ -115,11 +116,8 @@ class MixerOutput(NamedTuple):
     aux: dict[str, Any] = {}
 
 
-_KINDS: dict[str, type[MixerConfig]] = {}
-
-
 @dataclasses.dataclass(frozen=True)
-class MixerConfig:
+class MixerConfig(Kind):
     """Base class of the configs of all mechanisms, validated on construction.
 
     A subclass that gives `kind` a default is registered under it; a kind that another class has is refused.
@@ -135,9 +133,7 @@ class MixerConfig:
       horizon: the maximum number of tokens per document, or None. horizon_key: the option that sets it.
     """
 
-    # Read by pydantic when a config is loaded from YAML; the library itself does not import pydantic.
-    __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
-
+    noun: ClassVar[str] = "mixer"
     about: ClassVar[About]
     module: ClassVar[type[Mixer]]
     implementations: ClassVar[Callable[[], Iterable[str]]] = staticmethod(softmax_implementations)
@@ -150,26 +146,6 @@ class MixerConfig:
     horizon_key: ClassVar[str] = "horizon"
 
     kind: str = ""
-
-    def __init_subclass__(cls, **arguments: Any):
-        super().__init_subclass__(**arguments)
-        kind = cls.__dict__.get("kind")
-        kind = kind.default if isinstance(kind, dataclasses.Field) else kind
-        if isinstance(kind, str) and kind:
-            if not _same_definition(known := _KINDS.get(kind, cls), cls):
-                raise ValueError(
-                    f"kind {kind!r} of {cls.__qualname__} is already that of {known.__qualname__} in "
-                    f"{known.__module__}: choose another kind"
-                )
-            _KINDS[kind] = cls
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """The pydantic schema of `MixerConfig`: the union of all kinds, discriminated by `kind`."""
-        if cls is not MixerConfig:
-            return handler(source)
-        choices = {kind: handler.generate_schema(config) for kind, config in mixer_kinds().items()}
-        return {"type": "tagged-union", "discriminator": "kind", "choices": choices}
 
     def __post_init__(self):
         mask = getattr(self, "mask", None)
@@ -250,7 +226,7 @@ class Mixer(nnx.Module):
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)
         if "config_type" in cls.__dict__:
-            if not _same_definition(known := cls.config_type.__dict__.get("module", cls), cls):
+            if not same_definition(known := cls.config_type.__dict__.get("module", cls), cls):
                 raise ValueError(
                     f"config_type {cls.config_type.__name__} of {cls.__qualname__} already builds "
                     f"{known.__qualname__}: derive a config with a kind of its own"
@@ -272,7 +248,7 @@ class Mixer(nnx.Module):
         if not isinstance(rngs, nnx.Rngs):
             raise ValueError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
         if config is None:
-            config = _from_options(self.config_type, options)
+            config = self.config_type.from_options(options)
         elif options or not isinstance(config, self.config_type):
             raise ValueError(
                 f"{type(self).__name__} takes a {self.config_type.__name__} or its fields as keywords, got "
@@ -326,34 +302,12 @@ class Parts:
 
 def mixer_kinds() -> dict[str, type[MixerConfig]]:
     """The config class of every mixer `kind`."""
-    return dict(_KINDS)
+    return MixerConfig.kinds()
 
 
 def make_config(kind: str, **options: Any) -> MixerConfig:
     """The config of a `kind`; ValueError for an unknown kind or option, with what was probably meant."""
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(
-            f"unknown mixer {kind!r}; choose from {', '.join(_KINDS)}{hint('kind', kind, _KINDS)}"
-        )
-    return _from_options(_KINDS[kind], options)
-
-
-def _from_options(config_type: type[MixerConfig], options: dict[str, Any]) -> MixerConfig:
-    """The config with these options; ValueError for one that it does not have."""
-    known = [f.name for f in dataclasses.fields(config_type) if f.name != "kind"]
-    for name in options:
-        if name not in known:
-            meant = near(name, known)
-            more = f"; did you mean {meant}?" if meant else f"; it has {', '.join(known) or 'none'}"
-            raise ValueError(
-                f"mixer {config_type.kind or config_type.__name__!r} has no option {name!r}{more}"
-            )
-    return config_type(**options)
-
-
-def _same_definition(known: type, cls: type) -> bool:
-    """Whether two classes come from the same statement, as when a notebook's cell is run again."""
-    return (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+    return MixerConfig.make(kind, **options)
 
 
 def make_mixer(

@@ -1,5 +1,6 @@
 """The language model: its configuration, stacks of layers, and plain functions over dicts of arrays."""
 
+from attention_jax.model.block_config import BlockConfig
 from attention_jax.model.cache_bytes import cache_bytes
 from attention_jax.model.config import EncoderConfig, ModelConfig
 from attention_jax.model.fingerprint import fingerprint
@@ -17,6 +18,7 @@ from attention_jax.model.language_model import (
 from attention_jax.model.prepared import Prepared
 
 __all__ = [
+    "BlockConfig",
     "EncoderConfig",
     "LanguageModel",
     "ModelConfig",

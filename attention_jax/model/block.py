@@ -1,8 +1,8 @@
-"""One layer of the language model.
+"""One layer of the language model: its mixer, its feed-forward, and how both join the residual stream.
 
-h' = h + mixer(norm(h)),   h'' = h' + mlp(norm(h'))
+    h' = h + mixer(norm(h)),   h'' = h' + mlp(norm(h'))
 
-The norms may also follow the mixer and the mlp, or stand on both sides: `ModelConfig.norm_order`.
+`BlockConfig` has the other forms.
 """
 
 from __future__ import annotations
@@ -14,43 +14,74 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.layers import FeedForward, LayerNorm, RMSNorm
-from attention_jax.mixers import Context, MixerConfig, MixerOutput
+from attention_jax.layers import LayerNorm, RMSNorm
+from attention_jax.mixers import Context, MixerOutput
+from attention_jax.model.block_config import BlockConfig
 from attention_jax.model.config import ModelConfig
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), with the norms where `config.norm_order` puts them."""
+    """The layer that `block`, an entry of `ModelConfig.period`, describes."""
 
-    def __init__(self, config: ModelConfig, mixer: MixerConfig, *, causal: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, block: BlockConfig, *, causal: bool, rngs: nnx.Rngs):
         common = {
             "dtype": jnp.dtype(config.dtype),
             "kernel_init": weight_init(config),
             "out_init": residual_init(config),
         }
-        before, after = config.norm_order != "post", config.norm_order != "pre"
-        self.norm1 = make_norm(config, rngs) if before else None
-        self.mixer = mixer.build(config.d_model, rngs, causal=causal, **common)
-        self.norm2 = make_norm(config, rngs) if before else None
-        self.mlp = FeedForward(
-            config.d_model,
-            config.hidden_width,
-            kind=config.mlp,
-            use_bias=config.use_bias,
-            rngs=rngs,
-            **common,
+        self.config, self.dropout = block, config.dropout
+        before, after = block.norm_order != "post", block.norm_order in ("post", "sandwich")
+        mixer, feed_forward = block.mixer, block.feed_forward
+
+        def norm(needed: bool) -> nnx.Module | None:
+            return make_norm(config, rngs) if needed else None
+
+        self.norm1 = norm(mixer is not None and before)
+        self.mixer = mixer and mixer.build(config.d_model, rngs, causal=causal, **common)
+        self.norm2 = norm(feed_forward is not None and before and not block.shared_norm)
+        self.mlp = feed_forward and feed_forward.build(
+            config.d_model, rngs, use_bias=config.use_bias, **common
         )
-        self.post_norm1, self.post_norm2 = (make_norm(config, rngs) if after else None for _ in range(2))
-        self.dropout = config.dropout
+        self.post_norm1 = norm(mixer is not None and after)
+        self.post_norm2 = norm(feed_forward is not None and after)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context) -> MixerOutput:
         """The output x of the layer, the state of the mixer, and the arrays named in `ctx.capture`."""
-        y_BTD, state, aux = self.mixer.mix(_normalized(self.norm1, x_BTD), state, ctx=ctx.fold_key(0))
-        y_BTD = _normalized(self.post_norm1, y_BTD)
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(1).dropout_key)
-        y_BTD = _normalized(self.post_norm2, self.mlp(_normalized(self.norm2, x_BTD)))
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(2).dropout_key)
+        config, aux = self.config, {}
+        if config.parallel:
+            x_BTD, state, aux = self._parallel(x_BTD, state, ctx)
+        else:
+            if self.mixer is not None:
+                n_BTD = _normalized(self.norm1, x_BTD)
+                y_BTD, state, aux = self.mixer.mix(n_BTD, state, ctx=ctx.fold_key(0))
+                y_BTD = _scaled(_normalized(self.post_norm1, y_BTD), config.mixer_scale)
+                x_BTD = _scaled(self._residual(x_BTD, n_BTD), config.mixer_residual_scale)
+                x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(1).dropout_key)
+            if self.mlp is not None:
+                n_BTD = _normalized(self.norm2, x_BTD)
+                y_BTD, more = self.mlp.run(n_BTD, ctx=ctx)
+                y_BTD = _scaled(_normalized(self.post_norm2, y_BTD), config.feed_forward_scale)
+                x_BTD = _scaled(self._residual(x_BTD, n_BTD), config.feed_forward_residual_scale)
+                x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(2).dropout_key)
+                aux = aux | more
         return MixerOutput(x_BTD, state, aux | ctx.captured(hidden=lambda: x_BTD))
+
+    def _parallel(self, x_BTD: jax.Array, state: Any, ctx: Context) -> MixerOutput:
+        """r x + b_1 mixer(norm1(x)) + b_2 mlp(norm2(x))."""
+        config = self.config
+        n_BTD = _normalized(self.norm1, x_BTD)
+        y_BTD, state, aux = self.mixer.mix(n_BTD, state, ctx=ctx.fold_key(0))
+        z_BTD, more = self.mlp.run(n_BTD if self.norm2 is None else self.norm2(x_BTD), ctx=ctx)
+        x_BTD = _scaled(x_BTD, config.mixer_residual_scale)
+        for i, (branch_BTD, scale) in enumerate(
+            ((y_BTD, config.mixer_scale), (z_BTD, config.feed_forward_scale)), start=1
+        ):
+            x_BTD = x_BTD + dropout(_scaled(branch_BTD, scale), self.dropout, ctx.fold_key(i).dropout_key)
+        return MixerOutput(x_BTD, state, aux | more)
+
+    def _residual(self, x_BTD: jax.Array, n_BTD: jax.Array) -> jax.Array:
+        """What a branch is added to: the layer's input, or its norm."""
+        return n_BTD if self.config.norm_order == "residual" else x_BTD
 
     def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """The output x [B, T, D] of the layer for whole rows."""
@@ -62,6 +93,11 @@ def _normalized(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
 
 
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    """scale x; x itself for a scale of 1."""
+    return x if scale == 1 else x * scale
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """x with entries dropped at `rate` and the rest scaled by 1 / (1 - rate); unchanged if `key` is None."""
     if key is None or rate == 0:
@@ -71,12 +107,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The norm of a layer's mixer or feed-forward, and that before the output projection."""
-    dtype = jnp.dtype(config.dtype)
+    given = {
+        "epsilon": config.norm_eps, "offset": config.norm_offset, "dtype": jnp.dtype(config.dtype), "rngs": rngs
+    }  # fmt: skip
     if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-    return LayerNorm(
-        config.d_model, epsilon=config.norm_eps, use_bias=config.use_bias, dtype=dtype, rngs=rngs
-    )
+        return RMSNorm(config.d_model, **given)
+    use_bias = config.use_bias if config.norm_bias is None else config.norm_bias
+    return LayerNorm(config.d_model, use_bias=use_bias, **given)
 
 
 def weight_init(config: ModelConfig):

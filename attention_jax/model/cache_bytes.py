@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions, MemoryCache
 from attention_jax.model.config import ModelConfig
 from attention_jax.model.language_model import check_capacity
+from attention_jax.model.stack import init_layer_state
 
 
 def cache_bytes(
@@ -31,19 +32,16 @@ def cache_bytes(
     Raises: ValueError, as `init_state`.
     """
     check_capacity(config, length)
-    cache = cache.of_layer(config.dtype)
+    cache, period = cache.of_layer(config.dtype), config.period
 
     @functools.cache
     def layer(place: int) -> int:
-        mixer = config.mixers[place]
-        state = jax.eval_shape(
-            lambda: mixer.init_state(config.d_model, batch, length, causal=config.causal, cache=cache)
-        )
+        state = jax.eval_shape(lambda: init_layer_state(config, period[place], batch, length, cache))
         if isinstance(state, MemoryCache):
             state = jax.eval_shape(functools.partial(_filled, length=memory_length), state)
         return state.nbytes
 
-    return tuple(layer(i % len(config.mixers)) for i in range(config.num_layers))
+    return tuple(layer(i % len(period)) for i in range(config.num_layers))
 
 
 def _filled(state: MemoryCache, length: int) -> MemoryCache:

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import jax
 
 from attention_jax.choices import check_between, check_choices, check_dropout, check_epsilon
+from attention_jax.feed_forwards import DenseConfig, FeedForwardWord
 from attention_jax.hints import hint
-from attention_jax.layers import FeedForwardKind, is_gated
 from attention_jax.masks import Full
-from attention_jax.mixers import MixerConfig, make_config
-from attention_jax.positions import RoPE
+from attention_jax.mixers import MixerConfig
+from attention_jax.model.block_config import BlockConfig, NormOrder
 
-_DEFAULT_MIXERS = (make_config("softmax", rope=RoPE()),)
+_DEFAULT_MIXERS = (BlockConfig.mixer,)
 _MOST_LAYERS = 10_000  # each is traced, and has a state of its own in decoding
 _MOST_WIDTH = 2**24
 _CHECKPOINT_POLICIES = tuple(
@@ -62,18 +62,25 @@ class ModelConfig:
     d_model: int = 128  #: width of the residual stream (D)
     num_layers: int = 4  #: layers (L)
     mixers: tuple[MixerConfig, ...] = _DEFAULT_MIXERS  #: mixer configs, tiled over the layers
-    #: feed-forward kind; _tanh: the tanh approximation of GELU, which GPT-2, Gemma and Phi have
-    mlp: FeedForwardKind = "swiglu"
+    #: a dense feed-forward; _tanh: the tanh approximation of GELU, which GPT-2, Gemma and Phi have
+    mlp: FeedForwardWord = "swiglu"
     #: feed-forward width (F); null: 4 d_model (without a gate) or 8/3 d_model rounded to a multiple of 8 (with)
     mlp_width: int | None = None
+    #: layers in full, tiled over the layers; null: one layer per entry of `mixers`, each with the same `mlp`
+    blocks: tuple[BlockConfig, ...] | None = None
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  #: norm of the layers and before the output projection
     #: where a layer has norms, with f a mixer or an mlp; pre: x + f(norm(x)); post: x + norm(f(x)), as OLMo 2;
-    #: sandwich: x + norm(f(norm(x))), as Gemma 2
-    norm_order: Literal["pre", "post", "sandwich"] = "pre"
+    #: sandwich: x + norm(f(norm(x))), as Gemma 2; residual: n + f(n) with n = norm(x), as MiniMax-01
+    norm_order: NormOrder = "pre"
+    #: added to the learned scale of these norms, which then starts at 1 - norm_offset; 1 in Gemma and Qwen3-Next
+    norm_offset: float = 0.0
+    norm_bias: bool | None = None  #: biases of layernorm; null: use_bias
     norm_eps: float = (
         1e-5  #: added to the variance by these norms; those inside a mixer have options of their own
     )
-    use_bias: bool = False  #: biases in mlp and layernorm (mixers have their own option)
+    use_bias: bool = False  #: biases in feed-forwards and layernorm (mixers have their own option)
+    embedding_norm: bool = False  #: a norm after the embedding, as in BLOOM
+    head_bias: bool = False  #: a bias of the output projection, as in GPT-J; not with tie_embeddings
     tie_embeddings: bool = True  #: use the transposed token embedding as the output projection
     #: multiplies the token embedding, sqrt(d_model) in Gemma; null: 1, or sqrt(d_model) if sinusoidal
     embedding_scale: float | None = None
@@ -81,6 +88,7 @@ class ModelConfig:
     #: add sines and cosines of the position to the scaled token embedding; any length
     sinusoidal: bool = False
     dropout: float = 0.0  #: dropout rate of the embeddings and of each residual branch
+    logit_scale: float | None = None  #: multiplies the logits, before logit_softcap; null: 1
     logit_softcap: float | None = None  #: cap c: replaces a logit x by c tanh(x / c); null: off
     init_std: float = (
         0.02  #: standard deviation of embeddings and projections; residual projections: divided by sqrt(2 L)
@@ -107,7 +115,7 @@ class ModelConfig:
             raise ValueError(f"d_model must be <= {_MOST_WIDTH}, got {self.d_model}: lower it")
         _check_layers(self.num_layers)
         self._check_numbers()
-        _check_period(self.mixers, self.num_layers)
+        self._check_blocks()
         if self.sinusoidal and self.max_positions is not None:
             raise ValueError(
                 f"sinusoidal and max_positions {self.max_positions} both add positions: set only one"
@@ -118,39 +126,95 @@ class ModelConfig:
             known = ", ".join(_CHECKPOINT_POLICIES)
             more = hint("remat", self.remat, _CHECKPOINT_POLICIES)
             raise ValueError(f"remat: unknown policy {self.remat!r}; choose from {known}{more}")
-        _check_mixers(self.mixers, self.d_model, self.causal, "mixers")
+        if self.head_bias and self.tie_embeddings:
+            raise ValueError(
+                "head_bias is true: a tied output projection has no bias; set tie_embeddings to false"
+            )
+        for key, mixer in self.named_mixers:
+            _check_mixer(mixer, self.d_model, self.causal, key)
         if self.encoder is not None:
-            _check_mixers(self.encoder.mixers, self.d_model, False, "encoder.mixers")
-            if not any(mixer.reads_memory for mixer in self.mixers):
+            for index, mixer in enumerate(self.encoder.mixers):
+                _check_mixer(mixer, self.d_model, False, f"encoder.mixers.{index}")
+            if not any(mixer.reads_memory for _, mixer in self.named_mixers):
                 raise ValueError("encoder: no mixer attends to it; add a mixer of kind cross to mixers")
+
+    def _check_blocks(self) -> None:
+        """Store `blocks` as a tuple, and refuse the short form beside it."""
+        if self.blocks is None:
+            return _check_period(self.mixers, self.num_layers)
+        if isinstance(self.blocks, BlockConfig):
+            raise ValueError("blocks must be a sequence of BlockConfigs, got one: put it in a tuple")
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        for index, block in enumerate(self.blocks):
+            if not isinstance(block, BlockConfig):
+                raise ValueError(f"blocks.{index} must be a BlockConfig, got {type(block).__name__}")
+            if block.parallel and block.norm_order is None and self.norm_order != "pre":
+                raise ValueError(
+                    f"blocks.{index} is parallel, whose norm_order is pre, but the model's is {self.norm_order}"
+                )
+        _check_period(self.blocks, self.num_layers, "blocks")
+        if self.mixers != _DEFAULT_MIXERS:
+            raise ValueError("blocks and mixers are both set: mixers is the short form; move it into blocks")
+        if self.encoder is None and (self.mlp, self.mlp_width) != (ModelConfig.mlp, ModelConfig.mlp_width):
+            raise ValueError("blocks and mlp are both set: give each block its feed_forward")
+        if not self.named_mixers:
+            raise ValueError("blocks: no layer has a mixer; a model of feed-forwards alone reads one token")
 
     def _check_numbers(self) -> None:
         check_dropout(self.dropout)
         check_epsilon(self, "norm_eps")
         check_between(self, "embedding_scale", 1e-3, 1e6, "embeddings vanish or overflow otherwise")
+        check_between(self, "norm_offset", 1e-3, 10, "1 is usual, and 0 turns it off", zero=True)
+        check_between(self, "logit_scale", 1e-6, 1e6, "logits vanish or overflow otherwise", signed=True)
         check_between(self, "init_std", 1e-6, 10, "the first gradients vanish or overflow otherwise")
         check_between(
             self, "logit_softcap", 0.1, 1e6, "less caps every logit at almost 0, and null turns it off"
         )
 
     @property
-    def hidden_width(self) -> int:
-        """The feed-forward width F."""
-        if self.mlp_width is not None:
-            return self.mlp_width
-        return 8 * round(self.d_model / 3) if is_gated(self.mlp) else 4 * self.d_model
+    def period(self) -> tuple[BlockConfig, ...]:
+        """The layers that are tiled: layer i is period[i % len(period)]. No `norm_order` is None."""
+        blocks = self.blocks
+        if blocks is None:
+            blocks = tuple(BlockConfig(mixer, self.feed_forward) for mixer in self.mixers)
+        return tuple(
+            dataclasses.replace(block, norm_order=self.norm_order) if block.norm_order is None else block
+            for block in blocks
+        )
+
+    @property
+    def encoder_period(self) -> tuple[BlockConfig, ...]:
+        """The layers that are tiled over the encoder's."""
+        mixers = () if self.encoder is None else self.encoder.mixers
+        return tuple(BlockConfig(mixer, self.feed_forward, self.norm_order) for mixer in mixers)
+
+    @property
+    def feed_forward(self) -> DenseConfig:
+        """The dense feed-forward that `mlp` and `mlp_width` describe: of every layer without `blocks`."""
+        return DenseConfig.of_word(self.mlp, self.mlp_width)
+
+    @property
+    def named_mixers(self) -> tuple[tuple[str, MixerConfig], ...]:
+        """The mixers of the period, each behind its key, such as mixers.0 or blocks.0.mixer."""
+        if self.blocks is None:
+            return tuple((f"mixers.{index}", mixer) for index, mixer in enumerate(self.mixers))
+        return tuple(
+            (f"blocks.{index}.mixer", block.mixer)
+            for index, block in enumerate(self.blocks)
+            if block.mixer is not None
+        )
 
     @property
     def prefix(self) -> int:
         """The length of the bidirectional prefix: the longest `Prefix` of the mixers' masks, or 0."""
-        return max(getattr(mixer, "mask", Full()).prefix or 0 for mixer in self.mixers)
+        return max(getattr(mixer, "mask", Full()).prefix or 0 for _, mixer in self.named_mixers)
 
     @property
     def limit(self) -> tuple[int, str] | None:
         """The maximum tokens per document and the option that sets it; None if there is no limit."""
         limits = [
-            (mixer.horizon, f"mixers.{index}.{mixer.horizon_key}")
-            for index, mixer in enumerate(self.mixers)
+            (mixer.horizon, f"{key}.{mixer.horizon_key}")
+            for key, mixer in self.named_mixers
             if mixer.horizon is not None
         ]
         if self.max_positions is not None:
@@ -168,16 +232,15 @@ def _check_sequence(config: Any) -> None:
     check_choices(config)
 
 
-def _check_mixers(mixers: tuple[MixerConfig, ...], d_model: int, causal: bool, name: str) -> None:
-    for index, mixer in enumerate(mixers):
-        if not isinstance(mixer, MixerConfig):
-            raise ValueError(
-                f"{name}.{index} must be the config of a mixer, such as make_config('softmax'), got {mixer!r}"
-            )
-        try:
-            mixer.check(d_model, causal=causal)
-        except ValueError as error:
-            raise ValueError(f"{name}.{index}: {error}") from None
+def _check_mixer(mixer: MixerConfig, d_model: int, causal: bool, key: str) -> None:
+    if not isinstance(mixer, MixerConfig):
+        raise ValueError(
+            f"{key} must be the config of a mixer, such as make_config('softmax'), got {mixer!r}"
+        )
+    try:
+        mixer.check(d_model, causal=causal)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _check_layers(num_layers: int) -> None:
@@ -186,6 +249,6 @@ def _check_layers(num_layers: int) -> None:
         raise ValueError(f"num_layers must be {limit}, got {num_layers}")
 
 
-def _check_period(mixers: tuple[MixerConfig, ...], num_layers: int) -> None:
-    if not 1 <= len(mixers) <= num_layers:
-        raise ValueError(f"mixers: {len(mixers)} given for {num_layers} layers; give from 1 to {num_layers}")
+def _check_period(period: tuple[Any, ...], num_layers: int, key: str = "mixers") -> None:
+    if not 1 <= len(period) <= num_layers:
+        raise ValueError(f"{key}: {len(period)} given for {num_layers} layers; give from 1 to {num_layers}")

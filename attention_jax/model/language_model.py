@@ -53,12 +53,20 @@ class LanguageModel(nnx.Module):
             self.positions = nnx.Embed(
                 config.max_positions, config.d_model, embedding_init=kernel_init, rngs=rngs
             )
-        self.stacks = make_stacks(config, config.mixers, config.num_layers, causal=config.causal, rngs=rngs)
+        self.stacks = make_stacks(config, config.period, config.num_layers, causal=config.causal, rngs=rngs)
         self.final_norm = make_norm(config, rngs)
         if config.encoder is not None:
             self.encoder = Encoder(config, rngs=rngs)
         if not config.tie_embeddings:
-            self.head = linear(config.d_model, config.vocab_size, kernel_init=kernel_init, rngs=rngs)
+            self.head = linear(
+                config.d_model,
+                config.vocab_size,
+                use_bias=config.head_bias,
+                kernel_init=kernel_init,
+                rngs=rngs,
+            )
+        if config.embedding_norm:
+            self.embed_norm = make_norm(config, rngs)
 
     def __call__(self, tokens_BT: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """float32 logits_BTV for whole rows."""
@@ -102,6 +110,10 @@ class LanguageModel(nnx.Module):
         else:
             kernel_DV = self.embed.embedding[...].T if head is None else head.kernel[...]
             logits_BTV = matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        if self.config.head_bias:
+            logits_BTV = logits_BTV + jnp.broadcast_to(head.bias[...].astype(jnp.float32), logits_BTV.shape)
+        if self.config.logit_scale is not None:
+            logits_BTV = logits_BTV * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
@@ -125,6 +137,8 @@ class LanguageModel(nnx.Module):
         if scale is None and self.config.sinusoidal:
             scale = math.sqrt(self.config.d_model)
         x_BTD = x_BTD if scale is None else x_BTD * scale
+        if self.config.embedding_norm:
+            x_BTD = self.embed_norm(x_BTD)
         limit = self.config.max_positions
         if limit is not None:
             positions_BT = ctx.positions_BT
@@ -169,7 +183,7 @@ class Encoder(nnx.Module):
         assert config.encoder is not None
         self.config = config
         self.stacks = make_stacks(
-            config, config.encoder.mixers, config.encoder.num_layers, causal=False, rngs=rngs
+            config, config.encoder_period, config.encoder.num_layers, causal=False, rngs=rngs
         )
         self.final_norm = make_norm(config, rngs)
 

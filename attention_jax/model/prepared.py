@@ -63,7 +63,8 @@ def prepare_model(model: nnx.Module) -> nnx.Module:
     else:
         kernel = model.embed.embedding[...] if config.tie_embeddings else model.head.kernel[...].T
         kernel_VD = nnx.Param(kernel.astype(dtype).astype(storage_dtype))
-    model.head = PreparedLinear(kernel_VD, dtype=dtype)
+    bias_V = nnx.Param(model.head.bias[...]) if config.head_bias else None
+    model.head = PreparedLinear(kernel_VD, bias_V, dtype=dtype)
     return model
 
 
@@ -88,10 +89,11 @@ def _prepare_block(block: Block, config: ModelConfig) -> None:
 def _common_inputs(block: Block, config: ModelConfig) -> Iterable[tuple[Path, ...]]:
     """The paths of the linear layers of each `fused_linear` in a step of one token."""
     graphdef, weights = nnx.split(block)
-    mixer, found = block.mixer.config, []
-    state = None if mixer.mixes_whole_row else block.mixer.init_state(1, capacity=1)
+    mixer, found, state = block.config.mixer, [], None
+    if mixer is not None and not mixer.mixes_whole_row:
+        state = block.mixer.init_state(1, capacity=1)
     x_BTD = jnp.zeros((1, 1, config.d_model), config.dtype)
-    memory_BSD = jnp.zeros_like(x_BTD) if mixer.reads_memory else None
+    memory_BSD = jnp.zeros_like(x_BTD) if mixer is not None and mixer.reads_memory else None
 
     def step(weights):
         block = nnx.merge(graphdef, weights)

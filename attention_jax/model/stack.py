@@ -1,6 +1,6 @@
 """Stacks of layers, applied unrolled or by `lax.scan`.
 
-Layer i has mixer i mod P of P mixers. Parameters are stacked by their index in this period: stack p holds the
+Layer i is entry i mod P of a period of P blocks. Parameters are stacked by their index in this period: stack p holds the
 layers p, p + P, p + 2P, ... with a leading layer axis. The same layout is applied unrolled (faster on a CPU) or
 by `lax.scan` over whole periods (compiles faster). A call with a state is always unrolled, and there is one state
 per layer: a loop over tokens updates each in place.
@@ -14,27 +14,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.caches import DEFAULT_CACHE, CacheOptions
-from attention_jax.mixers import Context, MixerConfig, MixerOutput
+from attention_jax.caches import DEFAULT_CACHE, Cache, CacheOptions, NoState
+from attention_jax.mixers import Context, MixerOutput
 from attention_jax.model.block import Block
+from attention_jax.model.block_config import BlockConfig
 from attention_jax.model.config import ModelConfig
 
 
 def make_stacks(
-    config: ModelConfig, mixers: tuple[MixerConfig, ...], num_layers: int, *, causal: bool, rngs: nnx.Rngs
+    config: ModelConfig, period: tuple[BlockConfig, ...], num_layers: int, *, causal: bool, rngs: nnx.Rngs
 ) -> nnx.List:
-    """`num_layers` blocks, stacked by their index in the period of `mixers`.
+    """`num_layers` blocks, stacked by their index in the period.
 
     If the period does not divide `num_layers`, the first stacks have one layer more.
     """
-    period = len(mixers)
     return nnx.List(
         _stacked(
-            lambda rngs, mixer=mixer: Block(config, mixer, causal=causal, rngs=rngs),
-            len(range(place, num_layers, period)),
+            lambda rngs, block=block: Block(config, block, causal=causal, rngs=rngs),
+            len(range(place, num_layers, len(period))),
             rngs,
         )
-        for place, mixer in enumerate(mixers)
+        for place, block in enumerate(period)
     )
 
 
@@ -112,12 +112,20 @@ def init_states(
     config: ModelConfig, batch: int, capacity: int, *, cache: CacheOptions = DEFAULT_CACHE
 ) -> list:
     """Empty states of all layers, one per layer."""
+    period, cache = config.period, cache.of_layer(config.dtype)
     return [
-        config.mixers[i % len(config.mixers)].init_state(
-            config.d_model, batch, capacity, causal=config.causal, cache=cache.of_layer(config.dtype)
-        )
+        init_layer_state(config, period[i % len(period)], batch, capacity, cache)
         for i in range(config.num_layers)
     ]
+
+
+def init_layer_state(
+    config: ModelConfig, block: BlockConfig, batch: int, capacity: int, cache: CacheOptions
+) -> Cache:
+    """The empty state of one layer."""
+    if block.mixer is None:
+        return NoState()
+    return block.mixer.init_state(config.d_model, batch, capacity, causal=config.causal, cache=cache)
 
 
 def _stacked(make, size: int, rngs: nnx.Rngs) -> nnx.Module:

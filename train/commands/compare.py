@@ -43,7 +43,7 @@ from train.run.restore import TrainedRun, fresh_state, load_run
 from train.step import make_train_step
 
 # What a table compares may differ in these keys, and in what changes no figure.
-_COMPARED = ("model.mixers", "model.max_positions", "model.sinusoidal", "model.logit_softcap")
+_COMPARED = ("model.blocks", "model.mixers", "model.max_positions", "model.sinusoidal", "model.logit_softcap")
 _NO_MATTER = ("run_dir", "evaluation.sample_prompt", "evaluation.sample_tokens")
 _STEPS, _TOKENS = 4, 64  # of one timed call
 

@@ -109,7 +109,7 @@ def table(accuracies: dict[Trial, float]) -> Iterator[str]:
         own = {trial: value for trial, value in accuracies.items() if trial.config == config}
         cells = [_cell({t: v for t, v in own.items() if t.setting == setting}) for setting in settings]
         run = config_lib.load(config)
-        floats = [state_floats(run.model.mixers[-1], run.model.d_model, T) for T, _ in settings]
+        floats = [state_floats(run.model.named_mixers[-1][1], run.model.d_model, T) for T, _ in settings]
         states = " / ".join(f"{number:,}" for number in dict.fromkeys(floats))
         yield f"| {config.stem} | {states} | {' | '.join(cells)} |"
 

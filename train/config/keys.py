@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import json
 import textwrap
 import tokenize
@@ -14,8 +15,8 @@ import types
 import typing
 from typing import Any
 
+from attention_jax.kinds import is_family
 from attention_jax.masks import Mask
-from attention_jax.mixers import MixerConfig, mixer_kinds
 
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
 
@@ -28,11 +29,11 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union or of `MixerConfig`; any other annotation is its own only one."""
-    if annotation is MixerConfig:
-        return tuple(mixer_kinds().values())
+    """The alternatives of a union or of a family of kinds; any other annotation is its own only one."""
+    if is_family(annotation):
+        return tuple(annotation.kinds().values())
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
+        return tuple(itertools.chain.from_iterable(map(members, typing.get_args(annotation))))
     return (annotation,)
 
 

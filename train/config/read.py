@@ -17,9 +17,10 @@ from typing import Any
 
 import pydantic
 
+from attention_jax.feed_forwards import FeedForwardConfig
 from attention_jax.hints import hint, look_up, near
 from attention_jax.masks import Mask, parse
-from attention_jax.mixers import MixerConfig, mixer_kinds
+from attention_jax.mixers import MixerConfig
 from train.config import shipped, synonyms, yaml_text
 from train.config.keys import default_of, expected, hints, item_type, kind_of, members, sections, words
 from train.config.schema import RunConfig
@@ -65,7 +66,9 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     except (RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"the configuration is not of nested dicts, lists and scalars: {error}") from None
     try:
-        config = _adapter(*mixer_kinds().values()).validate_json(text)
+        config = _adapter(*MixerConfig.kinds().values(), *FeedForwardConfig.kinds().values()).validate_json(
+            text
+        )
     except pydantic.ValidationError as error:
         raise ConfigError(_message(error, raw)) from None
     to_dict(config)  # early: a run folder could not hold what this refuses
@@ -220,9 +223,9 @@ _TELLING = (
 
 
 @functools.cache
-def _adapter(*mixers: type) -> pydantic.TypeAdapter:
-    """One per set of mixers: a schema holds the kinds that are registered when it is made."""
-    del mixers
+def _adapter(*kinds: type) -> pydantic.TypeAdapter:
+    """One per set of kinds: a schema holds the kinds that are registered when it is made."""
+    del kinds
     return pydantic.TypeAdapter(RunConfig)
 
 

@@ -99,10 +99,10 @@ class RunConfig:
                     f"data.{name} {length} exceeds model.{key} {limit}: lower it, or raise the other"
                 )
         if self.objective != "seq2seq" and data.packing == "documents":
-            for index, mixer in enumerate(model.mixers):
+            for key, mixer in model.named_mixers:
                 if mixer.mixes_whole_row:
                     raise ValueError(
-                        f"data.packing is documents: model.mixers.{index} ({mixer.kind}) mixes all tokens of "
+                        f"data.packing is documents: model.{key} ({mixer.kind}) mixes all tokens of "
                         "a row and cannot keep its documents apart; set it to stream"
                     )
         for index, mixer in enumerate(() if model.encoder is None else model.encoder.mixers):
@@ -127,10 +127,10 @@ class RunConfig:
             )
 
     def _check_language_model(self) -> None:
-        for index, mixer in enumerate(self.model.mixers):
+        for key, mixer in self.model.named_mixers:
             if mixer.reads_memory:
                 raise ValueError(
-                    f"model.mixers.{index}.kind is {mixer.kind}: it reads an encoder's output, which a "
+                    f"model.{key}.kind is {mixer.kind}: it reads an encoder's output, which a "
                     "language model does not have; set objective: seq2seq and model.encoder"
                 )
         if self.model.encoder is not None:
