@@ -30,7 +30,7 @@ LAYERS = [
     ["attention_jax.mixers", "attention_jax.drop_in"],
     ["attention_jax.feed_forwards"],
     ["attention_jax.model"],
-    ["attention_jax.generation", "attention_jax.catalogue"],
+    ["attention_jax.generation", "attention_jax.catalogue", "attention_jax.pretrained"],
     ["attention_jax"],
     ["attention_jax.benchmarks"],
     ["train"],
