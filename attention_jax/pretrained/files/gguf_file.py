@@ -126,8 +126,8 @@ class GGUFTensors:
 def open_gguf(path: str | os.PathLike) -> GGUFTensors:
     """The tensors and the metadata of a GGUF file of version 2 or 3.
 
-    Raises: ValueError for a file that is damaged, hostile, split or big-endian, and for a tensor of another type
-    than those in `SUPPORTED`; ModuleNotFoundError without the package `gguf`.
+    Raises: ValueError for a file that is damaged, hostile, split or big-endian, and for a tensor of another
+    type than those in `SUPPORTED`; ModuleNotFoundError without the package `gguf`.
     """
     return GGUFTensors(Path(path))
 
