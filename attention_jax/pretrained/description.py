@@ -25,7 +25,8 @@ _ONLY = {"is_encoder_decoder": False, "add_cross_attention": False, "quantizatio
 
 
 class Description:
-    """The keys and values of a config.json. Each method reads one key; `finish` refuses those that were not read.
+    """The keys and values of a config.json. Each method reads one key; `finish` refuses those that were not
+    read.
 
     where: the file, for messages. A null stands for an absent key.
     """
@@ -103,7 +104,8 @@ class Description:
         return choices[value]
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Refuse a key with any other value than these: an option that is not implemented. Absent is allowed."""
+        """Refuse a key with any other value than these: an option that is not implemented. Absent is
+        allowed."""
         value = self.get(key, None)
         if value is not None and value not in allowed:
             raise ValueError(

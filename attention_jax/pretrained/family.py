@@ -14,9 +14,10 @@ from attention_jax.pretrained.table import Entry
 class Family:
     """Architectures whose checkpoints share a table.
 
-    title: for people. model_types: the values of model_type in config.json. config: reads a description; it must
-    read every key that matters. table: all parameters. head: the name of the output projection, which files of
-    tied models may hold too. unused: patterns of tensors that are no parameters, such as stored masks.
+    title: for people. model_types: the values of model_type in config.json. config: reads a description; it
+    must read every key that matters. table: all parameters. head: the name of the output projection, which
+    files of tied models may hold too. unused: patterns of tensors that are no parameters, such as stored
+    masks.
     """
 
     title: str

@@ -29,8 +29,8 @@ def load_params(
 
     Args:
       dtype: of all floating parameters; None: that of the tensor in the file.
-      put: from a parameter's path and its array in host memory to the array on devices; `jax.device_put` unless
-        given.
+      put: from a parameter's path and its array in host memory to the array on devices; `jax.device_put`
+        unless given.
 
     Raises: ValueError for a missing, unknown or misshapen tensor, by name.
     """
@@ -63,7 +63,8 @@ def saved_specs(family: Family, config: ModelConfig, params: Mapping[str, Any]) 
     flat = flatten(params)
     dummies = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in flat.items()}
     return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _saved(family, config, dummies.__getitem__, flat)
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in _saved(family, config, dummies.__getitem__, flat)
     }
 
 
@@ -106,7 +107,9 @@ def _check_names(family: Family, config: ModelConfig, tensors: Tensors, items: l
     if config.tie_embeddings and family.head in extra:
         embedding = next(item.names[0] for item in items if item.targets[0][0] == "embed/embedding")
         if not np.array_equal(tensors.read(family.head), tensors.read(embedding)):
-            raise ValueError(f"tensor {family.head} differs from {embedding}, to which the configuration ties it")
+            raise ValueError(
+                f"tensor {family.head} differs from {embedding}, to which the configuration ties it"
+            )
         extra.remove(family.head)
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""

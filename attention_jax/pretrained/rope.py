@@ -44,7 +44,9 @@ def read_rope(
         theta, factor = new.number("rope_theta", theta), new.number("partial_rotary_factor", factor)
     width = int(head_dim * factor)
     scaling = None if given is None else _scaling(d, given, length)
-    return RoPE(theta=float(theta), width=None if width == head_dim else width, layout=layout, scaling=scaling)
+    return RoPE(
+        theta=float(theta), width=None if width == head_dim else width, layout=layout, scaling=scaling
+    )
 
 
 def _scaling(d: Description, s: Description, length: int | None) -> Scaling | None:

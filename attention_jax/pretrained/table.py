@@ -1,7 +1,8 @@
 """Tables between our parameters and the tensors of published checkpoints.
 
-An `Entry` says which tensors hold which parameters, and how to convert both ways. In names of tensors {i} stands
-for the layer and {e} for an expert; paths of ours are those below the top or, with {i} in the names, of a layer.
+An `Entry` says which tensors hold which parameters, and how to convert both ways. In names of tensors {i}
+stands for the layer and {e} for an expert; paths of ours are those below the top or, with {i} in the names,
+of a layer.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def _unchanged(arrays: Arrays, place: Place) -> Arrays:
 class Entry:
     """Tensors `theirs` that hold the parameters `ours`.
 
-    load: from their arrays to ours. save: its exact inverse. A name with {e} stands for one tensor per expert,
-    all of which are given in order. when: only for layers of which this is true.
+    load: from their arrays to ours. save: its exact inverse. A name with {e} stands for one tensor per
+    expert, all of which are given in order. when: only for layers of which this is true.
     """
 
     ours: tuple[str, ...]
@@ -77,7 +78,12 @@ def norm(ours: str, theirs: str, **options: Any) -> list[Entry]:
 
 
 def joined(
-    ours: Sequence[str], theirs: str, widths: Callable[[Place], Sequence[int]], *, axis: int = 0, **options: Any
+    ours: Sequence[str],
+    theirs: str,
+    widths: Callable[[Place], Sequence[int]],
+    *,
+    axis: int = 0,
+    **options: Any,
 ) -> list[Entry]:
     """Projections that are stored one after another in one: kernels [out, in] along `axis`, and their biases.
 

@@ -13,6 +13,6 @@ def family_of(model_type: str) -> Family:
     known = {name: family for family in FAMILIES for name in family.model_types}
     if model_type not in known:
         meant = near(model_type, known)
-        more = f"; did you mean {meant}?" if meant else "; `python -m attention_jax.pretrained` lists those that are"
+        more = f"; did you mean {meant}?" if meant else "; see `python -m attention_jax.pretrained`"
         raise ValueError(f"model_type {model_type!r} is not supported{more}")
     return known[model_type]

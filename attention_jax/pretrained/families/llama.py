@@ -138,9 +138,7 @@ def _mistral(d: Description) -> ModelConfig:
     types = layer_types(d, layers, None if size is None else ["sliding_attention"] * layers)
     rope = read_rope(d, head_dim(d))
     d.only("mlp_bias", False)
-    return model(
-        d, [BlockConfig(attention(d, window(d, kind, size), rope=rope), gated(d)) for kind in types]
-    )
+    return model(d, [BlockConfig(attention(d, window(d, kind, size), rope=rope), gated(d)) for kind in types])
 
 
 def _qwen(d: Description, attention_options: Callable[[Description], dict[str, Any]]) -> ModelConfig:
@@ -152,9 +150,7 @@ def _qwen(d: Description, attention_options: Callable[[Description], dict[str, A
         default = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     types = layer_types(d, layers, default)
     options = attention_options(d) | {"rope": read_rope(d, head_dim(d))}
-    return model(
-        d, [BlockConfig(attention(d, window(d, kind, size), **options), gated(d)) for kind in types]
-    )
+    return model(d, [BlockConfig(attention(d, window(d, kind, size), **options), gated(d)) for kind in types])
 
 
 def qwen3_norm(d: Description) -> dict[str, Any]:
