@@ -24,22 +24,29 @@ HeadNorm = Literal["rms", "l2", "layer", "rms_per_head", "rms_all_heads"]
 
 
 def head_norm(
-    kind: HeadNorm | None, heads: int, head_dim: int, *, epsilon: float, dtype: Any, rngs: nnx.Rngs
+    kind: HeadNorm | None,
+    heads: int,
+    head_dim: int,
+    *,
+    epsilon: float,
+    offset: float = 0.0,
+    dtype: Any,
+    rngs: nnx.Rngs,
 ) -> Any:
     """The norm of features [..., heads, H]; None if `kind` is None.
 
     rms: RMS norm of each head with one learned scale [H]. l2: without a scale (Llama 4 calls it L2 norm).
     layer: layer norm of each head with a learned scale and bias [H]. rms_per_head: RMS norm of each head with
-    a scale per head. rms_all_heads: RMS norm of all heads together (OLMo 2).
+    a scale per head. rms_all_heads: RMS norm of all heads together (OLMo 2). offset: that of rms and layer.
     """
     if kind is None:
         return None
     given = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
     if kind == "layer":
-        return LayerNorm(head_dim, use_fast_variance=False, **given)
+        return LayerNorm(head_dim, offset=offset, use_fast_variance=False, **given)
     if kind in ("rms_per_head", "rms_all_heads"):
         return HeadsRMSNorm(heads, head_dim, together=kind == "rms_all_heads", **given)
-    return RMSNorm(head_dim, use_scale=kind == "rms", **given)
+    return RMSNorm(head_dim, offset=offset, use_scale=kind == "rms", **given)
 
 
 class HeadsRMSNorm(nnx.Module):

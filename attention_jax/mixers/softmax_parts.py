@@ -41,6 +41,9 @@ class SelfAttentionConfig(SoftmaxMixerConfig):
     #: head), rms_all_heads (over all heads together, as OLMo 2); null: neither
     qk_norm: HeadNorm | None = None
     qk_norm_eps: float = 1e-6  #: added to the mean square of queries and keys (to the variance for layer)
+    qk_norm_offset: float = (
+        0.0  #: added to the learned scale of an rms or layer norm; 1 in Gemma 3, Qwen3-Next
+    )
     clip_qkv: float | None = None  #: limit c: clips queries, keys and values to [-c, c]; null: off
     softcap: float | None = None  #: cap c: replaces a score x by c tanh(x / c); null: off
     scale: float | None = None  #: multiplies q.k; null: 1 / sqrt(head_dim)
@@ -64,6 +67,11 @@ class SelfAttentionConfig(SoftmaxMixerConfig):
             if value is not None and not isinstance(value, cls):
                 raise ValueError(f"{name} must be a {cls.__name__} or null, got {value!r}")
         check_scores(self)
+        check_between(self, "qk_norm_offset", 1e-3, 10, "1 is usual, and 0 turns it off", zero=True)
+        if self.qk_norm_offset and self.qk_norm not in ("rms", "layer"):
+            raise ValueError(
+                f"qk_norm_offset {self.qk_norm_offset} is for qk_norm rms or layer, got {self.qk_norm}"
+            )
         check_between(self, "clip_qkv", 1e-3, 1e6, "less clips almost everything, and null turns it off")
 
     @property
@@ -105,7 +113,12 @@ class SelfAttention(Mixer):
             setattr(self, name, parts.linear(self.d_model, heads * H, use_bias=config.use_bias))
         self.setup_gates(parts)
         self.out = parts.out(N * H, self.d_model, use_bias=config.biased_output)
-        norm = {"epsilon": config.qk_norm_eps, "dtype": self.dtype, "rngs": parts.rngs}
+        norm = {
+            "epsilon": config.qk_norm_eps,
+            "offset": config.qk_norm_offset,
+            "dtype": self.dtype,
+            "rngs": parts.rngs,
+        }
         self.q_norm, self.k_norm = (head_norm(config.qk_norm, heads, H, **norm) for heads in (N, K))
         self.sink_logits = nnx.Param(jnp.zeros((N,), jnp.float32)) if config.sink_logits else None
 

@@ -17,8 +17,8 @@ _WITHOUT_MEANING = frozenset(
     pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id output_hidden_states
     output_attentions return_dict chunk_size_feed_forward id2label label2id problem_type pretraining_tp
     tokenizer_class auto_map model_type is_decoder _attn_implementation_autoset use_return_dict
-    task_specific_params max_position_embeddings tie_encoder_decoder unsloth_version unsloth_fixed
-    """.split()
+    task_specific_params max_position_embeddings tie_encoder_decoder cache_implementation unsloth_version
+    unsloth_fixed """.split()
 )
 # Keys that must have this value, where they are given.
 _ONLY = {"is_encoder_decoder": False, "add_cross_attention": False, "quantization_config": None}

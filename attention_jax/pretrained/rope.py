@@ -22,6 +22,8 @@ def read_rope(
     theta: float = 10_000.0,
     factor: float = 1.0,
     layout: str = "half",
+    theta_key: str = "rope_theta",
+    scaled: bool = True,
     length: int | None = None,
 ) -> RoPE:
     """The rotary embedding of a layer.
@@ -30,15 +32,17 @@ def read_rope(
       head_dim: width of a head, of which partial_rotary_factor rotates a share.
       layer_type: full_attention, sliding_attention ... where rope_parameters is nested.
       theta, factor: the family's rope_theta and partial_rotary_factor where the description has none.
+      theta_key, scaled: in the older spelling, the key of this layer's theta, and whether rope_scaling is for
+        it.
       length: the longest text in tokens, by which LongRoPE chooses its factors; None: the trained length.
     """
     new = d.mapping("rope_parameters", None)
     if new is not None and layer_type is not None and layer_type in new.values:
         new = new.mapping(layer_type)
     old = d.mapping("rope_scaling", None)
-    d.ignore("rope_theta", "partial_rotary_factor", "rotary_pct")
-    given = new if new is not None else old
-    theta = d.number("rope_theta", theta)
+    d.ignore("partial_rotary_factor", "rope_theta")
+    given = new if new is not None else old if scaled else None
+    theta = d.number(theta_key, theta)
     factor = d.number("partial_rotary_factor", factor)
     if new is not None:
         theta, factor = new.number("rope_theta", theta), new.number("partial_rotary_factor", factor)

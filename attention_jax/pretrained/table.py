@@ -110,6 +110,18 @@ def joined(
     ]
 
 
+def reshaped(ours: str, theirs: str, shape: Callable[[Place], tuple[int, ...]], **options: Any) -> Entry:
+    """A parameter of this shape that is stored flat."""
+
+    def load(arrays: Arrays, place: Place) -> Arrays:
+        return [x.reshape(shape(place)) for x in arrays]
+
+    def save(arrays: Arrays, place: Place) -> Arrays:
+        return [x.reshape(-1) for x in arrays]
+
+    return Entry((ours,), (theirs,), load, save, **options)
+
+
 def stacked(ours: str, theirs: str, *, transpose: bool = True, **options: Any) -> Entry:
     """The parameter [E, ...] of all experts, stored as one tensor per expert, kernels as [out, in]."""
 

@@ -51,4 +51,35 @@ ROWS: dict[str, Row] = {
     "smollm3": Row(
         "smollm3", SIZES | {"no_rope_layer_interval": 2}, _old(rope_theta=2000000.0, layer_types=None)
     ),
+    "gemma": Row(
+        "gemma", SIZES | {"head_dim": 12, "num_key_value_heads": 1},
+        _old(rope_theta=10000.0, hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"),
+    ),
+    "gemma2": Row(
+        "gemma2",
+        SIZES | {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20,
+                 "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        _old(rope_theta=10000.0, layer_types=None),
+    ),
+    "gemma3": Row(
+        "gemma3_text",
+        SIZES | {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20,
+                 "layer_types": ["sliding_attention", "full_attention"],
+                 "rope_parameters": {
+                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}},
+        _old(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling={"factor": 8.0, "rope_type": "linear"},
+             layer_types=None, sliding_window_pattern=2, _sliding_window_pattern=None),
+    ),
+    "olmo2": Row("olmo2", SIZES, _old(rope_theta=10000.0)),
+    "olmo3": Row(
+        "olmo3",
+        SIZES | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+                 "rope_parameters": {
+                     "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                     "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0,
+                                        "original_max_position_embeddings": 16}}},
+        _old(rope_theta=5e5, rope_scaling={"rope_type": "yarn", "factor": 4.0,
+                                           "original_max_position_embeddings": 16}),
+    ),
 }  # fmt: skip
