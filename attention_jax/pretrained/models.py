@@ -19,7 +19,8 @@ from attention_jax.optional import need
 from attention_jax.pretrained.description import Description
 from attention_jax.pretrained.families import family_of
 from attention_jax.pretrained.family import Family
-from attention_jax.pretrained.files import Tensors, new_folder, open_tensors, write_safetensors
+from attention_jax.pretrained.files import new_folder, open_tensors, write_safetensors
+from attention_jax.pretrained.gguf_models import GGUFModel
 from attention_jax.pretrained.load import load_params, saved_specs, saved_tensors
 
 _MOST_JSON = 100_000_000
@@ -64,7 +65,12 @@ def load_pretrained(
     """
     path = resolve(name)
     tensors = open_tensors(path)
-    description, family = describe(path, tensors)
+    if path.is_dir():
+        description = describe(path)
+    else:
+        tensors = GGUFModel(tensors, str(path))
+        description = tensors.description
+    family = family_of(description.model_type)
     config = read_config(family, description)
     config = dataclasses.replace(config, dtype=compute_dtype)
     put = None if mesh is None else lambda _, x: jax.device_put(x, _spread(mesh, x.shape))
@@ -88,7 +94,8 @@ def save_pretrained(
     like = resolve(like)
     if not like.is_dir():
         raise ValueError(f"{like}: save_pretrained needs a folder with a config.json; GGUF is only read")
-    description, family = describe(like, None)
+    description = describe(like)
+    family = family_of(description.model_type)
     expected = dataclasses.replace(read_config(family, Description(description.values)), dtype=config.dtype)
     if expected != config:
         raise ValueError(
@@ -122,12 +129,9 @@ def resolve(name: str | os.PathLike) -> Path:
         raise ValueError(f"{name}: no such folder, and it could not be downloaded: {reason}") from None
 
 
-def describe(path: Path, tensors: Tensors | None) -> tuple[Description, Family]:
-    """The description of a model and its family."""
-    del tensors
-    if not path.is_dir():
-        raise ValueError(f"{path}: GGUF files are not supported yet")
-    file = path / "config.json"
+def describe(folder: Path) -> Description:
+    """The description in a folder's config.json."""
+    file = folder / "config.json"
     try:
         if file.stat().st_size > _MOST_JSON:
             raise ValueError(f"{file}: more than {_MOST_JSON} bytes are no description")
@@ -136,8 +140,7 @@ def describe(path: Path, tensors: Tensors | None) -> tuple[Description, Family]:
         raise ValueError(f"{file}: no such file: the folder of a model has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
-    description = Description(values, str(file))
-    return description, family_of(description.model_type)
+    return Description(values, str(file))
 
 
 def read_config(family: Family, description: Description) -> ModelConfig:
