@@ -66,8 +66,8 @@ _SIZES = {
 class GGUFModel:
     """The tensors of a GGUF file under the names that a checkpoint of Hugging Face has.
 
-    Implements `Tensors`; `description` is the config.json of the model. Raises: ValueError for an architecture,
-    an option or a tensor that is not known, by name.
+    Implements `Tensors`; `description` is the config.json of the model. Raises: ValueError for an unknown
+    architecture, option or tensor, by name.
     """
 
     def __init__(self, tensors: GGUFTensors, where: str):
