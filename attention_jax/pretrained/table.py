@@ -77,6 +77,21 @@ def norm(ours: str, theirs: str, **options: Any) -> list[Entry]:
     ]
 
 
+def convolution(ours: str, theirs: str, **options: Any) -> list[Entry]:
+    """The depthwise kernel [W, C], stored as [C, 1, W], and the bias of a short convolution."""
+
+    def load(arrays: Arrays, place: Place) -> Arrays:
+        return [x[:, 0].T for x in arrays]
+
+    def save(arrays: Arrays, place: Place) -> Arrays:
+        return [x.T[:, None] for x in arrays]
+
+    return [
+        Entry((f"{ours}/kernel",), (f"{theirs}.weight",), load, save, **options),
+        same(f"{ours}/bias", f"{theirs}.bias", **options),
+    ]
+
+
 def joined(
     ours: Sequence[str],
     theirs: str,

@@ -20,12 +20,14 @@ LLAMA3 = {
 class Row:
     """A configuration of transformers. options: its arguments. old: keys of the hub's older spelling.
 
-    old replaces keys of the saved config.json: a null removes one.
+    old replaces keys of the saved config.json: a null removes one. first_hidden: where in
+    transformers' hidden_states the output of the first layer is.
     """
 
     model_type: str
     options: dict[str, Any]
     old: dict[str, Any] | None = None
+    first_hidden: int = 1
 
 
 def _old(**keys: Any) -> dict[str, Any]:
@@ -81,5 +83,13 @@ ROWS: dict[str, Row] = {
                                         "original_max_position_embeddings": 16}}},
         _old(rope_theta=5e5, rope_scaling={"rope_type": "yarn", "factor": 4.0,
                                            "original_max_position_embeddings": 16}),
+    ),
+    "mamba2": Row(
+        "mamba2",
+        {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8,
+         "state_size": 6, "n_groups": 2, "chunk_size": 8, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2},
+        {"dtype": None, "torch_dtype": "float32", "time_step_rank": 2},
+        first_hidden=0,
     ),
 }  # fmt: skip

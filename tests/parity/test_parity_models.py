@@ -42,7 +42,7 @@ class Pair:
         """(logits_BTV, the output of every layer but the last, behind which there is a norm)."""
         with torch.no_grad():
             out = self.peer(torch.tensor(self.tokens_BT).long(), output_hidden_states=True)
-        return out.logits.numpy(), [h.numpy() for h in out.hidden_states[1:-1]]
+        return out.logits.numpy(), [h.numpy() for h in out.hidden_states[self.row.first_hidden : -1]]
 
 
 def _draw(peer):
