@@ -38,7 +38,7 @@ _NAME = re.compile(r"(?:blk\.(\d+)\.)?([a-z_]+)\.(weight|bias)")
 
 #: By general.architecture: model_type, names of a layer's tensors, whether q and k are permuted, and what
 #: was added to the norms.
-_ARCHITECTURES: dict[str, tuple[str, Mapping[str, str], bool, float]] = {
+ARCHITECTURES: dict[str, tuple[str, Mapping[str, str], bool, float]] = {
     "llama": ("llama", _LAYER, True, 0.0),
     "qwen2": ("qwen2", _LAYER, False, 0.0),
     "qwen3": ("qwen3", _LAYER, False, 0.0),
@@ -73,12 +73,12 @@ class GGUFModel:
     def __init__(self, tensors: GGUFTensors, where: str):
         self.metadata, self._tensors, self._where = tensors.metadata, tensors, where
         architecture = tensors.metadata.get("general.architecture")
-        if architecture not in _ARCHITECTURES:
+        if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"{where}: general.architecture {architecture!r} is not supported; there are "
-                f"{', '.join(_ARCHITECTURES)}"
+                f"{', '.join(ARCHITECTURES)}"
             )
-        self.model_type, layer, self._permuted, self._norm_offset = _ARCHITECTURES[architecture]
+        self.model_type, layer, self._permuted, self._norm_offset = ARCHITECTURES[architecture]
         self._names = {self._theirs(name, layer): name for name in tensors.names()}
         self.description = self._describe(architecture)
 
