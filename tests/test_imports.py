@@ -18,7 +18,7 @@ TOP = ("attention_jax", "train", "scripts", "tests")
 LAYERS = [
     ["attention_jax.about", "attention_jax.choices", "attention_jax.hints", "attention_jax.optional"],
     ["attention_jax.masks", "attention_jax.biases", "attention_jax.positions", "attention_jax.feature_maps"],
-    ["attention_jax.caches"],
+    ["attention_jax.caches", "attention_jax.tokenizers"],
     ["attention_jax.ops"],
     ["attention_jax.layers"],
     ["attention_jax.mixers", "attention_jax.drop_in"],
