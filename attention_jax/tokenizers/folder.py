@@ -121,7 +121,7 @@ def _ids(generation: Mapping[str, Any], name: str) -> list[int]:
 
 
 def _chat_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:
-    """The source in chat_template.jinja, chat_template.json or tokenizer_config.json; "default" of several."""
+    """The source in chat_template.jinja, chat_template.json or tokenizer_config.json, "default" if named."""
     if (path := folder / "chat_template.jinja").exists():
         try:
             return read_bytes(path).decode()

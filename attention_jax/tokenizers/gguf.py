@@ -91,8 +91,7 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], split: Split) -> A
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: np.ndarray) -> Any:
     tokenizers = need("tokenizers", "a tokenizer of a published model")
-    family = str(metadata.get("general.architecture"))
-    gemma = family.startswith("gemma")
+    gemma = str(metadata.get("general.architecture")).startswith("gemma")
     prefix = bool(metadata.get(_KEY + "add_space_prefix", True)) and not gemma
     if gemma:  # its runs of spaces are written as spaces, and its merges are in the order of its tokens
         tokens = [_BLANK * len(token) if token.strip(" ") == "" else token for token in tokens]
@@ -110,13 +109,11 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: np.nda
         vocabulary = {token: i for i, token in enumerate(tokens)}
         model = tokenizers.models.BPE(vocabulary, pairs, fuse_unk=True, byte_fallback=True, unk_token=unknown)
     backend = tokenizers.Tokenizer(model)
-    steps, decoders = [], tokenizers.decoders
-    if family == "phi3" and prefix:  # as its tokenizer.json: a space in front, even before a space
-        steps = [tokenizers.normalizers.Prepend(_BLANK)]
-    elif prefix:
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-            _BLANK, prepend_scheme="first", split=False
-        )
+    decoders = tokenizers.decoders
+    # A space in front of the text and of what follows an added token, even before a space: so do llama.cpp
+    # and SentencePiece. transformers' reading of such a file adds it at the start only, and not before a
+    # space.
+    steps = [tokenizers.normalizers.Prepend(_BLANK)] if prefix else []
     backend.normalizer = tokenizers.normalizers.Sequence(
         [*steps, tokenizers.normalizers.Replace(" ", _BLANK)]
     )

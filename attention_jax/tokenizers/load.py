@@ -124,7 +124,9 @@ def _sentencepiece(raw: bytes, config: FolderConfig) -> SentencePieceTokenizer:
             raise ValueError(f"token {text[:40]!r} of tokenizer_config.json has the id {i} of another token")
     names = {text: i for text, (i, _) in config.added.items() if i >= plain.vocab_size}
     look_up = lambda text: names.get(text, known(text))  # noqa: E731
-    return SentencePieceTokenizer(raw, names, special_tokens(config, look_up, default_special_tokens(raw)))
+    special = special_tokens(config, look_up, default_special_tokens(raw))
+    each = config.tokenizer.get("legacy") is not False
+    return SentencePieceTokenizer(raw, names, special, prefix_after_special=each)
 
 
 def _tiktoken(raw: bytes, config: FolderConfig) -> TiktokenTokenizer:
@@ -170,7 +172,8 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
 _PUBLISHED: dict[str, Callable[[dict[str, Any], SpecialTokens], Tokenizer]] = {
     "hugging_face": lambda spec, special: HuggingFaceTokenizer.from_text(spec["tokenizer"], special),
     "sentencepiece": lambda spec, special: SentencePieceTokenizer(
-        base64.b64decode(spec["model"], validate=True), spec["names"], special
+        base64.b64decode(spec["model"], validate=True), spec["names"], special,
+        prefix_after_special=spec["prefix_after_special"],
     ),
     "tiktoken": lambda spec, special: TiktokenTokenizer(
         {base64.b64decode(raw, validate=True): i for raw, i in spec["ranks"].items()},

@@ -26,8 +26,8 @@ _WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 class SentencePieceTokenizer(PublishedTokenizer):
     """A SentencePiece model.
 
-    The space that most models put in front of a text precedes its first token only, and not what follows a
-    special token.
+    Most models put a space in front of a text. It also precedes what follows a special token, as in the code
+    that trained them, unless `prefix_after_special` is false (`"legacy": false` in tokenizer_config.json).
 
     Args:
       model: the file's bytes.
@@ -40,9 +40,14 @@ class SentencePieceTokenizer(PublishedTokenizer):
     kind = "sentencepiece"
 
     def __init__(
-        self, model: bytes, names: Mapping[str, int] | None = None, special: SpecialTokens = NO_SPECIAL_TOKENS
+        self,
+        model: bytes,
+        names: Mapping[str, int] | None = None,
+        special: SpecialTokens = NO_SPECIAL_TOKENS,
+        *,
+        prefix_after_special: bool = True,
     ):
-        self._model, self._names = model, dict(names or {})
+        self._model, self._names, self._prefixes_all = model, dict(names or {}), prefix_after_special
         self._first, self._later = _processor(model), _processor(model + _WITHOUT_PREFIX)
         read, count = self._first, self._first.get_piece_size()
         with one_line("sentencepiece refuses it"):
@@ -63,7 +68,8 @@ class SentencePieceTokenizer(PublishedTokenizer):
 
     def to_json(self) -> dict[str, Any]:
         model = base64.b64encode(self._model).decode()
-        return {"kind": self.kind, "model": model, "names": self._names, "special": self.special.to_json()}
+        own = {"kind": self.kind, "model": model, "names": self._names}
+        return own | {"prefix_after_special": self._prefixes_all, "special": self.special.to_json()}
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         if not parse_special or self._cut is None:
@@ -73,14 +79,16 @@ class SentencePieceTokenizer(PublishedTokenizer):
             if index % 2:
                 ids.append(self._parsed[part])
             elif part:
-                ids += (self._later if index else self._first).encode(part)
+                ids += (self._first if self._prefixes_all or not index else self._later).encode(part)
         return ids
 
     def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         ids = self._encode(text, True)
-        raws = [self.pieces.texts[i] for i in ids]
-        if raws and self._prefixed and ids[0] not in self.pieces.special:  # the prefix is no part of the text
-            raws[0] = raws[0].removeprefix(b" ")
+        raws, parsed, after = [], set(self._parsed.values()), True
+        for index, i in enumerate(ids):
+            prefixed = self._prefixed and i not in parsed and after and (self._prefixes_all or not index)
+            raws.append(self.pieces.texts[i].removeprefix(b" ") if prefixed else self.pieces.texts[i])
+            after = i in parsed
         return ids, spans_of_pieces(text, raws)
 
 
