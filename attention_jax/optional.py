@@ -7,6 +7,7 @@ from typing import Any
 
 _EXTRAS = {
     "train": "optax orbax grain pydantic ruamel tyro tensorboardX rich matplotlib",
+    "pretrained": "tokenizers gguf jinja2 tiktoken sentencepiece huggingface_hub",
     "parity": "torch transformers fla",
 }
 

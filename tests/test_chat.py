@@ -14,10 +14,10 @@ import pytest
 
 from attention_jax import AttentionConfig, ModelConfig, RoPE, Sampling, generate, init_params
 from attention_jax.generation import NGram, loop
+from attention_jax.tokenizers import ByteTokenizer, CharTokenizer
 from train.commands import generate as script
 from train.commands.chat import Settings, converse
 from train.config.schema import RunConfig
-from train.data.tokenizers import ByteTokenizer, CharTokenizer
 from train.run.restore import TrainedRun
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ LAYERS = [
         "attention_jax.optional",
     ],
     ["attention_jax.masks", "attention_jax.biases", "attention_jax.positions", "attention_jax.feature_maps"],
-    ["attention_jax.caches"],
+    ["attention_jax.caches", "attention_jax.tokenizers"],
     ["attention_jax.ops"],
     ["attention_jax.layers"],
     ["attention_jax.mixers", "attention_jax.drop_in"],

@@ -19,6 +19,7 @@ from attention_jax.generation import generate
 from attention_jax.mixers import AttentionConfig, Context
 from attention_jax.model import ModelConfig, apply
 from attention_jax.positions import RoPE
+from attention_jax.tokenizers import ByteTokenizer, CharTokenizer
 from tests.params import random_params
 from tests.runs import interrupt, rows, saved
 from train import cli, loop
@@ -29,7 +30,6 @@ from train.data import masking
 from train.data.batches import MaskedData, TextData
 from train.data.packing import Piece, assemble
 from train.data.prepare import prepare
-from train.data.tokenizers import ByteTokenizer, CharTokenizer
 from train.optimizer import make_optimizer
 from train.run import restore
 from train.run.folder import differences

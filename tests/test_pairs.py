@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attention_jax.tokenizers import ByteTokenizer
 from train.config.sections import DataConfig
 from train.data import corpus, pairs, snapshot
 from train.data.batches import PairData
 from train.data.corpus import Corpus, Document
 from train.data.pairs import Pair
 from train.data.prepare import prepare
-from train.data.tokenizers import ByteTokenizer
 
 END = ByteTokenizer.end_of_document
 

@@ -15,8 +15,8 @@ from attention_jax.generation import DecodeState, Sampling, generate, loop, pref
 from attention_jax.mixers import AttentionConfig, LinearAttentionConfig
 from attention_jax.model import ModelConfig
 from attention_jax.positions import RoPE
+from attention_jax.tokenizers import CharTokenizer
 from tests.params import random_params
-from train.data.tokenizers import CharTokenizer
 
 GREEDY = Sampling(0)
 KEY = jax.random.key(5)

@@ -18,6 +18,7 @@ import pytest
 from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig
 from attention_jax.model import EncoderConfig, ModelConfig, ModelOutput, apply, encode, init_params
 from attention_jax.positions import RoPE
+from attention_jax.tokenizers import ByteTokenizer
 from tests.runs import interrupt, rows, saved
 from train import config as config_lib
 from train import loop, samples
@@ -25,7 +26,6 @@ from train.commands import generate as generate_script
 from train.config.sections import OptimizerConfig
 from train.data import corpus
 from train.data.prepare import prepare
-from train.data.tokenizers import ByteTokenizer
 from train.optimizer import make_optimizer
 from train.run import restore
 from train.step import make_eval_step, make_train_step

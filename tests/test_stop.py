@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attention_jax.generation.stop import StoppableText, TextDecoder
-from train.data.tokenizers import ByteTokenizer, CharTokenizer
+from attention_jax.tokenizers import ByteTokenizer, CharTokenizer
 
 BYTES = ByteTokenizer()
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from attention_jax.generation import Increment
+from attention_jax.tokenizers import ByteTokenizer
 from train import signals, streams
 from train.commands import generate, trials
 from train.config.schema import RunConfig
-from train.data.tokenizers import ByteTokenizer
 from train.run.restore import Requests
 
 ROOT = Path(__file__).parents[1]

@@ -23,8 +23,9 @@ from attention_jax.generation.requests import Batch, check_count, checked_batch
 from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
 from attention_jax.generation.speculative import SpeculativeDecoding
-from attention_jax.generation.stop import StoppableText, Tokenizer
+from attention_jax.generation.stop import StoppableText
 from attention_jax.model import ModelConfig, prepare_for_decoding
+from attention_jax.tokenizers.base import Decodes
 
 _STOP_CHUNK = 16  # tokens between two looks for stop strings; those after a match are computed in vain
 
@@ -41,7 +42,7 @@ def generate(
     request_ids: Sequence[int] | None = None,
     capacity: int | None = None,
     sources: Sequence[Sequence[int] | np.ndarray] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Decodes | None = None,
     logits_fn: loop.LogitsFn | None = None,
     state: DecodeState | None = None,
     cache: CacheOptions = DEFAULT_CACHE,
@@ -101,7 +102,7 @@ def stream(
     request_ids: Sequence[int] | None = None,
     capacity: int | None = None,
     sources: Sequence[Sequence[int] | np.ndarray] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Decodes | None = None,
     logits_fn: loop.LogitsFn | None = None,
     state: DecodeState | None = None,
     cache: CacheOptions = DEFAULT_CACHE,
@@ -132,7 +133,7 @@ def begin(
     batch: Batch,
     *,
     key: jax.Array | None,
-    tokenizer: Tokenizer | None,
+    tokenizer: Decodes | None,
     logits_fn: loop.LogitsFn | None,
     state: DecodeState | None,
     cache: CacheOptions,
@@ -253,7 +254,7 @@ def _increments(
 class _Sample:
     """What the host knows of one row."""
 
-    def __init__(self, batch: Batch, row: int, tokenizer: Tokenizer | None, *, plain: bool):
+    def __init__(self, batch: Batch, row: int, tokenizer: Decodes | None, *, plain: bool):
         self.request, self.sample = int(batch.rows[row]), int(batch.samples[row])
         self.sampling = batch.samplings[self.request]
         self.finish_reason: Any = None

@@ -28,8 +28,8 @@ from attention_jax.generation.requests import check_count, checked_batch, checke
 from attention_jax.generation.results import Increment
 from attention_jax.generation.sampling import Sampling, is_integer
 from attention_jax.generation.states import check_state
-from attention_jax.generation.stop import Tokenizer
 from attention_jax.model import ModelConfig, init_state, prepare_for_decoding
+from attention_jax.tokenizers.base import Decodes
 
 
 class Session:
@@ -54,7 +54,7 @@ class Session:
         *,
         capacity: int,
         eos_id: int | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Decodes | None = None,
         cache: CacheOptions = DEFAULT_CACHE,
         state: DecodeState | None = None,
         tokens: Sequence[int] | np.ndarray = (),

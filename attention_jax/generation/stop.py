@@ -7,20 +7,14 @@ another. Text that later tokens could still change, or that could become part of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from attention_jax.tokenizers.base import Decodes
 
 _REPLACED = "\ufffd"  # what tokenizers put in the place of bytes that are not (yet) UTF-8
 _OPEN = 3  # an incomplete character of UTF-8 has at most 3 bytes, each of which may show as one such
 _WINDOW = 64  # tokens that are decoded again, beside those of one call
 _TRIES = 16
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of some token ids."""
-        ...
 
 
 class TextDecoder:
@@ -30,7 +24,7 @@ class TextDecoder:
     first token of a text in its own way.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Decodes):
         self._tokenizer = tokenizer
         self._ids: list[int] = []  # those that may be decoded again
         self._clean = 0  # how many of them stand before the last place without an incomplete character
@@ -82,7 +76,7 @@ class StoppableText:
     that ends within the first `min_tokens` - 1 tokens is ordinary text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0):
+    def __init__(self, tokenizer: Decodes, stop: tuple[str, ...] = (), min_tokens: int = 0):
         self._decoder, self._stop, self._min_tokens = TextDecoder(tokenizer), stop, min_tokens
         self._held, self._tokens = "", 0
 

@@ -28,8 +28,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from attention_jax import tokenizers
 from train.config.sections import DataConfig
-from train.data import masking, snapshot, tokenizers
+from train.data import masking, snapshot
 from train.data.packing import (
     Batch,
     Piece,

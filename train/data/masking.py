@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from attention_jax.tokenizers import Tokenizer
 from train.config.sections import DataConfig
 from train.data.packing import Batch
 from train.data.tasks import TaskConfig
-from train.data.tokenizers import Tokenizer
 
 
 def mask_id(tokenizer: Tokenizer) -> int:

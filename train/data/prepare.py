@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from attention_jax import tokenizers
 from train.config.sections import MASKING_KEYS, DataConfig
-from train.data import corpus, snapshot, tokenizers
+from train.data import corpus, snapshot
 from train.data import pairs as pairs_lib
 from train.data.batches import PAIR_ORDER, Data, MaskedData, PairData, TextData
 from train.data.corpus import Document

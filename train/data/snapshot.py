@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data import tokenizers
+from attention_jax import tokenizers
 from train.data.corpus import Document
 from train.data.packing import Split
 from train.run.files import digests, exists, sha256, whole_folder, write_json

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from attention_jax import tokenizers
 from attention_jax.model import ModelConfig, init_params
 from train.config.schema import RunConfig
-from train.data import snapshot, tokenizers
+from train.data import snapshot
 from train.data.masking import vocabulary_size
 from train.optimizer import make_optimizer
 from train.run.checkpoint import CheckpointError, Checkpoints
