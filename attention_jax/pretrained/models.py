@@ -22,6 +22,7 @@ from attention_jax.pretrained.family import Family
 from attention_jax.pretrained.files import new_folder, open_tensors, write_safetensors
 from attention_jax.pretrained.gguf_models import GGUFModel
 from attention_jax.pretrained.load import load_params, saved_specs, saved_tensors
+from attention_jax.tokenizers import Tokenizer, load_tokenizer
 
 _MOST_JSON = 100_000_000
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
@@ -38,7 +39,7 @@ class Pretrained(NamedTuple):
 
     config: ModelConfig
     params: dict
-    tokenizer: Any
+    tokenizer: Tokenizer | None
 
 
 def load_pretrained(
@@ -75,7 +76,7 @@ def load_pretrained(
     config = dataclasses.replace(config, dtype=compute_dtype)
     put = None if mesh is None else lambda _, x: jax.device_put(x, _spread(mesh, x.shape))
     params = load_params(family, config, tensors, dtype=dtype, put=put)
-    return Pretrained(config, params, None)
+    return Pretrained(config, params, load_tokenizer(path) if _has_tokenizer(path) else None)
 
 
 def save_pretrained(
@@ -127,6 +128,10 @@ def resolve(name: str | os.PathLike) -> Path:
     except Exception as error:  # of the network, of many packages
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: no such folder, and it could not be downloaded: {reason}") from None
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return path.is_file() or any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def describe(folder: Path) -> Description:
