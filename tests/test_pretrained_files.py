@@ -21,6 +21,7 @@ from attention_jax.pretrained.files import (
     open_folder,
     open_tensors,
     place,
+    read_folder_json,
     reading,
 )
 from attention_jax.pretrained.files.reading import File, Place, box_of
@@ -83,6 +84,10 @@ def test_a_slice_reads_its_bytes_alone(tmp_path, monkeypatch):
         count.clear()
         assert_array_equal(tensors.read_slice("x", index), x[index])
         assert sum(count) == least
+    # Runs of a few bytes are not worth a call each.
+    count.clear()
+    assert_array_equal(tensors.read_slice("x", (slice(None), slice(2, 4))), x[:, 2:4])
+    assert len(count) == 1
 
 
 ONE = {"a": entry()}
@@ -191,6 +196,14 @@ def test_links_stay_in_the_folder_or_in_the_hubs_cache(tmp_path):
     os.rename(tmp_path / "real" / "model.safetensors", blobs / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
     assert open_folder(snapshot).names() == ["a"]
+    (snapshot / "config.json").write_text('{"a": [1, NaN]}')
+    refused("config.json holds NaN", read_folder_json, snapshot, "config.json")
+    (snapshot / "config.json").write_text('{"a": [1]}')
+    assert read_folder_json(snapshot, "config.json") == {"a": [1]}
+    refused("no such file", read_folder_json, snapshot, "tokenizer.json")
+    (snapshot / "part").mkdir()
+    (snapshot / "part" / "model.safetensors").symlink_to("../../../blobs/0123")
+    assert open_folder(snapshot / "part").names() == ["a"]
     (tmp_path / "alias").symlink_to(snapshot)
     assert open_folder(tmp_path / "alias").names() == ["a"]
     link = tmp_path / "real" / "model.safetensors"
@@ -239,7 +252,7 @@ SHARDED = """
 import os, sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax, numpy as np
-from attention_jax.pretrained.files import open_folder, place
+from attention_jax.pretrained.files import read_folder_json, open_folder, place
 tensors, mesh = open_folder(sys.argv[1]), jax.make_mesh((4, 2), ("data", "model"))
 x, reads = tensors.read("x"), []
 read_slice = tensors.read_slice

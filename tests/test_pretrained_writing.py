@@ -78,7 +78,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 
     assert (
         peak(lambda: write_safetensors(tmp_path, spec, ((name, np.ones(shape, dtype)) for name in names)))
-        < 2.2
+        < 1.2
     )
     tensors = open_folder(tmp_path)
     assert peak(lambda: [tensors.read(name).sum() for name in names]) < 1.2

@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 
 from attention_jax.pretrained.files.gguf_file import GGUFTensors, open_gguf
-from attention_jax.pretrained.files.hugging_face import SafetensorsTensors, open_folder, open_safetensors
+from attention_jax.pretrained.files.hugging_face import (
+    SafetensorsTensors,
+    open_folder,
+    open_safetensors,
+    read_folder_json,
+)
 from attention_jax.pretrained.files.placing import place, place_parts
 from attention_jax.pretrained.files.reading import Tensors
 from attention_jax.pretrained.files.writing import Spec, new_folder, write_safetensors
@@ -23,6 +28,7 @@ __all__ = [
     "open_tensors",
     "place",
     "place_parts",
+    "read_folder_json",
     "write_safetensors",
 ]
 

@@ -104,6 +104,12 @@ def open_safetensors(path: str | os.PathLike) -> SafetensorsTensors:
     return SafetensorsTensors(Path(path), [File(Path(path))], None, {})
 
 
+def read_folder_json(folder: str | os.PathLike, name: str) -> dict[str, Any]:
+    """The object of a folder's JSON file (config.json); links, repeated keys and size are checked."""
+    file = _shard(Path(folder), name)
+    return read_json(file, 0, file.size, name)
+
+
 def _instead(folder: Path) -> str:
     """Why a folder without safetensors cannot be read, and what to do."""
     names = sorted(os.listdir(folder))
@@ -124,8 +130,8 @@ def _shard(folder: Path, name: str) -> File:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):
         raise ValueError(f"{path}: no such file: download it again") from None
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if target.parent not in allowed:
+    caches = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    if target.parent not in (home, *caches):
         raise ValueError(
             f"{path}: a link to {quoted(str(target))}, outside of the folder: copy the file here"
         )
@@ -135,7 +141,7 @@ def _shard(folder: Path, name: str) -> File:
 def _index(file: File) -> tuple[dict[str, str], dict[str, Any]]:
     """Tensor name to shard name, and the metadata, of an index."""
     index = read_json(file, 0, file.size, "the index")
-    weights, metadata = index.get("weight_map"), index.get("metadata", {})
+    weights, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(weights, dict) or not weights or not isinstance(metadata, dict):
         raise ValueError(f"{file.path}: the index has no weight_map from tensors to shards")
     for name, shard in weights.items():
