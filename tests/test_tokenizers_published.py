@@ -65,12 +65,12 @@ def write_folder(folder, **files):
     return folder
 
 
-def sentencepiece_model(**options):
-    out = io.BytesIO()
+def sentencepiece_model():
+    out, lines = io.BytesIO(), iter("\n".join(LINES).split("\n"))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(LINES).split("\n")), model_writer=out, vocab_size=330, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=False,
-        num_threads=1, **{"model_type": "bpe"} | options,
+        sentence_iterator=lines, model_writer=out, vocab_size=330, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        num_threads=1, minloglevel=2,
     )  # fmt: skip
     return out.getvalue()
 
@@ -252,7 +252,10 @@ def test_what_a_gguf_file_says(tmp_path):
     assert [len(made.encode("x    1")) for made in (one, each)] == [5, 4]
 
 
-TEXT_TO_SPLIT = "Don't stop, I'LL go! naïve Ünïcode HTTPServer 한국어 x=1234567;\r\n\r\n\tint a[3] += $5.00 ... ??\n   end  e\u0301 १२३/"
+TEXT_TO_SPLIT = (
+    "Don't stop, I'LL go! naïve Ünïcode HTTPServer 한국어 x=1234567;\r\n\r\n\tint a[3] += $5.00 ... ??\n"
+    "   end  e\u0301 १२३/"
+)
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o"])
@@ -327,20 +330,16 @@ def claim(raw):
         (lambda raw: b"GGUF", "no GGUF file"),
         (lambda raw: raw[:4] + b"\x09" + raw[5:], "GGUF version 9 is not supported"),
         (lambda raw: raw[:16] + b"\xff" * 8 + raw[24:], "it claims 18446744073709551615 metadata keys"),
-        (lambda raw: raw.replace(b"gpt-2", b"gpt-3"), "the pre-tokenizer 'gpt-3' .* is not implemented; did you mean gpt-2"),
+        (lambda raw: raw.replace(b"gpt-2", b"gpt-3"), "'gpt-3' .* is not implemented; did you mean gpt-2"),
         (lambda raw: raw.replace(b"gpt-2", b"qu\xffen"), "is not UTF-8"),
-        (lambda raw: raw.replace(b"<|im_start|>", b"<|im_stop_|>").replace(b"<|im_end|>", b"<|end|>123"), None),
-        (lambda raw: raw.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.modem"), "it has no tokenizer.ggml.model"),
-        (lambda raw: raw.replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez"), "it has no tokenizer.ggml.merges"),
-        (lambda raw: raw.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prf"), "does not say how text is split"),
+        (lambda raw: raw.replace(b"ggml.model", b"ggml.modem"), "it has no tokenizer.ggml.model"),
+        (lambda raw: raw.replace(b"ggml.merges", b"ggml.mergez"), "it has no tokenizer.ggml.merges"),
+        (lambda raw: raw.replace(b"ggml.pre", b"ggml.prf"), "does not say how text is split"),
     ],
 )  # fmt: skip
 def test_damaged_gguf_files(tmp_path, damage, error):
     path = write_byte_level_gguf(tmp_path / "model.gguf")
     path.write_bytes(damage(path.read_bytes()))
-    if error is None:
-        assert load_tokenizer(path).vocab_size
-        return
     with pytest.raises(ValueError, match=error) as caught:
         load_tokenizer(path)
     assert str(caught.value).startswith(str(tmp_path)) and len(str(caught.value).splitlines()) == 1
@@ -421,9 +420,7 @@ def test_a_runs_tokenizer(tmp_path, kinds):
     (tmp_path / "tokenizer.json").write_text('{"kind": "bytes"}')
     assert load_tokenizer(tmp_path).kind == load(tmp_path / "tokenizer.json").kind == "bytes"
     (tmp_path / "tokenizer.json").write_text(dumps(kinds["sentencepiece"]))
-    assert (
-        load(tmp_path / "tokenizer.json").encode("The fox").tolist()
-        == kinds["sentencepiece"].encode("The fox").tolist()
-    )
+    ids = kinds["sentencepiece"].encode("The fox").tolist()
+    assert load(tmp_path / "tokenizer.json").encode("The fox").tolist() == ids
     with pytest.raises(ValueError, match="it does not describe a tokenizer"):
         from_json({"kind": "sentencepiece", "model": "!"})
