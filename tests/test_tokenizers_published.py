@@ -380,7 +380,7 @@ def test_gguf_files_that_do_not_fit(tmp_path):
         ("tokenizer_config.json", '{"bos_token": "<none>"}', "bos_token '<none>' is no token"),
         ("tokenizer_config.json", "[]", "it is no JSON object"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"-1": {"content": "x"}}}', "has no token '-1'"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {"content": "n"}}}', "'n' has id 321 in"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {"content": "new"}}}', "'new' has id 321"),
         ("tokenizer_config.json", '{"chat_template": 3}', "its chat_template is not text"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id 2 is no token id"),
         ("generation_config.json", '{"eos_token_id": 5000}', "its eos token 5000 is outside"),
