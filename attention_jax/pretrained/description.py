@@ -9,6 +9,7 @@ from typing import Any
 from attention_jax.hints import near
 
 _MISSING = object()
+_MOST_LAYERS = 10_000
 
 # Keys that say nothing about the function from tokens to logits.
 _WITHOUT_MEANING = frozenset(
@@ -60,6 +61,13 @@ class Description:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             raise self._wrong(key, value, "a whole number from 0 to 2^31 - 1")
         return value
+
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        """A number of layers, of which a list can be made."""
+        count = self.integer(key)
+        if not 1 <= count <= _MOST_LAYERS:
+            raise self._wrong(key, count, f"from 1 to {_MOST_LAYERS}")
+        return count
 
     def number(self, key: str, default: Any = _MISSING) -> float:
         """A finite number."""

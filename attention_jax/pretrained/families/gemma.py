@@ -54,7 +54,7 @@ def _gemma(d: Description) -> ModelConfig:
     bias = d.flag("attention_bias", False)
     mixer = llama.attention(d, Causal(), rope=read_rope(d, llama.head_dim(d)), use_bias=bias)
     feed_forward = llama.gated(d, activation=_activation(d))
-    return _model(d, [BlockConfig(mixer, feed_forward)] * d.integer("num_hidden_layers"))
+    return _model(d, [BlockConfig(mixer, feed_forward)] * d.layers())
 
 
 def _number(d: Description, key: str, default: float | None) -> float | None:
@@ -67,7 +67,7 @@ def _sandwich(
     d: Description, *, period: int, softcap: float | None, final: float | None, norms: bool
 ) -> ModelConfig:
     """Gemma 2 and 3: of each `period` of layers the last attends to everything, the others have a window."""
-    layers, size = d.integer("num_hidden_layers"), d.integer("sliding_window", 4096)
+    layers, size = d.layers(), d.integer("sliding_window", 4096)
     d.ignore("_sliding_window_pattern")
     period = d.integer("sliding_window_pattern", None) or period
     types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]

@@ -130,11 +130,11 @@ def model(d: Description, blocks: list[BlockConfig], **options: Any) -> ModelCon
 def _llama(d: Description) -> ModelConfig:
     bias = d.flag("attention_bias", False)
     mixer = attention(d, Causal(), rope=read_rope(d, head_dim(d)), use_bias=bias)
-    return model(d, [BlockConfig(mixer, gated(d))] * d.integer("num_hidden_layers"))
+    return model(d, [BlockConfig(mixer, gated(d))] * d.layers())
 
 
 def _mistral(d: Description) -> ModelConfig:
-    size, layers = d.integer("sliding_window", None), d.integer("num_hidden_layers")
+    size, layers = d.integer("sliding_window", None), d.layers()
     types = layer_types(d, layers, None if size is None else ["sliding_attention"] * layers)
     rope = read_rope(d, head_dim(d))
     d.only("mlp_bias", False)
@@ -142,7 +142,7 @@ def _mistral(d: Description) -> ModelConfig:
 
 
 def _qwen(d: Description, attention_options: Callable[[Description], dict[str, Any]]) -> ModelConfig:
-    layers, size = d.integer("num_hidden_layers"), d.integer("sliding_window", None)
+    layers, size = d.layers(), d.integer("sliding_window", None)
     d.ignore("max_window_layers")
     default = None
     if d.flag("use_sliding_window", False) and size is not None:
@@ -163,7 +163,7 @@ def qwen3_norm(d: Description) -> dict[str, Any]:
 
 
 def _smollm3(d: Description) -> ModelConfig:
-    layers, bias = d.integer("num_hidden_layers"), d.flag("attention_bias", False)
+    layers, bias = d.layers(), d.flag("attention_bias", False)
     interval = d.integer("no_rope_layer_interval", 4)
     rotated = d.items("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])
     if len(rotated) != layers:

@@ -57,7 +57,7 @@ def _limits(d: Description) -> tuple[float, float | None]:
 
 
 def _model(d: Description) -> ModelConfig:
-    layers = d.integer("num_hidden_layers")
+    layers = d.layers()
     return ModelConfig(
         vocab_size=d.integer("vocab_size"),
         d_model=d.integer("hidden_size"),

@@ -28,7 +28,7 @@ TABLE = (
 
 
 def _olmo(d: Description, theta: float) -> ModelConfig:
-    layers, size = d.integer("num_hidden_layers"), d.integer("sliding_window", None)
+    layers, size = d.layers(), d.integer("sliding_window", None)
     windows = (
         None
         if size is None
