@@ -28,6 +28,7 @@ MODELS = {
     "mqa": make_config("softmax", num_kv_heads=1, **HEADS),
     "mla": make_config("mla", latent_dim=30, head_dim=22, rotary_dim=8, **HEADS),
     "window": make_config("softmax", mask=SlidingWindow(97), **HEADS),
+    "nsa": make_config("nsa", select_block=16, select_count=3, window=97, **HEADS),
     "linear": make_config("linear", **HEADS),
     "gated delta": make_config("gated_deltanet", **HEADS),
     "mamba2": make_config("mamba2", head_dim=44, state_dim=26),
@@ -65,7 +66,7 @@ def _program(config: ModelConfig, weights) -> tuple[list, int]:
 
 def _smallest(config: ModelConfig, weights, state) -> int:
     kernels = jax.tree.leaves(jax.eval_shape(lambda w: prepare_for_decoding(config, w), weights).weights)
-    sizes = [x.size for x in kernels if x.ndim > 1 and min(x.shape) > 16]
+    sizes = [x.size for x in kernels if x.ndim > 1 and min(x.shape) > 16 and config.d_model in x.shape]
     sizes += [x.size for x in jax.tree.leaves(state.caches) if x.ndim == 4 and x.shape[1] >= 97]
     return min(sizes)
 
