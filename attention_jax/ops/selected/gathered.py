@@ -104,7 +104,7 @@ _attend.defvjp(_residuals, _backward)
 
 
 def _prepared(config: GatheredConfig, call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
-    """The call with empty queries selected to 0, its queries, rows that cannot be served, the chunk length."""
+    """The call with empty queries set to 0, its queries, rows that cannot be served, the chunk length."""
     B, T, _, _, K, H, M = call.sizes
     q = select_valid(call.q_BTNH, call.q_positions_BT >= 0)
     call = dataclasses.replace(call, q_BTNH=q)
