@@ -138,7 +138,8 @@ class KVCache(State):
 
         Of tokens that share a ring slot only the newest is written. Positions must be below the capacity. A
         traced position cannot raise: tokens past the capacity are not written, and the caller must discard
-        the output of their rows (see `overflow`). A rewind counts them like other tokens.
+        the output of their rows (see `overflow`). A rewind counts them like other tokens. Keys and values may
+        have further tokens in front, which are ignored.
         """
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         slots_BT = self._slots(positions_BT)
@@ -272,6 +273,17 @@ class KVCache(State):
             jax.tree.map(join, self.per_key, per_key),
         )
 
+    def append_viewed(
+        self, view: HeldKeys, k_BTKH: Any, v_BTKM: Any, positions_BT: jax.Array, per_key: Any = None
+    ) -> KVCache:
+        """`append` of tokens that are the last of `view`, from `concat_view`.
+
+        They are read from there. What is written then depends on what was read before, so that XLA writes in
+        place, where it would else copy the ring.
+        """
+        del k_BTKH, v_BTKM
+        return self.append(view.k_BSKH, view.v_BSKM, positions_BT, per_key)
+
     def overflow(self, positions_BT: jax.Array) -> jax.Array:
         """True for tokens whose output must be NaN: at positions past the capacity, or of lost rows."""
         return (positions_BT >= self.capacity) | self.lost_B[:, None]
@@ -296,13 +308,13 @@ class KVCache(State):
 
 
 def _write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    """The array with new tokens in their slots; those >= S are dropped.
+    """The array with the last T tokens of `new` in their slots; those >= S are dropped.
 
     A loop with a traced number of turns, which XLA's CPU backend runs in place. It copies the whole array for
     a scatter that is not along the leading axes, and fuses a single update with what reads the array, on a
     copy.
     """
-    (B, T), S = slots_BT.shape, held_BKSH.shape[2]
+    (B, T), S, before = slots_BT.shape, held_BKSH.shape[2], new_BTKH.shape[1] - slots_BT.shape[1]
     new_BTKH, slots_BT = jnp.asarray(new_BTKH, held_BKSH.dtype), jnp.asarray(slots_BT, jnp.int32)
     zero = jnp.int32(0)
 
@@ -310,7 +322,7 @@ def _write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array)
         b, t = i // T, i % T
         slot = slots_BT[b, t]
         place = (b, zero, jnp.minimum(slot, S - 1), zero)
-        new_1K1H = new_BTKH[b, t][None, :, None]
+        new_1K1H = new_BTKH[b, before + t][None, :, None]
         old_1K1H = jax.lax.dynamic_slice(held_BKSH, place, new_1K1H.shape)
         return jax.lax.dynamic_update_slice(held_BKSH, jnp.where(slot < S, new_1K1H, old_1K1H), place)
 

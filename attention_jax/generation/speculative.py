@@ -79,6 +79,7 @@ class SpeculativeDecoding(loop.Decoding):
     def advance(self, steps: int) -> loop.Drawn:
         """At most `steps` <= WIDTH more tokens of every row that is not done."""
         self.make_room(steps)
+        self._own = self._speculation.grown(self._own, self._reach, self.carry.tokens_BC.shape[1])
         B, C = self.carry.tokens_BC.shape[0], self.carry.state.capacity
         with loop.compilation_logged(_advance, f"speculative decoding for batch {B}, capacity {C}"):
             self.carry, self._own, self.counts, drawn = _advance(
