@@ -253,13 +253,18 @@ def next_tokens(
     logits_fn: LogitsFn | None, keys_B: jax.Array, arrays: SamplingArrays, carry: Carry
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A token per row, -1 without a distribution, and its log-probabilities."""
+    token_B = chosen(logits_fn, keys_B, arrays, carry)
+    return token_B, log_probabilities(carry.state.logits_BV, token_B, arrays)
+
+
+def chosen(logits_fn: LogitsFn | None, keys_B: jax.Array, arrays: SamplingArrays, carry: Carry) -> jax.Array:
+    """A token per row, -1 without a distribution."""
     state = carry.state
     logits_BV = state.logits_BV
     if logits_fn is not None:
         logits_BV = logits_fn(carry.tokens_BC, logits_BV)
     logits_BV = adjust(logits_BV, arrays, carry.prompt_BV, carry.counts_BV, carry.generated_B)
-    token_B = choose(logits_BV, arrays, lambda: jax.vmap(jax.random.fold_in)(keys_B, state.positions_B))
-    return token_B, log_probabilities(state.logits_BV, token_B, arrays)
+    return choose(logits_BV, arrays, lambda: jax.vmap(jax.random.fold_in)(keys_B, state.positions_B))
 
 
 def record(
