@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """The array with the last T tokens of `new` in their slots; those >= S are dropped.
 
-    A ring gives the array that its queries read, old keys and new ones: reading the new ones from there orders
+    A ring gives the array that its queries read, old keys and new ones: reading the new from there orders
     that before the write, without which XLA would copy the ring.
 
     One turn of a loop writes the tokens of a row whose slots follow one another: all tokens of the row, as
