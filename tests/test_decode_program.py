@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from attention_jax.caches import CacheOptions
+from attention_jax.generation import NGram, Sampling, loop, speculative
+from attention_jax.generation.arrays import pack
 from attention_jax.generation.decode import decode_step, prefill
 from attention_jax.masks import SlidingWindow
 from attention_jax.mixers import make_config
@@ -25,6 +28,7 @@ MODELS = {
     "mqa": make_config("softmax", num_kv_heads=1, **HEADS),
     "mla": make_config("mla", latent_dim=30, head_dim=22, rotary_dim=8, **HEADS),
     "window": make_config("softmax", mask=SlidingWindow(97), **HEADS),
+    "nsa": make_config("nsa", select_block=16, select_count=3, window=97, **HEADS),
     "linear": make_config("linear", **HEADS),
     "gated delta": make_config("gated_deltanet", **HEADS),
     "mamba2": make_config("mamba2", head_dim=44, state_dim=26),
@@ -57,18 +61,26 @@ def _program(config: ModelConfig, weights) -> tuple[list, int]:
     tokens = jnp.zeros((1, 5), jnp.int32)
     state = jax.eval_shape(lambda w: prefill(config, w, tokens, capacity=CAPACITY), weights)
     compiled = jax.jit(_loop, static_argnums=0, donate_argnums=2).lower(config, weights, state).compile()
+    return loop_instructions(compiled.as_text()), _smallest(config, weights, state)
+
+
+def _smallest(config: ModelConfig, weights, state) -> int:
     kernels = jax.tree.leaves(jax.eval_shape(lambda w: prepare_for_decoding(config, w), weights).weights)
-    sizes = [x.size for x in kernels if x.ndim > 1 and min(x.shape) > 16]
+    sizes = [x.size for x in kernels if x.ndim > 1 and min(x.shape) > 16 and config.d_model in x.shape]
     sizes += [x.size for x in jax.tree.leaves(state.caches) if x.ndim == 4 and x.shape[1] >= 97]
-    return loop_instructions(compiled.as_text()), min(sizes)
+    return min(sizes)
 
 
 def _touched(config: ModelConfig, weights) -> list[str]:
+    """`_large` of the loop over `decode_step`."""
+    return _large(*_program(config, weights))
+
+
+def _large(instructions: list, smallest: int, queries: int = 1) -> list[str]:
     """The instructions that make an array as large as a weight or a whole cache.
 
     Scores apart, and what only a step with NaN or Inf runs.
     """
-    instructions, smallest = _program(config, weights)
     updates = {x.size for x in instructions if x.opcode == "dynamic-update-slice"}
     return [
         x.text
@@ -76,7 +88,7 @@ def _touched(config: ModelConfig, weights) -> list[str]:
         if x.size >= smallest
         and x.opcode not in _HARMLESS
         and not (x.opcode == "fusion" and x.size in updates)  # the fusion around an update
-        and x.size != CAPACITY * HEADS["num_heads"]
+        and x.size != CAPACITY * HEADS["num_heads"] * queries
     ]
 
 
@@ -87,6 +99,30 @@ def test_the_loop_neither_moves_nor_converts_weights_and_caches(name):
     states = {"linear", "gated delta", "mamba2"}  # a recurrent state is computed anew by every token
     found = [x for x in _touched(config, weights) if name not in states or _is_matrix(x, weights)]
     assert not found, found
+
+
+@pytest.mark.parametrize("speculation", [None, NGram(2, longest=3)], ids=["plain", "speculative"])
+def test_the_loop_of_generate_neither_moves_nor_converts_weights_and_caches(speculation):
+    config, K = _config("mha", MODELS["mha"]), 0 if speculation is None else speculation.num_tokens
+    weights = jax.eval_shape(lambda: prepare_for_decoding(config, init_params(config, jax.random.key(0))))
+    tokens, one = jnp.zeros((1, CAPACITY), jnp.int32), jnp.ones((1,), jnp.int32)
+    started = (None, tokens, one, jnp.int32(1), None, None)
+    carry = jax.eval_shape(
+        lambda w: loop._start(config, CAPACITY, 5, CacheOptions(spare=K), w, *started), weights
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    arrays, ended, limit = pack([Sampling(0)], 211, eos=None, max_tokens=[9]), np.zeros(1, bool), np.int32(7)
+    if speculation is None:
+        program = loop._advance.lower(config, None, weights, keys, arrays, carry, ended, limit)
+    else:
+        own, counts = jnp.zeros((1, 2), jnp.int32), speculative.Counts(one, one, jnp.int32(0), jnp.int32(0))
+        program = speculative._advance.lower(
+            config, None, weights, keys, arrays, speculation, carry, own, counts, ended, limit
+        )
+    found = loop_instructions(program.compile().as_text())
+    assert any(x.opcode == "dynamic-update-slice" for x in found)
+    large = _large(found, _smallest(config, weights, carry.state), K + 1)
+    assert not large, large
 
 
 def _is_matrix(text: str, weights: Prepared) -> bool:

@@ -10,7 +10,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax.benchmarks.prefill_memory import planned
 from attention_jax.generation import Sampling, extend, generate, prefill
-from attention_jax.mixers import AttentionConfig, CrossAttentionConfig
+from attention_jax.generation.decode import checked_chunk
+from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig, make_config, mla, parts
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
 from attention_jax.positions import RoPE
 from tests import marks
@@ -128,10 +129,47 @@ def test_bad_extensions():
             extend(config, params, state, tokens, positions)
 
 
+LONG = {
+    "softmax": {"num_heads": 4},
+    "window": {"num_heads": 4, "mask": "SlidingWindow(1024)"},
+    "mla": {"num_heads": 4},
+    "linear": {"num_heads": 4},
+}
+
+
 @pytest.mark.slow
-def test_the_plan_of_a_long_prompt_is_little_more_than_weights_and_cache():
-    config = ModelConfig(
-        vocab_size=4096, d_model=256, num_layers=6, mixers=(AttentionConfig(num_heads=4, rope=RoPE()),)
-    )
+@pytest.mark.parametrize("name", LONG)
+def test_the_plan_of_a_long_prompt_is_little_more_than_weights_and_cache(name):
+    mixer = make_config("softmax" if name == "window" else name, **LONG[name])
+    config = ModelConfig(vocab_size=4096, d_model=256, num_layers=6, mixers=(mixer,))
     plan = planned(config, 2**15)
     assert plan.peak <= 1.3 * (plan.weights + plan.cache), plan
+
+
+def test_pieces_are_shorter_where_weights_and_caches_are_small():
+    linear = ModelConfig(vocab_size=4096, d_model=256, num_layers=6, mixers=(make_config("linear"),))
+    assert [checked_chunk(linear, None, B, 0) for B in (1, 2)] == [448, 256]
+    assert checked_chunk(linear, None, 1, 2**25) == 512
+    assert checked_chunk(linear, 7, 9, 0) == 7
+
+
+def test_latents_expanded_in_blocks_give_the_same(monkeypatch):
+    """With a last block that overlaps the one before, empty blocks, and a row without tokens."""
+    config, params = model(
+        make_config("mla", num_heads=2, latent_dim=8, head_dim=8, rotary_dim=4, rope=RoPE())
+    )
+    rng = np.random.default_rng(0)
+    tokens, positions = padded([(rng.integers(0, 31, n), 0) for n in (24, 11, 0)], 24)
+    first = prefill(config, params, tokens, positions, capacity=CAPACITY)
+    rows = [(rng.integers(0, 31, n), first) for n, first in ((13, 24), (0, 11), (9, 0))]
+    whole = extend(config, params, first, *padded(rows, 13))
+    monkeypatch.setattr(parts, "EXPANDED", 12)
+    monkeypatch.setattr(mla, "EXPANDED", 12)
+    begun = prefill(config, params, tokens, positions, capacity=CAPACITY)
+    assert_allclose(begun.logits_BV, first.logits_BV, atol=2e-6, rtol=1e-6)
+    blocks = extend(config, params, first, *padded(rows, 13))
+    assert_allclose(blocks.logits_BV, whole.logits_BV, atol=2e-6, rtol=1e-6)
+    past = padded([(np.zeros(13, int), first) for first in (CAPACITY, 11, 0)], 13)
+    run = functools.partial(apply, config, params)
+    lost = jax.jit(lambda at: run(past[0], first.caches, ctx=Context(at)).logits)(past[1])
+    assert np.isnan(lost[0, -1]).all() and np.isfinite(lost[1:]).all()

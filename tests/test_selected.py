@@ -164,6 +164,9 @@ def test_the_choice_is_by_size_and_explained():
     assert found.chosen == "reference" and "reference comes first" in found.reasons["gathered"]
     shape = jax.ShapeDtypeStruct
     long = [shape((B, 2048, *x.shape[2:]), x.dtype) for x in (q, k, v, BLOCKS)]
+    one = [shape((B, 1, *x.shape[2:]), x.dtype) for x in (q, BLOCKS)]
+    step = explain(one[0], *long[1:3], one[1], block_size=BLOCK, q_positions=np.full((B, 1), 2047))
+    assert step.chosen == "gathered" and "of S = 2048 keys" in step.reasons["reference"]
     assert explain(*long, block_size=BLOCK).chosen == "gathered"
     assert explain(*long, block_size=BLOCK, impl="reference").chosen == "reference"
 

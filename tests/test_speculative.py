@@ -38,11 +38,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def model(*mixers, vocab_size=31, seed=0, **options):
+def model(*mixers, vocab_size=31, seed=0, num_layers=2, **options):
     config = ModelConfig(
         vocab_size=vocab_size,
         d_model=32,
-        num_layers=max(2, len(mixers)),
+        num_layers=num_layers,
         mixers=mixers,
         init_std=0.3,
         **options,
@@ -112,7 +112,7 @@ def test_rows_end_where_they_end_in_plain_decoding(small):
 
 def test_sampled_tokens_have_the_distribution_of_the_model():
     """Chi-square over all triples of 7 tokens, 4,000 samples of a prompt; the draft is another model."""
-    config, params = model(AttentionConfig(num_heads=2, rope=RoPE()), vocab_size=7, seed=1)
+    config, params = model(AttentionConfig(num_heads=2, rope=RoPE()), vocab_size=7, seed=1, num_layers=1)
     draft = DraftModel(config, random_params(config, seed=2), num_tokens=2)
     prompt, n, temperature = np.array([1, 5, 2]), 4000, 1.5
     found = generate(
@@ -190,13 +190,16 @@ def test_with_a_source():
 
 
 def test_from_a_state(small):
+    """The tokens are those of one prompt in plain decoding, whose programs other tests compile."""
     config, params = small
-    cache = CacheOptions(spare=5)
-    state = prefill(config, params, np.stack([np.arange(9)] * 3), capacity=96, cache=cache)
+    cache, before = CacheOptions(spare=5), np.arange(9)
+    read = jax.jit(prefill, static_argnums=0, static_argnames=("capacity", "cache"))
+    state = read(config, params, np.stack([before] * 3), capacity=96, cache=cache)
     options = {"max_new_tokens": 30, "sampling": Sampling(0), "state": state, "cache": cache}
-    plain, found = (
-        generate(config, params, PROMPTS, speculation=s, **options) for s in (None, NGram(5, shortest=1))
-    )
+    prompts = [np.concatenate([before, prompt]) for prompt in PROMPTS]
+    again = OPTIONS | {"max_new_tokens": 30, "sampling": Sampling(0), "prefill_chunk": 19}
+    plain = generate(config, params, prompts, **again)
+    found = generate(config, params, PROMPTS, speculation=NGram(5, shortest=1), **options)
     for a, b in zip(plain, found, strict=True):
         assert_array_equal(a.tokens, b.tokens)
     with pytest.raises(

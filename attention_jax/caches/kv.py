@@ -21,6 +21,7 @@ import numpy as np
 
 from attention_jax.caches.base import State, rewind_counts
 from attention_jax.caches.options import DEFAULT_CACHE, CacheOptions
+from attention_jax.caches.write import write_heads
 from attention_jax.masks import Mask
 
 _STATIC = {"static": True}
@@ -138,7 +139,8 @@ class KVCache(State):
 
         Of tokens that share a ring slot only the newest is written. Positions must be below the capacity. A
         traced position cannot raise: tokens past the capacity are not written, and the caller must discard
-        the output of their rows (see `overflow`). A rewind counts them like other tokens.
+        the output of their rows (see `overflow`). A rewind counts them like other tokens. Keys and values may
+        have further tokens in front, which are ignored.
         """
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         slots_BT = self._slots(positions_BT)
@@ -150,8 +152,8 @@ class KVCache(State):
         newest_B, oldest_B = jnp.maximum(self.newest_B, positions_BT.max(1)), self.oldest_B
         return dataclasses.replace(
             self,
-            keys_BKSH=_write_heads(self.keys_BKSH, k_BTKH, slots_BT),
-            values_BKSM=None if v_BTKM is None else _write_heads(self.values_BKSM, v_BTKM, slots_BT),
+            keys_BKSH=write_heads(self.keys_BKSH, k_BTKH, slots_BT),
+            values_BKSM=None if v_BTKM is None else write_heads(self.values_BKSM, v_BTKM, slots_BT),
             positions_BS=write(self.positions_BS, positions_BT),
             newest_B=newest_B,
             oldest_B=None if oldest_B is None else jnp.maximum(oldest_B, newest_B - self.spare),
@@ -205,17 +207,35 @@ class KVCache(State):
         # A negative traced count is refused below; here it could overflow int32.
         target_B = self.newest_B - jnp.maximum(n_B, 0)
         rejected_BS = self.positions_BS > target_B[..., None]
-        past_capacity_B = jnp.maximum(self.newest_B - jnp.maximum(target_B, self.capacity - 1), 0)
-        counted_B = rejected_BS.sum(-1, dtype=jnp.int32) + past_capacity_B
         overwritten_B = False if self.oldest_B is None else target_B < self.oldest_B
-        fails_B = (n_B != 0) & ((n_B < 0) | (counted_B != n_B) | overwritten_B | self.lost_B)
+        consecutive_B = self._held_after(target_B, rejected_BS)
+        broken_B = consecutive_B == False  # noqa: E712
+        fails_B = (n_B != 0) & ((n_B < 0) | broken_B | overwritten_B | self.lost_B)
         if not isinstance(fails_B, jax.core.Tracer):
-            self._check_rewind(n_B, np.asarray(fails_B), counted_B)
+            self._check_rewind(n_B, np.asarray(fails_B), self._counted(target_B, rejected_BS))
         return dataclasses.replace(
             self,
             positions_BS=jnp.where(rejected_BS & (fails_B == False)[..., None], -1, self.positions_BS),  # noqa: E712
             newest_B=jnp.where(fails_B, _LOST, target_B),
         )
+
+    def _held_after(self, target_B: jax.Array, rejected_BS: jax.Array) -> jax.Array:
+        """True for rows of which every position after target_B up to the newest was given to `append`.
+
+        The slots of a cache that keeps all keys are its positions: one reduction of booleans, where XLA's CPU
+        backend computes a sum in three.
+        """
+        if self.wraps:
+            return self._counted(target_B, rejected_BS) == self.newest_B - target_B
+        slot_S = jnp.arange(self.positions_BS.shape[-1], dtype=jnp.int32)
+        taken_BS = (slot_S > target_B[..., None]) & (slot_S <= self.newest_B[..., None])
+        empty_BS = taken_BS & (rejected_BS == False)  # noqa: E712
+        return (target_B >= -1) & (jnp.any(empty_BS, axis=-1) == False)  # noqa: E712
+
+    def _counted(self, target_B: jax.Array, rejected_BS: jax.Array) -> jax.Array:
+        """The tokens of each row that a rewind takes back, those past the capacity included."""
+        past_capacity_B = jnp.maximum(self.newest_B - jnp.maximum(target_B, self.capacity - 1), 0)
+        return rejected_BS.sum(-1, dtype=jnp.int32) + past_capacity_B
 
     def _check_rewind(self, n_B, fails_B: np.ndarray, counted_B: jax.Array) -> None:
         """ValueError that names the first row of a concrete rewind that fails; leading axes are of layers."""
@@ -272,6 +292,17 @@ class KVCache(State):
             jax.tree.map(join, self.per_key, per_key),
         )
 
+    def append_viewed(
+        self, view: HeldKeys, k_BTKH: Any, v_BTKM: Any, positions_BT: jax.Array, per_key: Any = None
+    ) -> KVCache:
+        """`append` of tokens that are the last of `view`, from `concat_view`.
+
+        They are read from there. What is written then depends on what was read before, so that XLA writes in
+        place, where it would else copy the ring.
+        """
+        del k_BTKH, v_BTKM
+        return self.append(view.k_BSKH, view.v_BSKM, positions_BT, per_key)
+
     def overflow(self, positions_BT: jax.Array) -> jax.Array:
         """True for tokens whose output must be NaN: at positions past the capacity, or of lost rows."""
         return (positions_BT >= self.capacity) | self.lost_B[:, None]
@@ -279,6 +310,8 @@ class KVCache(State):
     def _slots(self, positions_BT: jax.Array) -> jax.Array:
         """The slot of each token; the number of slots (out of range) for tokens that must not be written."""
         fits_BT = self.overflow(positions_BT) == False  # noqa: E712
+        if not self.wraps:
+            return jnp.where((positions_BT >= 0) & fits_BT, positions_BT, self.positions_BS.shape[1])
         newest_B1 = jnp.where(fits_BT, positions_BT, -1).max(axis=1, keepdims=True)
         written_BT = (positions_BT >= 0) & (positions_BT > newest_B1 - self.ring)
         if self.pins:
@@ -293,29 +326,6 @@ class KVCache(State):
             index = jnp.minimum(jnp.searchsorted(pins, positions), pins.size - 1)
             slots = jnp.where(jnp.asarray(pins)[index] == positions, index, slots)
         return slots
-
-
-def _write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    """The array with new tokens in their slots; those >= S are dropped.
-
-    A loop with a traced number of turns, which XLA's CPU backend runs in place. It copies the whole array for
-    a scatter that is not along the leading axes, and fuses a single update with what reads the array, on a
-    copy.
-    """
-    (B, T), S = slots_BT.shape, held_BKSH.shape[2]
-    new_BTKH, slots_BT = jnp.asarray(new_BTKH, held_BKSH.dtype), jnp.asarray(slots_BT, jnp.int32)
-    zero = jnp.int32(0)
-
-    def write(i: jax.Array, held_BKSH: jax.Array) -> jax.Array:
-        b, t = i // T, i % T
-        slot = slots_BT[b, t]
-        place = (b, zero, jnp.minimum(slot, S - 1), zero)
-        new_1K1H = new_BTKH[b, t][None, :, None]
-        old_1K1H = jax.lax.dynamic_slice(held_BKSH, place, new_1K1H.shape)
-        return jax.lax.dynamic_update_slice(held_BKSH, jnp.where(slot < S, new_1K1H, old_1K1H), place)
-
-    turns = jnp.where((slots_BT < S).any(), jnp.int32(B * T), zero)
-    return jax.lax.fori_loop(zero, turns, write, held_BKSH)
 
 
 def _beyond_spare(row: int, n: int, possible: int) -> str:

@@ -197,6 +197,13 @@ class QuantizedKVCache(State):
             new = new._replace(k_BSKH=precise(new.k_BSKH, k_BTKH), v_BSKM=v_BTKM)
         return jax.tree.map(lambda old, x: jnp.concatenate([old, x.astype(old.dtype)], axis=1), held, new)
 
+    def append_viewed(
+        self, view: HeldKeys, k_BTKH: Any, v_BTKM: Any, positions_BT: jax.Array, per_key: Any = None
+    ) -> QuantizedKVCache:
+        """`append` of tokens that `view` has decoded: they are not coded twice."""
+        del view
+        return self.append(k_BTKH, v_BTKM, positions_BT, per_key)
+
     def _coded(self, k_BTKH, v_BTKM, positions_BT, per_key):
         """The arguments of `codes.append`."""
         k_codes, k_scale_BTK = _encode(k_BTKH, self.quantize)

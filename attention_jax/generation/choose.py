@@ -2,11 +2,14 @@
 
 Work that few requests need stands behind `lax.cond` on whether any row needs it, so that a greedy step is one
 argmax. It changes no bit of the other rows.
+
+The logits may have K rows [B*K, V] for each of the B rows of options: those of a row stand one after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +64,10 @@ def adjust_by(
     generated_B: jax.Array,
 ) -> jax.Array:
     """`adjust`, where `seen()` computes prompt_BV and counts_BV only if a row needs them."""
-    early_B = generated_B < arrays.min_tokens_B
+    early_B = generated_B < _repeated(arrays.min_tokens_B, len(generated_B))
 
-    def adjusted(z_BV):
+    def adjusted(z_BV, arrays=arrays):
+        arrays = _repeated(arrays, len(z_BV))
         prompt_BV, counts_BV = seen()
         seen_BV, counts = prompt_BV | (counts_BV > 0), counts_BV.astype(z_BV.dtype)
         repetition, presence, frequency = (
@@ -80,7 +84,7 @@ def adjust_by(
         stops_BE = jnp.where(banned, arrays.stop_ids_BE, z_BV.shape[1])
         return z_BV.at[rows_B1, stops_BE].set(-jnp.inf, mode="drop")
 
-    needed = jnp.any(arrays.penalised_B | arrays.biased_B | early_B)
+    needed = jnp.any(arrays.penalised_B | arrays.biased_B) | jnp.any(early_B)
     return jax.lax.cond(needed, adjusted, lambda z_BV: z_BV, logits_BV)
 
 
@@ -89,7 +93,8 @@ def choose(logits_BV: jax.Array, arrays: SamplingArrays, make_keys: Callable[[],
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
-    def drawn():
+    def drawn(arrays=arrays):
+        arrays = _repeated(arrays, len(logits_BV))
         # Relative to the largest: a quotient by a small temperature would overflow, and be rounded more.
         z_BV = (logits_BV - largest_B1) * arrays.rate_B[:, None].astype(logits_BV.dtype)
         return jnp.where(arrays.greedy_B, best_B, _draw(z_BV, arrays, make_keys()))
@@ -123,6 +128,11 @@ def threefry(keys: jax.Array) -> jax.Array:
     if str(jax.random.key_impl(keys)) == "threefry2x32":
         return keys
     return jax.random.wrap_key_data(jax.random.key_data(keys)[..., :2], impl="threefry2x32")
+
+
+def _repeated(x: Any, rows: int) -> Any:
+    """The arrays with each row repeated, `rows` in total."""
+    return jax.tree.map(lambda x: x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0), x)
 
 
 def keep(logits_BV: jax.Array, arrays: SamplingArrays) -> tuple[jax.Array, jax.Array]:

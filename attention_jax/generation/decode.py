@@ -25,7 +25,8 @@ from attention_jax.caches import DEFAULT_CACHE, CacheOptions, State, storable
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind, init_state
 
-PREFILL_CHUNK = 512  # tokens of a piece where none are asked for
+# The most and the fewest tokens of a piece where none are asked for: shorter ones take longer.
+PREFILL_CHUNK, _SHORT_CHUNK = 512, 256
 
 
 @storable
@@ -56,6 +57,10 @@ class DecodeState:
 
 def _is_state(x: Any) -> bool:
     return isinstance(x, State)
+
+
+def _nbytes(caches: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
 
 def _last(capacity: int | None) -> float:
@@ -91,8 +96,8 @@ def prefill(
       capacity: the largest position + 1 that the caches support.
       memory_BSD, memory_positions_BS: the memory of `cross` mixers, from `encode`; their caches keep it.
       cache: how the states are stored.
-      prefill_chunk: read the prompts in pieces of as many tokens, by a loop; None is 512, or the model's
-        bidirectional prefix if that is longer.
+      prefill_chunk: read the prompts in pieces of as many tokens, by a loop; None is 256 to 512 by the size
+        of model and caches, or the model's bidirectional prefix if that is longer.
 
     A pure function: call it under `jax.jit` with config and capacity static. Raises: ValueError for more
     tokens than the capacity, for positions of another shape or padded on the right, for a model without a
@@ -109,7 +114,7 @@ def prefill(
         init_state(config, B, capacity, cache=cache), zeros_B, jnp.zeros((B, config.vocab_size), jnp.float32)
     )
     ctx = Context(memory_BSD=memory_BSD, memory_positions_BS=memory_positions_BS)
-    chunk = checked_chunk(config, prefill_chunk)
+    chunk = checked_chunk(config, prefill_chunk, B, _nbytes(start.caches))
     return _append(config, params, start, tokens_BT, positions_BT, chunk, ctx)
 
 
@@ -156,14 +161,21 @@ def extend(
             raise ValueError(
                 f"position {given_BT.max()} exceeds the state's capacity {capacity}: prefill with more"
             )
-    chunk = checked_chunk(config, prefill_chunk)
+    chunk = checked_chunk(config, prefill_chunk, B, _nbytes(state.caches))
     return _append(config, params, state, tokens_BT, positions_BT, chunk, Context())
 
 
-def checked_chunk(config: ModelConfig, chunk: Any) -> int:
-    """The tokens of a piece; ValueError for no integer >= 1, and for less than the model's prefix."""
+def checked_chunk(config: ModelConfig, chunk: Any, batch: int, cache_bytes: int) -> int:
+    """The tokens of a piece; ValueError for no integer >= 1, and for less than the model's prefix.
+
+    None: 512, or as few down to 256 that what a layer computes takes a quarter of weights and caches.
+    """
     if chunk is None:
-        return max(PREFILL_CHUNK, config.prefix)
+        d, f = config.d_model, config.hidden_width
+        per_token = 4 * d + 3 * f  # numbers of a layer, as many as its weights have rows of d_model
+        held = config.num_layers * d * per_token + config.vocab_size * d + cache_bytes // 4
+        fitting = held // (4 * per_token * batch) // 64 * 64
+        return max(min(fitting, PREFILL_CHUNK), _SHORT_CHUNK, config.prefix)
     if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1:
         raise ValueError(f"prefill_chunk must be an integer >= 1 or None, got {chunk!r}")
     if chunk < config.prefix:

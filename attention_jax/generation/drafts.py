@@ -4,6 +4,7 @@ A proposer is a frozen pytree, an argument of the compiled loop. `own` is what t
 
     prepared()                 the proposer with weights in the layout for decoding
     start(prompts, ...)        own, after the prompts
+    grown(own, reach, ...)     own with room for a text of `reach` tokens
     propose(own, drafting)     a `Proposal`: drafts for the tokens after the newest one, and own
     settle(own, kept_B, ...)   own, after the model has kept that many drafts of each row
 """
@@ -78,6 +79,11 @@ class NGram:
         del prompts, capacity, chunk
         return jnp.zeros((len(rows), 2), jnp.int32)
 
+    def grown(self, own: jax.Array, reach: int, capacity: int) -> jax.Array:
+        """own, whose size does not depend on the text."""
+        del reach, capacity
+        return own
+
     def propose(self, own: jax.Array, drafting: Drafting) -> tuple[Proposal, jax.Array]:
         """The tokens after the last occurrence of the longest known suffix."""
         carry, pause_B = drafting.carry, own[:, 1]
@@ -125,15 +131,26 @@ class DraftModel:
 
     def start(self, prompts: list[np.ndarray], rows: np.ndarray, capacity: int, chunk: int) -> Any:
         """own: the `DecodeState` of the draft model after the prompts."""
-        # Drafts may reach past the last token that is wanted. Those past the draft model's limit are NaN, and
-        # then none are proposed.
-        most = max(capacity, self.config.limit[0]) if self.config.limit else capacity + self.num_tokens
         started = loop.start(
-            self.config, self.params, prompts,
-            capacity=min(capacity + self.num_tokens, most),
-            chunk=chunk, cache=CacheOptions(spare=self.num_tokens), rows=rows,
+            self.config, self.params, prompts, capacity=self._most(capacity), chunk=chunk, cache=self._cache,
+            rows=rows,
         )  # fmt: skip
         return started.state
+
+    def grown(self, own: Any, reach: int, capacity: int) -> Any:
+        """own with caches for a text of `reach` tokens and drafts behind it."""
+        most = self._most(capacity)
+        return loop.with_room(self.config, own, min(reach + self.num_tokens, most), most, self._cache)
+
+    def _most(self, capacity: int) -> int:
+        # Drafts may reach past the last token that is wanted. Those past the draft model's limit are NaN, and
+        # then none are proposed.
+        most = capacity + self.num_tokens
+        return min(most, max(capacity, self.config.limit[0])) if self.config.limit else most
+
+    @property
+    def _cache(self) -> CacheOptions:
+        return CacheOptions(spare=self.num_tokens)
 
     def propose(self, own: Any, drafting: Drafting) -> tuple[Proposal, Any]:
         """The draft model's own tokens; its states then hold the newest token and all drafts."""

@@ -109,12 +109,9 @@ class Decoding:
 
     def make_room(self, steps: int) -> None:
         """Let the caches grow if so many more tokens would not fit."""
-        state, capacity = self.carry.state, self.carry.tokens_BC.shape[1]
-        self._reach, size = self._reach + steps, state.capacity
-        needed = min(self._reach, capacity)
-        if size is not None and needed > size:
-            state = _grown(self.config, state, next_capacity(size, needed, capacity), self._cache)
-            self.carry = dataclasses.replace(self.carry, state=state)
+        self._reach, capacity = self._reach + steps, self.carry.tokens_BC.shape[1]
+        state = with_room(self.config, self.carry.state, min(self._reach, capacity), capacity, self._cache)
+        self.carry = dataclasses.replace(self.carry, state=state)
 
     def advance(self, steps: int) -> Drawn:
         """At most `steps` <= WIDTH more tokens of every row that is not done."""
@@ -256,13 +253,18 @@ def next_tokens(
     logits_fn: LogitsFn | None, keys_B: jax.Array, arrays: SamplingArrays, carry: Carry
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A token per row, -1 without a distribution, and its log-probabilities."""
+    token_B = chosen(logits_fn, keys_B, arrays, carry)
+    return token_B, log_probabilities(carry.state.logits_BV, token_B, arrays)
+
+
+def chosen(logits_fn: LogitsFn | None, keys_B: jax.Array, arrays: SamplingArrays, carry: Carry) -> jax.Array:
+    """A token per row, -1 without a distribution."""
     state = carry.state
     logits_BV = state.logits_BV
     if logits_fn is not None:
         logits_BV = logits_fn(carry.tokens_BC, logits_BV)
     logits_BV = adjust(logits_BV, arrays, carry.prompt_BV, carry.counts_BV, carry.generated_B)
-    token_B = choose(logits_BV, arrays, lambda: jax.vmap(jax.random.fold_in)(keys_B, state.positions_B))
-    return token_B, log_probabilities(state.logits_BV, token_B, arrays)
+    return choose(logits_BV, arrays, lambda: jax.vmap(jax.random.fold_in)(keys_B, state.positions_B))
 
 
 def record(
@@ -291,6 +293,16 @@ def record(
         bad_B=carry.bad_B | bad_B,
     )
     return carry, active_B
+
+
+def with_room(
+    config: ModelConfig, state: DecodeState, needed: int, capacity: int, cache: CacheOptions
+) -> DecodeState:
+    """The state, with larger caches of at most `capacity` if it does not have room for `needed` tokens."""
+    size = state.capacity
+    if size is None or needed <= size:
+        return state
+    return _grown(config, state, next_capacity(size, needed, capacity), cache)
 
 
 _grown = jax.jit(grown, static_argnums=(0, 2, 3))

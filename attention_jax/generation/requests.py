@@ -6,6 +6,7 @@ Every error is raised before anything is compiled, and names the request.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from attention_jax.caches import CacheOptions
 from attention_jax.generation.decode import DecodeState, check_prefix, checked_chunk
 from attention_jax.generation.sampling import Sampling, is_integer
 from attention_jax.generation.states import check_state
-from attention_jax.model import ModelConfig
+from attention_jax.model import ModelConfig, cache_bytes
 
 _BUCKET = 64  # the least multiple that lengths are rounded up to, to limit compilations
 _MOST = 2**30
@@ -97,7 +98,7 @@ def checked_batch(
         ids=checked_request_ids(request_ids, len(prompts)),
         eos=eos,
         capacity=capacity,
-        chunk=piece(config, max(map(len, prompts)), capacity, prefill_chunk),
+        chunk=piece(config, max(map(len, prompts)), capacity, prefill_chunk, len(prompts), cache),
         source=None if state is not None else padded_sources(config, sources, len(prompts)),
         rows=np.repeat(np.arange(len(prompts), dtype=np.int32), counts),
         samples=np.concatenate([np.arange(n, dtype=np.uint32) for n in counts]),
@@ -122,13 +123,20 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def piece(config: ModelConfig, longest: int, capacity: int, chunk: Any) -> int:
+def piece(
+    config: ModelConfig, longest: int, capacity: int, chunk: Any, batch: int, cache: CacheOptions
+) -> int:
     """The tokens of a piece: as asked for, else the fewest pieces of about the same length."""
-    most = checked_chunk(config, chunk)
+    most = checked_chunk(config, chunk, batch, _cache_bytes(config, batch, capacity, cache))
     if chunk is None:
         most = max(1, -(-longest // -(-max(longest, 1) // most)))
         most = max(-(-most // _BUCKET) * _BUCKET, config.prefix)
     return min(most, capacity)
+
+
+@functools.lru_cache(maxsize=256)
+def _cache_bytes(config: ModelConfig, batch: int, capacity: int, cache: CacheOptions) -> int:
+    return sum(cache_bytes(config, batch, capacity, cache))
 
 
 def _checked_samplings(config: ModelConfig, sampling: Any, requests: int, tokenizer: Any) -> list[Sampling]:

@@ -91,7 +91,7 @@ class Session:
         if len(unread):
             carry = loop.start(
                 self.config, self._params, [unread], capacity=self.capacity, cache=self.cache,
-                chunk=piece(self.config, len(unread), self.capacity, None), state=self._state,
+                chunk=piece(self.config, len(unread), self.capacity, None, 1, self.cache), state=self._state,
             )  # fmt: skip
             self._state, self._fresh = carry.state, True
         return self._state

@@ -51,12 +51,18 @@ class Counts:
 
 
 class Progress(NamedTuple):
-    """What a call changes. drawn_B: the tokens of each row in this call; own: what the proposer carries."""
+    """What a call changes.
+
+    own: what the proposer carries. next_B: the token after the state of each row, chosen but not yet
+    recorded. reports: the log-probabilities of each row's tokens in this call as in `loop.Drawn`, T columns
+    wider. drawn_B: the number of tokens of each row in this call.
+    """
 
     carry: loop.Carry
     own: Any
     counts: Counts
-    drawn: loop.Drawn
+    next_B: jax.Array
+    reports: tuple[jax.Array, ...]
     drawn_B: jax.Array
 
 
@@ -79,6 +85,7 @@ class SpeculativeDecoding(loop.Decoding):
     def advance(self, steps: int) -> loop.Drawn:
         """At most `steps` <= WIDTH more tokens of every row that is not done."""
         self.make_room(steps)
+        self._own = self._speculation.grown(self._own, self._reach, self.carry.tokens_BC.shape[1])
         B, C = self.carry.tokens_BC.shape[0], self.carry.state.capacity
         with loop.compilation_logged(_advance, f"speculative decoding for batch {B}, capacity {C}"):
             self.carry, self._own, self.counts, drawn = _advance(
@@ -103,18 +110,20 @@ def _advance(
     limit: jax.Array,
 ) -> tuple[loop.Carry, Any, Counts, loop.Drawn]:
     """The state after `limit` tokens of every row that is not done before."""
-    B, V = carry.prompt_BV.shape
+    T = speculation.num_tokens + 1
     carry = dataclasses.replace(carry, done_B=carry.done_B | ended_B)
-    choosing = _Choosing(logits_fn, keys_B, arrays)
+    choosing, began_B = _Choosing(logits_fn, keys_B, arrays), carry.state.positions_B
 
     def unfinished(now: Progress):
         return jnp.any((now.carry.done_B == False) & (now.drawn_B < limit))  # noqa: E712
 
     def draw(now: Progress) -> Progress:
-        now, token_B, active_B = choosing.newest(now, limit)
-        proposal, own = speculation.propose(now.own, Drafting(now.carry, token_B, active_B, keys_B, arrays))
-        room_B = jnp.minimum(limit - now.drawn_B, arrays.max_tokens_B - now.carry.generated_B)
-        goes_on_B = active_B & (now.carry.done_B == False)  # noqa: E712
+        carry, active_B = loop.record(arrays, now.carry, now.next_B, now.drawn_B < limit)
+        now = now._replace(carry=carry, drawn_B=now.drawn_B + active_B.astype(jnp.int32))
+        token_B = jnp.where(active_B, now.next_B, 0)
+        proposal, own = speculation.propose(now.own, Drafting(carry, token_B, active_B, keys_B, arrays))
+        room_B = jnp.minimum(limit - now.drawn_B, arrays.max_tokens_B - carry.generated_B)
+        goes_on_B = active_B & (carry.done_B == False)  # noqa: E712
         count_B = jnp.where(goes_on_B, jnp.minimum(proposal.count_B, room_B), 0)
         tokens_BT = jnp.concatenate([token_B[:, None], proposal.drafts_BK], axis=1)
 
@@ -127,17 +136,39 @@ def _advance(
             logits_BV = jnp.where(active_B[:, None], state.logits_BV, now.carry.state.logits_BV)
             state = dataclasses.replace(state, logits_BV=logits_BV)
             counts = dataclasses.replace(now.counts, steps=now.counts.steps + 1)
-            carry = dataclasses.replace(now.carry, state=state)
-            return now._replace(carry=carry, counts=counts), kept_B
+            now = now._replace(carry=dataclasses.replace(now.carry, state=state), counts=counts)
+            return choosing.following(now), kept_B
 
         drafted = jnp.any(count_B > 0)
         begun = (now._replace(own=None), jnp.zeros_like(count_B))
         now, kept_B = _once(drafted == False, stepped, _once(drafted, verified, begun))  # noqa: E712
         return now._replace(own=speculation.settle(own, active_B, count_B, kept_B))
 
-    start = Progress(carry, own, counts, loop.Drawn.empty(B, V), jnp.zeros((B,), jnp.int32))
-    end = jax.lax.while_loop(unfinished, draw, start)
-    return end.carry, end.own, end.counts, end.drawn
+    zeros_B = jnp.zeros_like(began_B)
+    start = Progress(carry, own, counts, zeros_B, _no_reports(*carry.prompt_BV.shape, T), zeros_B)
+    end = jax.lax.while_loop(unfinished, draw, choosing.following(start))
+    return end.carry, end.own, end.counts, _drawn(end, began_B)
+
+
+def _no_reports(B: int, V: int, T: int) -> tuple[jax.Array, ...]:
+    """Arrays for `Progress.reports`: T tokens can be written behind the last column that counts."""
+    empty = loop.Drawn.empty(B, V).arrays()[1:]
+    return tuple(jnp.pad(x, ((0, 0), (0, T), *((0, 0),) * (x.ndim - 2))) for x in empty)
+
+
+def _drawn(end: Progress, began_B: jax.Array) -> loop.Drawn:
+    """The tokens of a call, which began at these positions, and their log-probabilities."""
+    column_W = jnp.arange(loop.WIDTH, dtype=jnp.int32)
+    drawn_BW = column_W < end.drawn_B[:, None]
+    tokens_BW = end.carry.tokens_BC.at[jnp.arange(len(began_B))[:, None], began_B[:, None] + column_W].get(
+        mode="clip"
+    )
+
+    def only_drawn(x: jax.Array) -> jax.Array:
+        x = x[:, : loop.WIDTH]
+        return jnp.where(drawn_BW.reshape(drawn_BW.shape + (1,) * (x.ndim - 2)), x, 0)
+
+    return loop.Drawn(jnp.where(drawn_BW, tokens_BW, -1), *map(only_drawn, end.reports))
 
 
 def _once(condition: jax.Array, run: Callable[[Any], Any], x: Any) -> Any:
@@ -158,81 +189,83 @@ class _Choosing:
     keys_B: jax.Array
     arrays: SamplingArrays
 
-    def newest(self, now: Progress, limit: jax.Array) -> tuple[Progress, jax.Array, jax.Array]:
-        """The token after the state of each row, recorded, and the rows of which it is an output."""
-        token_B, reports = loop.next_tokens(self.logits_fn, self.keys_B, self.arrays, now.carry)
-        now, active_B = self._recorded(now, token_B, reports, now.drawn_B < limit)
-        return now, jnp.where(active_B, token_B, 0), active_B
+    def following(self, now: Progress) -> Progress:
+        """The token after the state of each row as `next_B`, with its report."""
+        token_B = loop.chosen(self.logits_fn, self.keys_B, self.arrays, now.carry)
+        logits_BV = now.carry.state.logits_BV
+        return self._reported(now._replace(next_B=token_B), now.drawn_B, logits_BV, token_B)
 
     def matched(self, now: Progress, draft_B: jax.Array, wanted_B: jax.Array) -> tuple[Progress, jax.Array]:
         """The drafts recorded where they equal the token that is chosen, and the rows where they do."""
-        token_B, reports = loop.next_tokens(self.logits_fn, self.keys_B, self.arrays, now.carry)
-        return self._recorded(now, token_B, reports, wanted_B & (token_B == draft_B))
+        now = self.following(now)
+        carry, active_B = loop.record(self.arrays, now.carry, now.next_B, wanted_B & (now.next_B == draft_B))
+        return now._replace(carry=carry, drawn_B=now.drawn_B + active_B.astype(jnp.int32)), active_B
 
     def all_matched(
-        self, now: Progress, logits_BKV: jax.Array, drafts_BK: jax.Array, count_B: jax.Array
+        self, now: Progress, logits_BTV: jax.Array, drafts_BK: jax.Array, count_B: jax.Array
     ) -> tuple[Progress, jax.Array]:
         """The drafts recorded up to the first that is not the token that is chosen, and their number.
 
         All tokens are chosen at once, each as if the drafts before it were kept, as they are if it counts.
+        The one after the drafts that are kept is `next_B`.
         """
-        (B, K, V), carry = logits_BKV.shape, now.carry
-        place_1K, row_B1 = jnp.arange(K, dtype=jnp.int32)[None], jnp.arange(B, dtype=jnp.int32)[:, None]
-        at_BK = carry.state.positions_B[:, None] + 1 + place_1K
-        row_R = jnp.repeat(row_B1[:, 0], K)
-        arrays = jax.tree.map(lambda x: x[row_R], self.arrays)
+        (B, T, V), K, carry = logits_BTV.shape, drafts_BK.shape[1], now.carry
+        place_1T, row_B1 = jnp.arange(T, dtype=jnp.int32)[None], jnp.arange(B, dtype=jnp.int32)[:, None]
+        at_BT = carry.state.positions_B[:, None] + 1 + place_1T
+        row_R = jnp.repeat(row_B1[:, 0], T)
 
         def seen() -> tuple[jax.Array, jax.Array]:
             one_BKV = jax.nn.one_hot(drafts_BK, V, dtype=jnp.int32)
-            before_BKV = jnp.cumsum(one_BKV, axis=1, dtype=jnp.int32) - one_BKV
-            return carry.prompt_BV[row_R], carry.counts_BV[row_R] + before_BKV.reshape(B * K, V)
+            before_BTV = jnp.pad(jnp.cumsum(one_BKV, axis=1, dtype=jnp.int32), ((0, 0), (1, 0), (0, 0)))
+            return carry.prompt_BV[row_R], carry.counts_BV[row_R] + before_BTV.reshape(B * T, V)
 
-        logits_RV, generated_BK = logits_BKV.reshape(B * K, V), carry.generated_B[:, None] + place_1K
+        logits_RV, generated_BT = logits_BTV.reshape(B * T, V), carry.generated_B[:, None] + place_1T
         token_R = choose(
-            adjust_by(logits_RV, arrays, seen, generated_BK.reshape(-1)), arrays,
-            lambda: jax.vmap(jax.random.fold_in)(self.keys_B[row_R], at_BK.reshape(-1)),
+            adjust_by(logits_RV, self.arrays, seen, generated_BT.reshape(-1)), self.arrays,
+            lambda: jax.vmap(jax.random.fold_in)(self.keys_B[row_R], at_BT.reshape(-1)),
         )  # fmt: skip
-        reports = log_probabilities(logits_RV, token_R, arrays)
-        token_BK = token_R.reshape(B, K)
-        equal_BK = (token_BK == drafts_BK) & (place_1K < count_B[:, None])
-        stop_BK = jnp.any(token_R[:, None] == arrays.stop_ids_BE, axis=1).reshape(B, K)
-        kept_BK = jnp.cumprod(equal_BK & (stop_BK == False), axis=1, dtype=jnp.int32) > 0  # noqa: E712
-        before_BK = jnp.concatenate([jnp.ones((B, 1), bool), kept_BK[:, :-1]], axis=1)
-        ends_BK = before_BK & equal_BK & stop_BK
-        kept_B, ends_B = kept_BK.sum(1, dtype=jnp.int32), ends_BK.any(1)
+        token_BT = token_R.reshape(B, T)
+        now = self._reported(now, now.drawn_B, logits_RV, token_R)
+        token_BK = token_BT[:, :K]
+        equal_BK = (token_BK == drafts_BK) & (place_1T[:, :K] < count_B[:, None])
+        stop_BK = jnp.any(token_BK[..., None] == self.arrays.stop_ids_BE[:, None], axis=-1)
+        # The first draft that is not kept, K if all are.
+        kept_B = jnp.where(equal_BK & (stop_BK == False), K, place_1T[:, :K]).min(1)  # noqa: E712
+        kept_BK = place_1T[:, :K] < kept_B[:, None]
+        ends_BK = equal_BK & stop_BK & (place_1T[:, :K] == kept_B[:, None])
         generated_B = carry.generated_B + kept_B
-
-        def write(x: jax.Array, place_BK: jax.Array, new: jax.Array) -> jax.Array:
-            # mode="drop": what is not kept has a place behind the last.
-            place_BK = jnp.where(kept_BK, place_BK, x.shape[1])
-            return x.at[row_B1, place_BK].set(new.reshape(B, K, *new.shape[1:]), mode="drop")
-
+        # mode="drop": what is not kept has a place behind the last.
+        place_BK = jnp.where(kept_BK, at_BT[:, :K], carry.tokens_BC.shape[1])
         carry = dataclasses.replace(
             carry,
-            tokens_BC=write(carry.tokens_BC, at_BK, token_R),
+            tokens_BC=carry.tokens_BC.at[row_B1, place_BK].set(token_BK, mode="drop"),
             counts_BV=carry.counts_BV.at[row_B1, jnp.where(kept_BK, token_BK, V)].add(1, mode="drop"),
             generated_B=generated_B,
-            done_B=carry.done_B | ends_B | (generated_B >= self.arrays.max_tokens_B),
-            stopped_B=jnp.where(
-                ends_B, jnp.where(ends_BK, token_BK, 0).sum(1, dtype=jnp.int32), carry.stopped_B
-            ),
+            done_B=carry.done_B | ends_BK.any(1) | (generated_B >= self.arrays.max_tokens_B),
+            stopped_B=jnp.maximum(carry.stopped_B, jnp.where(ends_BK, token_BK, -1).max(1)),
         )
-        place_BK = now.drawn_B[:, None] + place_1K
-        drawn = loop.Drawn(*(
-            write(x, place_BK, new) for x, new in zip(now.drawn.arrays(), (token_R, *reports), strict=True)
-        ))  # fmt: skip
-        return now._replace(carry=carry, drawn=drawn, drawn_B=now.drawn_B + kept_B), kept_B
+        next_B = jnp.take_along_axis(token_BT, kept_B[:, None], axis=1)[:, 0]
+        return now._replace(carry=carry, next_B=next_B, drawn_B=now.drawn_B + kept_B), kept_B
 
-    def _recorded(self, now: Progress, token_B, reports, live_B) -> tuple[Progress, jax.Array]:
-        carry, active_B = loop.record(self.arrays, now.carry, token_B, live_B)
-        rows_B = jnp.arange(len(token_B))
-        column_B = jnp.where(active_B, now.drawn_B, loop.WIDTH)  # mode="drop" ignores column WIDTH
-        drawn = loop.Drawn(*(
-            x.at[rows_B, column_B].set(new, mode="drop")
-            for x, new in zip(now.drawn.arrays(), (token_B, *reports), strict=True)
-        ))  # fmt: skip
-        drawn_B = now.drawn_B + active_B.astype(jnp.int32)
-        return now._replace(carry=carry, drawn=drawn, drawn_B=drawn_B), active_B
+    def _reported(
+        self, now: Progress, place_B: jax.Array, logits_RV: jax.Array, token_R: jax.Array
+    ) -> Progress:
+        """The reports of tokens written from a column of each row on, if any row wants them.
+
+        Those of tokens that are then not drawn are overwritten, or removed by `_drawn`.
+        """
+        B = len(place_B)
+
+        def write(reports: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            new = log_probabilities(logits_RV, token_R, self.arrays)
+            column_BT = place_B[:, None] + jnp.arange(len(token_R) // B, dtype=jnp.int32)
+            rows_B1 = jnp.arange(B)[:, None]
+            return tuple(
+                x.at[rows_B1, column_BT].set(y.reshape(B, -1, *y.shape[1:]), mode="drop")
+                for x, y in zip(reports, new, strict=True)
+            )
+
+        return now._replace(reports=_once(jnp.any(self.arrays.logprobs_B >= 0), write, now.reports))
 
 
 def _verified(
@@ -254,7 +287,7 @@ def _verified(
     bare = DecodeState(None, state.positions_B, state.logits_BV)
     now = now._replace(carry=dataclasses.replace(now.carry, state=bare))
     if choosing.logits_fn is None:
-        now, kept_B = choosing.all_matched(now, logits_BTV[:, :-1], tokens_BT[:, 1:], count_B)
+        now, kept_B = choosing.all_matched(now, logits_BTV, tokens_BT[:, 1:], count_B)
     else:
         now, kept_B = _one_by_one(choosing, now, logits_BTV, tokens_BT, count_B)
     logits_BV = jnp.take_along_axis(logits_BTV, kept_B[:, None, None], axis=1)[:, 0]
@@ -266,7 +299,8 @@ def _verified(
     counts = Counts(
         now.counts.drafted_B + count_B, now.counts.kept_B + kept_B, now.counts.calls + 1, now.counts.steps
     )
-    return now._replace(carry=dataclasses.replace(now.carry, state=state), counts=counts), kept_B
+    now = now._replace(carry=dataclasses.replace(now.carry, state=state), counts=counts)
+    return now if choosing.logits_fn is None else choosing.following(now), kept_B
 
 
 def _one_by_one(

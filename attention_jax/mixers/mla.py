@@ -25,6 +25,7 @@ from attention_jax.layers import RMSNorm, fused_linear, kernel_rows
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
+    EXPANDED,
     KVView,
     check_positive,
     check_scores,
@@ -151,7 +152,15 @@ class LatentAttention(Mixer):
         return jnp.concatenate([self.kv_latent_norm(down), rotary], axis=-1)
 
     def _expanded(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
-        """Attention with a key and a value per head, computed from the latents."""
+        """Attention with a key and a value per head, computed from the latents, of a long cache in blocks."""
+        in_blocks = view.overflow_BT is not None and view.k_BSKH.shape[1] > EXPANDED and not ctx.capture
+        if in_blocks:
+            return view.attend_expanded(q_BTNH, ctx, self._expand, self.value_dim, **self._options()), {}
+        k_BSNH, v_BSNM = self._expand(view)
+        return view.attend(q_BTNH, ctx, k=k_BSNH, v=v_BSNM, **self._options())
+
+    def _expand(self, view: KVView) -> tuple[jax.Array, jax.Array]:
+        """The keys [B, S, N, H + P] and the values [B, S, N, M] of the latents."""
         N, R = self.config.num_heads, self.config.latent_dim
         latent_BSR = self._latent_part(view)
         k_up, v_up = fused_linear([self.k_up, self.v_up], latent_BSR)
@@ -160,8 +169,7 @@ class LatentAttention(Mixer):
             rotary_BS1P = view.k_BSKH[..., R:].astype(k_BSNH.dtype)
             shape = (*k_BSNH.shape[:3], rotary_BS1P.shape[-1])
             k_BSNH = jnp.concatenate([k_BSNH, jnp.broadcast_to(rotary_BS1P, shape)], axis=-1)
-        v_BSNM = rearrange(v_up, "b s (n m) -> b s n m", n=N)
-        return view.attend(q_BTNH, ctx, k=k_BSNH, v=v_BSNM, **self._options())
+        return k_BSNH, rearrange(v_up, "b s (n m) -> b s n m", n=N)
 
     def _absorbed(self, q_BTNH: jax.Array, view: KVView, ctx: Context):
         """Attention of absorbed queries to the latents: K = 1, and v is a part of k."""

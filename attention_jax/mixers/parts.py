@@ -48,6 +48,10 @@ class SoftmaxMixerConfig(MixerConfig):
         return empty_kv_cache(batch, capacity, self.kv_heads, H, H, mask=mask, options=cache)
 
 
+EXPANDED = 2048  # slots of a cache whose keys and values are computed at once
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVView:
     """The keys and values that the new queries attend to, with their positions and segment ids.
@@ -77,18 +81,11 @@ class KVView:
         """
         k = (self.k_BSKH if k is None else k).astype(q_BTNH.dtype)
         v = (self.v_BSKM if v is None else v).astype(q_BTNH.dtype)
-        call = {
-            "mask": mask if ctx.mask is None else mask & ctx.mask,
-            "segment_ids": self.segment_ids_BT,
-            "q_positions": self.q_positions_BT,
-            "k_positions": self.k_positions_BS,
-        } | options
+        call = self._call(ctx, mask) | options
         if ctx.mask_BNTS is not None:
             call["mask_BNTS"] = ctx.mask_BNTS
         y_BTNM = dot_product_attention(q_BTNH, k, v, **call, **dropout_options(dropout, ctx))
-        if self.overflow_BT is not None:
-            # A traced position or count cannot raise an error: NaN makes the mistake visible.
-            y_BTNM = jnp.where(self.overflow_BT[:, :, None, None], jnp.nan, y_BTNM)
+        y_BTNM = self._marked(y_BTNM)
         call.pop("impl", None)
         aux = ctx.captured(
             queries=lambda: q_BTNH,
@@ -97,6 +94,63 @@ class KVView:
             attention=lambda: attention_weights(q_BTNH, k, **call),
         )
         return y_BTNM, aux
+
+    def attend_expanded(
+        self,
+        q_BTNH: jax.Array,
+        ctx: Context,
+        expand: Any,
+        value_dim: int,
+        *,
+        mask: Any,
+        dropout=0.0,
+        **options,
+    ) -> jax.Array:
+        """Softmax attention y_BTNM to keys and values that are computed from a cache, `EXPANDED` at a time.
+
+        expand: k, v = expand(view), of the slots in its view. Slots without a token are not expanded. Parts
+        are weighed by their shares of the denominator, exp(lse_i) / sum_i exp(lse_i).
+        """
+        S, (B, T, N, _), cut = self.k_BSKH.shape[1], q_BTNH.shape, jax.lax.dynamic_slice_in_dim
+        call = self._call(ctx, mask) | options | dropout_options(dropout, ctx) | {"return_lse": True}
+
+        def attended(part: KVView, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            call["k_positions"] = part.k_positions_BS
+            k, v = expand(part)
+            y_BTNM, lse_BTN = dot_product_attention(q_BTNH, k, v, **call)
+            total_BTN = jnp.logaddexp(carry[1], lse_BTN)
+            shift_BTN = jnp.where(total_BTN == -jnp.inf, 0.0, total_BTN)
+            shares = (jnp.exp(x - shift_BTN)[..., None] for x in (carry[1], lse_BTN))
+            return sum(s * y for s, y in zip(shares, (carry[0], y_BTNM), strict=True)), total_BTN
+
+        def block(carry, i):
+            first = jnp.minimum(i * EXPANDED, S - EXPANDED)  # the last block repeats slots, as empty ones
+            # Cut in the cache's own order of axes: XLA would copy the whole cache into the other one.
+            k_BSKH = cut(self.k_BSKH.swapaxes(1, 2), first, EXPANDED, 2).swapaxes(1, 2)
+            positions_BS = cut(self.k_positions_BS, first, EXPANDED, 1)
+            fresh_S = first + jnp.arange(EXPANDED, dtype=jnp.int32) >= i * EXPANDED
+            positions_BS = jnp.where(fresh_S, positions_BS, -1)
+            part = dataclasses.replace(self, k_BSKH=k_BSKH, k_positions_BS=positions_BS)
+            return jax.lax.cond((positions_BS >= 0).any(), attended, lambda _, now: now, part, carry), None
+
+        empty = (jnp.zeros((B, T, N, value_dim), jnp.float32), jnp.full((B, T, N), -jnp.inf, jnp.float32))
+        (y_BTNM, _), _ = jax.lax.scan(block, empty, jnp.arange(-(-S // EXPANDED), dtype=jnp.int32))
+        return self._marked(y_BTNM.astype(q_BTNH.dtype))
+
+    def _call(self, ctx: Context, mask: Any) -> dict[str, Any]:
+        """The arguments of `dot_product_attention` that the view determines."""
+        return {
+            "mask": mask if ctx.mask is None else mask & ctx.mask,
+            "segment_ids": self.segment_ids_BT,
+            "q_positions": self.q_positions_BT,
+            "k_positions": self.k_positions_BS,
+        }
+
+    def _marked(self, y_BTNM: jax.Array) -> jax.Array:
+        """y with NaN where a position or a count is out of range: as traced values they cannot raise an error."""
+        if self.overflow_BT is None:
+            return y_BTNM
+        return jnp.where(self.overflow_BT[:, :, None, None], jnp.nan, y_BTNM)
 
 
 def update_cache(
@@ -112,10 +166,13 @@ def update_cache(
         return KVView(k_BTKH, v_BTKM, per_key, positions, positions, ctx.segment_ids_BT, None), None
     positions_BT = cached_positions(cache.capacity, ctx, *k_BTKH.shape[:2])
     new = (k_BTKH, v_BTKM, positions_BT, per_key)
-    new_cache = cache.append(*new)
     # In a ring, more tokens than the spare slots and one overwrite keys that the earliest of them attend to.
-    overwrites = cache.wraps and k_BTKH.shape[1] > cache.spare + 1
-    view = cache.concat_view(*new) if overwrites else new_cache.view()
+    if cache.wraps and k_BTKH.shape[1] > cache.spare + 1:
+        view = cache.concat_view(*new)
+        new_cache = cache.append_viewed(view, *new)
+    else:
+        new_cache = cache.append(*new)
+        view = new_cache.view()
     overflow_BT = cache.overflow(positions_BT)
     return (
         KVView(view.k_BSKH, view.v_BSKM, view.per_key, positions_BT, view.positions_BS, None, overflow_BT),

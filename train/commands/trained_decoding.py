@@ -46,7 +46,7 @@ def speculation(options: Any) -> list[dict[str, Any]]:
 
             return call
 
-        proposers = {"plain": None} | {f"{K} drafts": NGram(K) for K in (4, 8)}
+        proposers = {"plain": None} | {f"{K} drafts": NGram(K) for K in (4, 8, 16)}
         times = interleave(
             {name: decode(proposer, name) for name, proposer in proposers.items()}, options.rounds
         )

@@ -30,10 +30,14 @@ from attention_jax.ops.tokens import per_token, positions_or_arange, segment_pai
 
 # Up to this many scores per head (T * S) impl=None takes the dense form, as the softmax op does.
 _DENSE_UP_TO = 128 * 128
+_FEW_QUERIES = 16  # of a decoding step, for which a dense product would read and move the whole cache
 
 
 def _dense_too_large(call: SelectedCall) -> str | None:
     _, T, S, *_ = call.sizes
+    named = call.block_indices_BTKn.shape[-1] * call.block_size
+    if T <= _FEW_QUERIES and S > 4 * named:
+        return f"T = {T} queries name {named} of S = {S} keys, and it reads all"
     return f"T * S = {T * S} > {_DENSE_UP_TO}: O(T S) work and memory" if T * S > _DENSE_UP_TO else None
 
 

@@ -76,8 +76,7 @@ def _backward(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Array)
         rows, dout_BTNM = chunk
         slots_BTKL, seen_BTKL = _find(call, rows)
         # In float32 from here on, so that every part is rounded once, in the total.
-        learned = [rows.q_BTNH, *(x[batch, slots_BTKL, heads] for x in (call.k_BSKH, call.v_BSKM))]
-        learned = [x.astype(jnp.float32) for x in learned]
+        learned = [x.astype(jnp.float32) for x in (rows.q_BTNH, *_gathered(call, slots_BTKL, seen_BTKL))]
         _, pull = jax.vjp(lambda *qkv: _softmax_attention(call, *qkv, seen_BTKL), *learned)
         dq_BTNH, *parts = pull(dout_BTNM.astype(jnp.float32))
         totals = [
@@ -105,14 +104,10 @@ _attend.defvjp(_residuals, _backward)
 
 
 def _prepared(config: GatheredConfig, call: SelectedCall) -> tuple[SelectedCall, _Rows, jax.Array, int]:
-    """The call with empty slots selected to 0, its queries, rows that cannot be served, the chunk length."""
+    """The call with empty queries set to 0, its queries, rows that cannot be served, the chunk length."""
     B, T, _, _, K, H, M = call.sizes
-    valid_BT, valid_BS = call.q_positions_BT >= 0, call.k_positions_BS >= 0
-    q, k, v = (
-        select_valid(x, valid)
-        for x, valid in ((call.q_BTNH, valid_BT), (call.k_BSKH, valid_BS), (call.v_BSKM, valid_BS))
-    )
-    call = dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKM=v)
+    q = select_valid(call.q_BTNH, call.q_positions_BT >= 0)
+    call = dataclasses.replace(call, q_BTNH=q)
     first_BT, broken_B = _first_slots(call)
     rows = _Rows(q, call.block_indices_BTKn, call.q_positions_BT, call.q_segments_BT, first_BT)
     gathered = call.block_indices_BTKn.shape[-1] * call.block_size
@@ -144,9 +139,18 @@ def _first_slots(call: SelectedCall) -> tuple[jax.Array, jax.Array]:
 
 def _attend_rows(call: SelectedCall, rows: _Rows) -> jax.Array:
     slots_BTKL, seen_BTKL = _find(call, rows)
-    batch, heads = _batch_and_head(call)
-    k_BTKLH, v_BTKLM = (x[batch, slots_BTKL, heads] for x in (call.k_BSKH, call.v_BSKM))
+    k_BTKLH, v_BTKLM = _gathered(call, slots_BTKL, seen_BTKL)
     return _softmax_attention(call, rows.q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL)
+
+
+def _gathered(call: SelectedCall, slots_BTKL: jax.Array, seen_BTKL: jax.Array) -> list[jax.Array]:
+    """Keys and values of the slots, 0 where nothing is seen, since an empty slot may hold NaN.
+
+    They are read in the order of a cache, [B, K, S, H]: a step would else transpose all of it.
+    """
+    batch, heads = _batch_and_head(call)
+    found = (x.swapaxes(1, 2)[batch, heads, slots_BTKL] for x in (call.k_BSKH, call.v_BSKM))
+    return [jnp.where(seen_BTKL[..., None], x, jnp.zeros((), x.dtype)) for x in found]
 
 
 def _batch_and_head(call: SelectedCall) -> tuple[jax.Array, jax.Array]:

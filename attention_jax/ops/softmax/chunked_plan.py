@@ -108,7 +108,8 @@ def make_plan(call: SoftmaxCall, config: ChunkedConfig) -> ChunkedPlan:
         q_block, block_map = _strips(call, config, q_block, k_unit)
         q = k = None
     else:
-        k_unit, units = k_unit * units, 1
+        # Equal tiles, too: a ring and the new tokens behind it are padded by little.
+        k_unit, units = (k_unit if short else _balanced(S, config.key_tile)), 1
         q = padded_tokens(call.q_positions_BT, call.q_segments_BT, T, _round_up(T, q_block))
         k = padded_tokens(call.k_positions_BS, call.k_segments_BS, S, _round_up(S, k_unit))
         block_map = runtime_map(call.mask, q, k, q_block, k_unit)
