@@ -52,7 +52,9 @@ def make_train_step(model: ModelConfig, optimizer: OptimizerConfig, steps: int) 
         updated = optax.apply_updates(params, updates)
         params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, params)
         params = router.move_biases(model, params, routed, finite)
-        metrics = {"train/loss": loss, "grad_norm": norm, "learning_rate": schedule(step)} | router.metrics(routed)
+        metrics = {"train/loss": loss, "grad_norm": norm, "learning_rate": schedule(step)} | router.metrics(
+            routed
+        )
         return params, opt_state, metrics | {"tokens": count, "finite": finite}
 
     return jax.jit(train_step, donate_argnums=(0, 1))

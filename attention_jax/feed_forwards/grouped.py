@@ -89,7 +89,9 @@ def blocked(experts_NK: jax.Array, num_experts: int) -> Groups:
     if count <= num_experts:
         experts = experts_NK.reshape(-1)
         place = jnp.arange(count).reshape(experts_NK.shape)
-        return _groups("single", count, place, experts_NK < num_experts, experts=experts.clip(0, num_experts - 1))
+        return _groups(
+            "single", count, place, experts_NK < num_experts, experts=experts.clip(0, num_experts - 1)
+        )
     M = max(_LEAST_BLOCK, 2 ** int(math.log2(max(count / (2 * num_experts), 1))))
     num_blocks = -(-count // M) + num_experts
     rank, sizes_E = _ranks(experts_NK.reshape(-1), num_experts)

@@ -24,7 +24,9 @@ class RouterConfig:
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}
 
-    scoring: Literal["softmax", "sigmoid"] = "softmax"  #: of the router's logits; sigmoid in DeepSeek-V3, Llama 4
+    scoring: Literal["softmax", "sigmoid"] = (
+        "softmax"  #: of the router's logits; sigmoid in DeepSeek-V3, Llama 4
+    )
     normalize: bool = True  #: the weights of the chosen experts sum to 1 before scale (norm_topk_prob)
     scale: float = 1.0  #: multiplies the weights (routed_scaling_factor)
     use_bias: bool = False  #: a bias of the logits, as in gpt-oss
@@ -32,7 +34,9 @@ class RouterConfig:
     correction_bias: bool = False
     num_groups: int = 1  #: groups of consecutive experts, of which the best are kept
     groups_per_token: int = 1  #: how many groups a token keeps
-    group_score: Literal["max", "top2"] = "max"  #: of a group: its best expert (DeepSeek-V2), its two best (V3)
+    group_score: Literal["max", "top2"] = (
+        "max"  #: of a group: its best expert (DeepSeek-V2), its two best (V3)
+    )
     balance_loss: float = 0.0  #: coefficient of E sum_e f_e p_e, which is 1 where the load is even; 0: off
     z_loss: float = 0.0  #: coefficient of the mean of logsumexp(z)^2; 0: off
     #: added to or taken from the correction bias after a training step, by the sign of the expert's load; 0: off
@@ -52,7 +56,9 @@ class RouterConfig:
                 f"groups_per_token {self.groups_per_token} exceeds num_groups {self.num_groups}: lower it"
             )
         if self.bias_rate and not self.correction_bias:
-            raise ValueError(f"bias_rate {self.bias_rate} moves a correction bias: set correction_bias to true")
+            raise ValueError(
+                f"bias_rate {self.bias_rate} moves a correction bias: set correction_bias to true"
+            )
 
     @property
     def has_losses(self) -> bool:
