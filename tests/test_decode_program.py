@@ -107,7 +107,7 @@ def _is_matrix(text: str, weights: Prepared) -> bool:
 
 
 def test_the_loop_reads_only_the_chosen_experts():
-    """One expert is copied at a time; nothing is as large as all of them, and the rest is as for dense layers."""
+    """One expert is copied at a time, never all of them; the rest is as for dense layers."""
     experts = ExpertsConfig(num_experts=6, width=183)
     blocks = (BlockConfig(MODELS["mha"], experts),)
     config = dataclasses.replace(

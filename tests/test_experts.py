@@ -1,4 +1,4 @@
-"""Mixtures of experts: against NumPy float64, their gradients, their decoding, and what training does with them."""
+"""Mixtures of experts: against NumPy float64, gradients, decoding, and what training does with them."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from attention_jax.feed_forwards import DenseConfig, Experts, ExpertsConfig, Rou
 from attention_jax.feed_forwards.router import route
 from attention_jax.generation import decode_step, prefill
 from attention_jax.mixers import Context, make_config
-from attention_jax.model import BlockConfig, ModelConfig, apply, init_params, prepare_for_decoding
+from attention_jax.model import BlockConfig, ModelConfig, apply, prepare_for_decoding
 from attention_jax.positions import RoPE
 from tests.params import random_params
 from tests.reference import experts as reference
@@ -169,7 +169,7 @@ def test_gradients_equal_those_of_the_dense_formula(options):
 
 
 def test_invalid_slots_take_no_capacity_and_get_no_gradient():
-    """NaN in them changes no bit and no gradient, and a row does not depend on how much padding another one has."""
+    """NaN in them changes no bit and no gradient, and no row depends on the padding of another."""
     layer = _layer({"capacity_factor": 0.5, "use_bias": True}, {})
     graphdef, params = nnx.split(layer)
 

@@ -58,7 +58,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array | 
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: kernels, embeddings and the stacks of experts, by the name of the leaf."""
+    """True where weight decay applies: leaves named kernel or embedding, and the stacks of experts."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
 
 

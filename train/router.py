@@ -30,7 +30,7 @@ def captured(model: ModelConfig) -> frozenset[str]:
 
 
 def collect(aux: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """router_load: the load [E] of each layer with experts; router_loss: the sum of all losses of all layers."""
+    """router_load: the load [E] of each layer with experts; router_loss: the sum of all layers' losses."""
     found: dict[str, Any] = {}
     if loads := [layer["router_load"] for layer in aux if "router_load" in layer]:
         found["router_load"] = loads
@@ -40,7 +40,7 @@ def collect(aux: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 
 def metrics(found: dict[str, Any]) -> dict[str, jax.Array]:
-    """router_loss, and router_load: the largest share of an expert in any layer, times E; 1 is an even load."""
+    """router_loss, and router_load: the largest share of an expert in any layer, times E; 1 if even."""
     shown = {"router_loss": found["router_loss"]} if "router_loss" in found else {}
     if "router_load" in found:
         shown["router_load"] = jnp.max(jnp.stack([x.size * jnp.max(x) for x in found["router_load"]]))

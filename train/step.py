@@ -87,7 +87,7 @@ def make_fill_in(model: ModelConfig) -> Callable[..., jax.Array]:
 
 
 def _loss(model: ModelConfig, share: float, params: Any, batch: Batch, count: jax.Array, key: jax.Array):
-    """What is minimised, and beside it the batch's share of the mean over `count` tokens and `router.collect`.
+    """What is minimised; the batch's share of the mean over `count` tokens; and `router.collect`.
 
     share: of the batch in all micro-batches, by which what the routers give is multiplied.
     """

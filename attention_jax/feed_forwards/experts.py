@@ -2,8 +2,8 @@
 
     y = sum_{e in chosen(x)} w_e(x) expert_e(x)  (+ shared(x))
 
-Shazeer et al. 2017 (arXiv 1701.06538); shared experts: DeepSeekMoE (arXiv 2401.06066). `router.py` chooses the
-experts and weights, `grouped.py` computes only what was chosen.
+Shazeer et al. 2017 (arXiv 1701.06538); shared experts: DeepSeekMoE (arXiv 2401.06066). `router.py` chooses
+the experts and weights, `grouped.py` computes only what was chosen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax import nnx
 
 from attention_jax.choices import check_between
 from attention_jax.feed_forwards.base import FeedForward, FeedForwardOutput, Projections
-from attention_jax.feed_forwards.dense import Dense, DenseConfig, UnitConfig
+from attention_jax.feed_forwards.dense import DenseConfig, UnitConfig
 from attention_jax.feed_forwards.grouped import Groups, make_groups
 from attention_jax.feed_forwards.router import RouterConfig, Routing, load, losses, route
 from attention_jax.layers import matmul
@@ -41,7 +41,7 @@ class ExpertsConfig(UnitConfig):
     use_bias: bool | None = None  #: biases of the experts' projections; null: model.use_bias
     router: RouterConfig = RouterConfig()  #: how experts are chosen and weighted
     weigh_input: bool = False  #: weights multiply the experts' input instead of their output, as in Llama 4
-    #: f: an expert computes at most ceil(f K T / E) tokens of a row of T, and drops later ones; null: it drops none
+    #: f: an expert computes at most ceil(f K T / E) tokens of a row of T; null: it drops none
     capacity_factor: float | None = None
     #: ragged: jax.lax.ragged_dot; blocked: blocks of rows of one expert; null: blocked on a CPU, else ragged
     impl: Literal["ragged", "blocked"] | None = None

@@ -1,11 +1,11 @@
 """Tokens in the order of the experts that they are sent to, and products with one matrix per expert.
 
-`Groups` says which token each row holds and in which row each of a token's choices is computed. There are four
-orders:
+`Groups` says which token each row holds and in which row each of a token's choices is computed. There are
+four orders:
 
     ragged     N K rows, sorted by expert; products are `jax.lax.ragged_dot`
-    blocked    sorted by expert, each expert's rows padded to whole blocks of M rows, so that every block has one
-               matrix. XLA's CPU backend computes ragged_dot as E products of all rows; blocks cost at most 2 N K rows
+    blocked    sorted by expert, each expert's rows padded to whole blocks of M rows, so that a block has one
+               matrix. XLA's CPU backend computes ragged_dot as E products of all rows
     single     a loop over N K rows in the order of the tokens; for a few tokens, as in decoding
     capacity   buffers of C rows for each expert and row of the batch, without what does not fit
 """
@@ -25,9 +25,9 @@ _LEAST_BLOCK = 8
 class Groups(NamedTuple):
     """R rows for the choices of N tokens, K each. A row without a choice is 0.
 
-    choices_R: the index (token K + rank) of the choice in each row; N K where there is none.
+    choices_R: the index (token K + rank) of the choice in each row; N K where it has none.
     place_NK: the row of each choice; R where it has none, for which `combined` adds 0.
-    experts: the expert of each block of R / len(experts) rows in order. sizes_E: of ragged rows alone, instead.
+    experts: the expert of each block of R / len(experts) rows. sizes_E: of ragged rows alone, instead.
     order: one of the module's orders.
     """
 
@@ -52,8 +52,8 @@ class Groups(NamedTuple):
         return (y_NKD.astype(weights_NK.dtype) * weights_NK[..., None]).sum(axis=1)
 
     def product(self, x_RI: jax.Array, kernel_EIO: jax.Array, dtype) -> jax.Array:
-        """x W_e of every row, float32-accumulated; kernels are cast to `dtype` after those in use are selected."""
-        R, (E, _, features_out) = x_RI.shape[0], kernel_EIO.shape
+        """x W_e of every row, in `dtype`, to which kernels are cast after those in use are selected."""
+        R, features_out = x_RI.shape[0], kernel_EIO.shape[2]
         x_RI = x_RI.astype(dtype)
         if self.order == "ragged":
             y_RO = jax.lax.ragged_dot(x_RI, kernel_EIO.astype(dtype), self.sizes_E)
@@ -89,9 +89,8 @@ def blocked(experts_NK: jax.Array, num_experts: int) -> Groups:
     if count <= num_experts:
         experts = experts_NK.reshape(-1)
         place = jnp.arange(count).reshape(experts_NK.shape)
-        return _groups(
-            "single", count, place, experts_NK < num_experts, experts=experts.clip(0, num_experts - 1)
-        )
+        experts = experts.clip(0, num_experts - 1)
+        return _groups("single", count, place, experts_NK < num_experts, experts=experts)
     M = max(_LEAST_BLOCK, 2 ** int(math.log2(max(count / (2 * num_experts), 1))))
     num_blocks = -(-count // M) + num_experts
     rank, sizes_E = _ranks(experts_NK.reshape(-1), num_experts)
@@ -103,7 +102,7 @@ def blocked(experts_NK: jax.Array, num_experts: int) -> Groups:
 
 
 def with_capacity(experts_NK: jax.Array, num_experts: int, batch: int, capacity: int) -> Groups:
-    """The first `capacity` choices of each expert in each of `batch` rows, in the order of tokens, then ranks."""
+    """The first `capacity` choices of each expert in each row of the batch, by token, then by rank."""
     row_N1 = (jnp.arange(experts_NK.shape[0]) // (experts_NK.shape[0] // batch))[:, None]
     valid_NK = experts_NK < num_experts
     key_NK = jnp.where(valid_NK, experts_NK * batch + row_N1, num_experts * batch)

@@ -1,10 +1,11 @@
 """The router of a mixture of experts: which experts a token has, and with which weights.
 
-    z = W x (float32);   s = softmax(z) or sigmoid(z);   chosen: the k largest of s + b;   w = scale s (/ sum of s)
+    z = W x (float32);   s = softmax(z) or sigmoid(z);   chosen: the k largest of s + b
+    w = scale s (/ the sum of s over the chosen)
 
-Top-k routing: Shazeer et al. 2017 (arXiv 1701.06538). Load-balancing loss: Switch Transformer (arXiv 2101.03961).
-z-loss: ST-MoE (arXiv 2202.08906). Groups: DeepSeek-V2 (arXiv 2405.04434). Sigmoid scores and the correction bias b:
-DeepSeek-V3 (arXiv 2412.19437).
+Top-k routing: Shazeer et al. 2017 (arXiv 1701.06538). Load-balancing loss: Switch Transformer (arXiv
+2101.03961). z-loss: ST-MoE (arXiv 2202.08906). Groups: DeepSeek-V2 (arXiv 2405.04434). Sigmoid scores and the
+correction bias b: DeepSeek-V3 (arXiv 2412.19437).
 """
 
 from __future__ import annotations
@@ -34,12 +35,10 @@ class RouterConfig:
     correction_bias: bool = False
     num_groups: int = 1  #: groups of consecutive experts, of which the best are kept
     groups_per_token: int = 1  #: how many groups a token keeps
-    group_score: Literal["max", "top2"] = (
-        "max"  #: of a group: its best expert (DeepSeek-V2), its two best (V3)
-    )
+    group_score: Literal["max", "top2"] = "max"  #: its best expert (DeepSeek-V2), or two (V3)
     balance_loss: float = 0.0  #: coefficient of E sum_e f_e p_e, which is 1 where the load is even; 0: off
     z_loss: float = 0.0  #: coefficient of the mean of logsumexp(z)^2; 0: off
-    #: added to or taken from the correction bias after a training step, by the sign of the expert's load; 0: off
+    #: by how much an expert's load moves its correction bias after a training step; 0: off
     bias_rate: float = 0.0
 
     def __post_init__(self):
@@ -147,8 +146,8 @@ def load(routing: Routing, valid_N: jax.Array) -> jax.Array:
 def losses(config: RouterConfig, routing: Routing, valid_N: jax.Array) -> jax.Array:
     """float32 [2]: the load-balancing loss and the z-loss of the valid tokens, each times its coefficient.
 
-    Balance: E sum_e f_e p_e, with f the `load`, which has no gradient, and p the mean of the scores, which are
-    divided by their sum if they are sigmoids. It is 1 for an even load, whatever the number of experts of a token.
+    Balance: E sum_e f_e p_e, with f the `load`, which has no gradient, and p the mean of the scores; sigmoids
+    are divided by their sum. It is 1 for an even load, whatever the number of experts of a token.
     """
     scores_NE = routing.scores_NE.astype(jnp.float32)
     if config.scoring == "sigmoid":

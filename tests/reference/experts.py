@@ -18,7 +18,7 @@ def scores(logits, scoring):
 def choose(s, k, correction=0.0, num_groups=1, groups_per_token=1, group_score="max"):
     """The k experts of a token, the best first.
 
-    Groups: the best by their largest score (DeepSeek-V2, eq. of device-limited routing) or by the sum of their two
+    Groups: the best by their largest score (DeepSeek-V2, section 2.2.2) or by the sum of their two
     largest (DeepSeek-V3); the correction is in the choice alone (DeepSeek-V3, eq. 16).
     """
     biased = s + correction
