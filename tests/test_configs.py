@@ -65,8 +65,11 @@ def test_twenty_steps_lower_the_loss(path, batches):
         dataclasses.replace(mixer, chunk_size=8) if hasattr(mixer, "chunk_size") else mixer
         for mixer in (dict.fromkeys(pattern) if _name(path) in _FAST else pattern)
     )
+    layers = {"mixers": mixers, "num_layers": len(mixers)}
+    if config.model.blocks is not None:
+        layers = {"num_layers": len(config.model.blocks)}
     model = dataclasses.replace(
-        config.model, vocab_size=VOCABULARY, num_layers=len(mixers), mixers=mixers,
+        config.model, vocab_size=VOCABULARY, **layers,
         max_positions=None if config.model.max_positions is None else 128,
     )  # fmt: skip
     optimizer = dataclasses.replace(

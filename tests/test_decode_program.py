@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,21 @@ import pytest
 from numpy.testing import assert_allclose
 
 from attention_jax.caches import CacheOptions
+from attention_jax.feed_forwards import ExpertsConfig
 from attention_jax.generation import NGram, Sampling, loop, speculative
 from attention_jax.generation.arrays import pack
 from attention_jax.generation.decode import decode_step, prefill
 from attention_jax.masks import SlidingWindow
 from attention_jax.mixers import make_config
-from attention_jax.model import ModelConfig, Prepared, apply, bind, init_params, prepare_for_decoding
+from attention_jax.model import (
+    BlockConfig,
+    ModelConfig,
+    Prepared,
+    apply,
+    bind,
+    init_params,
+    prepare_for_decoding,
+)
 from attention_jax.positions import RoPE
 from tests.hlo import loop_instructions
 
@@ -130,6 +140,19 @@ def _is_matrix(text: str, weights: Prepared) -> bool:
         str(list(s)).replace(" ", "") for x in jax.tree.leaves(weights) for s in (x.shape, x.shape[::-1])
     }
     return any(shape in text.split(" = ")[1].split("(")[0] for shape in shapes if shape.count(","))
+
+
+def test_the_loop_reads_only_the_chosen_experts():
+    """One expert is copied at a time, never all of them; the rest is as for dense layers."""
+    experts = ExpertsConfig(num_experts=6, width=183)
+    blocks = (BlockConfig(MODELS["mha"], experts),)
+    config = dataclasses.replace(
+        _config("mha", MODELS["mha"]), mixers=ModelConfig.mixers, mlp_width=None, blocks=blocks
+    )
+    weights = jax.eval_shape(lambda: prepare_for_decoding(config, init_params(config, jax.random.key(0))))
+    found = _touched(config, weights)
+    one = [x for x in found if re.search(r" = f32\[(1,)?(88,183|183,88)\]", x)]
+    assert one and found == one, found
 
 
 def test_weights_that_are_not_prepared_are_moved():

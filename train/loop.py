@@ -208,8 +208,8 @@ class Run:
         """Handle the metrics of a step; where it evaluates or saves, self.params are still that step's."""
         arrays = jax.device_get(metrics)
         finite = arrays.pop("finite")
-        names = ("train/loss", "tokens", "grad_norm", "learning_rate")
-        values = {name: arrays[name].item() for name in names}
+        names = ("train/loss", "tokens", "grad_norm", "learning_rate", "router_loss", "router_load")
+        values = {name: arrays[name].item() for name in names if name in arrays}
         loss = values["train/loss"]
         self.tokens += values["tokens"]
         values["tokens"] = self.tokens
@@ -218,7 +218,8 @@ class Run:
             self.skips = self.skips._replace(consecutive=0)
         else:
             self._skip(step, loss, values["grad_norm"])
-            del values["train/loss"], values["grad_norm"]
+            for name in ("train/loss", "grad_norm", "router_loss", "router_load"):
+                values.pop(name, None)
         if self.skips.total:
             values["skipped_steps"] = self.skips.total
         self.console.step(step, loss, self._speed())

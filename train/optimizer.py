@@ -22,7 +22,8 @@ import optax
 
 from train.config.sections import OptimizerConfig
 
-_DECAYED = ("kernel", "embedding")
+# gate, up and down are the stacks of experts, [E, in, out].
+_DECAYED = ("kernel", "embedding", "gate", "up", "down")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array | int], jax.Array]:
@@ -57,7 +58,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array | 
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: leaves named kernel or embedding."""
+    """True where weight decay applies: leaves named kernel or embedding, and the stacks of experts."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
 
 

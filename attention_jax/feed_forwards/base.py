@@ -95,9 +95,15 @@ class FeedForward(nnx.Module):
         """Create the parameters for `self.config` and `self.d_model`."""
         raise NotImplementedError
 
-    def run(self, x_BTD: jax.Array, *, ctx: Context) -> FeedForwardOutput:
-        """y and the arrays named in `ctx.capture`; what invalid slots give is unused."""
+    def run(self, x_BTD: jax.Array, *, ctx: Context, cached: bool = False) -> FeedForwardOutput:
+        """y and the arrays named in `ctx.capture`; what invalid slots give is unused.
+
+        cached: the layer has a state, so that x need not be a whole row.
+        """
         raise NotImplementedError
+
+    def prepare(self, storage_dtype: Any) -> None:
+        """Lay out in place, for decoding, what is no linear layer; see `model/prepared.py`."""
 
     def __call__(self, x_BTD: jax.Array, *, ctx: Context | None = None) -> jax.Array:
         """y [B, T, D]."""

@@ -121,9 +121,9 @@ class Dense(FeedForward):
         self.up = parts.linear(self.d_model, width, use_bias=use_bias)
         self.down = parts.out(width, self.d_model, use_bias=use_bias)
 
-    def run(self, x_BTD: jax.Array, *, ctx: Context) -> FeedForwardOutput:
+    def run(self, x_BTD: jax.Array, *, ctx: Context, cached: bool = False) -> FeedForwardOutput:
         """y [B, T, D] of each token by itself."""
-        del ctx
+        del ctx, cached
         if self.config.gated:
             gate_BTF, up_BTF = fused_linear([self.gate, self.up], x_BTD, only_prepared=True)
         else:

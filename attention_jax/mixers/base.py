@@ -40,6 +40,9 @@ CAPTURES = {
     "keys": "k [B, S, K, H] as used in the scores",
     "values": "v [B, S, K, M]",
     "hidden": "the output x [B, T, D] of the layer",
+    "router": "the scores of the experts, float32 [B, T, E]: softmax or sigmoid of the router's logits",
+    "router_load": "float32 [E], the share of each expert in the choices of the valid tokens",
+    "router_losses": "float32 [2], the load-balancing loss and the z-loss, each times its coefficient",
 }
 
 

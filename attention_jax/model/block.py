@@ -59,7 +59,7 @@ class Block(nnx.Module):
                 x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(1).dropout_key)
             if self.mlp is not None:
                 n_BTD = _normalized(self.norm2, x_BTD)
-                y_BTD, more = self.mlp.run(n_BTD, ctx=ctx)
+                y_BTD, more = self.mlp.run(n_BTD, ctx=ctx, cached=state is not None)
                 y_BTD = _scaled(_normalized(self.post_norm2, y_BTD), config.feed_forward_scale)
                 x_BTD = _scaled(self._residual(x_BTD, n_BTD), config.feed_forward_residual_scale)
                 x_BTD = x_BTD + dropout(y_BTD, self.dropout, ctx.fold_key(2).dropout_key)
@@ -71,7 +71,8 @@ class Block(nnx.Module):
         config = self.config
         n_BTD = _normalized(self.norm1, x_BTD)
         y_BTD, state, aux = self.mixer.mix(n_BTD, state, ctx=ctx.fold_key(0))
-        z_BTD, more = self.mlp.run(n_BTD if self.norm2 is None else self.norm2(x_BTD), ctx=ctx)
+        m_BTD = n_BTD if self.norm2 is None else self.norm2(x_BTD)
+        z_BTD, more = self.mlp.run(m_BTD, ctx=ctx, cached=state is not None)
         x_BTD = _scaled(x_BTD, config.mixer_residual_scale)
         for i, (branch_BTD, scale) in enumerate(
             ((y_BTD, config.mixer_scale), (z_BTD, config.feed_forward_scale)), start=1

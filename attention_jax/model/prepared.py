@@ -74,7 +74,7 @@ def _storage_dtype(dtype: Any) -> Any:
 
 
 def _prepare_block(block: Block, config: ModelConfig) -> None:
-    """Replace the linear layers of a block in place."""
+    """Replace the linear layers of a block in place, and the stacks of its experts."""
     linears = {
         path: f for path, f in nnx.iter_graph(block) if isinstance(f, nnx.Linear) and f.dtype is not None
     }
@@ -84,6 +84,8 @@ def _prepare_block(block: Block, config: ModelConfig) -> None:
             prepared = prepare_linears(members, storage_dtype=_storage_dtype(members[0].dtype))
             for path, member in zip(paths, prepared, strict=True):
                 _replace(block, path, member)
+    if block.mlp is not None:
+        block.mlp.prepare(_storage_dtype(block.mlp.dtype))
 
 
 def _common_inputs(block: Block, config: ModelConfig) -> Iterable[tuple[Path, ...]]:
