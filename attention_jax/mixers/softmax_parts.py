@@ -38,9 +38,12 @@ class SelfAttentionConfig(SoftmaxMixerConfig):
     rope: RoPE | None = None  #: rotary position embedding; null: none
     temperature: Temperature | None = None  #: scale queries by position, as Llama 4 does; null: off
     #: normalise queries and keys: rms, layer (learned scale per feature), l2 (no scale), rms_per_head (a scale per
-    #: head), rms_all_heads (over all heads together, as OLMo 2); null: neither
+    #: head), rms_all_heads (over all heads together, as OLMo 2), layer_per_head (a scale per head, as Cohere); null:
+    #: neither
     qk_norm: HeadNorm | None = None
-    qk_norm_eps: float = 1e-6  #: added to the mean square of queries and keys (to the variance for layer)
+    qk_norm_eps: float = (
+        1e-6  #: added to the mean square of queries and keys (to the variance for layer norms)
+    )
     clip_qkv: float | None = None  #: limit c: clips queries, keys and values to [-c, c]; null: off
     softcap: float | None = None  #: cap c: replaces a score x by c tanh(x / c); null: off
     scale: float | None = None  #: multiplies q.k; null: 1 / sqrt(head_dim)

@@ -88,6 +88,7 @@ class ModelConfig:
     #: add sines and cosines of the position to the scaled token embedding; any length
     sinusoidal: bool = False
     dropout: float = 0.0  #: dropout rate of the embeddings and of each residual branch
+    embedding_dropout: float | None = None  #: dropout rate of the embeddings; null: dropout
     logit_scale: float | None = None  #: multiplies the logits, before logit_softcap; null: 1
     logit_softcap: float | None = None  #: cap c: replaces a logit x by c tanh(x / c); null: off
     init_std: float = (
@@ -162,6 +163,8 @@ class ModelConfig:
 
     def _check_numbers(self) -> None:
         check_dropout(self.dropout)
+        if self.embedding_dropout is not None:
+            check_dropout(self.embedding_dropout, "embedding_dropout")
         check_epsilon(self, "norm_eps")
         check_between(self, "embedding_scale", 1e-3, 1e6, "embeddings vanish or overflow otherwise")
         check_between(self, "norm_offset", 1e-3, 10, "1 is usual, and 0 turns it off", zero=True)

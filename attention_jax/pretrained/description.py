@@ -61,6 +61,14 @@ class Description:
             raise self._wrong(key, value, "a whole number from 0 to 2^31 - 1")
         return value
 
+    def same_integer(self, *keys: str) -> int:
+        """The whole number that goes by any of several names; ValueError where two of them differ."""
+        given = {key: self.integer(key, None) for key in keys}
+        values = {value for value in given.values() if value is not None}
+        if len(values) > 1:
+            raise ValueError(f"{self.where}: {' and '.join(keys)} mean the same, got {given}")
+        return values.pop() if values else self.integer(keys[0])
+
     def number(self, key: str, default: Any = _MISSING) -> float:
         """A finite number."""
         value = self.get(key, default)

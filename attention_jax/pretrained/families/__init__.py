@@ -1,11 +1,11 @@
 """The families of published models that can be loaded, by their model_type in config.json."""
 
 from attention_jax.hints import near
-from attention_jax.pretrained.families import llama
+from attention_jax.pretrained.families import gpt, llama
 from attention_jax.pretrained.family import Family
 
 #: All families, in the order in which they are listed.
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES,)
+FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *gpt.FAMILIES)
 
 
 def family_of(model_type: str) -> Family:
