@@ -116,9 +116,8 @@ class Description:
         allowed."""
         value = self.get(key, None)
         if value is not None and value not in allowed:
-            raise ValueError(
-                f"{self.where}: {key} {_short(value)} is not supported, only {' or '.join(map(str, allowed))}"
-            )
+            only = f", only {' or '.join(map(str, allowed))}" if allowed else ""
+            raise ValueError(f"{self.where}: {key} {_short(value)} is not supported{only}")
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not matter for the family."""

@@ -1,11 +1,19 @@
 """The families of published models that can be loaded, by their model_type in config.json."""
 
 from attention_jax.hints import near
-from attention_jax.pretrained.families import gpt, llama
+from attention_jax.pretrained.families import cohere, falcon, gpt, granite, llama, mpt, phi
 from attention_jax.pretrained.family import Family
 
 #: All families, in the order in which they are listed.
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *gpt.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES,
+    *gpt.FAMILIES,
+    *falcon.FAMILIES,
+    *mpt.FAMILIES,
+    *phi.FAMILIES,
+    *cohere.FAMILIES,
+    *granite.FAMILIES,
+)
 
 
 def family_of(model_type: str) -> Family:

@@ -15,6 +15,7 @@ from attention_jax.pretrained.families.llama import ACTIVATIONS
 from attention_jax.pretrained.family import Family, tiled
 from attention_jax.pretrained.rope import read_rope
 from attention_jax.pretrained.table import (
+    Place,
     conv1d,
     joined,
     joined_by_group,
@@ -67,7 +68,8 @@ def ungated(d: Description, width: int, *, key: str, default: str, use_bias: boo
 _GPT2_PREFIX = (r"(?!transformer\.|lm_head\.)(.+)", r"transformer.\1")
 
 
-def _thirds(place) -> list[int]:
+def thirds(place: Place) -> list[int]:
+    """The widths of q, k and v, each as wide as the model."""
     return [place.config.d_model] * 3
 
 
@@ -78,7 +80,7 @@ GPT2_TABLE = (
     transposed("head/kernel", "lm_head.weight"),
     *norm("norm1", "transformer.h.{i}.ln_1"),
     *norm("norm2", "transformer.h.{i}.ln_2"),
-    *joined(("mixer/q", "mixer/k", "mixer/v"), "transformer.h.{i}.attn.c_attn", _thirds, axis=1),
+    *joined(("mixer/q", "mixer/k", "mixer/v"), "transformer.h.{i}.attn.c_attn", thirds, axis=1),
     *conv1d("mixer/out", "transformer.h.{i}.attn.c_proj"),
     *conv1d("mlp/up", "transformer.h.{i}.mlp.c_fc"),
     *conv1d("mlp/down", "transformer.h.{i}.mlp.c_proj"),
