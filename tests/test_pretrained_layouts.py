@@ -70,7 +70,11 @@ def _config(model_type: str, **keys) -> ModelConfig:
         ),
         ("falcon", SIZES | {"ff_factor": 3}, "ff_factor 3 is not supported, only 4.0"),
         ("mpt", MPT | {"attn_config": {"alibi": False}}, "attn_config: alibi False is not supported"),
-        ("mpt", MPT | {"attn_config": {"alibi_bias_max": 16}}, "alibi_bias_max 16 is not supported, only 8"),
+        (
+            "mpt",
+            MPT | {"attn_config": {"qk_ln": True}},
+            "attn_config: qk_ln True is not supported",
+        ),
         ("mpt", MPT | {"attn_config": {"attn_type": "grouped_query_attention"}}, "only multihead_attention"),
         ("mpt", MPT | {"attn_config": {"rope": True}}, "rope True is not supported"),
         (
@@ -144,6 +148,13 @@ def test_names_of_older_files():
         load_params(family, config, _Held(saved | {"wte.weight": saved["transformer.wte.weight"]}))
     with pytest.raises(ValueError, match=r"lm_head.weight differs from transformer.wte.weight"):
         load_params(family, config, _Held(saved | {"lm_head.weight": 2 * saved["transformer.wte.weight"]}))
+
+
+def test_steeper_alibi():
+    """MPT-7B-StoryWriter: transformers reads alibi_bias_max and ignores it."""
+    config = _config("mpt", **MPT, attn_config={"alibi_bias_max": 16, "clip_qkv": 6})
+    mixer = config.period[0].mixer
+    assert (mixer.bias.max_exponent, mixer.clip_qkv) == (16.0, 6.0)
 
 
 def test_dropout_rates():

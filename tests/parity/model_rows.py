@@ -31,7 +31,8 @@ class Row:
     """A configuration of transformers. options: its arguments. old: keys of the hub's older spelling.
 
     old replaces keys of the saved config.json: a null removes one. old_names: from a tensor's name to that on
-    the hub. buffers: further tensors of a layer's module there, which are no parameters.
+    the hub. buffers: further tensors of a layer's module there, which are no parameters. attention: the
+    implementation of transformers.
     """
 
     model_type: str
@@ -39,6 +40,7 @@ class Row:
     old: dict[str, Any] | None = None
     old_names: Callable[[str], str] = lambda name: name
     buffers: tuple[str, ...] = ()
+    attention: str = "eager"
 
 
 def _embed_out(name: str) -> str:
@@ -147,6 +149,7 @@ ROWS: dict[str, Row] = {
         "falcon", FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
         | {"num_attention_heads": 16},  # from 16 heads on, bfloat16 does not hold their slopes
         FALCON_OLD,
+        attention="sdpa",  # eager adds the bias twice: in the mask and again to the scores
     ),
     "mpt": Row("mpt", MPT | {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}}),
     "mpt-7b": Row("mpt", MPT | {"n_heads": 6, "d_model": 36, "attn_config": None}, MPT_OLD),

@@ -28,7 +28,7 @@ class Pair:
     def __init__(self, row, folder):
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(row.model_type, **row.options)
-        config._attn_implementation = "eager"
+        config._attn_implementation = row.attention
         self.row, self.folder = row, folder
         self.peer = transformers.AutoModelForCausalLM.from_config(config).eval()
         _draw(self.peer)
@@ -92,7 +92,9 @@ def test_left_padded_cached_decoding(pair):
 def test_saving(pair, tmp_path):
     """transformers loads what is saved, with the same bits and the same logits."""
     save_pretrained(tmp_path / "model", pair.config, pair.params, like=pair.folder)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", attn_implementation=pair.row.attention
+    )
     ours, theirs = again.state_dict(), pair.peer.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -29,7 +29,7 @@ from attention_jax.pretrained.table import (
 _UNUSED_KEYS = (
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
     "summary_first_dropout", "n_ctx", "n_positions", "gradient_checkpointing", "reorder_and_upcast_attn",
-    "tokenizer_name",
+    "tokenizer_name", "n_special", "predict_special_tokens", "output_past", "_num_labels",
 )  # fmt: skip
 
 

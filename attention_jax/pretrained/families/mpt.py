@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_jax.biases import ALiBiConfig
 from attention_jax.feed_forwards import DenseConfig
 from attention_jax.masks import Causal
 from attention_jax.mixers import AttentionConfig
@@ -29,9 +30,10 @@ TABLE = (
 def _mixer(d: Description, heads: int) -> AttentionConfig:
     """The attention that the nested attn_config describes."""
     a = d.mapping("attn_config", None) or Description({}, f"{d.where}: attn_config")
-    # transformers ignores these; the authors' code does not. All published models have these values.
+    # The authors' code implements all of these. transformers ignores those that are refused here, and
+    # alibi_bias_max, which is 16 in MPT-7B-StoryWriter.
+    largest = a.number("alibi_bias_max", 8)
     a.only("alibi", True)
-    a.only("alibi_bias_max", 8)
     a.only("qk_ln", False)
     a.only("prefix_lm", False)
     a.only("attn_uses_sequence_id", False)
@@ -43,7 +45,7 @@ def _mixer(d: Description, heads: int) -> AttentionConfig:
     return AttentionConfig(
         num_heads=heads,
         mask=Causal(),
-        bias="alibi",
+        bias=ALiBiConfig(max_exponent=float(largest)),
         clip_qkv=None if not clip else float(clip),
         scale=None if scale is None else float(scale),
         dropout=dropout,
