@@ -117,12 +117,14 @@ class ArrayBias(Bias):
 class ALiBi(Bias):
     """-slope(head) * |q_pos - k_pos|, with slopes determined by the total number of heads.
 
-    scale, max_exponent: those of `alibi_slopes`.
+    scale, max_exponent: those of `alibi_slopes`. rounding: with bfloat16, to which r rounds, slope m and
+    position p enter as scale * r(r(m / scale) r(p)), and keys after the query have a bias > 0.
     """
 
     num_heads: int = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True}, default=1.0)
     max_exponent: float = dataclasses.field(metadata={"static": True}, default=8.0)
+    rounding: Literal["bfloat16"] | None = dataclasses.field(metadata={"static": True}, default=None)
 
     def __post_init__(self):
         if not isinstance(self.num_heads, numbers.Integral) or isinstance(self.num_heads, bool):
@@ -141,13 +143,28 @@ class ALiBi(Bias):
             )
 
     def score(self, heads_N, q_pos_BT, k_pos_BS):
+        if self.rounding is not None:
+            q_BNT, k_BNS = (self._rounded(heads_N, at) for at in (q_pos_BT, k_pos_BS))
+            return self.scale * (k_BNS[:, :, None] - q_BNT[..., None])
         slopes_N = jnp.asarray(self._slopes(), jnp.float32)[heads_N]
         # abs of floats is free on a GPU, where it is a modifier of the following multiplication.
         distance_BTS = jnp.abs((q_pos_BT[:, :, None] - k_pos_BS[:, None, :]).astype(jnp.float32))
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]
 
+    def _rounded(self, heads_N: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """slope * position without the scale, rounded to bfloat16, float32 [B, N, T]."""
+        slopes = alibi_slopes(self.num_heads, max_exponent=self.max_exponent)
+        slopes_N = _to_bfloat16(jnp.asarray(slopes, jnp.float32))[heads_N]
+        positions_BT = _to_bfloat16(positions_BT.astype(jnp.float32))
+        return _to_bfloat16(slopes_N[None, :, None] * positions_BT[:, None])
+
     def _slopes(self) -> tuple[float, ...]:
         return alibi_slopes(self.num_heads, scale=self.scale, max_exponent=self.max_exponent)
+
+
+def _to_bfloat16(x: jax.Array) -> jax.Array:
+    """x rounded to bfloat16, in float32. XLA may drop a conversion there and back."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def alibi_slopes(num_heads: int, *, scale: float = 1.0, max_exponent: float = 8.0) -> tuple[float, ...]:
@@ -174,6 +191,9 @@ class ALiBiConfig:
     max_exponent: float = (
         8.0  #: the last of n heads has the slope scale 2^-max_exponent; MPT's alibi_bias_max
     )
+    rounding: Literal["bfloat16"] | None = (
+        None  #: round slope * position to it, as Falcon-RW does; null: exact
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -181,7 +201,7 @@ class ALiBiConfig:
 
     def of(self, num_heads: int) -> ALiBi:
         """The ALiBi of so many heads."""
-        return ALiBi(num_heads, float(self.scale), float(self.max_exponent))
+        return ALiBi(num_heads, float(self.scale), float(self.max_exponent), self.rounding)
 
 
 def _check_slopes(bias: ALiBi | ALiBiConfig) -> None:

@@ -94,11 +94,11 @@ def check_epsilon(config: Any, name: str) -> None:
     check_between(config, name, 1e-12, 1, why, zero=True)
 
 
-def check_dropout(rate: float) -> None:
+def check_dropout(rate: float, name: str = "dropout") -> None:
     """Raise ValueError unless the dropout rate leaves something to learn from."""
     if not 0 <= rate <= _MOST_DROPOUT:
         raise ValueError(
-            f"dropout must be in [0, {_MOST_DROPOUT}], got {rate}: it is the fraction that is set to 0"
+            f"{name} must be in [0, {_MOST_DROPOUT}], got {rate}: it is the fraction that is set to 0"
         )
 
 

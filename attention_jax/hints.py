@@ -194,6 +194,7 @@ VALUES: dict[str, dict[str, str]] = {
             "write rms or l2": "true",
             "write layer": "layernorm ln",
             "a scale per head is rms_per_head": "perhead",
+            "a layer norm with a scale per head is layer_per_head": "cohere layerperhead",
             "over all heads together, as OLMo 2, is rms_all_heads": "olmo olmo2 full",
             "unscaled is l2": "cosine",
             "null turns it off": "none",

@@ -113,6 +113,9 @@ MIXERS = {
     "qk-layer-clipped-qkv-bias": _softmax(
         qk_norm="layer", qk_norm_eps=0.05, clip_qkv=0.8, use_bias=True, out_bias=False, rope=RoPE(), slow=True
     ),
+    "qk-layer-per-head": _softmax(
+        qk_norm="layer_per_head", qk_norm_eps=0.05, num_kv_heads=2, rope=RoPE(), slow=True
+    ),
     "qk-all-heads-steeper-alibi": _softmax(
         qk_norm="rms_all_heads",
         num_kv_heads=2,

@@ -69,6 +69,28 @@ def test_alibi_scores_follow_positions_and_global_heads():
     assert_allclose(found, -slopes[None, :, None, None] * distance[:, None], rtol=1e-6)
 
 
+def test_alibi_with_products_of_bfloat16():
+    """As Falcon-RW computes it: bfloat16(slope) * bfloat16(position), rounded, before the scale."""
+
+    def rounded(x):
+        return np.asarray(x).astype(jnp.bfloat16)
+
+    q, k = np.array([[7, 2000]]), np.array([[0, 257, 1999], [3, 777, -1]])
+    heads = np.array([3, 8, 11])
+    bias = ALiBiConfig(scale=0.25, rounding="bfloat16").of(32)
+    found = jax.jit(lambda *x: bias.score(*x))(jnp.array(heads), jnp.array(q), jnp.array(k))
+    slopes = rounded(2 ** (-0.25 * (heads + 1)))
+    q_BNT, k_BNS = (
+        rounded(np.float64(slopes)[None, :, None] * np.float64(rounded(x))[:, None]).astype(np.float64)
+        for x in (q, k)
+    )
+    assert_array_equal(found, 0.25 * (k_BNS[:, :, None] - q_BNT[..., None]))
+    exact = ALiBi(32, 0.25).score(jnp.array(heads), jnp.array(q), jnp.array(k))
+    assert np.abs(found - exact)[:, :, 1].max() > 0.05  # some keys are behind the other query
+    with pytest.raises(ValueError, match="rounding must be one of bfloat16, None, got 'float16'"):
+        ALiBiConfig(rounding="float16")
+
+
 def test_alibi_of_a_decoded_token_is_not_zero():
     """One query at position 9 weighs its keys by distance, as row 9 of the full score matrix does."""
     q, k = np.zeros((1, 1, 4, 8), np.float32), np.zeros((1, 10, 4, 8), np.float32)

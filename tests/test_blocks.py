@@ -12,7 +12,7 @@ from flax import nnx
 from attention_jax.caches import NoState, fork_all, rewind_all
 from attention_jax.feed_forwards import Dense, DenseConfig
 from attention_jax.generation import decode_step, prefill
-from attention_jax.mixers import make_config
+from attention_jax.mixers import Context, make_config
 from attention_jax.model import (
     BlockConfig,
     ModelConfig,
@@ -129,6 +129,21 @@ def test_norm_offset(model):
     np.testing.assert_allclose(_logits(plain, folded), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
+def test_embedding_dropout(model):
+    """Its rate, or that of the branches."""
+    config, params, _ = model
+    ctx = Context(dropout_key=jax.random.key(0))
+
+    def embedded(**rates):
+        return np.asarray(bind(dataclasses.replace(config, **rates), params)._embed(TOKENS, ctx))
+
+    plain, dropped = embedded(), embedded(dropout=0.5)
+    np.testing.assert_array_equal(embedded(embedding_dropout=0.5), dropped)
+    np.testing.assert_array_equal(embedded(dropout=0.5, embedding_dropout=0.0), plain)
+    np.testing.assert_array_equal(dropped, np.where(dropped, 2 * plain, 0))
+    assert 0.4 < (dropped == 0).mean() < 0.6
+
+
 @pytest.mark.parametrize("form", ["scanned", "prepared"])
 def test_other_layouts_give_the_same_logits(model, form):
     config, params, logits = model
@@ -221,6 +236,7 @@ def test_dense_units(options, unit):
             lambda: ModelConfig(blocks=(BlockConfig(parallel=True),), norm_order="post"),
             "blocks.0 is parallel",
         ),
+        (lambda: ModelConfig(embedding_dropout=1.0), r"embedding_dropout must be in \[0, 0.99\], got 1.0"),
         (lambda: ModelConfig(head_bias=True), "a tied output projection has no bias"),
         (lambda: ModelConfig(blocks=(BlockConfig(make_config("nystromformer")),)), "blocks.0.mixer: nystrom"),
     ],

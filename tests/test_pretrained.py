@@ -25,7 +25,8 @@ from tests.params import random_params
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 23, "hidden_size": 8, "intermediate_size": 12,
-    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
     "tie_word_embeddings": False,
 }  # fmt: skip
 NAME = "model.layers.1.mlp.up_proj.weight"

@@ -43,6 +43,10 @@ class FeedForwardConfig(Kind):
     def __post_init__(self):
         check_choices(self)
 
+    def hidden_width(self, d_model: int) -> int:
+        """The hidden features that are computed for a token."""
+        raise NotImplementedError
+
     def build(self, d_model: int, rngs: nnx.Rngs, **options: Any) -> FeedForward:
         """The feed-forward for a model of this width. options: dtype, use_bias, kernel_init and out_init."""
         return self.module(d_model, self, rngs=rngs, **options)

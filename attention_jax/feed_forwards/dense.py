@@ -99,6 +99,10 @@ class DenseConfig(UnitConfig):
         if self.width is not None and self.width < 1:
             raise ValueError(f"width must be >= 1, got {self.width}")
 
+    def hidden_width(self, d_model: int) -> int:
+        """F."""
+        return self.width_of(d_model, self.width)
+
     @classmethod
     def of_word(cls, word: FeedForwardWord, width: int | None = None) -> DenseConfig:
         """The config of a short word, such as swiglu."""

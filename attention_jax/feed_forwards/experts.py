@@ -74,6 +74,10 @@ class ExpertsConfig(UnitConfig):
         share = self.experts_per_token * length / self.num_experts
         return min(math.ceil(share * self.capacity_factor), length)
 
+    def hidden_width(self, d_model: int) -> int:
+        """Those of the chosen experts and of the shared one."""
+        return self.experts_per_token * self.width_of(d_model, self.width) + (self.shared_width or 0)
+
     @property
     def shared(self) -> DenseConfig | None:
         """The shared expert; None without one."""

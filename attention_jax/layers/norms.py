@@ -20,7 +20,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 #: The norms of the queries and keys of heads; see `head_norm`.
-HeadNorm = Literal["rms", "l2", "layer", "rms_per_head", "rms_all_heads"]
+HeadNorm = Literal["rms", "l2", "layer", "rms_per_head", "rms_all_heads", "layer_per_head"]
 
 
 def head_norm(
@@ -37,13 +37,16 @@ def head_norm(
 
     rms: RMS norm of each head with one learned scale [H]. l2: without a scale (Llama 4 calls it L2 norm).
     layer: layer norm of each head with a learned scale and bias [H]. rms_per_head: RMS norm of each head with
-    a scale per head. rms_all_heads: RMS norm of all heads together (OLMo 2). offset: that of rms and layer.
+    a scale per head. rms_all_heads: RMS norm of all heads together (OLMo 2). layer_per_head: layer norm of
+    each head with a scale per head and no bias (Cohere). offset: that of rms and layer.
     """
     if kind is None:
         return None
     given = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
     if kind == "layer":
         return LayerNorm(head_dim, offset=offset, use_fast_variance=False, **given)
+    if kind == "layer_per_head":
+        return HeadsLayerNorm(heads, head_dim, **given)
     if kind in ("rms_per_head", "rms_all_heads"):
         return HeadsRMSNorm(heads, head_dim, together=kind == "rms_all_heads", **given)
     return RMSNorm(head_dim, offset=offset, use_scale=kind == "rms", **given)
@@ -64,6 +67,22 @@ class HeadsRMSNorm(nnx.Module):
         x = x.astype(jnp.float32)
         axes = (-2, -1) if self.together else -1
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + self.epsilon)
+        return (x * jnp.broadcast_to(self.scale[...], x.shape)).astype(self.dtype)
+
+
+class HeadsLayerNorm(nnx.Module):
+    """Layer norm of each head with a learned scale [heads, H] and no bias."""
+
+    def __init__(self, heads: int, head_dim: int, *, epsilon: float, dtype: Any, rngs: nnx.Rngs):
+        del rngs  # the scale is initialised to ones
+        self.epsilon, self.dtype = epsilon, dtype
+        self.scale = nnx.Param(jnp.ones((heads, head_dim), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """y [..., heads, H], for x [..., heads, H]; computed in float32."""
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, -1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
         return (x * jnp.broadcast_to(self.scale[...], x.shape)).astype(self.dtype)
 
 

@@ -38,9 +38,11 @@ class SelfAttentionConfig(SoftmaxMixerConfig):
     rope: RoPE | None = None  #: rotary position embedding; null: none
     temperature: Temperature | None = None  #: scale queries by position, as Llama 4 does; null: off
     #: normalise queries and keys: rms, layer (learned scale per feature), l2 (no scale), rms_per_head (a scale per
-    #: head), rms_all_heads (over all heads together, as OLMo 2); null: neither
+    #: head), rms_all_heads (over all heads together, as OLMo 2), layer_per_head (a scale per head, as Cohere); null:
+    #: neither
     qk_norm: HeadNorm | None = None
-    qk_norm_eps: float = 1e-6  #: added to the mean square of queries and keys (to the variance for layer)
+    #: added to the mean square of queries and keys (to the variance for layer norms)
+    qk_norm_eps: float = 1e-6
     qk_norm_offset: float = (
         0.0  #: added to the learned scale of an rms or layer norm; 1 in Gemma 3, Qwen3-Next
     )

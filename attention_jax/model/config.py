@@ -88,6 +88,7 @@ class ModelConfig:
     #: add sines and cosines of the position to the scaled token embedding; any length
     sinusoidal: bool = False
     dropout: float = 0.0  #: dropout rate of the embeddings and of each residual branch
+    embedding_dropout: float | None = None  #: dropout rate of the embeddings; null: dropout
     logit_scale: float | None = None  #: multiplies the logits, before logit_softcap; null: 1
     logit_softcap: float | None = None  #: cap c: replaces a logit x by c tanh(x / c); null: off
     init_std: float = (
@@ -162,6 +163,8 @@ class ModelConfig:
 
     def _check_numbers(self) -> None:
         check_dropout(self.dropout)
+        if self.embedding_dropout is not None:
+            check_dropout(self.embedding_dropout, "embedding_dropout")
         check_epsilon(self, "norm_eps")
         check_between(self, "embedding_scale", 1e-3, 1e6, "embeddings vanish or overflow otherwise")
         check_between(self, "norm_offset", 1e-3, 10, "1 is usual, and 0 turns it off", zero=True)
@@ -192,6 +195,14 @@ class ModelConfig:
     def feed_forward(self) -> DenseConfig:
         """The dense feed-forward that `mlp` and `mlp_width` describe: of every layer without `blocks`."""
         return DenseConfig.of_word(self.mlp, self.mlp_width)
+
+    @property
+    def hidden_width(self) -> int:
+        """The hidden features that the widest feed-forward of a layer computes for a token; 0 without one."""
+        widths = (
+            b.feed_forward.hidden_width(self.d_model) for b in self.period if b.feed_forward is not None
+        )
+        return max(widths, default=0)
 
     @property
     def named_mixers(self) -> tuple[tuple[str, MixerConfig], ...]:

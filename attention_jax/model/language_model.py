@@ -153,7 +153,9 @@ class LanguageModel(nnx.Module):
                 jnp.arange(tokens_BT.shape[1])[None] if ctx.positions_BT is None else ctx.positions_BT
             )
             x_BTD = x_BTD + sinusoidal(positions_BT, self.config.d_model)
-        x_BTD = dropout(x_BTD, self.config.dropout, ctx.fold_key(self.config.num_layers).dropout_key)
+        rate = self.config.embedding_dropout
+        rate = self.config.dropout if rate is None else rate
+        x_BTD = dropout(x_BTD, rate, ctx.fold_key(self.config.num_layers).dropout_key)
         return x_BTD.astype(self.config.dtype)
 
 

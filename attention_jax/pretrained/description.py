@@ -69,6 +69,14 @@ class Description:
             raise self._wrong(key, count, f"from 1 to {_MOST_LAYERS}")
         return count
 
+    def same_integer(self, *keys: str) -> int:
+        """The whole number that goes by any of several names; ValueError where two of them differ."""
+        given = {key: self.integer(key, None) for key in keys}
+        values = {value for value in given.values() if value is not None}
+        if len(values) > 1:
+            raise ValueError(f"{self.where}: {' and '.join(keys)} mean the same, got {given}")
+        return values.pop() if values else self.integer(keys[0])
+
     def number(self, key: str, default: Any = _MISSING) -> float:
         """A finite number."""
         value = self.get(key, default)
@@ -116,9 +124,8 @@ class Description:
         allowed."""
         value = self.get(key, None)
         if value is not None and value not in allowed:
-            raise ValueError(
-                f"{self.where}: {key} {_short(value)} is not supported, only {' or '.join(map(str, allowed))}"
-            )
+            only = f", only {' or '.join(map(str, allowed))}" if allowed else ""
+            raise ValueError(f"{self.where}: {key} {_short(value)} is not supported{only}")
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not matter for the family."""

@@ -17,7 +17,8 @@ class Family:
     title: for people. model_types: the values of model_type in config.json. config: reads a description; it
     must read every key that matters. table: all parameters. head: the name of the output projection, which
     files of tied models may hold too. unused: patterns of tensors that are no parameters, such as stored
-    masks.
+    masks. older_names: (pattern, replacement) of names that some files have; the first pattern that matches a
+    whole name gives the name in the table.
     """
 
     title: str
@@ -26,6 +27,7 @@ class Family:
     table: tuple[Entry, ...]
     head: str = "lm_head.weight"
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    older_names: tuple[tuple[str, str], ...] = ()
 
 
 def tiled(blocks: list[BlockConfig]) -> tuple[BlockConfig, ...]:

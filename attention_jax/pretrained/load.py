@@ -34,7 +34,7 @@ def load_params(
 
     Raises: ValueError for a missing, unknown or misshapen tensor, by name.
     """
-    leaves = leaf_shapes(config)
+    leaves, tensors = leaf_shapes(config), _renamed(family, tensors)
     items = plan(config, family.table, leaves)
     _check_names(family, config, tensors, items)
     put = put or (lambda path, array: jax.device_put(array))
@@ -94,6 +94,45 @@ def _loaded(item: Item, tensors: Tensors) -> list[np.ndarray]:
         return list(item.entry.load(arrays, item.place))
     except ValueError as error:
         raise ValueError(f"tensor {item.names[0]}: {error}") from None
+
+
+class _Renamed:
+    """Tensors under other names. older: the names in the files, by those to use."""
+
+    def __init__(self, tensors: Tensors, older: Mapping[str, str]):
+        self._tensors, self._older, self.metadata = tensors, dict(older), tensors.metadata
+
+    def names(self) -> list[str]:
+        return list(self._older)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._older[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._tensors.dtype(self._older[name])
+
+    def read(self, name: str) -> np.ndarray:
+        return self._tensors.read(self._older[name])
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._tensors.read_slice(self._older[name], index)
+
+
+def _renamed(family: Family, tensors: Tensors) -> Tensors:
+    """The tensors under the names of the family's table."""
+    if not family.older_names:
+        return tensors
+    older: dict[str, str] = {}
+    for old in tensors.names():
+        new = old
+        for pattern, replacement in family.older_names:
+            if match := re.fullmatch(pattern, old):
+                new = match.expand(replacement)
+                break
+        if new in older:
+            raise ValueError(f"tensor {new} is there twice, also as {old if old != new else older[new]}")
+        older[new] = old
+    return _Renamed(tensors, older)
 
 
 def _check_names(family: Family, config: ModelConfig, tensors: Tensors, items: list[Item]) -> None:

@@ -69,6 +69,14 @@ def linear(ours: str, theirs: str, **options: Any) -> list[Entry]:
     ]
 
 
+def conv1d(ours: str, theirs: str, **options: Any) -> list[Entry]:
+    """The kernel and the bias of a projection that is stored as [in, out], as in GPT-2."""
+    return [
+        same(f"{ours}/kernel", f"{theirs}.weight", **options),
+        same(f"{ours}/bias", f"{theirs}.bias", **options),
+    ]
+
+
 def norm(ours: str, theirs: str, **options: Any) -> list[Entry]:
     """The scale and the bias, if it has one, of a norm."""
     return [
@@ -135,6 +143,39 @@ def reshaped(ours: str, theirs: str, shape: Callable[[Place], tuple[int, ...]], 
         return [x.reshape(-1) for x in arrays]
 
     return Entry((ours,), (theirs,), load, save, **options)
+
+
+def joined_by_group(theirs: str, **options: Any) -> list[Entry]:
+    """The mixer's q, k and v in one projection, for each key-value head its queries, its key and its value.
+
+    Its rows are [K, N / K + 2, H], as in GPT-NeoX and BLOOM, where K = N, and in Falcon.
+    """
+    names = ("mixer/q", "mixer/k", "mixer/v")
+
+    def shape(place: Place) -> tuple[int, int, int]:
+        mixer = place.block.mixer
+        return mixer.kv_heads, mixer.num_heads // mixer.kv_heads, mixer.head_width(place.config.d_model)
+
+    def split(arrays: Arrays, place: Place) -> Arrays:
+        (whole,) = arrays
+        K, group, H = shape(place)
+        if whole.shape[0] != K * (group + 2) * H:
+            raise ValueError(f"its shape is {list(whole.shape)}, not {K * (group + 2) * H} along axis 0")
+        rest = whole.shape[1:]
+        whole = whole.reshape(K, group + 2, H, *rest)
+        parts = whole[:, :group], whole[:, group], whole[:, group + 1]
+        return [part.reshape(-1, *rest).T for part in parts]  # a bias is its own transpose
+
+    def join(arrays: Arrays, place: Place) -> Arrays:
+        K, group, H = shape(place)
+        rest = arrays[0].T.shape[1:]
+        parts = [x.T.reshape(K, count, H, *rest) for x, count in zip(arrays, (group, 1, 1), strict=True)]
+        return [np.concatenate(parts, axis=1).reshape(-1, *rest)]
+
+    return [
+        Entry(tuple(f"{name}/{leaf}" for name in names), (f"{theirs}.{suffix}",), split, join, **options)
+        for leaf, suffix in (("kernel", "weight"), ("bias", "bias"))
+    ]
 
 
 def stacked(ours: str, theirs: str, *, transpose: bool = True, **options: Any) -> Entry:

@@ -38,14 +38,15 @@ def head_norm(x, kind, params, eps):
     """x [T, heads, H] normalised as `qk_norm` says; params: scale and bias, if the kind has them."""
     if kind is None:
         return x
-    if kind == "layer":
+    if kind in ("layer", "layer_per_head"):
         x = x - x.mean(-1, keepdims=True)
     axes = (-2, -1) if kind == "rms_all_heads" else -1
     x = x / np.sqrt((x**2).mean(axes, keepdims=True) + eps)
     if kind == "l2":
         return x
     scale, bias = (np.asarray(params.get(name, 0.0), np.float64) for name in ("scale", "bias"))
-    assert scale.shape == (x.shape[-2:] if kind in ("rms_per_head", "rms_all_heads") else x.shape[-1:])
+    of_heads = kind in ("rms_per_head", "rms_all_heads", "layer_per_head")
+    assert scale.shape == (x.shape[-2:] if of_heads else x.shape[-1:])
     return x * scale + bias
 
 

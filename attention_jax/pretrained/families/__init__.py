@@ -1,11 +1,33 @@
 """The families of published models that can be loaded, by their model_type in config.json."""
 
 from attention_jax.hints import near
-from attention_jax.pretrained.families import gemma, llama, mamba, olmo
+from attention_jax.pretrained.families import (
+    cohere,
+    falcon,
+    gemma,
+    gpt,
+    granite,
+    llama,
+    mamba,
+    mpt,
+    olmo,
+    phi,
+)
 from attention_jax.pretrained.family import Family
 
 #: All families, in the order in which they are listed.
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *gemma.FAMILIES, *olmo.FAMILIES, *mamba.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES,
+    *gpt.FAMILIES,
+    *falcon.FAMILIES,
+    *mpt.FAMILIES,
+    *phi.FAMILIES,
+    *cohere.FAMILIES,
+    *granite.FAMILIES,
+    *gemma.FAMILIES,
+    *olmo.FAMILIES,
+    *mamba.FAMILIES,
+)
 
 
 def family_of(model_type: str) -> Family:
