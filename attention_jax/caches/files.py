@@ -73,10 +73,11 @@ def load(path: str | os.PathLike, *, model: str) -> Any:
     found, description = _header(path)
     if description.get("format") != FORMAT:
         found = description.get("format")
-        raise ValueError(f"{path}: state of format {found!r}, expected {FORMAT}: prefill again")
+        raise ValueError(f"{path}: state of format {found!r:.20}, expected {FORMAT}: prefill again")
     if description["model"] != model:
         raise ValueError(
-            f"{path}: state of model {description['model']}, not of {model}: prefill again or load that model"
+            f"{path}: state of model {_short(description['model'])}, not of {model}: prefill again or load "
+            "that model"
         )
     try:
         arrays = _tensors(path, found, description)
@@ -92,6 +93,11 @@ def _check_model(function: str, model: Any) -> None:
 
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(f"{path}: damaged state: {' '.join(what.split())[:120]}: prefill again")
+
+
+def _short(name: Any) -> str:
+    """A name from a file on one line, cut if it is long."""
+    return " ".join(str(name).split())[:80]
 
 
 def _describe(node: Any, path: str, arrays: list) -> Any:
@@ -246,12 +252,15 @@ def _on_device(path: Path, x: np.ndarray) -> jax.Array:
     return jnp.array(x)
 
 
-def _build(path: Path, node: Any, arrays: list[jax.Array]) -> Any:
-    """The pytree of a description."""
+def _build(path: Path, node: Any, arrays: list[jax.Array | None]) -> Any:
+    """The pytree of a description; the arrays that it takes become None."""
     if node is None:
         return None
     if isinstance(node, int):
-        return arrays[node]
+        if isinstance(node, bool) or node < 0 or arrays[node] is None:
+            raise LookupError("each array has one place, so that a small file cannot make a large state")
+        x, arrays[node] = arrays[node], None
+        return x
     if "key" in node:
         return jax.random.wrap_key_data(_build(path, node["data"], arrays), impl=node["key"])
     for name, cls in (("list", list), ("tuple", tuple)):
@@ -261,7 +270,7 @@ def _build(path: Path, node: Any, arrays: list[jax.Array]) -> Any:
         return {key: _build(path, x, arrays) for key, x in node["dict"].items()}
     cls = STORABLE.get(node["class"])
     if cls is None:
-        raise ValueError(f"{path}: holds a {node['class']}, an unknown class: import its module first")
+        raise ValueError(f"{path}: holds a {_short(node['class'])}, an unknown class: import its module first")
     fields = {field: _build(path, x, arrays) for field, x in node["fields"].items()}
     static = {field: _built_static(value) for field, value in node["static"].items()}
     data, fixed = _fields(cls)

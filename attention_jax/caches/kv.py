@@ -307,7 +307,7 @@ def _write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array)
     zero = jnp.int32(0)
 
     def write(i: jax.Array, held_BKSH: jax.Array) -> jax.Array:
-        b, t = i // T, i % T
+        b, t = jnp.int32(i) // T, jnp.int32(i) % T  # of concrete bounds i is int64 in x64 mode
         slot = slots_BT[b, t]
         place = (b, zero, jnp.minimum(slot, S - 1), zero)
         new_1K1H = new_BTKH[b, t][None, :, None]

@@ -213,7 +213,9 @@ class Session:
 
     def _empty(self) -> DecodeState:
         caches = init_state(self.config, 1, self.capacity, cache=self.cache)
-        state = DecodeState(caches, jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.config.vocab_size)))
+        state = DecodeState(
+            caches, jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.config.vocab_size), jnp.float32)
+        )
         return placed_beside(state, jax.tree.leaves(self._params)[0])
 
     def _checked(self, state: Any) -> DecodeState:
