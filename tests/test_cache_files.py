@@ -226,6 +226,8 @@ WRONG = {
         "holds a KVCache of another version, which differs in spare: prefill again",
     ),
     "tree": (lambda t, d: d.update(tree={"what": 1}), "the description is not one that caches.save writes"),
+    "twice": (lambda t, d: d.update(tree={"list": [0, 0]}), "the description is not one that caches.save"),
+    "model": (lambda t, d: d.update(model="z\n" * 9000), "state of model (z ){39}z, not of"),
     "index": (lambda t, d: d.update(tree=10**6), "the description is not one that caches.save writes"),
     "bytes": (lambda t, d: t[d["tensors"][0]["name"]].fill(0), "the tensors have another SHA-256"),
 }

@@ -270,7 +270,8 @@ def _build(path: Path, node: Any, arrays: list[jax.Array | None]) -> Any:
         return {key: _build(path, x, arrays) for key, x in node["dict"].items()}
     cls = STORABLE.get(node["class"])
     if cls is None:
-        raise ValueError(f"{path}: holds a {_short(node['class'])}, an unknown class: import its module first")
+        name = _short(node["class"])
+        raise ValueError(f"{path}: holds a {name}, an unknown class: import its module first")
     fields = {field: _build(path, x, arrays) for field, x in node["fields"].items()}
     static = {field: _built_static(value) for field, value in node["static"].items()}
     data, fixed = _fields(cls)
