@@ -97,7 +97,7 @@ def _damaged(path: Path, what: str) -> ValueError:
 
 def _short(name: Any) -> str:
     """A name from a file on one line, cut if it is long."""
-    return " ".join(str(name).split())[:80]
+    return " ".join(str(name).split())[:80].strip()
 
 
 def _describe(node: Any, path: str, arrays: list) -> Any:
