@@ -161,12 +161,12 @@ def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str])
     path = path.resolve()  # a link goes on to lead to the file
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     try:
-        os.chmod(descriptor, 0o666 & ~_umask())
         os.close(descriptor)
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: {' '.join(str(error).split())}") from None
+        os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
