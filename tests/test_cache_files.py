@@ -226,6 +226,8 @@ WRONG = {
         "holds a KVCache of another version, which differs in spare: prefill again",
     ),
     "tree": (lambda t, d: d.update(tree={"what": 1}), "the description is not one that caches.save writes"),
+    "twice": (lambda t, d: d.update(tree={"list": [0, 0]}), "the description is not one that caches.save"),
+    "model": (lambda t, d: d.update(model="z\n" * 9000), "state of model (z ){39}z, not of"),
     "index": (lambda t, d: d.update(tree=10**6), "the description is not one that caches.save writes"),
     "bytes": (lambda t, d: t[d["tensors"][0]["name"]].fill(0), "the tensors have another SHA-256"),
 }
@@ -355,3 +357,19 @@ def test_a_size_is_refused_as_a_state_is():
         cache_bytes(linformer, 1, 8)
     with pytest.raises(ValueError, match="capacity 9 exceeds the 8 learned positions"):
         cache_bytes(config_of(("softmax", {}), max_positions=8), 1, 9)
+
+
+def test_only_files_are_replaced(tmp_path):
+    """A rename would put a file in the place of a device or a folder; a link keeps its place."""
+    state = {"x": jnp.arange(3)}
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=f"{name}: is a folder or a device, not a file"):
+            save(tmp_path / name, state, model=MODEL)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    save(tmp_path / "link", state, model=MODEL)
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "file").is_symlink()
+    assert_array_equal(load(tmp_path / "file", model=MODEL)["x"], [0, 1, 2])
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode

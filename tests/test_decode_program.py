@@ -162,7 +162,7 @@ def test_weights_that_are_not_prepared_are_moved():
     assert all(any(f" {opcode}(" in x for x in touched) for opcode in ("slice", "transpose", "copy"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_prepared_weights_give_the_same_logits(dtype):
     """In the parallel form, in a prefill and token by token, with tied and untied heads, biases and norms."""
     mixers = (

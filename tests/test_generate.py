@@ -304,11 +304,11 @@ def test_logits_that_are_not_finite_end_their_request_alone(small):
             config, broken, [[60], [1]], request_ids=[7, 3], logits_fn=never_60, **arguments
         )
         assert (bad.finish_reason, len(bad.tokens), good.finish_reason) == ("error", 0, "length")
-        assert "NaN or all -inf for request 7" in bad.error
+        assert "NaN, inf or all -inf for request 7" in bad.error
         whole, _ = generate(config, params, [[1], [2]], request_ids=[3, 7], logits_fn=never_60, **arguments)
         assert_array_equal(good.tokens, whole)
     bad, _ = generate_completions(config, broken, [[60], [1]], max_new_tokens=3, sampling=GREEDY)
-    assert bad.error == "the model's logits are NaN or all -inf for request 0"
+    assert bad.error == "the model's logits are NaN, inf or all -inf for request 0"
 
 
 def never_60(tokens_BC, logits_BV):

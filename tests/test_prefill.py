@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax.benchmarks.prefill_memory import planned
-from attention_jax.generation import Sampling, extend, generate, prefill
+from attention_jax.generation import Sampling, decode_step, extend, generate, prefill
 from attention_jax.generation.decode import checked_chunk
 from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig, make_config, mla, parts
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
@@ -127,6 +127,42 @@ def test_bad_extensions():
     ):
         with pytest.raises(ValueError, match=message):
             extend(config, params, state, tokens, positions)
+    with pytest.raises(ValueError, match="capacity must be an integer >= 1, static under jax.jit, got 1.5"):
+        prefill(config, params, np.zeros((1, 1), int), capacity=1.5)
+    with pytest.raises(ValueError, match="token id 2147483647 is outside 0..30"):  # not the id 0
+        prefill(config, params, np.array([[2**33]]), capacity=6)
+    full = dataclasses.replace(state, positions_B=np.full(2, 6, np.int32))
+    one_B, false_B = np.array([1, 1]), np.zeros(2, bool)
+    for at, tokens, active, message in (
+        (full, one_B, None, "position 6 exceeds the state's capacity 6"),
+        (state, one_B[:1], None, r"tokens_B must be integers \[2\], got int64 \[1\]"),
+        (state, one_B, one_B, r"active_B must be boolean \[2\], got int64 \[2\]"),
+        (state, one_B, false_B[:1], r"active_B must be boolean \[2\], got bool \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_step(config, params, at, tokens, active)
+    assert_array_equal(decode_step(config, params, full, one_B, false_B).positions_B, [6, 6])
+    gone = state.fork(np.array([0, 1]))
+    gone.positions_B.delete()
+    for call in (decode_step, extend):
+        with pytest.raises(ValueError, match="the state's arrays were donated to another call"):
+            call(config, params, gone, one_B if call is decode_step else one_B[:, None])
+
+
+def test_a_step_within_the_prefix_is_refused_or_nan():
+    """Its earlier tokens have not attended to the rest of the prefix: every later logit would be another."""
+    config, params = model(dataclasses.replace(PREFIX, mask="Prefix(4) | Causal()"))
+    read = jax.jit(functools.partial(prefill, config, capacity=8))
+    step = jax.jit(lambda state, ids: decode_step(config, params, state, ids))
+    state, ids = read(params, np.array([[1, 2, 3]])), np.array([4])
+    with pytest.raises(ValueError, match="row 0 of the state has 3 tokens, fewer than the prefix of 4"):
+        decode_step(config, params, state, ids)
+    for _ in range(3):  # behind the prefix, too
+        state = step(state, ids)
+        assert np.isnan(state.logits_BV).all()
+    whole = np.array([[1, 2, 3, 4, 5]])
+    found = step(read(params, whole[:, :4]), whole[:, 4]).logits_BV
+    assert_allclose(found, apply(config, params, whole).logits[:, -1], atol=2e-5)
 
 
 LONG = {

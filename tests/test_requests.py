@@ -170,6 +170,8 @@ def test_prompts_continue_a_state(small):
 def test_requests_of_mixed_options_compile_once_per_length_bucket(small, requests, caplog):
     """Two at a time, of random lengths and options: one decoding program per capacity."""
     rng, started, advanced = np.random.default_rng(0), set(), set()
+    for program in (loop._start, loop._advance):  # those of other tests
+        program.clear_cache()
     seen_start, seen_advance = loop._start._cache_size(), loop._advance._cache_size()
     caplog.set_level(logging.INFO, "attention_jax.generation")
     for _ in range(requests // 2):
@@ -228,6 +230,16 @@ def test_requests_of_mixed_options_compile_once_per_length_bucket(small, request
         ({"max_new_tokens": None}, "request 0 has no limit: give max_new_tokens, or its max_tokens"),
         ({"tokenizer": 3}, r"tokenizer must have a method decode\(ids\), got int"),
         ({"logits_fn": 3}, "logits_fn must be a function of tokens_BC and logits_BV, got 3"),
+        ({"cache": "int8"}, r"cache must be a? ?CacheOptions.*, got 'int8'"),
+        ({"key": np.zeros(3, np.uint32)}, r"key must be one PRNG key such as .*, got uint32 \[3\]"),
+        (  # sums of int8 overflow
+            {"max_new_tokens": np.int8(126), "capacity": np.int8(127)},
+            "request 0: a prompt of 2 tokens and 126 new ones exceed the capacity 127",
+        ),
+        (
+            {"sampling": Sampling(0, max_tokens=np.int8(126)), "capacity": 127},
+            "request 0: a prompt of 2 tokens and 126 new ones exceed the capacity 127",
+        ),
         ({"prefill_chunk": 0}, "prefill_chunk must be an integer >= 1 or None, got 0"),
         ({"prefill_chunk": 2.0}, "prefill_chunk must be an integer >= 1 or None, got 2.0"),
         (

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from attention_jax import AttentionConfig, ModelConfig, RoPE, init_params
+from attention_jax import AttentionConfig, ModelConfig, RoPE
 from attention_jax.caches import CacheOptions, load, save
 from attention_jax.generation import DraftModel, NGram, Sampling, Session, generate, loop
 from attention_jax.masks import Causal, Prefix
 from attention_jax.mixers import GatedDeltaNetConfig
+from tests.params import random_params
 
 GREEDY = Sampling(temperature=0)
 
@@ -26,7 +27,7 @@ def model(*mixers, **options):
     config = ModelConfig(
         vocab_size=29, d_model=16, num_layers=len(mixers), mixers=mixers, init_std=0.5, **options
     )
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config)
     return config, jax.device_put(params, jax.devices()[0])  # committed, as those of a checkpoint
 
 

@@ -54,20 +54,21 @@ def speculators(config, params):
     return NGram(num_tokens=5, shortest=1), DraftModel(config, random_params(config, seed=3), num_tokens=3)
 
 
+@pytest.mark.parametrize("by", ["lookup", pytest.param("model", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", marks.params(MODELS))
-def test_the_tokens_are_those_of_plain_decoding(name):
+def test_the_tokens_are_those_of_plain_decoding(name, by):
     """Three windows long, every row with other options and another number of accepted drafts."""
     config, params = model(*MODELS[name].value)
     plain = generate(config, params, PROMPTS, **OPTIONS)
-    for speculation in speculators(config, params):
-        found = generate(config, params, PROMPTS, speculation=speculation, **OPTIONS)
-        for a, b in zip(plain, found, strict=True):
-            assert_array_equal(a.tokens, b.tokens)
-            assert a.finish_reason == b.finish_reason == "length" and a.drafts is None
-            drafted, kept = b.drafts
-            assert 0 <= kept <= drafted
-        assert_allclose(found[2].logprobs, plain[2].logprobs, atol=2e-5)
-        assert_array_equal(found[2].top_ids, plain[2].top_ids)
+    speculation = speculators(config, params)[by == "model"]
+    found = generate(config, params, PROMPTS, speculation=speculation, **OPTIONS)
+    for a, b in zip(plain, found, strict=True):
+        assert_array_equal(a.tokens, b.tokens)
+        assert a.finish_reason == b.finish_reason == "length" and a.drafts is None
+        drafted, kept = b.drafts
+        assert 0 <= kept <= drafted
+    assert_allclose(found[2].logprobs, plain[2].logprobs, atol=2e-5)
+    assert_array_equal(found[2].top_ids, plain[2].top_ids)
 
 
 def test_a_draft_model_that_is_the_model_is_always_right(small):

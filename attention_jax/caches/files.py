@@ -73,10 +73,11 @@ def load(path: str | os.PathLike, *, model: str) -> Any:
     found, description = _header(path)
     if description.get("format") != FORMAT:
         found = description.get("format")
-        raise ValueError(f"{path}: state of format {found!r}, expected {FORMAT}: prefill again")
+        raise ValueError(f"{path}: state of format {found!r:.20}, expected {FORMAT}: prefill again")
     if description["model"] != model:
         raise ValueError(
-            f"{path}: state of model {description['model']}, not of {model}: prefill again or load that model"
+            f"{path}: state of model {_short(description['model'])}, not of {model}: prefill again or load "
+            "that model"
         )
     try:
         arrays = _tensors(path, found, description)
@@ -92,6 +93,11 @@ def _check_model(function: str, model: Any) -> None:
 
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(f"{path}: damaged state: {' '.join(what.split())[:120]}: prefill again")
+
+
+def _short(name: Any) -> str:
+    """A name from a file on one line, cut if it is long."""
+    return " ".join(str(name).split())[:80].strip()
 
 
 def _describe(node: Any, path: str, arrays: list) -> Any:
@@ -150,13 +156,17 @@ def _static(value: Any, path: str) -> Any:
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write beside `path` and rename; an error leaves `path` as it was and no other file."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    if path.exists() and not path.is_file():  # a rename would replace a device by a file
+        raise ValueError(f"{path}: is a folder or a device, not a file: choose another name")
+    path = path.resolve()  # a link goes on to lead to the file
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     try:
         os.close(descriptor)
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: {' '.join(str(error).split())}") from None
+        os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -169,6 +179,12 @@ def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str])
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -246,12 +262,15 @@ def _on_device(path: Path, x: np.ndarray) -> jax.Array:
     return jnp.array(x)
 
 
-def _build(path: Path, node: Any, arrays: list[jax.Array]) -> Any:
-    """The pytree of a description."""
+def _build(path: Path, node: Any, arrays: list[jax.Array | None]) -> Any:
+    """The pytree of a description; the arrays that it takes become None."""
     if node is None:
         return None
     if isinstance(node, int):
-        return arrays[node]
+        if isinstance(node, bool) or node < 0 or arrays[node] is None:
+            raise LookupError("each array has one place, so that a small file cannot make a large state")
+        x, arrays[node] = arrays[node], None
+        return x
     if "key" in node:
         return jax.random.wrap_key_data(_build(path, node["data"], arrays), impl=node["key"])
     for name, cls in (("list", list), ("tuple", tuple)):
@@ -261,7 +280,8 @@ def _build(path: Path, node: Any, arrays: list[jax.Array]) -> Any:
         return {key: _build(path, x, arrays) for key, x in node["dict"].items()}
     cls = STORABLE.get(node["class"])
     if cls is None:
-        raise ValueError(f"{path}: holds a {node['class']}, an unknown class: import its module first")
+        name = _short(node["class"])
+        raise ValueError(f"{path}: holds a {name}, an unknown class: import its module first")
     fields = {field: _build(path, x, arrays) for field, x in node["fields"].items()}
     static = {field: _built_static(value) for field, value in node["static"].items()}
     data, fixed = _fields(cls)

@@ -73,7 +73,8 @@ def pack(
         # The quotient of two float32 numbers.
         rate_B=np.float32(1) / column(lambda row: row.temperature or 1.0),
         greedy_B=column(lambda row: row.temperature == 0, bool),
-        filtered_B=column(lambda row: row.filtered, bool),
+        # A top_k of all ids is no filter: the draws are those without it.
+        filtered_B=column(lambda row: row.filtered(vocab_size), bool),
         top_k_B=column(lambda row: min(row.top_k or vocab_size, vocab_size), np.int32),
         top_p_B=column(lambda row: 1.0 if row.top_p is None else row.top_p),
         rest_p_B=column(lambda row: -1.0 if row.top_p in (None, 1) else 1 - float(row.top_p)),

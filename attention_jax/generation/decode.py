@@ -15,18 +15,21 @@ that all rows end together:
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.caches import DEFAULT_CACHE, CacheOptions, State, storable
+from attention_jax.caches import DEFAULT_CACHE, CacheOptions, State, rewind_all, storable
+from attention_jax.generation.sampling import is_integer
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind, init_state
 
 # The most and the fewest tokens of a piece where none are asked for: shorter ones take longer.
 PREFILL_CHUNK, _SHORT_CHUNK = 512, 256
+_LARGEST = np.iinfo(np.int32).max
 
 
 @storable
@@ -45,6 +48,7 @@ class DecodeState:
 
     def fork(self, rows: Any) -> DecodeState:
         """The state whose row i is a copy of row rows[i]; rows: int [B']."""
+        check_kept(self)
         caches = jax.tree.map(lambda cache: cache.fork(rows), self.caches, is_leaf=_is_state)
         rows = jnp.asarray(rows)
         return DecodeState(caches, self.positions_B[rows], self.logits_BV[rows])
@@ -106,6 +110,9 @@ def prefill(
     """
     tokens_BT = _checked_tokens(tokens_BT)
     B, T = tokens_BT.shape
+    if not is_integer(capacity) or capacity < 1:
+        raise ValueError(f"capacity must be an integer >= 1, static under jax.jit, got {capacity!r:.80}")
+    capacity = operator.index(capacity)
     if T > capacity:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {capacity}")
     positions_BT = _positions(positions_BT, B, T)
@@ -133,9 +140,11 @@ def extend(
     continue `state.positions_B`, -1 for padding; no padding by default. A row without new tokens does not
     change. prefill_chunk: as in `prefill`.
 
-    A pure function. Raises: ValueError as `prefill`, and for positions that do not continue the state or
-    exceed its capacity. Traced ones give NaN logits past the capacity.
+    A pure function. Raises: ValueError as `prefill`, for positions that do not continue the state or exceed
+    its capacity, and for a state that ends within the prefix of the mask. Where positions are traced, such
+    rows give NaN logits from then on.
     """
+    check_kept(state)
     tokens_BT = _checked_tokens(tokens_BT)
     B, T = tokens_BT.shape
     if B != len(state.positions_B):
@@ -147,7 +156,7 @@ def extend(
         positions_BT = _positions(positions_BT, B, T)
     if not any(isinstance(x, jax.core.Tracer) for x in (positions_BT, next_B1)):
         given_BT = np.asarray(positions_BT)
-        check_prefix(config, np.where((given_BT >= 0).any(1), np.asarray(state.positions_B), config.prefix))
+        check_prefix(config, np.asarray(state.positions_B), (given_BT >= 0).any(1))
         wanted_BT = np.asarray(next_B1) + np.cumsum(given_BT >= 0, axis=1) - 1
         wrong_B = ((given_BT >= 0) & (given_BT != wanted_BT)).any(1)
         if wrong_B.any():
@@ -161,6 +170,8 @@ def extend(
             raise ValueError(
                 f"position {given_BT.max()} exceeds the state's capacity {capacity}: prefill with more"
             )
+    else:
+        state = _without_short_rows(config, state, jnp.asarray(positions_BT >= 0).any(1))
     chunk = checked_chunk(config, prefill_chunk, B, _nbytes(state.caches))
     return _append(config, params, state, tokens_BT, positions_BT, chunk, Context())
 
@@ -186,13 +197,36 @@ def checked_chunk(config: ModelConfig, chunk: Any, batch: int, cache_bytes: int)
     return int(chunk)
 
 
-def check_prefix(config: ModelConfig, positions_B: Any) -> None:
-    """ValueError for a row that ends within the prefix: its tokens have not attended to the rest of it."""
-    for row in np.flatnonzero(np.asarray(positions_B) < config.prefix)[:1]:
+def check_prefix(config: ModelConfig, positions_B: Any, appends_B: Any = None) -> None:
+    """ValueError for a row that ends within the prefix: its tokens have not attended to the rest of it.
+
+    appends_B: boolean, the rows that get tokens; None is all.
+    """
+    appends_B = True if appends_B is None else np.asarray(appends_B)
+    for row in np.flatnonzero((np.asarray(positions_B) < config.prefix) & appends_B)[:1]:
         raise ValueError(
             f"row {row} of the state has {positions_B[row]} tokens, fewer than the prefix of {config.prefix} "
             "tokens within which the mask is bidirectional: prefill with the whole prefix"
         )
+
+
+def check_kept(state: DecodeState) -> None:
+    """ValueError for a state whose arrays were donated."""
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+            raise ValueError(
+                "the state's arrays were donated to another call: keep the state that it returned"
+            )
+
+
+def _without_short_rows(config: ModelConfig, state: DecodeState, appends_B: jax.Array) -> DecodeState:
+    """The state in which rows that append tokens within the prefix are lost: their outputs are NaN."""
+    if not config.prefix:
+        return state
+    short_B = appends_B & (state.positions_B < config.prefix)
+    # No state can take back a negative number of tokens.
+    caches = rewind_all(state.caches, jnp.where(short_B, jnp.int32(-1), jnp.int32(0)))
+    return dataclasses.replace(state, caches=caches)
 
 
 def _append(
@@ -310,6 +344,8 @@ def _positions(positions_BT: Any, B: int, T: int) -> Any:
         raise ValueError("prompts must be left-padded: a row of positions_BT ends in padding (-1)")
     if traced:
         return jnp.broadcast_to(positions_BT.astype(jnp.int32), (B, T))
+    if (positions_BT > _LARGEST).any():
+        raise ValueError(f"positions_BT must be int32, got {positions_BT.max()}")
     return np.broadcast_to(positions_BT.astype(np.int32), (B, T))
 
 
@@ -323,12 +359,46 @@ def decode_step(
     """The state after one more token of each row.
 
     active_B: boolean; the caches and the position of an inactive row do not change, and its logits are
-    undefined. A token at a position past the capacity gives NaN logits.
+    undefined.
+
+    Raises: ValueError for a row past the capacity, or within the prefix in which the mask is bidirectional:
+    `prefill` reads that whole. Where positions are traced, such a row gives NaN logits, and one within the
+    prefix from then on.
     """
+    check_kept(state)
+    tokens_B = _of_rows("tokens_B", tokens_B, state, jnp.integer, "integers")
+    if active_B is not None:
+        active_B = _of_rows("active_B", active_B, state, jnp.bool_, "boolean")
+    if any(isinstance(x, jax.core.Tracer) for x in (state.positions_B, active_B)):
+        state = _without_short_rows(config, state, True if active_B is None else active_B)
+    else:
+        positions_B = np.asarray(state.positions_B)[... if active_B is None else np.asarray(active_B)]
+        check_prefix(config, np.asarray(state.positions_B), active_B)
+        if state.capacity is not None and positions_B.max(initial=-1) >= state.capacity:
+            raise ValueError(
+                f"position {positions_B.max()} exceeds the state's capacity {state.capacity}: prefill with "
+                "more"
+            )
+    return next_state(config, params, state, tokens_B, active_B)
+
+
+def _of_rows(name: str, x: Any, state: DecodeState, kind: Any, what: str) -> jax.Array | np.ndarray:
+    """An array with one entry per row; ValueError for another shape or dtype."""
+    x, shape = x if isinstance(x, jax.Array) else np.asarray(x), state.positions_B.shape
+    if x.shape != shape or not jnp.issubdtype(x.dtype, kind):
+        raise ValueError(f"{name} must be {what} {list(shape)}, got {x.dtype} {list(x.shape)}")
+    return x
+
+
+def next_state(
+    config: ModelConfig,
+    params: dict,
+    state: DecodeState,
+    tokens_B: jax.Array,
+    active_B: jax.Array | None = None,
+) -> DecodeState:
+    """`decode_step` without its checks, for loops over states that were checked before."""
     positions_B = state.positions_B
-    if jnp.shape(tokens_B) != positions_B.shape or not jnp.issubdtype(jnp.result_type(tokens_B), jnp.integer):
-        shape, dtype = list(jnp.shape(tokens_B)), jnp.result_type(tokens_B)
-        raise ValueError(f"tokens_B must be integers {list(positions_B.shape)}, got {dtype} {shape}")
     if active_B is not None:
         positions_B = jnp.where(active_B, positions_B, -1)
         tokens_B = jnp.where(active_B, tokens_B, 0)

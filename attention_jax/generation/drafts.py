@@ -22,7 +22,7 @@ from attention_jax.caches import CacheOptions, most_rewound, rewind_all
 from attention_jax.generation import loop
 from attention_jax.generation.arrays import SamplingArrays
 from attention_jax.generation.choose import adjust, choose
-from attention_jax.generation.decode import decode_step
+from attention_jax.generation.decode import next_state
 from attention_jax.model import ModelConfig, bind, prepare_for_decoding
 
 _MOST_DRAFTS = 64
@@ -159,7 +159,7 @@ class DraftModel:
 
         def step(loop_carry, _):
             state, token_B = loop_carry
-            state = decode_step(self.config, self.params, state, token_B, active_B)
+            state = next_state(self.config, self.params, state, token_B, active_B)
             logits_BV = adjust(state.logits_BV, arrays, carry.prompt_BV, carry.counts_BV, carry.generated_B)
             token_B = choose(logits_BV, arrays, lambda: fold(drafting.keys_B, state.positions_B))
             return (state, jnp.maximum(token_B, 0)), token_B

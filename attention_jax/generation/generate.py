@@ -19,7 +19,7 @@ from attention_jax.generation import loop
 from attention_jax.generation.arrays import pack, placed
 from attention_jax.generation.decode import DecodeState
 from attention_jax.generation.drafts import Speculation, check_speculation
-from attention_jax.generation.requests import Batch, check_count, checked_batch
+from attention_jax.generation.requests import Batch, checked_batch, checked_count
 from attention_jax.generation.results import Completion, Increment
 from attention_jax.generation.sampling import Sampling
 from attention_jax.generation.speculative import SpeculativeDecoding
@@ -74,7 +74,7 @@ def generate(
         The tokens are the same, up to ties that rounding decides; with `CacheOptions.residual` they may
         differ more, since the tokens in full precision then depend on how many are read by one call.
 
-    A request whose logits are NaN or all -inf ends with finish_reason "error"; the others go on.
+    A request whose logits are NaN, inf or all -inf ends with finish_reason "error"; the others go on.
 
     Raises:
       ValueError: before compilation, for a model that is not causal, an empty prompt, an id outside the
@@ -148,7 +148,7 @@ def begin(
     stops = any(s.stop for s in batch.samplings)
     if chunk is None:
         chunk = _STOP_CHUNK if stops else loop.WIDTH
-    check_count("chunk", chunk)
+    chunk = checked_count("chunk", chunk)
     _check_logits_fn(config, logits_fn, len(batch.rows), batch.capacity)
     if speculation is not None:
         check_speculation(config, speculation, batch.capacity, state)
@@ -301,10 +301,10 @@ class _Sample:
 
     def _message(self) -> str:
         if self._plain:
-            return f"the model's logits are NaN or all -inf for request {self._id}"
+            return f"the model's logits are NaN, inf or all -inf for request {self._id}"
         return (
-            f"the logits are NaN or all -inf for request {self._id}, after logits_fn, logit_bias and the ban "
-            "of stop ids before min_tokens: leave it an id to choose"
+            f"the logits are NaN, inf or all -inf for request {self._id}, after logits_fn, logit_bias and "
+            "the ban of stop ids before min_tokens: leave it an id to choose"
         )
 
 

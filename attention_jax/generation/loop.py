@@ -22,7 +22,7 @@ import numpy as np
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions
 from attention_jax.generation.arrays import SamplingArrays
 from attention_jax.generation.choose import adjust, choose, log_probabilities, threefry
-from attention_jax.generation.decode import DecodeState, append_pieces, decode_step
+from attention_jax.generation.decode import DecodeState, append_pieces, next_state
 from attention_jax.generation.growth import first_capacity, grown, next_capacity
 from attention_jax.generation.sampling import TOP_LOGPROBS
 from attention_jax.mixers import Context
@@ -237,7 +237,7 @@ def _advance(
         token_B, reports = next_tokens(logits_fn, keys_B, arrays, carry)
         carry, active_B = record(arrays, carry, token_B, True)
         # The states of finished rows do not change.
-        state = decode_step(config, params, carry.state, token_B, active_B)
+        state = next_state(config, params, carry.state, token_B, active_B)
         columns = (jnp.where(active_B, token_B, -1), *reports)
         drawn = Drawn(*(
             jax.lax.dynamic_update_index_in_dim(x, column, step, axis=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,8 +69,12 @@ def checked_batch(
             "continue a prompt; use a model with causal: true"
         )
     prompts = checked_prompts(config, prompts, state is not None)
+    if not isinstance(cache, CacheOptions):
+        raise ValueError(
+            f"cache must be a CacheOptions, such as CacheOptions(quantize='int8'), got {cache!r:.80}"
+        )
     if max_new_tokens is not None:
-        check_count("max_new_tokens", max_new_tokens)
+        max_new_tokens = checked_count("max_new_tokens", max_new_tokens)
     samplings = _checked_samplings(config, sampling, len(prompts), tokenizer)
     check_key(samplings, key)
     eos = checked_eos(config, eos_id)
@@ -94,7 +99,7 @@ def checked_batch(
     return Batch(
         prompts=prompts,
         samplings=samplings,
-        limits=[int(limit) for limit in limits],
+        limits=limits,
         ids=checked_request_ids(request_ids, len(prompts)),
         eos=eos,
         capacity=capacity,
@@ -166,10 +171,11 @@ def _checked_samplings(config: ModelConfig, sampling: Any, requests: int, tokeni
     return list(sampling)
 
 
-def check_count(name: str, value: Any) -> None:
-    """ValueError unless `value` is an integer >= 1."""
+def checked_count(name: str, value: Any) -> int:
+    """The integer as Python's, whose sums do not overflow; ValueError unless it is >= 1."""
     if not is_integer(value) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return operator.index(value)
 
 
 def check_key(samplings: Sequence[Sampling], key: Any) -> None:
@@ -185,12 +191,17 @@ def check_key(samplings: Sequence[Sampling], key: Any) -> None:
     if isinstance(key, jax.Array | np.ndarray):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
             return
-        if key.dtype == np.uint32 and key.ndim == 1:  # of jax.random.PRNGKey
+        if key.dtype == np.uint32 and key.shape == _raw_key_shape():  # of jax.random.PRNGKey
             return
         what = f"{key.dtype} {list(key.shape)}"
     else:
         what = repr(key)
     raise ValueError(f"key must be one PRNG key such as jax.random.key(0), got {what}")
+
+
+def _raw_key_shape() -> tuple[int, ...]:
+    """The shape of a key of `jax.random.PRNGKey`, which depends on jax_default_prng_impl."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def checked_eos(config: ModelConfig, eos_id: Any) -> int:
@@ -296,7 +307,7 @@ def padded_sources(config: ModelConfig, sources: Any, requests: int) -> tuple[np
 def checked_capacity(config: ModelConfig, needs: Sequence[tuple[int, int]], capacity: int | None) -> int:
     """The capacity given, or one for all (tokens of a prompt, new tokens); ValueError if it is too small."""
     if capacity is not None:
-        check_count("capacity", capacity)
+        capacity = checked_count("capacity", capacity)
     limit, key = config.limit or (None, "")
     for index, (prompt, new) in enumerate(needs):
         for most, what in ((capacity, f"capacity {capacity}"), (limit, f"model's {key} {limit}")):

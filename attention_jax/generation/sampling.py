@@ -78,6 +78,9 @@ class Sampling:
         _check_integer("seed", self.seed, 0, _SEEDS - 1, none=True)
         _check_integer("logprobs", self.logprobs, 0, TOP_LOGPROBS, none=True)
         _check_integer("n", self.n, 1, _MOST_SAMPLES)
+        for name in ("top_k", "min_tokens", "max_tokens", "seed", "logprobs", "n"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, operator.index(value))  # sums of NumPy's integers may overflow
         # Tuples, so that the object is hashable.
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "stop_ids", _stop_ids(self.stop_ids))
@@ -108,10 +111,10 @@ class Sampling:
             if not -100 <= _number(name, value) <= 100:
                 raise ValueError(f"{name} must be in [-100, 100], got {value}")
 
-    @property
-    def filtered(self) -> bool:
+    def filtered(self, vocab_size: int) -> bool:
         """Whether top-k, top-p or min-p is on."""
-        return self.top_k is not None or self.top_p not in (None, 1) or self.min_p is not None
+        top_k = self.top_k is not None and self.top_k < vocab_size
+        return top_k or self.top_p not in (None, 1) or self.min_p is not None
 
     @property
     def penalised(self) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.generation.requests import bucket, check_count, checked_ids, padded_sources
+from attention_jax.generation.requests import bucket, checked_count, checked_ids, padded_sources
 from attention_jax.generation.sampling import is_integer
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind
@@ -54,7 +54,7 @@ def score(
     if isinstance(sequences, str | bytes) or not hasattr(sequences, "__len__"):
         raise ValueError(f"sequences must be a list of lists of token ids, got {type(sequences).__name__}")
     rows = [checked_ids(config, f"sequence {index}", row) for index, row in enumerate(sequences)]
-    check_count("batch_size", batch_size)
+    batch_size = checked_count("batch_size", batch_size)
     lengths = _checked_lengths(config, rows, prompt_lengths)
     limit, key = config.limit or (None, "")
     for index, row in enumerate(rows):

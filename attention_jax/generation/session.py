@@ -24,7 +24,7 @@ from attention_jax.generation.arrays import placed_beside
 from attention_jax.generation.decode import DecodeState
 from attention_jax.generation.drafts import DraftModel, NGram
 from attention_jax.generation.generate import begin
-from attention_jax.generation.requests import check_count, checked_batch, checked_ids, piece
+from attention_jax.generation.requests import checked_batch, checked_count, checked_ids, piece
 from attention_jax.generation.results import Increment
 from attention_jax.generation.sampling import Sampling, is_integer
 from attention_jax.generation.states import check_state
@@ -61,7 +61,7 @@ class Session:
     ):
         if not config.causal or config.encoder is not None:
             raise ValueError("a session needs a causal model without an encoder: it continues one text")
-        check_count("capacity", capacity)
+        capacity = checked_count("capacity", capacity)
         limit, name = config.limit or (None, "")
         if limit is not None and capacity > limit:
             raise ValueError(f"capacity {capacity} exceeds the model's {name} {limit}: lower it")
@@ -213,7 +213,9 @@ class Session:
 
     def _empty(self) -> DecodeState:
         caches = init_state(self.config, 1, self.capacity, cache=self.cache)
-        state = DecodeState(caches, jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.config.vocab_size)))
+        state = DecodeState(
+            caches, jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.config.vocab_size), jnp.float32)
+        )
         return placed_beside(state, jax.tree.leaves(self._params)[0])
 
     def _checked(self, state: Any) -> DecodeState:

@@ -30,7 +30,7 @@ from attention_jax.caches import rewind_all
 from attention_jax.generation import loop
 from attention_jax.generation.arrays import SamplingArrays, placed_beside
 from attention_jax.generation.choose import adjust_by, choose, log_probabilities
-from attention_jax.generation.decode import DecodeState, decode_step
+from attention_jax.generation.decode import DecodeState, next_state
 from attention_jax.generation.drafts import Drafting, Speculation
 from attention_jax.mixers import Context
 from attention_jax.model import ModelConfig, bind
@@ -132,7 +132,7 @@ def _advance(
 
         def stepped(begun: tuple[Progress, jax.Array]) -> tuple[Progress, jax.Array]:
             now, kept_B = begun
-            state = decode_step(config, params, now.carry.state, token_B, active_B)
+            state = next_state(config, params, now.carry.state, token_B, active_B)
             logits_BV = jnp.where(active_B[:, None], state.logits_BV, now.carry.state.logits_BV)
             state = dataclasses.replace(state, logits_BV=logits_BV)
             counts = dataclasses.replace(now.counts, steps=now.counts.steps + 1)

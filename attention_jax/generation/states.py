@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.caches import CacheOptions, MemoryCache
-from attention_jax.generation.decode import DecodeState
+from attention_jax.generation.decode import DecodeState, check_kept
 from attention_jax.model import ModelConfig, init_state
 
 
@@ -19,8 +19,7 @@ def check_state(config: ModelConfig, state: Any, requests: int, cache: CacheOpti
         raise ValueError(
             f"state must be a DecodeState from prefill, extend or decode_step, got {type(state).__name__}"
         )
-    if any(getattr(leaf, "is_deleted", bool)() for leaf in jax.tree.leaves(state)):
-        raise ValueError("the state's arrays were donated to another call: keep the state that it returned")
+    check_kept(state)
     rows = len(state.positions_B)
     if rows not in (1, requests):
         raise ValueError(f"the state has {rows} rows for {requests} prompts; give one row, or one per prompt")

@@ -129,6 +129,7 @@ class LanguageModel(nnx.Module):
             raise ValueError(
                 f"tokens must hold at least one row and one token, got {list(shape)}: skip the call"
             )
+        tokens_BT = _narrowed(tokens_BT)
         for ids in (ctx.positions_BT, ctx.segment_ids_BT):
             if ids is not None:  # an invalid slot may hold any id, which must not index the table
                 tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)
@@ -157,6 +158,16 @@ class LanguageModel(nnx.Module):
         rate = self.config.dropout if rate is None else rate
         x_BTD = dropout(x_BTD, rate, ctx.fold_key(self.config.num_layers).dropout_key)
         return x_BTD.astype(self.config.dtype)
+
+
+def _narrowed(tokens_BT: Any) -> Any:
+    """The ids; NumPy's 64-bit integers as int32, those out of its range at its ends, and not their low bits."""
+    if isinstance(tokens_BT, jax.Array) or tokens_BT.dtype.itemsize <= 4:
+        return tokens_BT
+    ends, ids_BT = np.iinfo(np.int32), tokens_BT.astype(np.int32)
+    ids_BT[tokens_BT > ends.max] = ends.max
+    ids_BT[tokens_BT < ends.min] = ends.min
+    return ids_BT
 
 
 def _checked_ids(tokens_BT: jax.Array, vocab_size: int) -> jax.Array:
@@ -267,9 +278,13 @@ def init_state(config: ModelConfig, batch: int, capacity: int, *, cache: CacheOp
     """Empty states of `batch` rows for positions 0 .. capacity - 1, without parameters.
 
     There is one state per layer. capacity: the largest position + 1. Raises: ValueError for a mixer without a
-    state or a capacity beyond the learned positions.
+    state, a capacity beyond the learned positions, and a `cache` that is no `CacheOptions`.
     """
     check_capacity(config, capacity)
+    if not isinstance(cache, CacheOptions):
+        raise ValueError(
+            f"cache must be a CacheOptions, such as CacheOptions(quantize='int8'), got {cache!r:.80}"
+        )
     return init_states(config, batch, capacity, cache=cache)
 
 
