@@ -121,7 +121,7 @@ def test_yaml_loads_and_its_model_runs(name):
         model = dataclasses.replace(
             run.model,
             vocab_size=257,
-            num_layers=len(run.model.mixers),
+            num_layers=len(run.model.period),
             encoder=encoder and dataclasses.replace(encoder, num_layers=len(encoder.mixers)),
         )
         logits = jax.eval_shape(lambda model=model: _logits(model))

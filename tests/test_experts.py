@@ -286,12 +286,12 @@ def test_training_step(params, parts):
         start, state, batch, np.int32(0), jax.random.key(0)
     )
 
-    def routed(rows):
-        ctx = Context(capture={"router_load", "router_losses"})
-        output = apply(MODEL, params, TOKENS[rows], ctx=ctx)
+    @jax.jit
+    def routed(params, tokens):
+        output = apply(MODEL, params, tokens, ctx=Context(capture={"router_load", "router_losses"}))
         return output.logits, [a for a in output.aux if a]
 
-    outputs = [routed(slice(i, None, parts) if parts == 1 else slice(i, i + 1)) for i in range(parts)]
+    outputs = [routed(params, tokens) for tokens in np.split(TOKENS, parts)]
     logits = jnp.concatenate([logits for logits, _ in outputs])
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1).mean()
     np.testing.assert_allclose(metrics["train/loss"], nll, rtol=1e-5)

@@ -90,7 +90,7 @@ class UnitConfig(FeedForwardConfig):
 class DenseConfig(UnitConfig):
     """A feed-forward with the same weights for every token."""
 
-    kind: Literal["dense"] = "dense"
+    kind: Literal["dense"] = "dense"  #: the feed-forward
     width: int | None = None  #: F; null: 4 d_model (without a gate) or 8/3 d_model rounded to a multiple of 8
     use_bias: bool | None = None  #: biases of the projections; null: model.use_bias
 

@@ -32,7 +32,7 @@ _MOST_EXPERTS = 2**14
 class ExpertsConfig(UnitConfig):
     """A mixture of experts, each a feed-forward of `UnitConfig`'s units; see docs/experts.md."""
 
-    kind: Literal["experts"] = "experts"
+    kind: Literal["experts"] = "experts"  #: the feed-forward
     num_experts: int = 8  #: E
     experts_per_token: int = 2  #: K, the experts that each token has
     width: int | None = None  #: F of one expert; null: 4 d_model (without a gate) or 8/3 d_model rounded to 8
