@@ -57,7 +57,7 @@ CASES = {
     ),
     "few tokens": ({"num_experts": 32, "use_bias": True}, {}, _silu),
     "ungated, capacity": (
-        {"capacity_factor": 0.8, "gated": False, "activation": "relu", "use_bias": True},
+        {"capacity_factor": 0.4, "gated": False, "activation": "relu", "use_bias": True},
         {},
         lambda gate, up: np.maximum(up, 0),
     ),
