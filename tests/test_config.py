@@ -257,7 +257,7 @@ def test_a_mistake_gives_one_line(load, text, words):
 
 
 def test_a_kind_defined_after_a_config_was_read_is_known(load, monkeypatch):
-    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    monkeypatch.setattr(base.MixerConfig, "_members", base.MixerConfig.kinds())
     load("")
 
     @dataclasses.dataclass(frozen=True)

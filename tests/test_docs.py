@@ -77,8 +77,8 @@ def run_page(name: str, path: Path) -> None:
                 assert printed.getvalue().splitlines() == stated, f"{name}:{line + 1}"
     finally:
         del sys.modules[module.__name__]
-        base._KINDS.clear()  # a page's own mixers are not the library's
-        base._KINDS.update(kinds)
+        base.MixerConfig._members.clear()  # a page's own mixers are not the library's
+        base.MixerConfig._members.update(kinds)
 
 
 MECHANISMS = [name for name in PAGES if re.match("docs/(mixers|masks|scores|positions)/", name)]

@@ -454,7 +454,7 @@ def test_every_mask_is_exported_at_the_top():
 @pytest.fixture
 def registry(monkeypatch):
     """The registered kinds, restored after the test."""
-    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    monkeypatch.setattr(base.MixerConfig, "_members", base.MixerConfig.kinds())
 
 
 def test_a_kind_or_config_that_another_class_has_is_refused(registry):
