@@ -103,7 +103,7 @@ MIXERS = {
     "qk-l2-scale-sinks": _softmax(
         qk_norm="l2", scale=0.7, sink_logits=True, num_kv_heads=2, fast=("empty slots",)
     ),
-    "wide-heads": _softmax(num_heads=2, head_dim=24, rope=RoPE(width=16), slow=True),
+    "wide-heads": _softmax(num_heads=2, head_dim=24, value_dim=10, rope=RoPE(width=16), slow=True),
     "yarn-temperature": _softmax(
         rope=RoPE(50.0, scaling=YaRN(factor=4.0, original_length=64, beta_fast=10.0, truncate=False)),
         temperature=Temperature(floor=4, scale=0.5),
@@ -154,7 +154,7 @@ MIXERS |= {
         GatedAttentionConfig(
             num_kv_heads=2, rope=RoPE(), mask=Causal(), qk_norm="rms_per_head", qk_norm_eps=0.05, scale=0.7,
             softcap=2.0, sink_logits=True, temperature=Temperature(floor=4, scale=0.5), use_bias=True,
-            out_bias=False, bias=ALiBiConfig(scale=0.5),
+            out_bias=False, bias=ALiBiConfig(scale=0.5), value_dim=6,
         ),
         "gate", *SCORES, kv_heads=2, alibi=[0.5 * slope for slope in ALIBI_4], fast=("empty slots",),
     ),

@@ -317,7 +317,7 @@ def test_bad_configs(arguments, message):
 
 
 def test_options_that_a_kind_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="cross does not support global_projections: set it to false"):
+    with pytest.raises(ValueError, match="cross does not support global_projections: leave it out"):
         CrossAttentionConfig(global_projections=True, mask="Longformer(4, (0,))")
     with pytest.raises(ValueError, match="softcap must be from 0.1 to 1e.06, got 0.0: .* null turns it off"):
         LatentAttentionConfig(softcap=0.0)

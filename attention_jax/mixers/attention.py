@@ -53,9 +53,9 @@ class AttentionConfig(BiasedAttentionConfig):
 
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> KVCache:
         """An empty KVCache with the slots that the mask needs; K further heads for global projections."""
-        H, mask = self.head_width(d_model), self.restricted(causal).mask
-        heads = self.kv_heads * (2 if self.global_projections else 1)
-        return empty_kv_cache(batch, capacity, heads, H, H, mask=mask, options=cache)
+        widths = self.head_width(d_model), self.value_width(d_model)
+        heads, mask = self.kv_heads * (2 if self.global_projections else 1), self.restricted(causal).mask
+        return empty_kv_cache(batch, capacity, heads, *widths, mask=mask, options=cache)
 
 
 class Attention(BiasedAttention):
@@ -68,8 +68,8 @@ class Attention(BiasedAttention):
         super().setup(parts)
         config = self.config
         if config.global_projections:
-            for name, heads in (("q", config.num_heads), ("k", config.kv_heads), ("v", config.kv_heads)):
-                width = heads * self.head_dim
+            N, K, H, M = config.num_heads, config.kv_heads, self.head_dim, self.value_dim
+            for name, width in (("q", N * H), ("k", K * H), ("v", K * M)):
                 setattr(self, f"{name}_global", parts.linear(self.d_model, width, use_bias=config.use_bias))
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
@@ -134,8 +134,9 @@ class CrossAttentionConfig(AttentionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.global_projections:
-            raise ValueError("cross does not support global_projections: set it to false")
+        for name in ("global_projections", "value_dim"):
+            if getattr(self, name):
+                raise ValueError(f"cross does not support {name}: leave it out")
 
     def restricted(self, causal: bool) -> CrossAttentionConfig:
         """The config itself: a causal model attends to the whole memory."""

@@ -39,7 +39,7 @@ class GatedAttention(BiasedAttention):
     def setup_gates(self, parts: Parts) -> None:
         """Create the gate."""
         config, N = self.config, self.config.num_heads
-        width = N * self.head_dim if config.gate == "elementwise" else N
+        width = N * self.value_dim if config.gate == "elementwise" else N
         self.gate = parts.linear(self.d_model, width, use_bias=config.use_bias)
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:

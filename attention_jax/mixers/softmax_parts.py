@@ -15,11 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.biases import T5, ALiBiConfig
+from attention_jax.caches import DEFAULT_CACHE, empty_kv_cache
 from attention_jax.choices import ByKind, check_between
 from attention_jax.layers import HeadNorm, fused_linear, head_norm
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, Parts
-from attention_jax.mixers.parts import SoftmaxMixerConfig, check_scores, positions_of, split_heads
+from attention_jax.mixers.parts import (
+    SoftmaxMixerConfig,
+    check_positive,
+    check_scores,
+    positions_of,
+    split_heads,
+)
 from attention_jax.positions import RoPE, Temperature
 
 
@@ -76,6 +83,10 @@ class SelfAttentionConfig(SoftmaxMixerConfig):
             )
         check_between(self, "clip_qkv", 1e-3, 1e6, "less clips almost everything, and null turns it off")
 
+    def value_width(self, d_model: int) -> int:
+        """The width of a head's values (M), that of its keys unless a mechanism has an option for it."""
+        return self.head_width(d_model)
+
     @property
     def query_heads(self) -> int:
         """The heads of q."""
@@ -91,6 +102,7 @@ class SelfAttentionConfig(SoftmaxMixerConfig):
 class BiasedAttentionConfig(SelfAttentionConfig):
     """The options of mixers that also take a bias of the scores."""
 
+    value_dim: int | None = None  #: width of a head's values (M); null: head_dim
     #: additive score term; alibi: fixed slopes over distance; t5: a learned table of relative positions
     bias: Literal["alibi", "t5"] | Annotated[ALiBiConfig | T5, ByKind()] | None = None
 
@@ -98,6 +110,17 @@ class BiasedAttentionConfig(SelfAttentionConfig):
         super().__post_init__()
         if self.bias == "t5":
             object.__setattr__(self, "bias", T5())
+        check_positive(self, "value_dim")
+
+    def value_width(self, d_model: int) -> int:
+        """`value_dim`, or the width of a head's keys."""
+        return self.value_dim or self.head_width(d_model)
+
+    def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> Any:
+        """An empty KVCache with the slots that the mask needs."""
+        widths = self.head_width(d_model), self.value_width(d_model)
+        mask = self.restricted(causal).mask
+        return empty_kv_cache(batch, capacity, self.kv_heads, *widths, mask=mask, options=cache)
 
 
 class SelfAttention(Mixer):
@@ -111,10 +134,11 @@ class SelfAttention(Mixer):
         config = self.config
         N, K = config.query_heads, config.key_heads
         self.head_dim = H = config.head_width(self.d_model)
-        for name, heads in (("q", N), ("k", K), ("v", K)):
-            setattr(self, name, parts.linear(self.d_model, heads * H, use_bias=config.use_bias))
+        self.value_dim = M = config.value_width(self.d_model)
+        for name, width in (("q", N * H), ("k", K * H), ("v", K * M)):
+            setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
         self.setup_gates(parts)
-        self.out = parts.out(N * H, self.d_model, use_bias=config.biased_output)
+        self.out = parts.out(N * M, self.d_model, use_bias=config.biased_output)
         norm = {
             "epsilon": config.qk_norm_eps,
             "offset": config.qk_norm_offset,
@@ -150,7 +174,7 @@ class SelfAttention(Mixer):
 
     def _values(self, v_BSE: jax.Array) -> jax.Array:
         """Projected values, [B, S, K, M]."""
-        return split_heads(self._clipped(v_BSE), self.head_dim)
+        return split_heads(self._clipped(v_BSE), self.value_dim)
 
     def _options(self) -> dict[str, Any]:
         """The arguments of `KVView.attend` that the config determines."""

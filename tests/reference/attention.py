@@ -84,7 +84,7 @@ def attention_mixer(
     if temperature is not None:
         for t in range(T):
             q[t] *= positions.temperature(t, floor=temperature.floor, scale=temperature.scale)
-    out = np.zeros((T, heads, H))
+    out = np.zeros((T, heads, v.shape[-1]))
     for n in range(heads):
         g = n // (heads // kv_heads)
         for t in range(T):

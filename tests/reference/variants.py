@@ -81,7 +81,7 @@ def gated(params, x, keep, *, heads, kv_heads, gate, alibi=None, **options):
     x = np.asarray(x, np.float64)
     q, k, v = _projected(params, x, heads, kv_heads, kv_heads, options)
     distance = np.abs(np.arange(len(x))[:, None] - np.arange(len(x)))
-    out = np.zeros_like(q)
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
     for n in range(heads):
         g = n * kv_heads // heads
         bias = 0.0 if alibi is None else -alibi[n] * distance
