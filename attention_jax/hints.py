@@ -46,6 +46,12 @@ def look_up(table: Mapping[str, str], word: Any) -> str | None:
     return table.get(_plain(word))
 
 
+def quoted(text: Any) -> str:
+    """A name from a file for a message: one line, at most 60 characters."""
+    shown = repr(text)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
 def _plain(word: Any) -> str:
     """In lower case, without spaces, dots, hyphens and underscores."""
     return re.sub(r"[\s_.\-]", "", str(word)[:100].lower())

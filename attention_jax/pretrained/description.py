@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from attention_jax.hints import near
+from attention_jax.hints import near, quoted
 
 _MISSING = object()
 _MOST_LAYERS = 10_000
@@ -125,7 +125,7 @@ class Description:
         value = self.get(key, None)
         if value is not None and value not in allowed:
             only = f", only {' or '.join(map(str, allowed))}" if allowed else ""
-            raise ValueError(f"{self.where}: {key} {_short(value)} is not supported{only}")
+            raise ValueError(f"{self.where}: {key} {quoted(value)} is not supported{only}")
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not matter for the family."""
@@ -141,14 +141,9 @@ class Description:
             meant = near(unread[0], self._read)
             more = f"; did you mean {meant}?" if meant else ""
             raise ValueError(
-                f"{self.where}: {unread[0]} {_short(self.values[unread[0]])} is not supported for model_type "
+                f"{self.where}: {unread[0]} {quoted(self.values[unread[0]])} is not supported for model_type "
                 f"{self.values.get('model_type')}{more}"
             )
 
     def _wrong(self, key: str, value: Any, what: str) -> ValueError:
-        return ValueError(f"{self.where}: {key} must be {what}, got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        return ValueError(f"{self.where}: {key} must be {what}, got {quoted(value)}")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from attention_jax.gguf_header import read_metadata
 from attention_jax.optional import need
-from attention_jax.tokenizers.gguf_header import read_metadata
 from attention_jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from attention_jax.tokenizers.published import SpecialTokens, one_line
 from attention_jax.tokenizers.splits import Split, pre_tokenizer, split_of
@@ -30,8 +30,7 @@ def gguf_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
     Raises: ValueError of one line for a damaged file, one without a tokenizer, and a kind or pre-tokenizer
     that is not implemented.
     """
-    wanted = ("tokenizer.", "general.architecture")
-    metadata = read_metadata(path, lambda key: key.startswith(wanted))
+    metadata = read_metadata(path)
     try:
         return from_metadata(metadata)
     except ValueError as error:

@@ -1,22 +1,21 @@
 """Tensors and metadata of a GGUF file; quantised tensors are dequantised to float32.
 
-The header is read here, and not by the package `gguf`: its reader trusts the counts of the file, so that an
-array that claims 2**60 numbers is a loop without end. The package dequantises. The format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The header is read by `attention_jax.gguf_header`; the package `gguf` dequantises.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.gguf_header import GGUFHeader
+from attention_jax.hints import quoted
 from attention_jax.optional import need
 from attention_jax.pretrained.files.reading import (
     MOST_BYTES,
@@ -24,7 +23,6 @@ from attention_jax.pretrained.files.reading import (
     File,
     Place,
     box_of,
-    quoted,
     widths,
 )
 
@@ -33,11 +31,6 @@ _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
 SUPPORTED = (*_PLAIN, *_QUANTISED)
 # Numbers that are dequantised at once.
 _AT_ONCE = 2**20
-# The types of metadata by their number in the file.
-_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-_STRING, _ARRAY = 8, 9
-# Least bytes of a metadata entry (key length, type, value) and a tensor (name length, rank, type, offset).
-_LEAST_ENTRY, _LEAST_TENSOR = 13, 24
 
 
 class _Stored(NamedTuple):
@@ -66,9 +59,9 @@ class GGUFTensors:
         self._quants = need("gguf.quants", "reading GGUF files")
         self._kinds = need("gguf.constants", "reading GGUF files").GGMLQuantizationType
         with open(path, "rb") as opened:
-            header = _Header(opened, path, self._file.size)
-            self.metadata: Mapping[str, Any] = header.metadata
-            self._stored = header.stored
+            header = GGUFHeader(opened, path, self._file.size)
+        self.metadata: Mapping[str, Any] = header.metadata
+        self._stored = self._placed(header)
 
     def names(self) -> list[str]:
         return list(self._stored)
@@ -122,6 +115,49 @@ class GGUFTensors:
                 out[at][among[0] - top : among[1] - top] = numbers[:, kept]
         return out.reshape(widths(box))
 
+    def _placed(self, header: GGUFHeader) -> dict[str, _Stored]:
+        """The tensors by name, inside the file and apart from one another."""
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 1 <= alignment <= 2**32 or alignment & (alignment - 1):
+            raise ValueError(f"{self.path}: general.alignment is {quoted(alignment)}, not a power of two")
+        start = -(-header.end // alignment) * alignment
+        stored: dict[str, _Stored] = {}
+        for name, shape, kind, offset in header.tensors:
+            if name in stored:
+                raise ValueError(f"{self.path}: holds {quoted(name)} twice")
+            stored[name] = self._one(name, shape, kind, start + offset)
+            if offset % alignment:
+                raise ValueError(f"{self.path}: {quoted(name)} lies at {offset}, no multiple of {alignment}")
+        last, before = start, ""
+        for name, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
+            if tensor.offset < last:
+                raise ValueError(f"{self.path}: {quoted(name)} overlaps {quoted(before)}")
+            last, before = tensor.offset + math.prod(tensor.byte_shape), name
+            if last > self._file.size:
+                raise ValueError(
+                    f"{self.path}: {quoted(name)} ends at {last} in a file of {self._file.size} bytes"
+                )
+        return stored
+
+    def _one(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> _Stored:
+        constants = need("gguf.constants", "reading GGUF files")
+        try:
+            kind = self._kinds(number)
+        except ValueError:
+            raise ValueError(f"{self.path}: {quoted(name)} has the unknown type {number}") from None
+        if kind.name not in SUPPORTED:
+            raise ValueError(
+                f"{self.path}: {quoted(name)} is stored as {kind.name}: supported are {', '.join(SUPPORTED)}"
+            )
+        block, block_bytes = constants.GGML_QUANT_SIZES[kind]
+        if 0 in shape or math.prod(shape) * 4 > MOST_BYTES:
+            raise ValueError(f"{self.path}: {quoted(name)} claims the shape {quoted(shape)}")
+        if (shape or (1,))[-1] % block:
+            raise ValueError(
+                f"{self.path}: {quoted(name)} of {kind.name} has rows of {shape}, not of {block}s"
+            )
+        return _Stored(kind.name, shape, block, block_bytes, offset)
+
 
 def open_gguf(path: str | os.PathLike) -> GGUFTensors:
     """The tensors and the metadata of a GGUF file of version 2 or 3.
@@ -130,124 +166,3 @@ def open_gguf(path: str | os.PathLike) -> GGUFTensors:
     type than those in `SUPPORTED`; ModuleNotFoundError without the package `gguf`.
     """
     return GGUFTensors(Path(path))
-
-
-class _Header:
-    """The parsed header; lengths are compared with the bytes that are left before anything is allocated."""
-
-    def __init__(self, opened: BinaryIO, path: Path, size: int):
-        self._opened, self._path, self._left, self._size = opened, path, size, size
-        if self._left < 24 or self._take(4) != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file")
-        version = self._number("I")
-        if version and not version & 0xFFFF:
-            raise ValueError(f"{path}: a big-endian GGUF file: convert it to little-endian")
-        if version not in (2, 3):
-            raise ValueError(
-                f"{path}: GGUF version {version}, supported are 2 and 3: convert the model again"
-            )
-        tensors, entries = self._number("Q"), self._number("Q")
-        self._check(entries, _LEAST_ENTRY, "metadata entries")
-        self._check(tensors, _LEAST_TENSOR, "tensors")
-        self.metadata: dict[str, Any] = {}
-        for _ in range(entries):
-            key = self._string("a metadata key")
-            if key in self.metadata:
-                raise ValueError(f"{path}: metadata has {quoted(key)} twice")
-            self.metadata[key] = self._value(self._number("I"), key)
-        if (self.metadata.get("split.count") or 1) != 1:
-            raise ValueError(f"{path}: one part of several: merge them with llama-gguf-split --merge")
-        described = [self._described() for _ in range(tensors)]
-        self.stored = self._placed(described, size - self._left)
-
-    def _check(self, count: int, least: int, what: str) -> None:
-        if count * least > self._left:
-            raise ValueError(f"{self._path}: claims {count} {what}, and {self._left} bytes are left")
-
-    def _take(self, count: int) -> bytes:
-        self._check(count, 1, "bytes")
-        taken = self._opened.read(count)
-        if len(taken) != count:
-            raise ValueError(f"{self._path}: changed while it was read: open it again")
-        self._left -= count
-        return taken
-
-    def _number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
-
-    def _string(self, what: str) -> str:
-        text = self._take(self._number("Q"))
-        try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{self._path}: {what} is not UTF-8: {quoted(text)}") from None
-
-    def _value(self, kind: int, key: str) -> Any:
-        if kind == _STRING:
-            return self._string(quoted(key))
-        if kind in _SCALARS:
-            return self._number(_SCALARS[kind])
-        if kind != _ARRAY:
-            raise ValueError(f"{self._path}: metadata {quoted(key)} has the unknown type {kind}")
-        kind, count = self._number("I"), self._number("Q")
-        if kind == _STRING:
-            self._check(count, 8, f"strings in {quoted(key)}")
-            return [self._string(quoted(key)) for _ in range(count)]
-        if kind not in _SCALARS:
-            raise ValueError(
-                f"{self._path}: metadata {quoted(key)} is an array of the type {kind}: not supported"
-            )
-        width = struct.calcsize(f"<{_SCALARS[kind]}")
-        self._check(count, width, f"numbers in {quoted(key)}")
-        return list(struct.unpack(f"<{count}{_SCALARS[kind]}", self._take(count * width)))
-
-    def _described(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, number of the type and offset of a tensor as the header claims them."""
-        name, rank = self._string("a tensor's name"), self._number("I")
-        if rank > 4:
-            raise ValueError(f"{self._path}: {quoted(name)} claims {rank} axes, more than GGML's 4")
-        sizes = struct.unpack(f"<{rank}Q", self._take(8 * rank))
-        return name, sizes[::-1], self._number("I"), self._number("Q")
-
-    def _placed(self, described: list, end: int) -> dict[str, _Stored]:
-        """The tensors by name, inside the file and apart from one another."""
-        alignment = self.metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 1 <= alignment <= 2**32 or alignment & (alignment - 1):
-            raise ValueError(f"{self._path}: general.alignment is {quoted(alignment)}, not a power of two")
-        start = -(-end // alignment) * alignment
-        stored: dict[str, _Stored] = {}
-        for name, shape, kind, offset in described:
-            if name in stored:
-                raise ValueError(f"{self._path}: holds {quoted(name)} twice")
-            stored[name] = self._one(name, shape, kind, start + offset)
-            if offset % alignment:
-                raise ValueError(f"{self._path}: {quoted(name)} lies at {offset}, no multiple of {alignment}")
-        last, before = start, ""
-        for name, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
-            if tensor.offset < last:
-                raise ValueError(f"{self._path}: {quoted(name)} overlaps {quoted(before)}")
-            last, before = tensor.offset + math.prod(tensor.byte_shape), name
-            if last > self._size:
-                raise ValueError(
-                    f"{self._path}: {quoted(name)} ends at {last} in a file of {self._size} bytes"
-                )
-        return stored
-
-    def _one(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> _Stored:
-        constants = need("gguf.constants", "reading GGUF files")
-        try:
-            kind = constants.GGMLQuantizationType(number)
-        except ValueError:
-            raise ValueError(f"{self._path}: {quoted(name)} has the unknown type {number}") from None
-        if kind.name not in SUPPORTED:
-            raise ValueError(
-                f"{self._path}: {quoted(name)} is stored as {kind.name}: supported are {', '.join(SUPPORTED)}"
-            )
-        block, block_bytes = constants.GGML_QUANT_SIZES[kind]
-        if 0 in shape or math.prod(shape) * 4 > MOST_BYTES:
-            raise ValueError(f"{self._path}: {quoted(name)} claims the shape {quoted(shape)}")
-        if (shape or (1,))[-1] % block:
-            raise ValueError(
-                f"{self._path}: {quoted(name)} of {kind.name} has rows of {shape}, not of {block}s"
-            )
-        return _Stored(kind.name, shape, block, block_bytes, offset)

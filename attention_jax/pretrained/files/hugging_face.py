@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from attention_jax.hints import quoted
 from attention_jax.pretrained.files.reading import (
     DTYPES,
     MOST_BYTES,
@@ -21,7 +22,6 @@ from attention_jax.pretrained.files.reading import (
     File,
     Place,
     box_of,
-    quoted,
     read_json,
 )
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.pretrained.files.reading import Tensors, quoted
+from attention_jax.hints import quoted
+from attention_jax.pretrained.files.reading import Tensors
 
 Index = tuple[slice, ...]
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.hints import quoted
+
 # A shorter contiguous run is read together with what lies beside it: one call costs as much as a page.
 _PAGE = 4096
 # Bytes that are read at once where only a part of them is kept.
@@ -69,12 +71,6 @@ class Place(NamedTuple):
 
 
 Box = tuple[tuple[int, int], ...]
-
-
-def quoted(text: Any) -> str:
-    """A name from a file for a message: one line, at most 60 characters."""
-    shown = repr(text)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def box_of(shape: tuple[int, ...], index: slice | tuple[slice, ...]) -> Box:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from attention_jax.hints import quoted
 from attention_jax.pretrained.files.hugging_face import INDEX, SINGLE
-from attention_jax.pretrained.files.reading import DTYPES, MOST_JSON, quoted
+from attention_jax.pretrained.files.reading import DTYPES, MOST_JSON
 
 _STORED = {dtype: stored for stored, dtype in DTYPES.items()}
 # Bytes of an array that are made contiguous at once.
