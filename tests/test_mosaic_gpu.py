@@ -415,6 +415,7 @@ def test_what_a_bias_holds_for_an_invalid_token_is_not_read():
             "ArrayBias holds an array (1, 1, 130, 200) over queries and keys",
             {"bias": ArrayBias(jnp.zeros((1, 1, 130, 200)))},
         ),
+        ("ALiBi uses 'reduce_precision'", {"bias": ALiBi(4, rounding="bfloat16")}),
         ("T5Bias uses 'gather'", {"bias": T5Bias(jnp.zeros((8, 4)), True)}),
         (
             "LowRank: 9 numbers to be read per token > 7",

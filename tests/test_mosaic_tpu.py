@@ -228,7 +228,7 @@ def test_a_split_bias_is_the_bias(lengths):
     biases = [
         ALiBi(N), Gate(normal(N), normal(B, T), normal(B, S), np.arange(B, dtype=np.int32)),
         ForgetBias(normal(B, T, N), normal(B, S, N), normal(B, S, N)), ArrayBias(normal(1, N, 1, S)),
-        ArrayBias(normal(1, 1, 1, 1)),
+        ArrayBias(normal(1, 1, 1, 1)), ALiBi(N, 0.3, 3.0, rounding="bfloat16"),
     ]  # fmt: skip
     for bias in biases:
         cut = split(bias)
