@@ -62,10 +62,10 @@ def test_values_reach_their_fields(load):
     assert run.checkpoint.keep_best is False
 
 
-_LISTS = "short_factor: [1, 2e0], long_factor: [3, 4], original_length: 8, length: 9"
+_LISTS = "short_factor: [1, 2e0], long_factor: [3, 4], original_length: 8, length: 900"
 _LONG = RoPE(
     width=4,
-    scaling=LongRoPE(short_factor=(1.0, 2.0), long_factor=(3.0, 4.0), original_length=8, length=9),
+    scaling=LongRoPE(short_factor=(1.0, 2.0), long_factor=(3.0, 4.0), original_length=8, length=900),
 )
 
 

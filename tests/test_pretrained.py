@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from attention_jax.generation import Sampling, generate
 from attention_jax.positions import RoPE
 from attention_jax.positions.scalings import LinearScaling, Llama3, LongRoPE, YaRN
 from attention_jax.pretrained import FAMILIES, family_of, load_pretrained, save_pretrained
@@ -204,6 +205,23 @@ def test_rope_in_both_spellings():
         short_factor=(1.0,) * 4, long_factor=(2.0,) * 4, original_length=16, length=16,
         attention_factor=(1 + np.log(4) / np.log(16)) ** 0.5,
     )  # fmt: skip
+
+
+def test_a_length_chooses_the_factors_of_longrope_and_limits_the_text(tmp_path):
+    long = {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    description = LLAMA | {"rope_scaling": long, "max_position_embeddings": 64}
+    description |= {"original_max_position_embeddings": 16}
+    _, _, tensors = _tensors(description)
+    _write(tmp_path / "model", description, tensors)
+    limits = {}
+    for length in (None, 40):
+        config, params, _ = load_pretrained(tmp_path / "model", length=length)
+        limits[length] = config.limit
+        save_pretrained(tmp_path / f"saved {length}", config, params, like=tmp_path / "model")
+    key = "blocks.0.mixer.rope.scaling.length"
+    assert limits == {None: (16, key), 40: (40, key)}
+    with pytest.raises(ValueError, match=f"{key} 40"):
+        generate(config, params, [np.zeros(30, np.int32)], max_new_tokens=20, sampling=Sampling(0))
 
 
 class _File:

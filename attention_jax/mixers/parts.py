@@ -35,6 +35,13 @@ class SoftmaxMixerConfig(MixerConfig):
         """The head width H; ValueError if it is not an integer."""
         return head_width(d_model, self.num_heads, self.head_dim)
 
+    horizon_key = "rope.scaling.length"
+
+    @property
+    def horizon(self) -> int | None:
+        """The length for which the frequencies of RoPE were chosen, where its scaling has one; else None."""
+        return getattr(getattr(getattr(self, "rope", None), "scaling", None), "length", None)
+
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""
         super().check(d_model, causal=causal)

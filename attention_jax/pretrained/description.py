@@ -29,13 +29,14 @@ class Description:
     """The keys and values of a config.json. Each method reads one key; `finish` refuses those that were not
     read.
 
-    where: the file, for messages. A null stands for an absent key.
+    where: the file, for messages. length: the longest text that the model is loaded for, for the options that
+    depend on it. A null stands for an absent key.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json", *, length: int | None = None):
         if not isinstance(values, Mapping):
             raise ValueError(f"{where}: a description must be a mapping of keys, got {type(values).__name__}")
-        self.values, self.where = dict(values), where
+        self.values, self.where, self.length = dict(values), where, length
         self._read: set[str] = set()
 
     @property

@@ -48,6 +48,7 @@ def load_pretrained(
     dtype: Any = None,
     compute_dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    length: int | None = None,
 ) -> Pretrained:
     """The configuration, the parameters and the tokenizer of a published model.
 
@@ -61,13 +62,16 @@ def load_pretrained(
       compute_dtype: `ModelConfig.dtype`, of the computation.
       mesh: split every parameter over all devices of a mesh, along its longest axis that they divide.
 
+      length: the longest text in tokens, for LongRoPE, which has other frequencies beyond the trained length;
+        None: the trained length. A longer text is then refused by `generate`.
+
     Raises: ValueError for an architecture, an option or a tensor that is not supported, is missing or does
     not fit, by name. Pickles are never read and code of a repository never run.
     """
     path = resolve(name)
     tensors = open_tensors(path)
     if path.is_dir():
-        description = describe(path)
+        description = describe(path, length)
     else:
         tensors = GGUFModel(tensors, str(path))
         description = tensors.description
@@ -97,7 +101,9 @@ def save_pretrained(
         raise ValueError(f"{like}: save_pretrained needs a folder with a config.json; GGUF is only read")
     description = describe(like)
     family = family_of(description.model_type)
-    expected = dataclasses.replace(read_config(family, Description(description.values)), dtype=config.dtype)
+    length = None if config.limit is None else config.limit[0]
+    description = Description(description.values, description.where, length=length)
+    expected = dataclasses.replace(read_config(family, description), dtype=config.dtype)
     if expected != config:
         raise ValueError(
             f"{like / 'config.json'} describes another model than config: {_difference(expected, config)}"
@@ -134,8 +140,8 @@ def _has_tokenizer(path: Path) -> bool:
     return path.is_file() or any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def describe(folder: Path) -> Description:
-    """The description in a folder's config.json."""
+def describe(folder: Path, length: int | None = None) -> Description:
+    """The description in a folder's config.json; length: as in `load_pretrained`."""
     file = folder / "config.json"
     try:
         if file.stat().st_size > _MOST_JSON:
@@ -145,7 +151,7 @@ def describe(folder: Path) -> Description:
         raise ValueError(f"{file}: no such file: the folder of a model has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
-    return Description(values, str(file))
+    return Description(values, str(file), length=length)
 
 
 def read_config(family: Family, description: Description) -> ModelConfig:

@@ -24,7 +24,6 @@ def read_rope(
     layout: str = "half",
     theta_key: str = "rope_theta",
     scaled: bool = True,
-    length: int | None = None,
 ) -> RoPE:
     """The rotary embedding of a layer.
 
@@ -34,7 +33,6 @@ def read_rope(
       theta, factor: the family's rope_theta and partial_rotary_factor where the description has none.
       theta_key, scaled: in the older spelling, the key of this layer's theta, and whether rope_scaling is for
         it.
-      length: the longest text in tokens, by which LongRoPE chooses its factors; None: the trained length.
     """
     new = d.mapping("rope_parameters", None)
     if new is not None and layer_type is not None and layer_type in new.values:
@@ -47,13 +45,13 @@ def read_rope(
     if new is not None:
         theta, factor = new.number("rope_theta", theta), new.number("partial_rotary_factor", factor)
     width = int(head_dim * factor)
-    scaling = None if given is None else _scaling(d, given, length)
+    scaling = None if given is None else _scaling(d, given)
     return RoPE(
         theta=float(theta), width=None if width == head_dim else width, layout=layout, scaling=scaling
     )
 
 
-def _scaling(d: Description, s: Description, length: int | None) -> Scaling | None:
+def _scaling(d: Description, s: Description) -> Scaling | None:
     s.ignore("type", "rope_type", "rope_theta", "partial_rotary_factor")
     kind = s.word("rope_type", s.word("type", "default"))
     trained = d.integer("max_position_embeddings", None)
@@ -72,7 +70,7 @@ def _scaling(d: Description, s: Description, length: int | None) -> Scaling | No
         case "yarn":
             scaling = _yarn(s, trained)
         case "longrope" | "su":
-            scaling = _longrope(d, s, trained, length)
+            scaling = _longrope(d, s, trained)
         case _:
             known = "default, linear, llama3, yarn, longrope"
             raise ValueError(f"{s.where}: rope_type {kind!r} is not supported; there are {known}")
@@ -97,7 +95,7 @@ def _yarn(s: Description, trained: int | None) -> YaRN:
     )
 
 
-def _longrope(d: Description, s: Description, trained: int | None, length: int | None) -> LongRoPE:
+def _longrope(d: Description, s: Description, trained: int | None) -> LongRoPE:
     original = s.integer("original_max_position_embeddings", None) or d.integer(
         "original_max_position_embeddings", trained
     )
@@ -112,6 +110,6 @@ def _longrope(d: Description, s: Description, trained: int | None, length: int |
         short_factor=tuple(map(float, s.items("short_factor"))),
         long_factor=tuple(map(float, s.items("long_factor"))),
         original_length=original,
-        length=length or original,
+        length=d.length or original,
         attention_factor=float(attention_factor),
     )
