@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from attention_jax.benchmarks.prefill_memory import planned
 from attention_jax.generation import Sampling, decode_step, extend, generate, prefill
-from attention_jax.generation.decode import checked_chunk
+from attention_jax.generation.pieces import checked_chunk
 from attention_jax.mixers import AttentionConfig, Context, CrossAttentionConfig, make_config, mla, parts
 from attention_jax.model import EncoderConfig, ModelConfig, apply, encode
 from attention_jax.positions import RoPE

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.caches import CacheOptions
-from attention_jax.generation.decode import DecodeState, check_prefix, checked_chunk
+from attention_jax.generation.decode import DecodeState, check_prefix
+from attention_jax.generation.pieces import checked_chunk
 from attention_jax.generation.sampling import Sampling, is_integer
 from attention_jax.generation.states import check_state
 from attention_jax.model import ModelConfig, cache_bytes
