@@ -86,6 +86,7 @@ MPT_OLD = {
         "qk_ln": False, "softmax_scale": None,
     },
 }  # fmt: skip
+MOE = SIZES | {"num_local_experts": 5}
 FACTORS = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.0, 3.0, 5.0]}
 LONGROPE = FACTORS | {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 
@@ -230,5 +231,13 @@ ROWS: dict[str, Row] = {
         | {"attention_multiplier": 0.2, "tie_word_embeddings": True}
         | {"attention_bias": True, "mlp_bias": True},
         _old(rope_theta=10000.0, rope_scaling=None),
+    ),
+    "mixtral": Row(
+        "mixtral", MOE | {"num_experts_per_tok": 3},
+        _old(rope_theta=1000000.0, sliding_window=None, router_aux_loss_coef=0.02),
+    ),
+    "mixtral-window": Row(
+        "mixtral", MOE | {"sliding_window": 5, "head_dim": 12, "hidden_act": "gelu", "rms_norm_eps": 1e-3}
+        | {"tie_word_embeddings": True},
     ),
 }  # fmt: skip

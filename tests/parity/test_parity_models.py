@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from attention_jax.generation import decode_step, prefill
 from attention_jax.mixers import Context
@@ -146,8 +147,11 @@ def test_gradients(pair):
         return nll.mean()
 
     found = dict(saved_tensors(family_of(pair.row.model_type), pair.config, gradient(pair.params)))
-    largest = max(p.grad.abs().max() for p in pair.peer.parameters()).item()
-    for name, p in pair.peer.named_parameters():
+    # As transformers saves them: it holds the experts of some families in other shapes than their files.
+    expected = {name: p.grad for name, p in pair.peer.named_parameters()}
+    expected = revert_weight_conversion(pair.peer, expected)
+    largest = max(x.abs().max() for x in expected.values()).item()
+    for name, x in expected.items():
         name = name if name in found else pair.row.old_names(name)
-        error = np.abs(found[name] - p.grad.numpy()).max()
+        error = np.abs(found[name] - x.numpy()).max()
         assert error <= 10 * TOLERANCE * max(largest, 1e-3), (name, error)

@@ -3,6 +3,7 @@
 from attention_jax.hints import near
 from attention_jax.pretrained.families import (
     cohere,
+    experts,
     falcon,
     gemma,
     gpt,
@@ -26,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     *granite.FAMILIES,
     *gemma.FAMILIES,
     *olmo.FAMILIES,
+    *experts.FAMILIES,
     *mamba.FAMILIES,
 )
 
