@@ -25,6 +25,7 @@ def read_rope(
     theta_key: str = "rope_theta",
     scaled: bool = True,
     length: int | None = None,
+    others: tuple[str, ...] = (),
 ) -> RoPE:
     """The rotary embedding of a layer.
 
@@ -35,6 +36,7 @@ def read_rope(
       theta_key, scaled: in the older spelling, the key of this layer's theta, and whether rope_scaling is for
         it.
       length: the longest text in tokens, by which LongRoPE chooses its factors; None: the trained length.
+      others: keys beside those of the rotary embedding, which the family reads itself.
     """
     new = d.mapping("rope_parameters", None)
     if new is not None and layer_type is not None and layer_type in new.values:
@@ -47,6 +49,8 @@ def read_rope(
     if new is not None:
         theta, factor = new.number("rope_theta", theta), new.number("partial_rotary_factor", factor)
     width = int(head_dim * factor)
+    if given is not None:
+        given.ignore(*others)
     scaling = None if given is None else _scaling(d, given, length)
     return RoPE(
         theta=float(theta), width=None if width == head_dim else width, layout=layout, scaling=scaling

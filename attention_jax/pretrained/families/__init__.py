@@ -7,8 +7,10 @@ from attention_jax.pretrained.families import (
     falcon,
     gemma,
     gpt,
+    gpt_oss,
     granite,
     llama,
+    llama4,
     mamba,
     mpt,
     olmo,
@@ -28,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (
     *gemma.FAMILIES,
     *olmo.FAMILIES,
     *experts.FAMILIES,
+    *gpt_oss.FAMILIES,
+    *llama4.FAMILIES,
     *mamba.FAMILIES,
 )
 
