@@ -90,7 +90,8 @@ def save_pretrained(
     Args:
       folder: must not exist.
       like: the folder that the model was loaded from: its config.json and tokenizer are written again, with
-        the dtype of the parameters and without a quantisation. ValueError if it describes another model than `config`.
+        the dtype of the parameters and without a quantisation. ValueError if it describes another model than
+        `config`.
     """
     like = resolve(like)
     if not like.is_dir():
