@@ -5,7 +5,7 @@ A number is one of 16 values times 2^(scale - 127), which bfloat16 holds exactly
 
 from __future__ import annotations
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.pretrained.files import Tensors
@@ -46,7 +46,7 @@ class _Unpacked:
         return E, groups * width * 2, rows
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(ml_dtypes.bfloat16) if name in self._packed else self._tensors.dtype(name)
+        return np.dtype(jnp.bfloat16) if name in self._packed else self._tensors.dtype(name)
 
     def read(self, name: str) -> np.ndarray:
         if name not in self._packed:
@@ -55,7 +55,7 @@ class _Unpacked:
         blocks, scales = (self._tensors.read(f"{name}_{part}") for part in ("blocks", "scales"))
         if (largest := scales.max(initial=0)) > _LARGEST:
             raise ValueError(f"tensor {name}_scales: a scale must be <= {_LARGEST}, got {largest}")
-        out = np.empty(self.shape(name), ml_dtypes.bfloat16)
+        out = np.empty(self.shape(name), jnp.bfloat16)
         for e, (blocks_RGW, scales_RG) in enumerate(zip(blocks, scales, strict=True)):
             out[e] = _numbers(blocks_RGW, scales_RG).T
         return out
