@@ -257,7 +257,7 @@ def test_xpos_leaves_slots_without_a_token_and_their_gradient_finite():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", [(8192, 0.1), (3, 0.5), (1, 2.0)])
+@pytest.mark.parametrize("settings", [(8192, 0.1), (3, 0.5), (1, 2.0), (3, 0.5, 0)])
 def test_temperature(settings, dtype):
     tune = Temperature(*settings)
     floor = tune.floor
@@ -266,7 +266,7 @@ def test_temperature(settings, dtype):
     )
     at = np.maximum(at, 0)
     x = _x(1, 9, 2, 4, dtype=jnp.dtype(dtype))
-    factors = [truth.temperature(int(p), floor=floor, scale=tune.scale) for p in at[0]]
+    factors = [truth.temperature(int(p), floor=floor, scale=tune.scale, offset=tune.offset) for p in at[0]]
     found = jax.jit(tune)(x, at)
     assert found.dtype == x.dtype
     wanted = np.asarray(x, np.float64) * np.array(factors)[None, :, None, None]
@@ -311,6 +311,7 @@ TWICE = LENGTHS | {"factor": 2.0}
         (XPos, {"scale_base": 0.0}, "XPos scale_base must be from 0.1 to 1e9, got 0.0"),
         (XPos, {"centre": -1}, "XPos centre must be >= 0, got -1"),
         (Temperature, {"floor": 0}, "Temperature floor must be >= 1, got 0"),
+        (Temperature, {"offset": 2}, "Temperature offset must be 0 or 1, got 2"),
         (Temperature, {"scale": -0.1}, "Temperature scale must be from 0 to 100, got -0.1"),
     ],
 )  # fmt: skip

@@ -16,25 +16,28 @@ from attention_jax.positions.scalings import FORBID, check, plain_frequencies
 class Temperature:
     """Scaling of queries by position, as in the layers of Llama 4 without RoPE (Meta 2025).
 
-        q * (1 + scale * ln(floor((position + 1) / floor) + 1))
+        q * (1 + scale * ln(floor((position + offset) / floor) + 1))
 
     It follows the scalable softmax of Nakanishi 2025 (arXiv 2501.19399).
     """
 
     __pydantic_config__ = FORBID
 
-    floor: int = 8192  #: queries at the first floor - 1 positions are unchanged; the scale changes every floor positions
+    #: queries at the first floor - offset positions are unchanged; the scale changes every floor positions
+    floor: int = 8192
     scale: float = 0.1  #: factor of the logarithm
+    offset: int = 1  #: of positions; 0 in Ministral 3
 
     def __post_init__(self):
         check_choices(self)
         check("Temperature", "floor", self.floor, self.floor >= 1, ">= 1")
+        check("Temperature", "offset", self.offset, 0 <= self.offset <= 1, "0 or 1")
         check("Temperature", "scale", self.scale, 0 <= self.scale <= 100, "from 0 to 100")
 
     def __call__(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """q [B, T, heads, H] times the factors of its positions, computed in float32, in the dtype of q."""
         # Invalid slots (position < 0) are unchanged. The integer division is exact at every position.
-        steps_BT = (jnp.maximum(positions_BT, -1) + 1) // self.floor
+        steps_BT = (jnp.maximum(positions_BT, -self.offset) + self.offset) // self.floor
         factor_BT = 1 + self.scale * jnp.log(steps_BT.astype(jnp.float32) + 1)
         return (q_BTNH.astype(jnp.float32) * factor_BT[..., None, None]).astype(q_BTNH.dtype)
 

@@ -135,7 +135,8 @@ class Description:
     def finish(self) -> None:
         """Raise ValueError for a key that was not read: its meaning is not implemented."""
         for key, value in _ONLY.items():
-            self.only(key, value)
+            if key not in self._read:
+                self.only(key, value)
         unread = sorted(set(self.values) - self._read - _WITHOUT_MEANING)
         unread = [key for key in unread if self.values[key] is not None]
         if unread:

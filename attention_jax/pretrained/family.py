@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from attention_jax.model import BlockConfig, ModelConfig
 from attention_jax.pretrained.description import Description
+from attention_jax.pretrained.files import Tensors
 from attention_jax.pretrained.table import Entry
 
 
@@ -18,7 +19,8 @@ class Family:
     must read every key that matters. table: all parameters. head: the name of the output projection, which
     files of tied models may hold too. unused: patterns of tensors that are no parameters, such as stored
     masks. older_names: (pattern, replacement) of names that some files have; the first pattern that matches a
-    whole name gives the name in the table.
+    whole name gives the name in the table. view: the tensors that the table means from those of the files,
+    where they are packed.
     """
 
     title: str
@@ -28,6 +30,7 @@ class Family:
     head: str = "lm_head.weight"
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     older_names: tuple[tuple[str, str], ...] = ()
+    view: Callable[[Tensors], Tensors] | None = None
 
 
 def tiled(blocks: list[BlockConfig]) -> tuple[BlockConfig, ...]:

@@ -119,7 +119,9 @@ class _Renamed:
 
 
 def _renamed(family: Family, tensors: Tensors) -> Tensors:
-    """The tensors under the names of the family's table."""
+    """The tensors under the names of the family's table, as its view shows them."""
+    if family.view is not None:
+        tensors = family.view(tensors)
     if not family.older_names:
         return tensors
     older: dict[str, str] = {}

@@ -94,7 +94,8 @@ def save_pretrained(
     Args:
       folder: must not exist.
       like: the folder that the model was loaded from: its config.json and tokenizer are written again, with
-        the dtype of the parameters. ValueError if it describes another model than `config`.
+        the dtype of the parameters and without a quantisation. ValueError if it describes another model than
+        `config`.
     """
     like = resolve(like)
     if not like.is_dir():
@@ -110,7 +111,7 @@ def save_pretrained(
         )
     specs = saved_specs(family, config, params)
     names = {np.dtype(spec.dtype).name for spec in specs.values()}
-    values = description.values | (
+    values = {key: value for key, value in description.values.items() if key != "quantization_config"} | (
         {"dtype" if "dtype" in description.values else "torch_dtype": names.pop()} if len(names) == 1 else {}
     )
     with new_folder(folder) as target:

@@ -24,6 +24,7 @@ def read_rope(
     layout: str = "half",
     theta_key: str = "rope_theta",
     scaled: bool = True,
+    others: tuple[str, ...] = (),
 ) -> RoPE:
     """The rotary embedding of a layer.
 
@@ -33,6 +34,7 @@ def read_rope(
       theta, factor: the family's rope_theta and partial_rotary_factor where the description has none.
       theta_key, scaled: in the older spelling, the key of this layer's theta, and whether rope_scaling is for
         it.
+      others: keys beside those of the rotary embedding, which the family reads itself.
     """
     new = d.mapping("rope_parameters", None)
     if new is not None and layer_type is not None and layer_type in new.values:
@@ -45,6 +47,8 @@ def read_rope(
     if new is not None:
         theta, factor = new.number("rope_theta", theta), new.number("partial_rotary_factor", factor)
     width = int(head_dim * factor)
+    if given is not None:
+        given.ignore(*others)
     scaling = None if given is None else _scaling(d, given)
     return RoPE(
         theta=float(theta), width=None if width == head_dim else width, layout=layout, scaling=scaling

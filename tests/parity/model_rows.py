@@ -86,6 +86,18 @@ MPT_OLD = {
         "qk_ln": False, "softmax_scale": None,
     },
 }  # fmt: skip
+MOE = SIZES | {"num_local_experts": 5}
+QWEN_MOE = SIZES | {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hidden_layers": 4,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "beta_fast": 0.5, "beta_slow": 0.05,
+    "original_max_position_embeddings": 6,
+}  # fmt: skip
+LLAMA4 = SIZES | {
+    "num_local_experts": 4, "intermediate_size_mlp": 40, "head_dim": 12, "attention_chunk_size": 5,
+    "floor_scale": 3, "attn_scale": 0.5,
+}  # fmt: skip
 FACTORS = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.0, 3.0, 5.0]}
 LONGROPE = FACTORS | {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 
@@ -230,5 +242,73 @@ ROWS: dict[str, Row] = {
         | {"attention_multiplier": 0.2, "tie_word_embeddings": True}
         | {"attention_bias": True, "mlp_bias": True},
         _old(rope_theta=10000.0, rope_scaling=None),
+    ),
+    "mixtral": Row(
+        "mixtral", MOE | {"num_experts_per_tok": 3},
+        _old(rope_theta=1000000.0, sliding_window=None, router_aux_loss_coef=0.02),
+    ),
+    "mixtral-window": Row(
+        "mixtral", MOE | {"sliding_window": 5, "head_dim": 12, "hidden_act": "gelu", "rms_norm_eps": 1e-3}
+        | {"tie_word_embeddings": True},
+    ),
+    "qwen2-moe": Row(
+        "qwen2_moe", QWEN_MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+        _old(rope_theta=10000.0, layer_types=None, max_window_layers=21, qkv_bias=None,
+             sliding_window=32768, use_sliding_window=False),
+    ),
+    "qwen2-moe-window": Row(
+        "qwen2_moe", QWEN_MOE | {"shared_expert_intermediate_size": 40, "norm_topk_prob": True}
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "qkv_bias": False}
+        | {"decoder_sparse_step": 2},
+        _old(rope_theta=10000.0, layer_types=None),
+    ),
+    "qwen3-moe": Row(
+        "qwen3_moe", QWEN_MOE | {"head_dim": 12, "norm_topk_prob": True, "mlp_only_layers": [2]},
+        _old(rope_theta=10000.0, rope_scaling=None, max_window_layers=4),
+    ),
+    "qwen3-moe-window": Row(
+        "qwen3_moe", QWEN_MOE | {"use_sliding_window": True, "sliding_window": 5, "decoder_sparse_step": 2}
+        | {"attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmoe": Row(
+        "olmoe", SIZES | {"num_experts": 6, "num_experts_per_tok": 3},
+        _old(rope_theta=10000.0, rope_scaling=None, clip_qkv=None, norm_topk_prob=False),
+    ),
+    "granite-moe": Row(
+        "granitemoe", MOE | {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.7}
+        | {"attention_multiplier": 0.2, "tie_word_embeddings": True, "num_experts_per_tok": 2},
+        _old(rope_theta=10000.0, rope_scaling=None),
+    ),
+    "gpt-oss": Row(
+        "gpt_oss", MOE | {"num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 5}
+        | {"swiglu_limit": 0.9, "swiglu_alpha": 1.3, "rope_parameters": YARN | {"truncate": False}},
+        _old(
+            rope_theta=5e5,
+            rope_scaling={k: v for k, v in YARN.items() if k != "rope_theta"} | {"truncate": False},
+            layer_types=None, experts_per_token=2, initial_context_length=6, router_aux_loss_coef=0.9,
+        ),
+    ),
+    "llama4": Row(
+        "llama4_text", LLAMA4 | {"num_hidden_layers": 4, "no_rope_layer_interval": 2}
+        | {"moe_layers": [0, 1, 3], "rope_parameters": LLAMA3},
+        _old(
+            rope_theta=5e5, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+            layer_types=None, no_rope_layers=[], attn_temperature_tuning=4, for_llm_compressor=False,
+        ),
+    ),
+    "llama4-interleaved": Row(
+        "llama4_text", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "attention_bias": True}
+        | {"num_experts_per_tok": 2, "attn_temperature_tuning": False, "no_rope_layers": [0, 1]},
+        _old(rope_theta=5e5, moe_layers=None),
+    ),
+    "ministral": Row(
+        "ministral", SIZES | {"sliding_window": 5, "head_dim": 12}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        _old(rope_theta=10000.0),
+    ),
+    "ministral3": Row(
+        "ministral3", SIZES | {"head_dim": 12}
+        | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}},
+        {"dtype": None, "torch_dtype": "float32"},
     ),
 }  # fmt: skip

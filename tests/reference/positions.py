@@ -135,9 +135,9 @@ def xpos(position, width, *, scale_base, centre):
     return zeta ** ((np.asarray(position, np.float64)[..., None] - centre) / scale_base)
 
 
-def temperature(position, *, floor, scale):
-    """Llama 4's factor of a query at a position (Meta's released code)."""
-    return math.log(math.floor((position + 1) / floor) + 1) * scale + 1
+def temperature(position, *, floor, scale, offset=1):
+    """Llama 4's factor of a query at a position (Meta's released code); offset 0 in Ministral 3."""
+    return math.log(math.floor((position + offset) / floor) + 1) * scale + 1
 
 
 def sinusoid(position, feature, width):

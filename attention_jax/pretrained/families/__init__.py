@@ -3,11 +3,14 @@
 from attention_jax.hints import near
 from attention_jax.pretrained.families import (
     cohere,
+    experts,
     falcon,
     gemma,
     gpt,
+    gpt_oss,
     granite,
     llama,
+    llama4,
     mamba,
     mpt,
     olmo,
@@ -26,6 +29,9 @@ FAMILIES: tuple[Family, ...] = (
     *granite.FAMILIES,
     *gemma.FAMILIES,
     *olmo.FAMILIES,
+    *experts.FAMILIES,
+    *gpt_oss.FAMILIES,
+    *llama4.FAMILIES,
     *mamba.FAMILIES,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_jax.feed_forwards import FeedForwardConfig
 from attention_jax.masks import Causal
 from attention_jax.model import BlockConfig, ModelConfig
 from attention_jax.pretrained.description import Description
@@ -10,7 +11,8 @@ from attention_jax.pretrained.family import Family
 from attention_jax.pretrained.rope import read_rope
 
 
-def _granite(d: Description) -> ModelConfig:
+def granite(d: Description, feed_forward: FeedForwardConfig) -> ModelConfig:
+    """Granite with this feed-forward in every layer."""
     mixer = attention(
         d,
         Causal(),
@@ -22,7 +24,7 @@ def _granite(d: Description) -> ModelConfig:
     divisor = d.number("logits_scaling", 1.0)
     if divisor == 0:
         raise ValueError(f"{d.where}: logits_scaling divides the logits, got 0")
-    block = BlockConfig(mixer, gated(d), mixer_scale=branch, feed_forward_scale=branch)
+    block = BlockConfig(mixer, feed_forward, mixer_scale=branch, feed_forward_scale=branch)
     return model(
         d,
         [block] * d.layers(),
@@ -31,4 +33,4 @@ def _granite(d: Description) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("Granite 3", ("granite",), _granite, TABLE),)
+FAMILIES = (Family("Granite 3", ("granite",), lambda d: granite(d, gated(d)), TABLE),)

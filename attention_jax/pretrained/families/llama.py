@@ -1,4 +1,4 @@
-"""Llama and the models that changed little of it: Mistral, Qwen 2 and 3, SmolLM3."""
+"""Llama and the models that changed little of it: Mistral, Ministral, Qwen 2 and 3, SmolLM3."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from attention_jax.feed_forwards import DenseConfig
 from attention_jax.masks import Causal, Mask, SlidingWindow
 from attention_jax.mixers import AttentionConfig
 from attention_jax.model import BlockConfig, ModelConfig
+from attention_jax.positions import RoPE, Temperature
 from attention_jax.pretrained.description import Description
 from attention_jax.pretrained.family import Family, tiled
 from attention_jax.pretrained.rope import read_rope
@@ -133,12 +134,26 @@ def _llama(d: Description) -> ModelConfig:
     return model(d, [BlockConfig(mixer, gated(d))] * d.layers())
 
 
-def _mistral(d: Description) -> ModelConfig:
+def _mistral(d: Description, rope: RoPE | None = None, eps: float = 1e-6, **options: Any) -> ModelConfig:
     size, layers = d.integer("sliding_window", None), d.layers()
     types = layer_types(d, layers, None if size is None else ["sliding_attention"] * layers)
-    rope = read_rope(d, head_dim(d))
+    options |= {"rope": rope or read_rope(d, head_dim(d))}
     d.only("mlp_bias", False)
-    return model(d, [BlockConfig(attention(d, window(d, kind, size), rope=rope), gated(d)) for kind in types])
+    blocks = [BlockConfig(attention(d, window(d, kind, size), **options), gated(d)) for kind in types]
+    return model(d, blocks, norm_eps=float(d.number("rms_norm_eps", eps)))
+
+
+def _ministral3(d: Description) -> ModelConfig:
+    """Mistral whose queries grow with their position, by keys of the rotary embedding."""
+    beta = "llama_4_scaling_beta"
+    scaling = d.mapping("rope_parameters", None) or d.mapping("rope_scaling")
+    temperature = Temperature(
+        floor=scaling.integer("original_max_position_embeddings"),
+        scale=float(scaling.number(beta)),
+        offset=0,
+    )
+    rope = read_rope(d, head_dim(d), theta=1e6, others=(beta,))
+    return _mistral(d, rope, 1e-5, temperature=temperature)
 
 
 def _qwen(d: Description, attention_options: Callable[[Description], dict[str, Any]]) -> ModelConfig:
@@ -183,6 +198,8 @@ def _smollm3(d: Description) -> ModelConfig:
 FAMILIES = (
     Family("Llama 2, 3 and 3.1", ("llama",), _llama, TABLE),
     Family("Mistral", ("mistral",), _mistral, TABLE),
+    Family("Ministral", ("ministral",), _mistral, TABLE),
+    Family("Ministral 3 (text)", ("ministral3",), _ministral3, TABLE),
     Family("Qwen 2", ("qwen2",), lambda d: _qwen(d, lambda d: {"use_bias": True, "out_bias": False}), TABLE),
     Family("Qwen 3", ("qwen3",), lambda d: _qwen(d, qwen3_norm), TABLE),
     Family("SmolLM3", ("smollm3",), _smollm3, TABLE),

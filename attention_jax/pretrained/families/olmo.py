@@ -15,13 +15,15 @@ def _of_heads(place: Place) -> tuple[int, int]:
     return -1, place.block.mixer.head_width(place.config.d_model)
 
 
+#: The norms over all heads, which are stored flat.
+QK_NORMS = tuple(
+    reshaped(f"mixer/{x}_norm/scale", f"model.layers.{{i}}.self_attn.{x}_norm.weight", _of_heads)
+    for x in "qk"
+)
 TABLE = (
     *llama.OUTER,
     *llama.norms_table(post_norm1="post_attention_layernorm", post_norm2="post_feedforward_layernorm"),
-    *(
-        reshaped(f"mixer/{x}_norm/scale", f"model.layers.{{i}}.self_attn.{x}_norm.weight", _of_heads)
-        for x in "qk"
-    ),
+    *QK_NORMS,
     *llama.attention_table(),
     *llama.dense_table(),
 )
