@@ -89,6 +89,25 @@ MPT_OLD = {
 FACTORS = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.0, 3.0, 5.0]}
 LONGROPE = FACTORS | {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 
+#: Latent attention and experts, of DeepSeek and of Kimi.
+LATENT = SIZES | {
+    "num_key_value_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6,
+    "v_head_dim": 8, "moe_intermediate_size": 12,
+}  # fmt: skip
+DEEPSEEK = LATENT | {
+    "num_experts_per_tok": 3, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+DEEPSEEK_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 64,
+    "beta_fast": 8.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 1.0,
+}  # fmt: skip
+DEEPSEEK_OLD = {
+    "ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": True, "head_dim": None,
+    "qk_head_dim": None, "rope_theta": 10000,
+    "rope_scaling": {k: v for k, v in DEEPSEEK_YARN.items() if k not in ("rope_theta", "rope_type")}
+    | {"type": "yarn"},
+}  # fmt: skip
+
 ROWS: dict[str, Row] = {
     "llama": Row("llama", SIZES, _old(rope_theta=10000.0)),
     "llama3": Row(
@@ -230,5 +249,25 @@ ROWS: dict[str, Row] = {
         | {"attention_multiplier": 0.2, "tie_word_embeddings": True}
         | {"attention_bias": True, "mlp_bias": True},
         _old(rope_theta=10000.0, rope_scaling=None),
+    ),
+    "deepseek2-lite": Row(
+        "deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "topk_method": "greedy"},
+        _old(rope_theta=10000, scoring_func="softmax", moe_layer_freq=1, ep_size=1, n_group=1, topk_group=1),
+    ),
+    "deepseek2": Row(
+        "deepseek_v2",
+        DEEPSEEK | {"q_lora_rank": 9, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        | {"routed_scaling_factor": 1.7, "rope_parameters": DEEPSEEK_YARN, "attention_bias": True},
+        _old(**DEEPSEEK_OLD, scoring_func="softmax"),
+    ),
+    "deepseek3": Row(
+        "deepseek_v3",
+        DEEPSEEK | {"q_lora_rank": 9, "n_group": 4, "topk_group": 2, "rope_parameters": DEEPSEEK_YARN},
+        _old(**DEEPSEEK_OLD, scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=None),
+    ),
+    "deepseek3-half": Row(
+        "deepseek_v3",
+        DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False}
+        | {"norm_topk_prob": False, "attention_bias": True, "first_k_dense_replace": 0},
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from attention_jax.hints import near
 from attention_jax.pretrained.families import (
     cohere,
+    deepseek,
     falcon,
     gemma,
     gpt,
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     *gemma.FAMILIES,
     *olmo.FAMILIES,
     *mamba.FAMILIES,
+    *deepseek.FAMILIES,
 )
 
 
