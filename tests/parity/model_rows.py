@@ -108,6 +108,12 @@ DEEPSEEK_OLD = {
     | {"type": "yarn"},
 }  # fmt: skip
 
+QWEN3_NEXT = SIZES | {
+    "head_dim": 16, "linear_num_value_heads": 6, "linear_num_key_heads": 3, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
+}  # fmt: skip
+
 ROWS: dict[str, Row] = {
     "llama": Row("llama", SIZES, _old(rope_theta=10000.0)),
     "llama3": Row(
@@ -269,5 +275,26 @@ ROWS: dict[str, Row] = {
         "deepseek_v3",
         DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False}
         | {"norm_topk_prob": False, "attention_bias": True, "first_k_dense_replace": 0},
+    ),
+    "minimax": Row(
+        "minimax",
+        SIZES | {"num_hidden_layers": 3, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 12}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 7}
+        | {"full_attn_alpha_factor": 1.5, "full_attn_beta_factor": 0.7, "linear_attn_alpha_factor": 1.3}
+        | {"linear_attn_beta_factor": 0.8, "mlp_alpha_factor": 1.2, "mlp_beta_factor": 0.9},
+        _old(rope_theta=1000000),
+    ),
+    "minimax-window": Row(
+        "minimax", SIZES | {"num_local_experts": 4, "sliding_window": 5, "tie_word_embeddings": True}
+    ),
+    "qwen3-next": Row(
+        "qwen3_next", QWEN3_NEXT | {"layer_types": ["linear_attention", "full_attention"]},
+        _old(rope_theta=10000, partial_rotary_factor=0.25, layer_types=None, full_attention_interval=2),
+    ),
+    "qwen3-next-dense": Row(
+        "qwen3_next",
+        QWEN3_NEXT | {"num_hidden_layers": 3, "mlp_only_layers": [0], "attention_bias": True}
+        | {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
+        | {"norm_topk_prob": False, "rms_norm_eps": 1e-5},
     ),
 }  # fmt: skip

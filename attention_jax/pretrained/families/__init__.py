@@ -10,9 +10,11 @@ from attention_jax.pretrained.families import (
     granite,
     llama,
     mamba,
+    minimax,
     mpt,
     olmo,
     phi,
+    qwen_next,
 )
 from attention_jax.pretrained.family import Family
 
@@ -29,6 +31,8 @@ FAMILIES: tuple[Family, ...] = (
     *olmo.FAMILIES,
     *mamba.FAMILIES,
     *deepseek.FAMILIES,
+    *minimax.FAMILIES,
+    *qwen_next.FAMILIES,
 )
 
 

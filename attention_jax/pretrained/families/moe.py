@@ -29,7 +29,7 @@ def experts_table(
 def experts(
     d: Description, router: RouterConfig, *, number: str, chosen: str, width: str, **options: Any
 ) -> ExpertsConfig:
-    """The experts of a description. number, chosen, width: its keys for E, for K and for an expert's width."""
+    """The experts of a description. number, chosen, width: its keys for E, K and the width of an expert."""
     return ExpertsConfig(
         num_experts=d.integer(number),
         experts_per_token=d.integer(chosen),
