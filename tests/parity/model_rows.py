@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,27 @@ QWEN3_NEXT = SIZES | {
     "linear_value_head_dim": 10, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 20,
 }  # fmt: skip
+
+KIMI = LATENT | {
+    "linear_head_dim": 8, "linear_num_heads": 3, "num_experts": 8, "num_experts_per_token": 3,
+    "num_shared_experts": 1,
+}  # fmt: skip
+KIMI_OLD = {
+    "dtype": None, "layer_types": None, "mlp_layer_types": None, "linear_head_dim": None,
+    "linear_num_heads": None, "linear_conv_kernel_dim": None, "qk_head_dim": None, "head_dim": 72,
+    "linear_attn_config": {
+        "full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 8, "num_heads": 3,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True, "moe_layer_freq": 1, "moe_router_activation_func": "sigmoid",
+    "num_nextn_predict_layers": 0, "rope_scaling": None, "rope_theta": 10000.0, "use_grouped_topk": True,
+}  # fmt: skip
+
+
+def _kimi_dense(name: str) -> str:
+    """The authors' name of a dense layer's tensors, which transformers files under the experts' prefix."""
+    return re.sub(r"block_sparse_moe(\.(gate|up|down)_proj)", r"mlp\1", name)
+
 
 ROWS: dict[str, Row] = {
     "llama": Row("llama", SIZES, _old(rope_theta=10000.0)),
@@ -296,5 +318,17 @@ ROWS: dict[str, Row] = {
         QWEN3_NEXT | {"num_hidden_layers": 3, "mlp_only_layers": [0], "attention_bias": True}
         | {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
         | {"norm_topk_prob": False, "rms_norm_eps": 1e-5},
+    ),
+    "kimi-linear": Row(
+        "kimi_linear",
+        KIMI | {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        KIMI_OLD | {"first_k_dense_replace": 1},
+        old_names=_kimi_dense,
+    ),
+    "kimi-linear-groups": Row(
+        "kimi_linear",
+        KIMI | {"layer_types": ["full_attention", "linear_attention"], "num_expert_group": 4, "topk_group": 2}
+        | {"mlp_layer_types": ["sparse", "sparse"], "moe_renormalize": False, "q_lora_rank": 9},
     ),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from attention_jax.pretrained.families import (
     gemma,
     gpt,
     granite,
+    kimi,
     llama,
     mamba,
     minimax,
@@ -33,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     *deepseek.FAMILIES,
     *minimax.FAMILIES,
     *qwen_next.FAMILIES,
+    *kimi.FAMILIES,
 )
 
 

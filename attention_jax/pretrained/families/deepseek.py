@@ -1,8 +1,8 @@
 """DeepSeek V2 and V3: latent attention, and experts behind a few dense layers.
 
 The authors published V3 in float8 with scales of blocks (weight_scale_inv). Such files are refused: convert
-them to bfloat16 first. The layers that predict further tokens, which V3's files hold as model.layers.61, are no
-part of the language model and are left out, as transformers does.
+them to bfloat16 first. The layer that predicts further tokens, which V3's files hold as model.layers.61, is
+no part of the language model and is left out, as in transformers.
 """
 
 from __future__ import annotations
