@@ -123,7 +123,7 @@ def test_a_model_that_is_not_causal_is_refused(kind):
         (lambda: GLAConfig(decay_temperature=0.0), "decay_temperature must be from 0.01 to 10000, got 0.0"),
         (lambda: built(GLAConfig(num_heads=32)), "not divisible by 2 num_heads = 64; set head_dim"),
         (lambda: built(GLAConfig(num_heads=3, head_dim=4)), "not divisible by num_heads 3; set value_dim"),
-        (lambda: LightningConfig(slope_factor=0.0), "slope_factor must be from 0.0001 to 1000, got 0.0"),
+        (lambda: LightningConfig(slope_factor=0.0), "slope_factor must be from 1e-06 to 1000, got 0.0"),
         (lambda: built(LightningConfig(head_dim=4, rope=RoPE(width=6))), "RoPE width 6 exceeds head_dim 4"),
         (lambda: Mamba2Config(convolution=0), "convolution must be >= 1, got 0"),
         (lambda: Mamba2Config(dt_min=0.2), "dt_min 0.2 and dt_max 0.1 must satisfy"),

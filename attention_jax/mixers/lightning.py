@@ -50,7 +50,7 @@ class LightningConfig(DecayMixerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_between(self, "slope_factor", 1e-4, 1e3, "every decay is close to 1 or to 0 otherwise")
+        check_between(self, "slope_factor", 1e-6, 1e3, "every decay is close to 1 or to 0 otherwise")
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""

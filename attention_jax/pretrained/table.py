@@ -145,37 +145,47 @@ def reshaped(ours: str, theirs: str, shape: Callable[[Place], tuple[int, ...]], 
     return Entry((ours,), (theirs,), load, save, **options)
 
 
+def joined_by_head(
+    ours: Sequence[str], theirs: str, widths: Callable[[Place], tuple[int, Sequence[int]]], **options: Any
+) -> list[Entry]:
+    """Projections whose outputs are stored head by head in one: for each head, its outputs of each in turn.
+
+    widths: the number of heads, and the outputs per head of each projection.
+    """
+
+    def split(arrays: Arrays, place: Place) -> Arrays:
+        (whole,) = arrays
+        heads, sizes = widths(place)
+        if whole.shape[0] != heads * sum(sizes):
+            raise ValueError(f"its shape is {list(whole.shape)}, not {heads * sum(sizes)} along axis 0")
+        rest = whole.shape[1:]
+        parts = np.split(whole.reshape(heads, sum(sizes), *rest), np.cumsum(sizes)[:-1], axis=1)
+        return [part.reshape(-1, *rest).T for part in parts]  # a bias is its own transpose
+
+    def join(arrays: Arrays, place: Place) -> Arrays:
+        heads, sizes = widths(place)
+        rest = arrays[0].T.shape[1:]
+        parts = [x.T.reshape(heads, size, *rest) for x, size in zip(arrays, sizes, strict=True)]
+        return [np.concatenate(parts, axis=1).reshape(-1, *rest)]
+
+    return [
+        Entry(tuple(f"{name}/{leaf}" for name in ours), (f"{theirs}.{suffix}",), split, join, **options)
+        for leaf, suffix in (("kernel", "weight"), ("bias", "bias"))
+    ]
+
+
 def joined_by_group(theirs: str, **options: Any) -> list[Entry]:
     """The mixer's q, k and v in one projection, for each key-value head its queries, its key and its value.
 
     Its rows are [K, N / K + 2, H], as in GPT-NeoX and BLOOM, where K = N, and in Falcon.
     """
-    names = ("mixer/q", "mixer/k", "mixer/v")
 
-    def shape(place: Place) -> tuple[int, int, int]:
+    def widths(place: Place) -> tuple[int, Sequence[int]]:
         mixer = place.block.mixer
-        return mixer.kv_heads, mixer.num_heads // mixer.kv_heads, mixer.head_width(place.config.d_model)
+        K, H = mixer.kv_heads, mixer.head_width(place.config.d_model)
+        return K, (mixer.num_heads // K * H, H, H)
 
-    def split(arrays: Arrays, place: Place) -> Arrays:
-        (whole,) = arrays
-        K, group, H = shape(place)
-        if whole.shape[0] != K * (group + 2) * H:
-            raise ValueError(f"its shape is {list(whole.shape)}, not {K * (group + 2) * H} along axis 0")
-        rest = whole.shape[1:]
-        whole = whole.reshape(K, group + 2, H, *rest)
-        parts = whole[:, :group], whole[:, group], whole[:, group + 1]
-        return [part.reshape(-1, *rest).T for part in parts]  # a bias is its own transpose
-
-    def join(arrays: Arrays, place: Place) -> Arrays:
-        K, group, H = shape(place)
-        rest = arrays[0].T.shape[1:]
-        parts = [x.T.reshape(K, count, H, *rest) for x, count in zip(arrays, (group, 1, 1), strict=True)]
-        return [np.concatenate(parts, axis=1).reshape(-1, *rest)]
-
-    return [
-        Entry(tuple(f"{name}/{leaf}" for name in names), (f"{theirs}.{suffix}",), split, join, **options)
-        for leaf, suffix in (("kernel", "weight"), ("bias", "bias"))
-    ]
+    return joined_by_head(("mixer/q", "mixer/k", "mixer/v"), theirs, widths, **options)
 
 
 def stacked(ours: str, theirs: str, *, transpose: bool = True, **options: Any) -> Entry:

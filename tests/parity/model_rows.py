@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,52 @@ LLAMA4 = SIZES | {
 }  # fmt: skip
 FACTORS = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.0, 3.0, 5.0]}
 LONGROPE = FACTORS | {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+
+#: Latent attention and experts, of DeepSeek and of Kimi.
+LATENT = SIZES | {
+    "num_key_value_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6,
+    "v_head_dim": 8, "moe_intermediate_size": 12,
+}  # fmt: skip
+DEEPSEEK = LATENT | {
+    "num_experts_per_tok": 3, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+DEEPSEEK_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 64,
+    "beta_fast": 8.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 1.0,
+}  # fmt: skip
+DEEPSEEK_OLD = {
+    "ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": True, "head_dim": None,
+    "qk_head_dim": None, "rope_theta": 10000,
+    "rope_scaling": {k: v for k, v in DEEPSEEK_YARN.items() if k not in ("rope_theta", "rope_type")}
+    | {"type": "yarn"},
+}  # fmt: skip
+
+QWEN3_NEXT = SIZES | {
+    "head_dim": 16, "linear_num_value_heads": 6, "linear_num_key_heads": 3, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
+}  # fmt: skip
+
+KIMI = LATENT | {
+    "linear_head_dim": 8, "linear_num_heads": 3, "num_experts": 8, "num_experts_per_token": 3,
+    "num_shared_experts": 1,
+}  # fmt: skip
+KIMI_OLD = {
+    "dtype": None, "layer_types": None, "mlp_layer_types": None, "linear_head_dim": None,
+    "linear_num_heads": None, "linear_conv_kernel_dim": None, "qk_head_dim": None, "head_dim": 72,
+    "linear_attn_config": {
+        "full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 8, "num_heads": 3,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True, "moe_layer_freq": 1, "moe_router_activation_func": "sigmoid",
+    "num_nextn_predict_layers": 0, "rope_scaling": None, "rope_theta": 10000.0, "use_grouped_topk": True,
+}  # fmt: skip
+
+
+def _kimi_dense(name: str) -> str:
+    """The authors' name of a dense layer's tensors, which transformers files under the experts' prefix."""
+    return re.sub(r"block_sparse_moe(\.(gate|up|down)_proj)", r"mlp\1", name)
+
 
 ROWS: dict[str, Row] = {
     "llama": Row("llama", SIZES, _old(rope_theta=10000.0)),
@@ -310,5 +357,58 @@ ROWS: dict[str, Row] = {
         "ministral3", SIZES | {"head_dim": 12}
         | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}},
         {"dtype": None, "torch_dtype": "float32"},
+    ),
+    "deepseek2-lite": Row(
+        "deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "topk_method": "greedy"},
+        _old(rope_theta=10000, scoring_func="softmax", moe_layer_freq=1, ep_size=1, n_group=1, topk_group=1),
+    ),
+    "deepseek2": Row(
+        "deepseek_v2",
+        DEEPSEEK | {"q_lora_rank": 9, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        | {"routed_scaling_factor": 1.7, "rope_parameters": DEEPSEEK_YARN, "attention_bias": True},
+        _old(**DEEPSEEK_OLD, scoring_func="softmax"),
+    ),
+    "deepseek3": Row(
+        "deepseek_v3",
+        DEEPSEEK | {"q_lora_rank": 9, "n_group": 4, "topk_group": 2, "rope_parameters": DEEPSEEK_YARN},
+        _old(**DEEPSEEK_OLD, scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=None),
+    ),
+    "deepseek3-half": Row(
+        "deepseek_v3",
+        DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False}
+        | {"norm_topk_prob": False, "attention_bias": True, "first_k_dense_replace": 0},
+    ),
+    "minimax": Row(
+        "minimax",
+        SIZES | {"num_hidden_layers": 3, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 12}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 7}
+        | {"full_attn_alpha_factor": 1.5, "full_attn_beta_factor": 0.7, "linear_attn_alpha_factor": 1.3}
+        | {"linear_attn_beta_factor": 0.8, "mlp_alpha_factor": 1.2, "mlp_beta_factor": 0.9},
+        _old(rope_theta=1000000),
+    ),
+    "minimax-window": Row(
+        "minimax", SIZES | {"num_local_experts": 4, "sliding_window": 5, "tie_word_embeddings": True}
+    ),
+    "qwen3-next": Row(
+        "qwen3_next", QWEN3_NEXT | {"layer_types": ["linear_attention", "full_attention"]},
+        _old(rope_theta=10000, partial_rotary_factor=0.25, layer_types=None, full_attention_interval=2),
+    ),
+    "qwen3-next-dense": Row(
+        "qwen3_next",
+        QWEN3_NEXT | {"num_hidden_layers": 3, "mlp_only_layers": [0], "attention_bias": True}
+        | {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
+        | {"norm_topk_prob": False, "rms_norm_eps": 1e-5},
+    ),
+    "kimi-linear": Row(
+        "kimi_linear",
+        KIMI | {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        KIMI_OLD | {"first_k_dense_replace": 1},
+        old_names=_kimi_dense,
+    ),
+    "kimi-linear-groups": Row(
+        "kimi_linear",
+        KIMI | {"layer_types": ["full_attention", "linear_attention"], "num_expert_group": 4, "topk_group": 2}
+        | {"mlp_layer_types": ["sparse", "sparse"], "moe_renormalize": False, "q_lora_rank": 9},
     ),
 }  # fmt: skip

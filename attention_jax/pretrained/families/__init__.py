@@ -3,18 +3,22 @@
 from attention_jax.hints import near
 from attention_jax.pretrained.families import (
     cohere,
+    deepseek,
     experts,
     falcon,
     gemma,
     gpt,
     gpt_oss,
     granite,
+    kimi,
     llama,
     llama4,
     mamba,
+    minimax,
     mpt,
     olmo,
     phi,
+    qwen_next,
 )
 from attention_jax.pretrained.family import Family
 
@@ -33,6 +37,10 @@ FAMILIES: tuple[Family, ...] = (
     *gpt_oss.FAMILIES,
     *llama4.FAMILIES,
     *mamba.FAMILIES,
+    *deepseek.FAMILIES,
+    *minimax.FAMILIES,
+    *qwen_next.FAMILIES,
+    *kimi.FAMILIES,
 )
 
 
