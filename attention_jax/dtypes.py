@@ -21,5 +21,5 @@ def wider(x: jax.Array) -> jax.Array:
 
 def check_dtype(dtype: Any) -> None:
     """ValueError for float64 where JAX would round it to float32."""
-    if dtype is not None and jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+    if dtype is not None and jnp.dtype(dtype) == jnp.float64 != jax.dtypes.canonicalize_dtype(jnp.float64):
         raise ValueError("dtype float64 needs jax's 64-bit mode: set JAX_ENABLE_X64=1 or write float32")
