@@ -50,11 +50,10 @@ class LanguageModel(nnx.Module):
             raise ValueError("vocab_size is not set: set ModelConfig.vocab_size to the number of token ids")
         self.config = config
         kernel_init = weight_init(config)
-        self.embed = nnx.Embed(config.vocab_size, config.d_model, embedding_init=kernel_init, rngs=rngs)
+        table = {"embedding_init": kernel_init, "dtype": accumulator(config.dtype), "rngs": rngs}
+        self.embed = nnx.Embed(config.vocab_size, config.d_model, **table)
         if config.max_positions is not None:
-            self.positions = nnx.Embed(
-                config.max_positions, config.d_model, embedding_init=kernel_init, rngs=rngs
-            )
+            self.positions = nnx.Embed(config.max_positions, config.d_model, **table)
         self.stacks = make_stacks(config, config.period, config.num_layers, causal=config.causal, rngs=rngs)
         self.final_norm = make_norm(config, rngs)
         if config.encoder is not None:
@@ -139,8 +138,6 @@ class LanguageModel(nnx.Module):
             if ids is not None:  # an invalid slot may hold any id, which must not index the table
                 tokens_BT = jnp.where(ids >= 0, tokens_BT, 0)
         x_BTD = self.embed(_checked_ids(tokens_BT, self.config.vocab_size))
-        if jnp.dtype(self.config.dtype) == jnp.float64:
-            x_BTD = x_BTD.astype(jnp.float64)
         scale = self.config.embedding_scale
         if scale is None and self.config.sinusoidal:
             scale = math.sqrt(self.config.d_model)
