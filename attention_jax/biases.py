@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.choices import check_between, check_choices
+from attention_jax.dtypes import wider
 
 
 class Axes(NamedTuple):
@@ -109,7 +110,7 @@ class ArrayBias(Bias):
         array = self.array_BNTS
         if array.shape[1] != 1:
             array = jnp.take(array, heads_N, axis=1, mode="clip")
-        return array.astype(jnp.float32)
+        return wider(array)
 
 
 @jax.tree_util.register_dataclass
@@ -280,7 +281,7 @@ class T5Bias(Bias):
         bucket_BTS = jnp.asarray(_t5_buckets(side, self.max_distance)).at[nearest_BTS].get(mode="clip")
         if self.bidirectional:
             bucket_BTS = bucket_BTS + jnp.where(distance_BTS < 0, side, 0)
-        table_RN = jnp.take(self.table, heads_N, axis=1, mode="clip").astype(jnp.float32)
+        table_RN = wider(jnp.take(self.table, heads_N, axis=1, mode="clip"))
         return jnp.swapaxes(table_RN.T.at[:, bucket_BTS].get(mode="clip"), 0, 1)
 
 
@@ -356,7 +357,7 @@ def check(bias: Bias, sizes: tuple[int, int, int, int] = (2, 4, 12, 16)) -> None
         except (TypeError, ValueError) as error:
             text = str(error).partition("\n")[0]
             raise ValueError(f"{name}: score of a block of sizes {shape} fails: {text}") from None
-        if found.dtype != jnp.float32:
+        if found.dtype not in (jnp.float32, jnp.float64):
             raise ValueError(f"{name}: score must be float32, got {found.dtype}")
         return np.asarray(found)
 

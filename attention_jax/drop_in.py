@@ -7,8 +7,8 @@
 All three differ from the originals as follows:
 
 - A query without any visible key returns 0 with gradient 0; the originals return the mean of all values.
-- Scores, softmax and sums are float32 for any input dtype, float64 included, and the weights are not rounded
-  to the dtype of the inputs before they are multiplied with the values.
+- Scores, softmax and sums are float32 for inputs of at most 32 bits and float64 for float64, and the weights
+  are not rounded to the dtype of the inputs before they are multiplied with the values.
 - A key that is masked out by the key lengths, or by a mask that is the same for all heads and queries, is
   never read: it may hold NaN or Inf.
 - An axis of length 0 raises ValueError.
@@ -28,6 +28,7 @@ from flax import nnx
 from flax.linen.dtypes import promote_dtype as promote_linen
 from flax.nnx.nn.dtypes import promote_dtype as promote_nnx
 
+from attention_jax.dtypes import wider
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
 from attention_jax.ops import softmax
 from attention_jax.ops.softmax.api import Impl, implementations
@@ -155,7 +156,7 @@ def linen_attention_fn(
 ) -> jax.Array:
     """`flax.linen.dot_product_attention` as `nn.MultiHeadDotProductAttention(attention_fn=...)` calls it.
 
-    Shapes, dropout, `precision` and `module` are as in `nnx_attention_fn`. The softmax is always float32;
+    Shapes, dropout, `precision` and `module` are as in `nnx_attention_fn`. The softmax is float32 or wider;
     `force_fp32_for_softmax` is ignored.
 
     Raises:
@@ -202,7 +203,7 @@ def _scale(scale: Any, query: jax.Array) -> tuple[Any, jax.Array]:
         return scale, query
     if scale.ndim:
         raise ValueError(f"scale must be one number, got an array of shape {scale.shape}")
-    return 1.0, (query.astype(jnp.float32) * scale).astype(query.dtype)
+    return 1.0, (wider(query) * scale).astype(query.dtype)
 
 
 def _pattern(is_causal: bool, window: Any) -> Mask:
@@ -249,7 +250,7 @@ def _op_arguments(query, key, bias, mask, pattern: Mask, q_lengths, k_lengths) -
     elif mask is not None and pattern != Full():
         mask = mask & pattern.dense(*(jnp.arange(n, dtype=jnp.int32) for n in sizes[2:]))
     if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
-        bias = bias.astype(jnp.float32)
+        bias = wider(bias)
     return {
         "mask": pattern if mask is None else mask,
         "bias": bias,

@@ -3,7 +3,7 @@
     y_t = sum_s w_ts v_s / sum_s w_ts,   w_ts = phi(q_t) . phi(k_s)
 
 Each map is a function of a single token's features. It is therefore causal, and decoding gives the same
-features as the parallel form. All maps compute in float32 for any input dtype and return float32 [..., F].
+features as the parallel form. All maps compute in the wider of float32 and the dtype of x, and return it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from attention_jax.dtypes import wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,14 @@ class FeatureMap:
 
 def elu1(x: jax.Array) -> jax.Array:
     """elu(x) + 1: x + 1 where x > 0, else e^x (Katharopoulos et al. 2020, arXiv 2006.16236, equation 7)."""
-    x = x.astype(jnp.float32)
+    x = wider(x)
     # expm1(x) + 1 would round small features to 0. The inner `where` keeps Inf out of the gradient.
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
 def relu(x: jax.Array) -> jax.Array:
     """max(x, 0)."""
-    return jax.nn.relu(x.astype(jnp.float32))
+    return jax.nn.relu(wider(x))
 
 
 def squared_relu(x: jax.Array) -> jax.Array:
@@ -47,7 +49,7 @@ def squared_relu(x: jax.Array) -> jax.Array:
 
 def identity(x: jax.Array) -> jax.Array:
     """x."""
-    return x.astype(jnp.float32)
+    return wider(x)
 
 
 def softmax(x: jax.Array) -> jax.Array:
@@ -55,7 +57,7 @@ def softmax(x: jax.Array) -> jax.Array:
 
     The paper normalises keys over all positions, which is not causal; here keys are treated like queries.
     """
-    return jax.nn.softmax(x.astype(jnp.float32), axis=-1)
+    return jax.nn.softmax(wider(x), axis=-1)
 
 
 FEATURE_MAPS = {
@@ -93,8 +95,8 @@ def log_positive_random(x: jax.Array, w_FH: jax.Array) -> jax.Array:
     exp(q . k). The logarithm is returned because exponentiation needs a stabiliser, which the caller chooses
     so that it cancels.
     """
-    x = x.astype(jnp.float32)
-    projected = jnp.einsum("...h,fh->...f", x, w_FH.astype(jnp.float32))
+    x = wider(x)
+    projected = jnp.einsum("...h,fh->...f", x, w_FH.astype(x.dtype))
     return projected - 0.5 * jnp.sum(x * x, axis=-1, keepdims=True)
 
 
@@ -113,8 +115,9 @@ def cos_reweighted(x_BTNH: jax.Array, positions_BT: jax.Array, horizon: int) -> 
     2022, arXiv 2202.08791, equation 10). It is nonnegative for positions in [0, horizon) and not meaningful
     beyond.
     """
-    angle_BT11 = positions_BT.astype(jnp.float32)[..., None, None] * np.float32(0.5 * math.pi / horizon)
     x_BTNH = relu(x_BTNH)
+    rate = np.asarray(0.5 * math.pi / horizon, x_BTNH.dtype)
+    angle_BT11 = positions_BT.astype(x_BTNH.dtype)[..., None, None] * rate
     return jnp.concatenate([x_BTNH * jnp.cos(angle_BT11), x_BTNH * jnp.sin(angle_BT11)], axis=-1)
 
 
@@ -125,9 +128,9 @@ def taylor2(x: jax.Array) -> jax.Array:
     x_i x_j / sqrt(2) and x_j x_i / sqrt(2) of the full outer product (Based: Arora et al. 2024, arXiv
     2402.18668, section 4.1, which divides the argument by H^(1/4)).
     """
-    x = x.astype(jnp.float32)
+    x = wider(x)
     i, j = np.triu_indices(x.shape[-1])
-    weights = np.where(i == j, math.sqrt(0.5), 1.0).astype(np.float32)
+    weights = np.where(i == j, math.sqrt(0.5), 1.0).astype(x.dtype)
     products = x[..., i] * x[..., j]
     products = products * np.broadcast_to(weights, products.shape)
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, products], axis=-1)
@@ -144,6 +147,7 @@ def hedgehog(x_BTNH: jax.Array, w_NHF: jax.Array, b_NF: jax.Array | None = None)
     Zhang et al. 2024, "The Hedgehog & the Porcupine" (arXiv 2402.04347, section 4.2). If W starts as the
     identity, the weights are spiky, like those of softmax, from the first step on.
     """
-    y_BTNF = jnp.einsum("btnh,nhf->btnf", x_BTNH.astype(jnp.float32), w_NHF.astype(jnp.float32))
-    y_BTNF = y_BTNF if b_NF is None else y_BTNF + b_NF.astype(jnp.float32)[None, None]
+    x_BTNH = wider(x_BTNH)
+    y_BTNF = jnp.einsum("btnh,nhf->btnf", x_BTNH, w_NHF.astype(x_BTNH.dtype))
+    y_BTNF = y_BTNF if b_NF is None else y_BTNF + b_NF.astype(y_BTNF.dtype)[None, None]
     return jax.nn.softmax(jnp.concatenate([y_BTNF, -y_BTNF], axis=-1), axis=-1)

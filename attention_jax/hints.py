@@ -145,7 +145,7 @@ VALUES: dict[str, dict[str, str]] = {
             "float16 is not supported: write bfloat16": "fp16 float16 half",
             "write bfloat16": "16 bf16",
             "write float32": "fp32 f32 float single 32",
-            "float64 is not supported: write float32": "fp64 float64 double",
+            "write float64": "fp64 f64 double",
             "float8 is not supported: write bfloat16": "fp8",
             "integers are not supported: write bfloat16": "int8",
         }

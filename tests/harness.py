@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,10 +26,13 @@ class Harness:
     impl: str | None = None
     batch: int = 2
     capacity: int = 24
+    dtype: Any = jnp.float32
 
     def __post_init__(self):
         config = dataclasses.replace(self.config, impl=self.impl)
-        module = nnx.eval_shape(lambda: config.build(D_MODEL, nnx.Rngs(0), causal=self.causal))
+        module = nnx.eval_shape(
+            lambda: config.build(D_MODEL, nnx.Rngs(0), causal=self.causal, dtype=self.dtype)
+        )
         self.graphdef, abstract = nnx.split(module)
         rng = np.random.default_rng(7)
         self.params = jax.tree_util.tree_map_with_path(

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 
+from attention_jax.dtypes import accumulator
+
 _MOST_SPARE = 2**12
 
 
@@ -15,7 +17,7 @@ class CacheOptions:
     """How the states of mixers are stored; every mechanism uses the options that apply to its state.
 
     dtype: dtype of cached keys, values and convolution inputs; None is that of the layer. Running sums are
-      float32 whatever it is.
+      float32 whatever it is, and float64 beside it.
     spare: the number of tokens that `State.rewind` can take back. Rings get as many further slots, and
       recurrent states keep the states after each of the last `spare` + 1 tokens. Caches that keep all tokens
       need none.
@@ -53,6 +55,11 @@ class CacheOptions:
     def storage_dtype(self) -> Any:
         """`dtype`, float32 where none is given."""
         return jnp.dtype(jnp.float32) if self.dtype is None else self.dtype
+
+    @property
+    def sum_dtype(self) -> Any:
+        """That of running sums: float32, or float64 where `dtype` is."""
+        return accumulator(self.storage_dtype)
 
     def of_layer(self, dtype: Any) -> Self:
         """The options with the dtype of a layer where none is given."""

@@ -172,9 +172,9 @@ class RewindableState(State):
 class RecurrentState(RewindableState):
     """The state of a recurrent mixer; its size does not depend on the number of tokens.
 
-    matrix_BNHM: float32, S_t of every head. inputs_BUC: the last U = width - 1 inputs of the short
-    convolution, oldest first, zeros before the first token; None if the mixer has no convolution. past: the
-    states to which `rewind` can return; None without `CacheOptions.spare`.
+    matrix_BNHM: float32 or float64, S_t of every head. inputs_BUC: the last U = width - 1 inputs of the
+    short convolution, oldest first, zeros before the first token; None if the mixer has no convolution. past:
+    the states to which `rewind` can return; None without `CacheOptions.spare`.
     """
 
     matrix_BNHM: jax.Array
@@ -195,7 +195,7 @@ class RecurrentState(RewindableState):
         if inputs is not None:
             kept, channels, dtype = inputs
             inputs_BUC = jnp.zeros((batch, kept, channels), dtype)
-        arrays = (jnp.zeros((batch, heads, key_width, value_width), jnp.float32), inputs_BUC)
+        arrays = (jnp.zeros((batch, heads, key_width, value_width), options.sum_dtype), inputs_BUC)
         return RecurrentState(*arrays, PastStates.empty(arrays, options))
 
     def append(
@@ -221,7 +221,7 @@ class RecurrentState(RewindableState):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearState(RewindableState):
-    """The float32 state of linear attention; its size does not depend on the number of tokens.
+    """The float32 (or float64) state of linear attention; its size does not depend on the number of tokens.
 
     sums_BNFM: sum of phi(k) v^T. If weights are normalised, the last column is the sum of phi(k).
     weights_BNF1: the sum of phi(k) if the denominator has other features than the numerator; else None.
@@ -244,10 +244,11 @@ class LinearState(RewindableState):
         options: CacheOptions = DEFAULT_CACHE,
     ) -> LinearState:
         """Sums of 0 of that shape; scaled_heads: K of `log_scale_BK`, None for sums that are not scaled."""
+        dtype = options.sum_dtype
         arrays = (
-            jnp.zeros(sums_shape, jnp.float32),
-            jnp.zeros((*sums_shape[:3], 1), jnp.float32) if separate_weights else None,
-            None if scaled_heads is None else jnp.full((sums_shape[0], scaled_heads), -jnp.inf, jnp.float32),
+            jnp.zeros(sums_shape, dtype),
+            jnp.zeros((*sums_shape[:3], 1), dtype) if separate_weights else None,
+            None if scaled_heads is None else jnp.full((sums_shape[0], scaled_heads), -jnp.inf, dtype),
         )
         return LinearState(*arrays, PastStates.empty(arrays, options))
 

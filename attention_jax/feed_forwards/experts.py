@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.choices import check_between
+from attention_jax.dtypes import wider
 from attention_jax.feed_forwards.base import FeedForward, FeedForwardOutput, Projections
 from attention_jax.feed_forwards.dense import DenseConfig, UnitConfig
 from attention_jax.feed_forwards.grouped import Groups, make_groups
@@ -92,7 +93,7 @@ class RouterProjection(nnx.Module):
 
     def __init__(self, features: int, num_experts: int, *, use_bias: bool, kernel_init: Any, rngs: nnx.Rngs):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (features, num_experts), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(num_experts)) if use_bias else None
+        self.bias = nnx.Param(jnp.zeros(num_experts, jnp.float32)) if use_bias else None
 
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         """The logits, in float32 or the wider dtype of x."""
@@ -121,13 +122,17 @@ class Experts(FeedForward):
         self.router = RouterProjection(
             D, E, use_bias=config.router.use_bias, kernel_init=parts.kernel_init, rngs=parts.rngs
         )
-        self.router_bias = nnx.Param(jnp.zeros(E)) if config.router.correction_bias else None
+        self.router_bias = nnx.Param(jnp.zeros(E, jnp.float32)) if config.router.correction_bias else None
         shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
         for name, shape in shapes.items():
             has = name != "gate" or config.gated
             init = parts.out_init if name == "down" else parts.kernel_init
             setattr(self, name, _stack(init, E, shape, parts.rngs) if has else None)
-            setattr(self, f"{name}_bias", nnx.Param(jnp.zeros((E, shape[1]))) if has and use_bias else None)
+            setattr(
+                self,
+                f"{name}_bias",
+                nnx.Param(jnp.zeros((E, shape[1]), jnp.float32)) if has and use_bias else None,
+            )
         given = {"kernel_init": parts.kernel_init, "out_init": parts.out_init, "dtype": self.dtype}
         self.shared = config.shared and config.shared.build(D, parts.rngs, use_bias=self.use_bias, **given)
         self.shared_gate = parts.linear(D, 1) if config.shared_gate else None
@@ -148,7 +153,7 @@ class Experts(FeedForward):
         if self.shared is not None:
             y_BTD = y_BTD + self._shared(x_BTD, ctx)
         aux = ctx.captured(
-            router=lambda: routing.scores_NE.astype(jnp.float32).reshape(B, T, -1),
+            router=lambda: wider(routing.scores_NE).reshape(B, T, -1),
             router_load=lambda: load(routing, valid_N),
             router_losses=lambda: losses(config.router, routing, valid_N),
         )

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.choices import check_between, check_choices
+from attention_jax.dtypes import accumulator, wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,26 +137,26 @@ def _within_groups(config: RouterConfig, choice_NE: jax.Array) -> jax.Array:
 
 
 def load(routing: Routing, valid_N: jax.Array) -> jax.Array:
-    """float32 [E]: the share of each expert in the choices of the valid tokens; 0 if there is none."""
+    """The share of each expert in the choices of the valid tokens [E]; 0 if there is none."""
     E = routing.scores_NE.shape[-1]
     chosen_NE = (routing.experts_NK[..., None] == jnp.arange(E)).any(axis=1) & valid_N[:, None]
-    counts_E = chosen_NE.sum(axis=0, dtype=jnp.float32)
+    counts_E = chosen_NE.sum(axis=0, dtype=accumulator(routing.scores_NE))
     return counts_E / jnp.maximum(counts_E.sum(), 1)
 
 
 def losses(config: RouterConfig, routing: Routing, valid_N: jax.Array) -> jax.Array:
-    """float32 [2]: the load-balancing loss and the z-loss of the valid tokens, each times its coefficient.
+    """[2]: the load-balancing loss and the z-loss of the valid tokens, each times its coefficient.
 
     Balance: E sum_e f_e p_e, with f the `load`, which has no gradient, and p the mean of the scores; sigmoids
     are divided by their sum. It is 1 for an even load, whatever the number of experts of a token.
     """
-    scores_NE = routing.scores_NE.astype(jnp.float32)
+    scores_NE = wider(routing.scores_NE)
     if config.scoring == "sigmoid":
-        log_scores_NE = jax.nn.log_sigmoid(routing.logits_NE.astype(jnp.float32))
+        log_scores_NE = jax.nn.log_sigmoid(wider(routing.logits_NE))
         scores_NE = jax.nn.softmax(log_scores_NE, axis=-1)
-    count = jnp.maximum(valid_N.sum(dtype=jnp.float32), 1)
+    count = jnp.maximum(valid_N.sum(dtype=scores_NE.dtype), 1)
     mean_E = jnp.where(valid_N[:, None], scores_NE, 0).sum(axis=0) / count
     balance = scores_NE.shape[-1] * jnp.sum(load(routing, valid_N) * mean_E)
-    squares_N = jnp.square(jax.nn.logsumexp(routing.logits_NE.astype(jnp.float32), axis=-1))
+    squares_N = jnp.square(jax.nn.logsumexp(wider(routing.logits_NE), axis=-1))
     z = jnp.where(valid_N, squares_N, 0).sum() / count
     return jnp.stack([config.balance_loss * balance, config.z_loss * z])

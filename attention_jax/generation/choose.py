@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.generation.arrays import SamplingArrays, pack
 from attention_jax.generation.sampling import TOP_LOGPROBS, Sampling
 
@@ -38,7 +39,7 @@ def sample(logits_BV: jax.Array, sampling: Sampling | SamplingArrays, keys_B: ja
             )
         row = pack([sampling], shape[1])
         sampling = jax.tree.map(lambda x: jnp.broadcast_to(x, (shape[0], *x.shape[1:])), row)
-    logits_BV = jnp.asarray(logits_BV, jnp.promote_types(dtype, jnp.float32))
+    logits_BV = jnp.asarray(logits_BV, accumulator(dtype))
     return choose(logits_BV, sampling, lambda: keys_B)
 
 
@@ -165,7 +166,7 @@ def nucleus(sorted_BV: jax.Array, top_p_B: jax.Array, rest_p_B: jax.Array) -> ja
 def log_probabilities(
     logits_BV: jax.Array, token_B: jax.Array, arrays: SamplingArrays
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """float32 [B] of the tokens, and ids int32 and values float32 [B, M] of the most probable M = 20.
+    """[B] of the tokens, and ids int32 and values [B, M] of the most probable M = 20, in float32 or wider.
 
     All are 0 if no row wants any.
     """
@@ -173,13 +174,13 @@ def log_probabilities(
     M = min(TOP_LOGPROBS, V)
 
     def wanted():
-        values_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32), axis=-1)
+        values_BV = jax.nn.log_softmax(wider(logits_BV), axis=-1)
         top_BM, ids_BM = jax.lax.top_k(values_BV, M)
         chosen_B1 = jnp.take_along_axis(values_BV, jnp.maximum(token_B, 0)[:, None], axis=-1)
         return chosen_B1[:, 0], ids_BM.astype(jnp.int32), top_BM
 
     def unwanted():
-        zeros_BM = jnp.zeros((B, M), jnp.float32)
-        return jnp.zeros((B,), jnp.float32), jnp.zeros((B, M), jnp.int32), zeros_BM
+        sums = accumulator(logits_BV)
+        return jnp.zeros((B,), sums), jnp.zeros((B, M), jnp.int32), jnp.zeros((B, M), sums)
 
     return jax.lax.cond(jnp.any(arrays.logprobs_B >= 0), wanted, unwanted)

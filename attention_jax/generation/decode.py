@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions, State, rewind_all, storable
+from attention_jax.dtypes import accumulator
 from attention_jax.generation.pieces import checked_chunk
 from attention_jax.generation.sampling import is_integer
 from attention_jax.mixers import Context
@@ -38,7 +39,7 @@ class DecodeState:
     """The state of decoding between two tokens.
 
     caches: the states of all layers. positions_B: int32, the position of the next token of each row.
-    logits_BV: float32, the logits of that token.
+    logits_BV: float32 (or float64), the logits of that token.
     """
 
     caches: Any
@@ -117,7 +118,9 @@ def prefill(
     positions_BT = _positions(positions_BT, B, T)
     zeros_B = jnp.zeros((B,), jnp.int32)
     start = DecodeState(
-        init_state(config, B, capacity, cache=cache), zeros_B, jnp.zeros((B, config.vocab_size), jnp.float32)
+        init_state(config, B, capacity, cache=cache),
+        zeros_B,
+        jnp.zeros((B, config.vocab_size), accumulator(config.dtype)),
     )
     ctx = Context(memory_BSD=memory_BSD, memory_positions_BS=memory_positions_BS)
     chunk = checked_chunk(config, prefill_chunk, B, _nbytes(start.caches))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions
+from attention_jax.dtypes import accumulator
 from attention_jax.generation import loop
 from attention_jax.generation.arrays import pack, placed
 from attention_jax.generation.decode import DecodeState
@@ -314,8 +315,8 @@ def _check_logits_fn(config: ModelConfig, logits_fn: Any, B: int, capacity: int)
         return
     if not callable(logits_fn):
         raise ValueError(f"logits_fn must be a function of tokens_BC and logits_BV, got {logits_fn!r}")
-    logits = jax.ShapeDtypeStruct((B, config.vocab_size), jnp.float32)
+    logits = jax.ShapeDtypeStruct((B, config.vocab_size), accumulator(config.dtype))
     found = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((B, capacity), jnp.int32), logits)
     if getattr(found, "shape", None) != logits.shape or found.dtype != logits.dtype:
         what = f"{found.dtype} {list(found.shape)}" if hasattr(found, "shape") else type(found).__name__
-        raise ValueError(f"logits_fn must return float32 {list(logits.shape)}, got {what}")
+        raise ValueError(f"logits_fn must return {logits.dtype} {list(logits.shape)}, got {what}")

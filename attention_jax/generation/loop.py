@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions
+from attention_jax.dtypes import accumulator
 from attention_jax.generation.arrays import SamplingArrays
 from attention_jax.generation.choose import adjust, choose, log_probabilities, threefry
 from attention_jax.generation.decode import DecodeState, append_pieces, next_state
@@ -65,14 +66,14 @@ class Drawn:
     top_logprobs_BWM: jax.Array
 
     @staticmethod
-    def empty(B: int, V: int) -> Drawn:
-        """No tokens yet, of B rows and V ids."""
+    def empty(B: int, V: int, dtype: Any) -> Drawn:
+        """No tokens yet, of B rows and V ids; dtype: of log-probabilities."""
         M = min(TOP_LOGPROBS, V)
         return Drawn(
             jnp.full((B, WIDTH), -1, jnp.int32),
-            jnp.zeros((B, WIDTH), jnp.float32),
+            jnp.zeros((B, WIDTH), dtype),
             jnp.zeros((B, WIDTH, M), jnp.int32),
-            jnp.zeros((B, WIDTH, M), jnp.float32),
+            jnp.zeros((B, WIDTH, M), dtype),
         )
 
     def arrays(self) -> tuple[jax.Array, ...]:
@@ -188,7 +189,7 @@ def _start(
         ctx = Context(memory_BSD=memory_BSD, memory_positions_BS=source[1])
     if state is None:
         caches, zeros_R = init_state(config, R, capacity, cache=cache), jnp.zeros((R,), jnp.int32)
-        state = DecodeState(caches, zeros_R, jnp.zeros((R, V), jnp.float32))
+        state = DecodeState(caches, zeros_R, jnp.zeros((R, V), accumulator(config.dtype)))
     elif len(state.positions_B) < R:
         state = state.fork(jnp.zeros((R,), jnp.int32))
     columns_RC = jnp.arange(C, dtype=jnp.int32)[None]
@@ -225,7 +226,7 @@ def _advance(
     limit: jax.Array,
 ) -> tuple[Carry, Drawn]:
     """The carry after `limit` steps, or as soon as all rows are done, and the tokens drawn."""
-    drawn = Drawn.empty(*carry.prompt_BV.shape)
+    drawn = Drawn.empty(*carry.prompt_BV.shape, accumulator(config.dtype))
     carry = dataclasses.replace(carry, done_B=carry.done_B | ended_B)
 
     def unfinished(loop):

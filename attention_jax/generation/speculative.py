@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.caches import rewind_all
+from attention_jax.dtypes import accumulator
 from attention_jax.generation import loop
 from attention_jax.generation.arrays import SamplingArrays, placed_beside
 from attention_jax.generation.choose import adjust_by, choose, log_probabilities
@@ -145,14 +146,15 @@ def _advance(
         return now._replace(own=speculation.settle(own, active_B, count_B, kept_B))
 
     zeros_B = jnp.zeros_like(began_B)
-    start = Progress(carry, own, counts, zeros_B, _no_reports(*carry.prompt_BV.shape, T), zeros_B)
+    reports = _no_reports(*carry.prompt_BV.shape, T, accumulator(config.dtype))
+    start = Progress(carry, own, counts, zeros_B, reports, zeros_B)
     end = jax.lax.while_loop(unfinished, draw, choosing.following(start))
     return end.carry, end.own, end.counts, _drawn(end, began_B)
 
 
-def _no_reports(B: int, V: int, T: int) -> tuple[jax.Array, ...]:
+def _no_reports(B: int, V: int, T: int, dtype: Any) -> tuple[jax.Array, ...]:
     """Arrays for `Progress.reports`: T tokens can be written behind the last column that counts."""
-    empty = loop.Drawn.empty(B, V).arrays()[1:]
+    empty = loop.Drawn.empty(B, V, dtype).arrays()[1:]
     return tuple(jnp.pad(x, ((0, 0), (0, T), *((0, 0),) * (x.ndim - 2))) for x in empty)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.layers.norms import ACTIVATIONS
 from attention_jax.ops.tokens import select_valid
 
@@ -18,7 +19,8 @@ class ShortConvolution(nnx.Module):
 
         y_t = activation(b + sum_{j < W} kernel[W - 1 - j] x_{t - j}),   x = 0 before the document's start
 
-    t counts valid tokens only. The state is the last W - 1 valid inputs [B, W - 1, C]. Sums are float32.
+    t counts valid tokens only. The state is the last W - 1 valid inputs [B, W - 1, C]. Sums are
+    float32 or wider.
     """
 
     def __init__(
@@ -102,10 +104,11 @@ class ShortConvolution(nnx.Module):
     def _convolved(self, history_BSC: jax.Array, document_BT: jax.Array | None) -> jax.Array:
         """y of the last T = S - (W - 1) inputs; taps from other documents are 0."""
         U, T = self.width - 1, history_BSC.shape[1] - (self.width - 1)
-        kernel_WC = self.kernel[...]
-        y_BTC = jnp.zeros((), jnp.float32) if self.bias is None else self.bias[...][None, None]
+        kernel_WC = self.kernel[...].astype(accumulator(history_BSC))
+        sums = accumulator(history_BSC)
+        y_BTC = jnp.zeros((), sums) if self.bias is None else self.bias[...].astype(sums)[None, None]
         for lag in range(self.width):
-            tap_BTC = history_BSC[:, U - lag : U - lag + T].astype(jnp.float32)
+            tap_BTC = wider(history_BSC[:, U - lag : U - lag + T])
             if document_BT is not None and lag:
                 same_BT = jnp.pad(document_BT, ((0, 0), (lag, 0)), constant_values=-1)[:, :T] == document_BT
                 tap_BTC = jnp.where(same_BT[..., None], tap_BTC, 0.0)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.dtypes import accumulator
+
 
 def linear(
     features_in: int,
@@ -67,8 +69,8 @@ class PreparedLinear(nnx.Module):
     """y = x K^T (+ b) with K [F, D]: one or several projections of x, laid out once for many products.
 
     The rows of K are contiguous, so that a matrix-vector product reads the weights once, in order. The
-    numbers are those of `linear`: x and K in `dtype`, sums in float32, y in `dtype`. K has been rounded to
-    `dtype` and may be stored in a wider dtype.
+    numbers are those of `linear`: x and K in `dtype`, sums in float32 or a wider `dtype`, y in `dtype`. K has
+    been rounded to `dtype` and may be stored in a wider dtype.
     """
 
     def __init__(self, kernel_FD: nnx.Param, bias_F: nnx.Param | None = None, *, dtype: Any):
@@ -81,14 +83,14 @@ class PreparedLinear(nnx.Module):
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
     def product(self, x: jax.Array) -> jax.Array:
-        """x K^T without the bias, float32 [..., F]."""
+        """x K^T without the bias, in the wider of float32 and `dtype`, [..., F]."""
         kernel_FD = self.kernel[...]
         x = x.astype(self.dtype).astype(kernel_FD.dtype)
         y_FR = jax.lax.dot_general(
             kernel_FD,
             x.reshape(-1, x.shape[-1]),
             (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=accumulator(self.dtype),
         )
         return y_FR.T.reshape(*x.shape[:-1], kernel_FD.shape[0])
 

@@ -2,8 +2,8 @@
 
     RMSNorm(x) = x / sqrt(mean(x^2) + epsilon) * scale          Zhang & Sennrich 2019 (arXiv 1910.07467)
 
-All statistics are computed in float32. No norm has a default epsilon: published checkpoints differ in it, and
-the configs of the mixers say which one a layer has.
+All statistics are computed in the wider of float32 and the dtype of the features. No norm has a default
+epsilon: published checkpoints differ in it, and the configs of the mixers say which one a layer has.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+
+from attention_jax.dtypes import wider
 
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
@@ -63,11 +65,11 @@ class HeadsRMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((heads, head_dim), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """y [..., heads, H], for x [..., heads, H]; computed in float32."""
-        x = x.astype(jnp.float32)
+        """y [..., heads, H], for x [..., heads, H]; computed in float32 or wider."""
+        x = wider(x)
         axes = (-2, -1) if self.together else -1
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + self.epsilon)
-        return (x * jnp.broadcast_to(self.scale[...], x.shape)).astype(self.dtype)
+        return (x * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)).astype(self.dtype)
 
 
 class HeadsLayerNorm(nnx.Module):
@@ -79,11 +81,11 @@ class HeadsLayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((heads, head_dim), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """y [..., heads, H], for x [..., heads, H]; computed in float32."""
-        x = x.astype(jnp.float32)
+        """y [..., heads, H], for x [..., heads, H]; computed in float32 or wider."""
+        x = wider(x)
         x = x - jnp.mean(x, -1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
-        return (x * jnp.broadcast_to(self.scale[...], x.shape)).astype(self.dtype)
+        return (x * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _with_offset(offset: float) -> dict[str, Any]:
 
 
 class RMSNorm(nnx.RMSNorm):
-    """`nnx.RMSNorm`, whose statistics are float32 beside features of any dtype.
+    """`nnx.RMSNorm`, whose statistics are float32, or float64 beside such features.
 
     Flax leaves the conversion to NumPy's promotion, which is allowed here whatever
     `jax_numpy_dtype_promotion` is elsewhere. offset: added to the learned scale, which starts at 1 - offset;
@@ -140,7 +142,7 @@ class GatedRMSNorm(nnx.Module):
         after:  y = RMSNorm(x) scale * act(g)          before:  y = RMSNorm(x * act(g)) scale
 
     gated: apply the gate after the norm (GLA, Gated DeltaNet, lightning attention) or before it (Mamba-2).
-    The mean square is taken over each of `groups` equal parts of the axis. Computed in float32.
+    The mean square is taken over each of `groups` equal parts of the axis. Computed in float32 or wider.
     """
 
     def __init__(
@@ -160,13 +162,13 @@ class GatedRMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
         """y [..., width], for x and gate [..., width]."""
-        x, gate = x.astype(jnp.float32), ACTIVATIONS[self.gate](gate.astype(jnp.float32))
+        x, gate = wider(x), ACTIVATIONS[self.gate](wider(gate))
         if self.gated == "before":
             x = x * gate
         parts = rearrange(x, "... (g c) -> ... g c", g=self.groups)
         parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + self.epsilon)
         x = parts.reshape(x.shape)
-        x = x * jnp.broadcast_to(self.scale[...], x.shape)
+        x = x * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)
         return (x if self.gated == "before" else x * gate).astype(self.dtype)
 
 
@@ -183,15 +185,15 @@ class HeadGroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((heads, width), jnp.float32))
 
     def __call__(self, x_BTNM: jax.Array) -> jax.Array:
-        """y [..., N, M], for x [..., N, M]; computed in float32."""
-        x = x_BTNM.astype(jnp.float32)
+        """y [..., N, M], for x [..., N, M]; computed in float32 or wider."""
+        x = wider(x_BTNM)
         x = x - jnp.mean(x, -1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
-        scale, bias = (jnp.broadcast_to(w[...], x.shape) for w in (self.scale, self.bias))
+        scale, bias = (jnp.broadcast_to(w[...].astype(x.dtype), x.shape) for w in (self.scale, self.bias))
         return (x * scale + bias).astype(self.dtype)
 
 
 def unit(x: jax.Array, epsilon: float) -> jax.Array:
-    """x / sqrt(|x|^2 + epsilon) over the last axis, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + epsilon)).astype(x.dtype)
+    """x / sqrt(|x|^2 + epsilon) over the last axis, computed in float32 or wider."""
+    wide = wider(x)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + epsilon)).astype(x.dtype)

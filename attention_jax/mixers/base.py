@@ -25,6 +25,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, Cache, CacheOptions
 from attention_jax.choices import check_choices, check_dropout, check_epsilon
+from attention_jax.dtypes import check_dtype
 from attention_jax.hints import hint
 from attention_jax.kinds import Kind, same_definition
 from attention_jax.layers import linear
@@ -257,6 +258,7 @@ class Mixer(nnx.Module):
                 f"{type(self).__name__} takes a {self.config_type.__name__} or its fields as keywords, got "
                 f"{type(config).__name__} and {sorted(options)}"
             )
+        check_dtype(dtype)
         self.causal = config.direction == "causal" if causal is None else causal
         config.check(d_model, causal=self.causal)
         self.config = config.restricted(self.causal)

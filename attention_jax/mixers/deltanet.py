@@ -28,6 +28,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, RecurrentState
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.layers import GatedRMSNorm, RMSNorm, ShortConvolution, fused_linear, unit
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
@@ -199,7 +200,7 @@ class _DeltaMixer(Mixer):
         largest = 2.0 if config.negative_eigenvalues else 1.0
         arrays = (
             split_heads(q, self.head_dim, self._unit), split_heads(k, self.head_dim, self._unit),
-            split_heads(v, self.value_dim), largest * nnx.sigmoid(projections["beta"].astype(jnp.float32)),
+            split_heads(v, self.value_dim), largest * nnx.sigmoid(wider(projections["beta"])),
         )  # fmt: skip
         call = {"log_decay": self._log_decay(projections), "scale": self.head_dim**-0.5}
         call |= scan_options(state, ctx, B, T)
@@ -256,8 +257,9 @@ class GatedDeltaNet(_DeltaMixer):
         self.norm = GatedRMSNorm(self.value_dim, gate="silu", **self._norm_options(parts))
 
     def _log_decay(self, projections):
-        logits_BTN = projections["decay"].astype(jnp.float32) + self.dt_bias[...][None, None]
-        return -jnp.exp(self.A_log[...])[None, None] * jax.nn.softplus(logits_BTN)
+        logits_BTN = wider(projections["decay"])
+        a_N, bias_N = (x[...].astype(logits_BTN.dtype) for x in (self.A_log, self.dt_bias))
+        return -jnp.exp(a_N)[None, None] * jax.nn.softplus(logits_BTN + bias_N[None, None])
 
     def _normalize(self, o_BTNM, projections):
         return self.norm(o_BTNM, split_heads(projections["gate"], self.value_dim))
@@ -277,14 +279,15 @@ class KimiDeltaAttention(_DeltaMixer):
         self.A_log, self.dt_bias = initial_decays(
             parts.rngs, self.config.num_heads, self.keys, self.config.dt_min, self.config.dt_max
         )
-        self.decay_up = parts.linear(rank, self.keys, dtype=jnp.float32)
+        self.decay_up = parts.linear(rank, self.keys, dtype=accumulator(self.dtype))
         self.gate_up = parts.linear(rank, self.values, use_bias=self.config.gate_bias)
         self.norm = GatedRMSNorm(self.value_dim, gate="sigmoid", **self._norm_options(parts))
 
     def _log_decay(self, projections):
-        logits_BTE = self.decay_up(projections["decay_down"].astype(jnp.float32))
-        steps_BTE = jax.nn.softplus(logits_BTE + self.dt_bias[...][None, None])
-        return -jnp.exp(self.A_log[...])[None, None, :, None] * split_heads(steps_BTE, self.head_dim)
+        logits_BTE = self.decay_up(wider(projections["decay_down"]))
+        a_N, bias_E = (x[...].astype(logits_BTE.dtype) for x in (self.A_log, self.dt_bias))
+        steps_BTE = jax.nn.softplus(logits_BTE + bias_E[None, None])
+        return -jnp.exp(a_N)[None, None, :, None] * split_heads(steps_BTE, self.head_dim)
 
     def _normalize(self, o_BTNM, projections):
         gate_BTE = self.gate_up(projections["gate_down"])

@@ -21,6 +21,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, KVCache, empty_kv_cache
 from attention_jax.choices import check_between
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.layers import RMSNorm
 from attention_jax.mixers.base import Context, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -85,7 +86,9 @@ class DifferentialAttention(SelfAttention):
         init = nnx.initializers.normal(0.1)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             setattr(self, name, nnx.Param(init(parts.rngs.params(), (H,), jnp.float32)))
-        self.head_norm = RMSNorm(2 * H, epsilon=self.config.norm_eps, dtype=jnp.float32, rngs=parts.rngs)
+        self.head_norm = RMSNorm(
+            2 * H, epsilon=self.config.norm_eps, dtype=accumulator(self.dtype), rngs=parts.rngs
+        )
 
     def mix(self, x_BTD: jax.Array, state: Any = None, *, ctx: Context | None = None) -> MixerOutput:
         """y [B, T, D] and the KVCache with x appended.
@@ -100,7 +103,7 @@ class DifferentialAttention(SelfAttention):
             view.attend(q_BTNH[:, :, i::2], ctx.fold_key(i), k=view.k_BSKH[:, :, i::2], **self._options_of(i))
             for i in (0, 1)
         )
-        difference = first.astype(jnp.float32) - self._lambda() * second.astype(jnp.float32)
+        difference = wider(first) - self._lambda() * wider(second)
         y_BTNM = self.head_norm(difference) * (1 - self.config.lambda_init)
         y_BTD = self.out(merge_heads(y_BTNM.astype(self.dtype)))
         aux = ctx.captured(
@@ -122,8 +125,11 @@ class DifferentialAttention(SelfAttention):
         return options | {"sink_logits_N": None if sinks_N is None else sinks_N[i::2]}
 
     def _lambda(self) -> jax.Array:
-        first = jnp.exp((self.lambda_q1[...] * self.lambda_k1[...]).sum())
-        second = jnp.exp((self.lambda_q2[...] * self.lambda_k2[...]).sum())
+        q1, k1, q2, k2 = (
+            x[...].astype(accumulator(self.dtype))
+            for x in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        )
+        first, second = jnp.exp((q1 * k1).sum()), jnp.exp((q2 * k2).sum())
         return first - second + self.config.lambda_init
 
 

@@ -34,6 +34,7 @@ from attention_jax.caches import (
     storable,
 )
 from attention_jax.choices import check_between
+from attention_jax.dtypes import accumulator
 from attention_jax.layers import head_norm
 from attention_jax.layers.norms import ACTIVATIONS
 from attention_jax.mixers.base import Context, MixerOutput, Parts
@@ -88,11 +89,9 @@ class ForgettingAttentionConfig(SelfAttentionConfig):
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> ForgettingState:
         """An empty cache and a sum of 0."""
         N, H, mask = self.num_heads, self.head_width(d_model), self.restricted(causal).mask
-        per_key = TwoFloat(*[jax.ShapeDtypeStruct((N,), jnp.float32)] * 2)
-        cache = empty_kv_cache(
-            batch, capacity, self.kv_heads, H, H, mask=mask, options=cache, per_key=per_key
-        )
-        return ForgettingState(cache, two_float.zeros((batch, N)))
+        per_key = TwoFloat(*[jax.ShapeDtypeStruct((N,), cache.sum_dtype)] * 2)
+        held = empty_kv_cache(batch, capacity, self.kv_heads, H, H, mask=mask, options=cache, per_key=per_key)
+        return ForgettingState(held, two_float.zeros((batch, N), cache.sum_dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +144,7 @@ class ForgettingState(State):
 
         def newest(c_BTN: jax.Array, total_BN: jax.Array) -> jax.Array:
             c_BN = jnp.take_along_axis(c_BTN, index_B11, axis=1)[:, 0]
-            return jnp.where(last_B[:, None] >= 0, c_BN, total_BN)
+            return jnp.where(last_B[:, None] >= 0, c_BN.astype(total_BN.dtype), total_BN)
 
         return ForgettingState(cache, jax.tree.map(newest, c_BTN, self.total_BN))
 
@@ -182,9 +181,10 @@ class ForgettingAttention(SelfAttention):
     def setup_gates(self, parts: Parts) -> None:
         """Create the forget gate, the output gate and the norm of the head outputs."""
         config, N, H = self.config, self.config.num_heads, self.head_dim
-        # Sums over the whole context need float32 for any dtype of the layers.
+        # Sums over the whole context need at least float32 for any dtype of the layers.
         gate_bias = nnx.initializers.constant(config.gate_bias)
-        self.gate = parts.linear(self.d_model, N, use_bias=True, dtype=jnp.float32, bias_init=gate_bias)
+        gate = {"use_bias": True, "dtype": accumulator(self.dtype), "bias_init": gate_bias}
+        self.gate = parts.linear(self.d_model, N, **gate)
         gated, options = config.output_gate is not None, {"dtype": self.dtype, "rngs": parts.rngs}
         self.output_gate = parts.linear(self.d_model, N * H, use_bias=config.use_bias) if gated else None
         self.output_norm = head_norm(config.output_norm, N, H, epsilon=config.norm_eps, **options)

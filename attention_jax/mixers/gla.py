@@ -15,11 +15,11 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.layers import GatedRMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, split_heads, zero_invalid
@@ -67,7 +67,7 @@ class GLAConfig(DecayMixerConfig):
         self.widths(d_model)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
-        """An empty float32 state, whose size does not depend on `capacity`."""
+        """An empty state, whose size does not depend on `capacity`."""
         del capacity, causal
         return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model), options=cache)
 
@@ -85,7 +85,7 @@ class GatedLinearAttention(Mixer):
         widths = {"q": keys, "k": keys, "v": values, "gate": values, "decay_down": config.decay_rank}
         for name, width in widths.items():
             setattr(self, name, parts.linear(self.d_model, width, use_bias=config.use_bias))
-        self.decay_up = parts.linear(config.decay_rank, keys, use_bias=True, dtype=jnp.float32)
+        self.decay_up = parts.linear(config.decay_rank, keys, use_bias=True, dtype=accumulator(self.dtype))
         self.norm = GatedRMSNorm(self.value_dim, epsilon=config.norm_eps, dtype=self.dtype, rngs=parts.rngs)
         self.out = parts.out(values, self.d_model, use_bias=config.biased_output)
 
@@ -94,7 +94,7 @@ class GatedLinearAttention(Mixer):
         x_BTD, ctx = enter(self, x_BTD, state, ctx)
         q, k, v, gate, low_rank = fused_linear([self.q, self.k, self.v, self.gate, self.decay_down], x_BTD)
         q_BTNH, k_BTNH = split_heads(q, self.head_dim), split_heads(k, self.head_dim)
-        logits_BTE = self.decay_up(low_rank.astype(jnp.float32))
+        logits_BTE = self.decay_up(wider(low_rank))
         log_decay_BTE = jax.nn.log_sigmoid(logits_BTE) / self.config.decay_temperature
         o_BTNM, state, aux = decayed(
             q_BTNH, k_BTNH, split_heads(v, self.value_dim), state, ctx,

@@ -22,6 +22,7 @@ from attention_jax.about import About
 from attention_jax.biases import alibi_slopes
 from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
+from attention_jax.dtypes import accumulator
 from attention_jax.layers import GatedRMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import enter, head_width, rotate, split_heads, zero_invalid
@@ -60,7 +61,7 @@ class LightningConfig(DecayMixerConfig):
             self.rope.rotated_width(head_dim)
 
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
-        """An empty float32 state, whose size does not depend on `capacity`."""
+        """An empty state, whose size does not depend on `capacity`."""
         del capacity, causal
         H = head_width(d_model, self.num_heads, self.head_dim)
         return RecurrentState.empty(batch, self.num_heads, H, H, options=cache)
@@ -94,7 +95,7 @@ class LightningAttention(Mixer):
         slopes_N = config.slope_factor * np.array(alibi_slopes(config.num_heads))
         o_BTNH, state, aux = decayed(
             q_BTNH, k_BTNH, v_BTNH, state, ctx,
-            log_decay=jnp.asarray(-slopes_N, jnp.float32),
+            log_decay=jnp.asarray(-slopes_N, accumulator(self.dtype)),
             impl=config.impl,
         )  # fmt: skip
         y_BTD = self.out(self.norm(o_BTNH.reshape(gate.shape), gate))

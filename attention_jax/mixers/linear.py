@@ -23,6 +23,7 @@ from flax import nnx
 from attention_jax import feature_maps
 from attention_jax.about import About
 from attention_jax.choices import check_between
+from attention_jax.dtypes import wider
 from attention_jax.feature_maps import FEATURE_MAPS
 from attention_jax.mixers.base import Context, MixerOutput, Parts
 from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
@@ -198,7 +199,7 @@ class Based(LinearBase):
         """1, x and the products of pairs of features of x, for x / d'^(1/4)."""
         del state, ctx
         root = self.query_width**-0.25
-        return Features(*(feature_maps.taylor2(root * x.astype(jnp.float32)) for x in (q_BTNH, k_BTKH)))
+        return Features(*(feature_maps.taylor2(root * wider(x)) for x in (q_BTNH, k_BTKH)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.caches import DEFAULT_CACHE, LinearState, keep_in_ring
+from attention_jax.dtypes import wider
 from attention_jax.layers import fused_linear, head_norm
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -214,7 +215,7 @@ class LinearBase(Mixer):
         z_states = (None, None)
         if phi.rotated is None and self.normalize and self.epsilon:
             # The op has no epsilon: the sum of the weights is one more value, as it is in the state.
-            v_BTKM = v_BTKM.astype(jnp.float32)
+            v_BTKM = wider(v_BTKM)
             v_BTKM = jnp.concatenate([v_BTKM, jnp.ones_like(v_BTKM[..., :1])], axis=-1)
             y_BTNM, *states = decay_scan(phi.q_BTNF, phi.k_BTKF, v_BTKM, initial_state_BNHM=sums, **options)
             y_BTNM = _quotient(y_BTNM[..., :-1], y_BTNM[..., -1:], self.epsilon)
@@ -226,7 +227,7 @@ class LinearBase(Mixer):
             )  # fmt: skip
         else:
             # In float32, so that only the quotient is rounded.
-            v_BTKM = v_BTKM.astype(jnp.float32)
+            v_BTKM = wider(v_BTKM)
             y_BTNM, *states = decay_scan(*phi.rotated, v_BTKM, initial_state_BNHM=sums, **options)
             ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
             options["past_states"] = weights_past
@@ -248,7 +249,7 @@ class LinearBase(Mixer):
 
     def _bidirectional_sums(self, phi: Features, v_BTKM: jax.Array, options: dict) -> jax.Array:
         """Sums over the whole document."""
-        v_BTKM = v_BTKM.astype(jnp.float32)
+        v_BTKM = wider(v_BTKM)
         ones_BTK1 = jnp.ones_like(v_BTKM[..., :1])
         if not self.normalize:
             return self.scale * _bidirectional(phi.q_BTNF, phi.k_BTKF, v_BTKM, options)
@@ -290,7 +291,7 @@ def _bidirectional_weights(q_BTNF: jax.Array, k_BTKF: jax.Array, ids: dict) -> j
 
 def _quotient(y: jax.Array, z: jax.Array, epsilon: float) -> jax.Array:
     """y / (z + epsilon), and 0 if all weights are 0 (relu features may have no support in common with any key)."""
-    y, z = y.astype(jnp.float32), z.astype(jnp.float32)
+    y, z = wider(y), wider(z)
     none = z <= 0  # False for NaN, which must be seen
     z = z + epsilon if epsilon else z
     return jnp.where(none, 0.0, y / jnp.where(none, 1.0, z))

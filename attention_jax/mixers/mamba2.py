@@ -24,6 +24,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
+from attention_jax.dtypes import wider
 from attention_jax.layers import GatedRMSNorm, ShortConvolution
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, split_heads, zero_invalid
@@ -131,16 +132,18 @@ class Mamba2(Mixer):
         z_BTE, mixed, dt = jnp.split(projected, [E, projected.shape[-1] - self.heads], axis=-1)
         mixed, inputs = convolve(self.convolution, mixed, state, ctx)
         u, b, c = jnp.split(mixed, [E, E + self.shared], axis=-1)
-        u_BTNM = split_heads(u, config.head_dim).astype(jnp.float32)
-        dt_BTN = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
+        u_BTNM = wider(split_heads(u, config.head_dim))
+        dt = wider(dt)
+        a_N, bias_N, skip_N = (x[...].astype(dt.dtype) for x in (self.A_log, self.dt_bias, self.D))
+        dt_BTN = jax.nn.softplus(dt + bias_N[None, None])
         if config.dt_limit_low > 0 or config.dt_limit_high is not None:
             dt_BTN = jnp.clip(dt_BTN, config.dt_limit_low, config.dt_limit_high)
         o_BTNM, state, aux = decayed(
             split_heads(c, config.state_dim), split_heads(b, config.state_dim),
             (u_BTNM * dt_BTN[..., None]).astype(self.dtype), state, ctx, inputs,
-            log_decay=-jnp.exp(self.A_log[...])[None, None] * dt_BTN,
+            log_decay=-jnp.exp(a_N)[None, None] * dt_BTN,
             impl=config.impl,
         )  # fmt: skip
-        o_BTNM = o_BTNM.astype(jnp.float32) + self.D[...][None, None, :, None] * u_BTNM
+        o_BTNM = wider(o_BTNM) + skip_N[None, None, :, None] * u_BTNM
         y_BTD = self.out(self.norm(o_BTNM.reshape(z_BTE.shape), z_BTE))
         return MixerOutput(zero_invalid(y_BTD, ctx), state, aux)

@@ -41,6 +41,7 @@ from attention_jax.caches import (
     empty_kv_cache,
     storable,
 )
+from attention_jax.dtypes import wider
 from attention_jax.layers import fused_linear, gelu, linear
 from attention_jax.masks import Causal, Full, Mask, SlidingWindow
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
@@ -286,8 +287,8 @@ class NSA(Mixer):
                 0
             ],
         )
-        gates_BTcN = rearrange(jax.nn.sigmoid(gates.astype(jnp.float32)), "b t (c n) -> b t c n", c=3)
-        y_BTNH = sum(gates_BTcN[:, :, c, :, None] * by_branch[c].astype(jnp.float32) for c in range(3))
+        gates_BTcN = rearrange(jax.nn.sigmoid(wider(gates)), "b t (c n) -> b t c n", c=3)
+        y_BTNH = sum(gates_BTcN[:, :, c, :, None] * wider(by_branch[c]) for c in range(3))
         y_BTD = self.out(merge_heads(y_BTNH.astype(q_BTNH.dtype)))
         aux = ctx.captured(
             queries=lambda: q_BTNH, keys=lambda: selected.k_BSKH, values=lambda: selected.v_BSKM

@@ -23,6 +23,7 @@ from flax import nnx
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE
 from attention_jax.choices import check_between
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.layers import fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, MixerOutput, Parts
 from attention_jax.mixers.parts import (
@@ -140,7 +141,7 @@ class Nystromformer(Mixer):
         values_BRNH = jnp.einsum(
             "bnrs,bsnh->brnh",
             inverse_BNRR,
-            landmark_BRNH.astype(jnp.float32),
+            wider(landmark_BRNH),
             precision=jax.lax.Precision.HIGHEST,
         ).astype(v_BTNH.dtype)
         y_BTNH = dot_product_attention(q_BTNH, k_BRNH, values_BRNH, q_positions=at, impl=config.impl)
@@ -159,7 +160,7 @@ def segment_means(x_BTNH: jax.Array, valid_BT: jax.Array | None, segments: int) 
     B, T, N, H = x_BTNH.shape
     if valid_BT is None and T % segments == 0:
         x = x_BTNH.reshape(B, segments, T // segments, N, H)
-        return jnp.mean(x, axis=2, dtype=jnp.float32).astype(x_BTNH.dtype)
+        return jnp.mean(x, axis=2, dtype=accumulator(x)).astype(x_BTNH.dtype)
     valid_BT = jnp.ones((1, T), bool) if valid_BT is None else valid_BT
     count_B11 = valid_BT.sum(axis=1, dtype=jnp.int32)[:, None, None]
     rank_B1T = (jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1)[:, None]
@@ -167,16 +168,16 @@ def segment_means(x_BTNH: jax.Array, valid_BT: jax.Array | None, segments: int) 
     r_1R1 = jnp.arange(segments, dtype=jnp.int32)[None, :, None]
     first = jnp.maximum(rank_B1T * segments, r_1R1 * count_B11)
     last = jnp.minimum((rank_B1T + 1) * segments, (r_1R1 + 1) * count_B11)
-    overlaps_BRT = jnp.where(valid_BT[:, None], jnp.maximum(last - first, 0), 0).astype(jnp.float32)
-    shares_BRT = overlaps_BRT / jnp.maximum(count_B11, 1).astype(jnp.float32)
+    overlaps_BRT = jnp.where(valid_BT[:, None], jnp.maximum(last - first, 0), 0).astype(accumulator(x_BTNH))
+    shares_BRT = overlaps_BRT / jnp.maximum(count_B11, 1).astype(overlaps_BRT.dtype)
     shares_BRT = jnp.broadcast_to(shares_BRT, (B, segments, T))
-    means = jnp.einsum("brt,btnh->brnh", shares_BRT, x_BTNH.astype(jnp.float32))
+    means = jnp.einsum("brt,btnh->brnh", shares_BRT, wider(x_BTNH))
     return means.astype(x_BTNH.dtype)
 
 
 def _landmark_kernel(q_BRNH: jax.Array, k_BRNH: jax.Array) -> jax.Array:
     """A = softmax(q' k'^T / sqrt(H)), float32 [B, N, R, R]."""
-    q, k = q_BRNH.astype(jnp.float32), k_BRNH.astype(jnp.float32)
+    q, k = wider(q_BRNH), wider(k_BRNH)
     scores = jnp.einsum("brnh,bsnh->bnrs", q, k, precision=jax.lax.Precision.HIGHEST)
     return jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
 

@@ -11,6 +11,7 @@ from einops import rearrange
 
 from attention_jax.caches import DEFAULT_CACHE, KVCache, empty_kv_cache
 from attention_jax.choices import check_between
+from attention_jax.dtypes import accumulator
 from attention_jax.mixers.base import Context, Mixer, MixerConfig, check_encoder_memory
 from attention_jax.ops import tokens
 from attention_jax.ops.recurrences import document_runs
@@ -140,7 +141,8 @@ class KVView:
             part = dataclasses.replace(self, k_BSKH=k_BSKH, k_positions_BS=positions_BS)
             return jax.lax.cond((positions_BS >= 0).any(), attended, lambda _, now: now, part, carry), None
 
-        empty = (jnp.zeros((B, T, N, value_dim), jnp.float32), jnp.full((B, T, N), -jnp.inf, jnp.float32))
+        sums = accumulator(q_BTNH)
+        empty = (jnp.zeros((B, T, N, value_dim), sums), jnp.full((B, T, N), -jnp.inf, sums))
         (y_BTNM, _), _ = jax.lax.scan(block, empty, jnp.arange(-(-S // EXPANDED), dtype=jnp.int32))
         return self._marked(y_BTNM.astype(q_BTNH.dtype))
 

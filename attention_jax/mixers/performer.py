@@ -28,6 +28,7 @@ from flax import nnx
 
 from attention_jax.about import About
 from attention_jax.choices import check_between
+from attention_jax.dtypes import wider
 from attention_jax.feature_maps import log_positive_random, random_directions
 from attention_jax.mixers.base import Context, Parts
 from attention_jax.mixers.linear_parts import Features, LinearBase, LinearBaseConfig
@@ -87,7 +88,7 @@ class Performer(LinearBase):
         """The positive random features, with stabilisers that cancel in the quotient."""
         w_FH = jax.lax.stop_gradient(self.random_directions[...])
         root = self.head_dim**-0.25
-        q_BTNF, k_BTKF = (log_positive_random(root * x.astype(jnp.float32), w_FH) for x in (q_BTNH, k_BTKH))
+        q_BTNF, k_BTKF = (log_positive_random(root * wider(x), w_FH) for x in (q_BTNH, k_BTKH))
         q_BTNF = jnp.exp(q_BTNF - jax.lax.stop_gradient(q_BTNF.max(-1, keepdims=True)))
         largest_BTK = jax.lax.stop_gradient(k_BTKF.max(-1))
         if not self.causal:

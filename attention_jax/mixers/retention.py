@@ -20,6 +20,7 @@ import numpy as np
 from attention_jax.about import About
 from attention_jax.caches import DEFAULT_CACHE, RecurrentState
 from attention_jax.choices import check_between
+from attention_jax.dtypes import accumulator
 from attention_jax.layers import HeadGroupNorm, RMSNorm, fused_linear
 from attention_jax.mixers.base import Context, Mixer, MixerOutput, Parts
 from attention_jax.mixers.parts import check_positive, enter, head_width, rotate, split_heads, zero_invalid
@@ -64,11 +65,11 @@ class RetentionConfig(DecayMixerConfig):
                 "that float32 rounds to 1; set last_exponent to at most 24"
             )
 
-    def log_decay(self) -> np.ndarray:
-        """ln gamma of every head, float32 [N]."""
+    def log_decay(self, dtype: Any = np.float32) -> np.ndarray:
+        """ln gamma of every head [N]."""
         last = self.last_exponent
         last = self.first_exponent + self.num_heads - 1 if last is None else last
-        return np.log1p(-(2.0 ** -np.linspace(self.first_exponent, last, self.num_heads))).astype(np.float32)
+        return np.log1p(-(2.0 ** -np.linspace(self.first_exponent, last, self.num_heads))).astype(dtype)
 
     def check(self, d_model: int, *, causal: bool) -> None:
         """Raise ValueError if this mixer does not fit such a model."""
@@ -83,7 +84,7 @@ class RetentionConfig(DecayMixerConfig):
         return head_dim, self.value_dim or 2 * head_dim
 
     def init_state(self, d_model, batch, capacity, *, causal=True, cache=DEFAULT_CACHE) -> RecurrentState:
-        """An empty float32 state, whose size does not depend on `capacity`."""
+        """An empty state, whose size does not depend on `capacity`."""
         del capacity, causal
         return RecurrentState.empty(batch, self.num_heads, *self.widths(d_model), options=cache)
 
@@ -118,7 +119,7 @@ class Retention(Mixer):
         )
         o_BTNM, state, aux = decayed(
             q_BTNH, k_BTNH, split_heads(v, self.value_dim), state, ctx,
-            log_decay=jnp.asarray(config.log_decay()),
+            log_decay=jnp.asarray(config.log_decay(accumulator(self.dtype))),
             scale=self.head_dim**-0.5,
             impl=config.impl,
         )  # fmt: skip

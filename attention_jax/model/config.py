@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 
 from attention_jax.choices import check_between, check_choices, check_dropout, check_epsilon
+from attention_jax.dtypes import check_dtype
 from attention_jax.feed_forwards import DenseConfig, FeedForwardWord
 from attention_jax.hints import hint
 from attention_jax.masks import Full
@@ -102,11 +103,12 @@ class ModelConfig:
     scan_layers: bool = False
     #: rematerialisation policy of each layer, a name in jax.checkpoint_policies; null: no rematerialisation
     remat: str | None = None
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  #: dtype of the computation; parameters and logits are float32
-    )
+    #: dtype of the computation; parameters and logits are float32. float64, also of the logits, is for checks of
+    #: exactness; it needs jax_enable_x64 and runs no kernel
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     def __post_init__(self):
+        check_dtype(self.dtype)
         _check_sequence(self)
         for name in ("d_model", "vocab_size", "mlp_width", "max_positions"):
             value = getattr(self, name)

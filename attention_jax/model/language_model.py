@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.caches import DEFAULT_CACHE, CacheOptions
+from attention_jax.dtypes import accumulator, check_dtype
 from attention_jax.layers import PreparedLinear, linear, matmul
 from attention_jax.mixers import Context
 from attention_jax.model.block import dropout, make_norm, weight_init
@@ -31,7 +32,7 @@ from attention_jax.positions import sinusoidal
 class ModelOutput(NamedTuple):
     """The output of a language model.
 
-    logits: float32 [B, T, V]. state: the states of all layers, in the form that `init_state` returns, or None if
+    logits: float32, or float64 of a model with that dtype, [B, T, V]. state: the states of all layers, in the form that `init_state` returns, or None if
     none was given. aux: the arrays named in `Context.capture`, one dict per layer.
     """
 
@@ -44,15 +45,15 @@ class LanguageModel(nnx.Module):
     """A model from token ids to logits, with any list of mixers."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        check_dtype(config.dtype)
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set: set ModelConfig.vocab_size to the number of token ids")
         self.config = config
         kernel_init = weight_init(config)
-        self.embed = nnx.Embed(config.vocab_size, config.d_model, embedding_init=kernel_init, rngs=rngs)
+        table = {"embedding_init": kernel_init, "dtype": accumulator(config.dtype), "rngs": rngs}
+        self.embed = nnx.Embed(config.vocab_size, config.d_model, **table)
         if config.max_positions is not None:
-            self.positions = nnx.Embed(
-                config.max_positions, config.d_model, embedding_init=kernel_init, rngs=rngs
-            )
+            self.positions = nnx.Embed(config.max_positions, config.d_model, **table)
         self.stacks = make_stacks(config, config.period, config.num_layers, causal=config.causal, rngs=rngs)
         self.final_norm = make_norm(config, rngs)
         if config.encoder is not None:
@@ -69,7 +70,7 @@ class LanguageModel(nnx.Module):
             self.embed_norm = make_norm(config, rngs)
 
     def __call__(self, tokens_BT: jax.Array, *, ctx: Context | None = None) -> jax.Array:
-        """float32 logits_BTV for whole rows."""
+        """The logits_BTV of whole rows."""
         if ctx is not None:
             ctx.refuse_capture("LanguageModel", "run")
         return self.run(tokens_BT, None, ctx=ctx).logits
@@ -103,15 +104,19 @@ class LanguageModel(nnx.Module):
         return self.encoder.run(self._embed(source_BS, ctx), ctx)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The output projection: float32 logits_BTV of normalised features."""
+        """The output projection: logits_BTV of normalised features."""
         head = getattr(self, "head", None)
         if isinstance(head, PreparedLinear):
             logits_BTV = head.product(x_BTD)
         else:
             kernel_DV = self.embed.embedding[...].T if head is None else head.kernel[...]
-            logits_BTV = matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+            logits_BTV = matmul(
+                x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=accumulator(x_BTD)
+            )
         if self.config.head_bias:
-            logits_BTV = logits_BTV + jnp.broadcast_to(head.bias[...].astype(jnp.float32), logits_BTV.shape)
+            logits_BTV = logits_BTV + jnp.broadcast_to(
+                head.bias[...].astype(logits_BTV.dtype), logits_BTV.shape
+            )
         if self.config.logit_scale is not None:
             logits_BTV = logits_BTV * self.config.logit_scale
         cap = self.config.logit_softcap
@@ -153,7 +158,7 @@ class LanguageModel(nnx.Module):
             positions_BT = (
                 jnp.arange(tokens_BT.shape[1])[None] if ctx.positions_BT is None else ctx.positions_BT
             )
-            x_BTD = x_BTD + sinusoidal(positions_BT, self.config.d_model)
+            x_BTD = x_BTD + sinusoidal(positions_BT, self.config.d_model, accumulator(self.config.dtype))
         rate = self.config.embedding_dropout
         rate = self.config.dropout if rate is None else rate
         x_BTD = dropout(x_BTD, rate, ctx.fold_key(self.config.num_layers).dropout_key)
@@ -223,6 +228,7 @@ def bind(config: ModelConfig, params: dict | Prepared) -> LanguageModel:
 
     `params` may be what `prepare_for_decoding` returns for the same config.
     """
+    check_dtype(config.dtype)
     if isinstance(params, Prepared):
         _check_prepared(config, params)
         return nnx.merge(_prepared_graphdef(config), params.weights)
@@ -298,7 +304,7 @@ def check_capacity(config: ModelConfig, capacity: int) -> None:
 def apply(
     config: ModelConfig, params: dict, tokens_BT: jax.Array, state: Any = None, *, ctx: Context | None = None
 ) -> ModelOutput:
-    """The float32 logits_BTV, the new state and aux; a pure function of its arguments.
+    """The logits_BTV, the new state and aux; a pure function of its arguments.
 
     Raises: ValueError for a token id outside the vocabulary. Under `jit`, where ids are traced, it gives NaN
     logits from its token on. An invalid slot may hold any id.

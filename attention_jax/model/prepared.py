@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.dtypes import accumulator
 from attention_jax.layers import PreparedLinear, prepare_linears, recorded_calls
 from attention_jax.mixers import Context
 from attention_jax.model.block import Block
@@ -70,7 +71,7 @@ def prepare_model(model: nnx.Module) -> nnx.Module:
 
 def _storage_dtype(dtype: Any) -> Any:
     """The dtype in which kernels of a layer are stored on the default backend."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+    return accumulator(dtype) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
 
 
 def _prepare_block(block: Block, config: ModelConfig) -> None:

@@ -25,11 +25,6 @@ def einsum(formula: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(formula, *operands, precision=lax.Precision.HIGHEST)
 
 
-def sum_dtype(*arrays: jax.Array) -> Any:
-    """The dtype of sums and states: float64 where one of the arrays is, else float32."""
-    return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
-
-
 def document_runs(segments: jax.Array, valid: jax.Array) -> jax.Array:
     """How many documents ended before each slot, int32 [b, T].
 

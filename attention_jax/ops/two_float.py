@@ -11,25 +11,26 @@ technique for extending the available precision").
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention_jax.dtypes import wider
 from attention_jax.ops import varying
 
 
 class TwoFloat(NamedTuple):
-    """high + low, two float32 arrays of one shape. The gradient of the number is that of `high`."""
+    """high + low, float32 or float64 arrays of one shape. The gradient of the number is that of `high`."""
 
     high: jax.Array
     low: jax.Array
 
 
-def zeros(shape: tuple[int, ...]) -> TwoFloat:
+def zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> TwoFloat:
     """0 of that shape; the two arrays share no buffer."""
-    return TwoFloat(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+    return TwoFloat(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def add(a: TwoFloat, b: TwoFloat) -> TwoFloat:
@@ -54,7 +55,7 @@ def running_sum(
     algorithms"). Spans end at their token and not at multiples of their length, so that a sum has the same
     bits wherever in a row it starts.
     """
-    x_BTN = x_BTN.astype(jnp.float32)
+    x_BTN = wider(x_BTN)
     T = x_BTN.shape[1]
     index_1T = jnp.arange(T, dtype=jnp.int32)[None]
     # The first token of the sum that each token belongs to; -1: the sum goes on from `before_BN`.

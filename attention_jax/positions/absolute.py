@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.choices import check_choices
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.positions.scalings import FORBID, check, plain_frequencies
 
 
@@ -35,15 +37,15 @@ class Temperature:
         check("Temperature", "scale", self.scale, 0 <= self.scale <= 100, "from 0 to 100")
 
     def __call__(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """q [B, T, heads, H] times the factors of its positions, computed in float32, in the dtype of q."""
+        """q [B, T, heads, H] times the factors of its positions, computed in float32 or wider, in the dtype of q."""
         # Invalid slots (position < 0) are unchanged. The integer division is exact at every position.
         steps_BT = (jnp.maximum(positions_BT, -self.offset) + self.offset) // self.floor
-        factor_BT = 1 + self.scale * jnp.log(steps_BT.astype(jnp.float32) + 1)
-        return (q_BTNH.astype(jnp.float32) * factor_BT[..., None, None]).astype(q_BTNH.dtype)
+        factor_BT = 1 + self.scale * jnp.log(steps_BT.astype(accumulator(q_BTNH)) + 1)
+        return (wider(q_BTNH) * factor_BT[..., None, None]).astype(q_BTNH.dtype)
 
 
-def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Absolute positions as sines and cosines, float32 [B, T, width]: Vaswani et al. 2017 (arXiv 1706.03762).
+def sinusoidal(positions_BT: jax.Array, width: int, dtype: Any = jnp.float32) -> jax.Array:
+    """Absolute positions as sines and cosines [B, T, width]: Vaswani et al. 2017 (arXiv 1706.03762).
 
         P[p, 2j] = sin(p / 10000^(2j / width)),   P[p, 2j + 1] = cos(p / 10000^(2j / width))
 
@@ -53,7 +55,7 @@ def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
     """
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even width, got {width}")
-    frequencies = plain_frequencies(10000.0, width).astype(np.float32)
-    angles = jnp.expand_dims(positions_BT.astype(jnp.float32), -1)
+    frequencies = plain_frequencies(10000.0, width).astype(dtype)
+    angles = jnp.expand_dims(positions_BT.astype(dtype), -1)
     angles = angles * np.expand_dims(frequencies, tuple(range(positions_BT.ndim)))
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, width)

@@ -4,8 +4,8 @@ RoPE: Su et al. 2021, "RoFormer" (arXiv 2104.09864). Feature pair j of a head at
 
     angle = p * theta^(-2j / width),   (a, b) -> (a cos - b sin, a sin + b cos)
 
-Frequencies are computed in float64 and angles in float32 for any dtype of the features: bfloat16 cannot
-represent all positions past 256.
+Frequencies are computed in float64 and angles in the wider of float32 and the dtype of the features: bfloat16
+cannot represent all positions past 256.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.choices import check_choices
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.positions.scalings import FORBID, Scaling, check, plain_frequencies
 
 
@@ -57,18 +58,19 @@ class XPos:
         return int(log_range * self.scale_base / math.log(1.4 / 0.4))
 
     def gain(self, positions_BT: jax.Array, width: int, dtype: Any) -> jax.Array:
-        """The factors of queries, float32 [B, T, width / 2]; NaN beyond `reach`. Keys use the inverse."""
+        """The factors of queries, float32 or wider [B, T, width / 2]; NaN beyond `reach`. Keys use the inverse."""
+        wide = accumulator(dtype)
         zeta = (np.arange(0, width, 2) / width + 0.4) / 1.4
         # Invalid slots (position < 0) get finite factors, so that no NaN reaches a gradient there.
         offset_BT = jnp.where(positions_BT < 0, 0, positions_BT - self.centre)
-        offset_BT = jnp.where(jnp.abs(offset_BT) > self.reach(dtype), jnp.nan, offset_BT.astype(jnp.float32))
+        offset_BT = jnp.where(jnp.abs(offset_BT) > self.reach(dtype), jnp.nan, offset_BT.astype(wide))
         # A query's exponent and a key's cancel. The error of a float32 exponent grows with the offset, so that
         # most of it is a product with few bits, which float32 holds, and the rest is small.
         rates = np.log(zeta) / self.scale_base
         bits = max(1, 24 - self.reach(dtype).bit_length())
         unit = 2.0 ** (np.ceil(np.log2(np.abs(rates).max())) - bits)
         high = np.round(rates / unit) * unit
-        high, low = (offset_BT[..., None] * x.astype(np.float32)[None, None] for x in (high, rates - high))
+        high, low = (offset_BT[..., None] * x.astype(wide)[None, None] for x in (high, rates - high))
         return jnp.exp(high) * jnp.exp(low)
 
 
@@ -144,7 +146,7 @@ class RoPE:
         return self._rotate(k_BSKH, positions_BS, self._gain(k_BSKH, positions_BS, True))
 
     def _gain(self, x_BTNH: jax.Array, positions_BT: jax.Array, inverse: bool) -> Any:
-        """The factor of cosines and sines: a number, or float32 [B, T, 1, width / 2]."""
+        """The factor of cosines and sines: a number, or float32 or wider [B, T, 1, width / 2]."""
         if self.xpos is None:
             return self.attention_factor
         gain_BTj = self.xpos.gain(positions_BT, self.rotated_width(x_BTNH.shape[-1]), x_BTNH.dtype)
@@ -153,9 +155,9 @@ class RoPE:
     def _rotate(self, x_BTNH: jax.Array, positions_BT: jax.Array, gain: Any) -> jax.Array:
         frequencies = self.frequencies(x_BTNH.shape[-1])
         width = 2 * frequencies.size
-        rotated, rest = x_BTNH[..., :width].astype(jnp.float32), x_BTNH[..., width:]
-        frequencies = frequencies.astype(np.float32)[None, None, None]
-        angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies
+        rotated, rest = wider(x_BTNH[..., :width]), x_BTNH[..., width:]
+        frequencies = frequencies.astype(rotated.dtype)[None, None, None]
+        angles = positions_BT.astype(rotated.dtype)[..., None, None] * frequencies
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if not (isinstance(gain, float) and gain == 1.0):
             cos, sin = gain * cos, gain * sin

@@ -13,6 +13,7 @@ from tests.parity.not_expressible import NOT_EXPRESSIBLE
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "docs/results/parity.json", ROOT / "docs/parity.md"
+MODELS = "transformers model"
 BEGIN, END = "<!-- tables: python -m tests.parity.table --write -->\n", "<!-- end of tables -->\n"
 
 
@@ -51,6 +52,17 @@ def _ops(rows: list[dict]) -> str:
     return _rows(("function of fla", "ours", "forward", "input gradients", "allowed"), lines)
 
 
+def _models(rows: list[dict]) -> str:
+    """One line for each model, from the rows of its comparisons."""
+    kinds = ("logits", "gradients", "hidden states")
+    kinds = ("float32 logits", "float32 gradients", *(f"float64 {kind}" for kind in kinds))
+    errors: dict[str, dict] = {}
+    for row in rows:
+        errors.setdefault(row["name"], {}).update(row["errors"])
+    lines = [(name, *(_number(found.get(kind)) for kind in kinds)) for name, found in errors.items()]
+    return "### Models\n\n" + _rows(("model", *kinds), lines)
+
+
 def tables(results: dict) -> str:
     """The page's generated part, Markdown."""
     rows = results["rows"]
@@ -66,6 +78,7 @@ def tables(results: dict) -> str:
         "### Ops\n",
         _ops([row for row in rows if "op" in row]),
         f"Blocks that NSA chooses: {_number(choice)} of the rows differ from fla's choice.\n",
+        *([_models(models)] if (models := [row for row in rows if row["source"] == MODELS]) else []),
         "### RoPE scalings\n",
         f"{len(ropes)} cases of linear, dynamic NTK, YaRN, Llama 3 and LongRoPE scalings: frequencies differ "
         f"by at most {_number(worst)}, attention factors by "

@@ -16,29 +16,37 @@ from transformers.core_model_loading import revert_weight_conversion
 from attention_jax.generation import decode_step, prefill
 from attention_jax.mixers import Context
 from attention_jax.model import apply, prepare_for_decoding
-from attention_jax.pretrained import load_pretrained, save_pretrained
+from attention_jax.pretrained import family_of, load_pretrained, save_pretrained
+from attention_jax.pretrained.load import saved_tensors
+from tests.parity.double import double
 from tests.parity.model_rows import ROWS
+from tests.parity.table import MODELS
 
 B, T, PROMPT = 2, 17, 6
 TOLERANCE = 1e-5  # of the largest entry
+DOUBLE = 1e-10
 
 
 class Pair:
     """A model of transformers and the same model loaded from the folder that it was saved to."""
 
-    def __init__(self, row, folder):
+    def __init__(self, name, folder):
         torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(row.model_type, **row.options)
-        config._attn_implementation = row.attention
-        self.row, self.folder = row, folder
-        self.peer = transformers.AutoModelForCausalLM.from_config(config).eval()
+        self.name, self.row, self.folder = name, ROWS[name], folder
+        self.peer = self.new_peer()
         _draw(self.peer)
         self.peer.save_pretrained(folder)
         self.config, self.params, _ = load_pretrained(folder)
         self.tokens_BT = (
-            np.random.default_rng(0).integers(3, row.options["vocab_size"], (B, T)).astype(np.int32)
+            np.random.default_rng(0).integers(3, self.row.options["vocab_size"], (B, T)).astype(np.int32)
         )
         self.run = jax.jit(functools.partial(apply, self.config, ctx=Context(capture={"hidden"})))
+
+    def new_peer(self):
+        """A model of transformers with its initial weights."""
+        config = transformers.AutoConfig.for_model(self.row.model_type, **self.row.options)
+        config._attn_implementation = self.row.attention
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
 
     @functools.cached_property
     def expected(self):
@@ -60,19 +68,28 @@ def _draw(peer):
 
 @pytest.fixture(scope="module", params=list(ROWS))
 def pair(request, tmp_path_factory):
-    return Pair(ROWS[request.param], tmp_path_factory.mktemp(request.param) / "model")
+    return Pair(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+def _error(found, expected):
+    return float(np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(expected).max())
 
 
 def _close(found, expected, tolerance=TOLERANCE):
-    error = np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(expected).max()
+    error = _error(found, expected)
     assert error <= tolerance, error
+    return error
 
 
-def test_logits_and_hidden_states(pair):
+def _note(measured, pair, bound, errors):
+    measured(pair.name, source=MODELS, errors=errors, bounds=[bound])
+
+
+def test_logits_and_hidden_states(pair, measured):
     logits, hidden = pair.expected
     assert np.abs(logits).max() > 0.5
     out = pair.run(pair.params, pair.tokens_BT)
-    _close(out.logits, logits)
+    _note(measured, pair, TOLERANCE, {"float32 logits": _close(out.logits, logits)})
     for aux, expected in zip(out.aux, hidden, strict=False):
         _close(aux["hidden"], expected)
 
@@ -126,38 +143,68 @@ def test_the_older_spelling(pair, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, pair.params)
 
 
-@pytest.mark.slow
-def test_gradients(pair):
-    """Of the mean negative log-likelihood by every parameter, in the tensors' own names and layout."""
-    from attention_jax.pretrained import family_of
-    from attention_jax.pretrained.load import saved_tensors
+def _peer_gradients(pair, peer):
+    """Gradients by name of the mean negative log-likelihood; and the peer's output."""
+    out = peer(torch.tensor(pair.tokens_BT).long(), output_hidden_states=True)
+    targets = torch.tensor(np.roll(pair.tokens_BT, -1, axis=1)).long()
+    peer.zero_grad()
+    torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten()).backward()
+    # As transformers saves them: it holds the experts of some families in other shapes than their files.
+    gradients = revert_weight_conversion(peer, {name: p.grad for name, p in peer.named_parameters()})
+    return {name: g.numpy() for name, g in gradients.items()}, out
 
+
+def _gradients(pair, config, params):
+    """The same of the loaded model, in the tensors' own names and layout; and its output."""
     targets = np.roll(pair.tokens_BT, -1, axis=1)
-    peer_logits = pair.peer(torch.tensor(pair.tokens_BT).long()).logits
-    loss = torch.nn.functional.cross_entropy(
-        peer_logits.flatten(0, 1), torch.tensor(targets).long().flatten()
-    )
-    pair.peer.zero_grad()
-    loss.backward()
 
     @jax.jit
-    @jax.grad
+    @functools.partial(jax.grad, has_aux=True)
     def gradient(params):
-        logits_BTV = apply(pair.config, params, pair.tokens_BT).logits
-        nll = (
-            jax.nn.logsumexp(logits_BTV, -1) - jnp.take_along_axis(logits_BTV, targets[..., None], -1)[..., 0]
-        )
-        return nll.mean()
+        out = apply(config, params, pair.tokens_BT, ctx=Context(capture={"hidden"}))
+        chosen = jnp.take_along_axis(out.logits, targets[..., None], -1)[..., 0]
+        return (jax.nn.logsumexp(out.logits, -1) - chosen).mean(), out
 
-    found = dict(saved_tensors(family_of(pair.row.model_type), pair.config, gradient(pair.params)))
-    # As transformers saves them: it holds the experts of some families in other shapes than their files.
-    expected = {name: p.grad for name, p in pair.peer.named_parameters()}
-    expected = revert_weight_conversion(pair.peer, expected)
-    largest = max(x.abs().max() for x in expected.values()).item()
-    for name, x in expected.items():
-        name = name if name in found else pair.row.old_names(name)
-        error = np.abs(found[name] - x.numpy()).max()
-        assert error <= 10 * TOLERANCE * max(largest, 1e-3), (name, error)
+    gradients, out = gradient(params)
+    return dict(saved_tensors(family_of(pair.row.model_type), config, gradients)), out
+
+
+def _gradient_error(pair, found, expected):
+    """The largest difference over all parameters, relative to the largest gradient."""
+    largest = max(max(np.abs(g).max() for g in expected.values()), 1e-3)
+    ours = {name: found[name if name in found else pair.row.old_names(name)] for name in expected}
+    return float(max(np.abs(ours[name] - g).max() for name, g in expected.items()) / largest)
+
+
+@pytest.mark.slow
+def test_gradients(pair, measured):
+    """Of the mean negative log-likelihood by every parameter."""
+    expected, _ = _peer_gradients(pair, pair.peer)
+    error = _gradient_error(pair, _gradients(pair, pair.config, pair.params)[0], expected)
+    _note(measured, pair, 10 * TOLERANCE, {"float32 gradients": error})
+    assert error <= 10 * TOLERANCE, error
+
+
+@pytest.mark.slow
+def test_double(pair, measured):
+    """In float64 rounding shrinks by eight orders of magnitude, and mistakes do not."""
+    with double(), jax.enable_x64(True):
+        peer = pair.new_peer().double()
+        peer.load_state_dict(pair.peer.state_dict())
+        expected, peer_out = _peer_gradients(pair, peer)
+        hidden = peer_out.hidden_states[pair.row.first_hidden : -1]
+        config, params, _ = load_pretrained(pair.folder, dtype="float64", compute_dtype="float64")
+        gradients, out = _gradients(pair, config, params)
+        assert {x.dtype.name for x in (out.logits, *gradients.values())} == {"float64"}
+        errors = {
+            "float64 logits": _error(out.logits, peer_out.logits.detach().numpy()),
+            "float64 hidden states": max(
+                _error(aux["hidden"], h.detach().numpy()) for aux, h in zip(out.aux, hidden, strict=False)
+            ),
+            "float64 gradients": _gradient_error(pair, gradients, expected),
+        }
+    _note(measured, pair, DOUBLE, errors)
+    assert max(errors.values()) <= DOUBLE, errors
 
 
 def test_mxfp4_is_unpacked_to_the_same_bits(tmp_path):

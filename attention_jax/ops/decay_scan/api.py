@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax.dtypes import accumulator
 from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.decay_scan import chunked, quadratic, recurrent
 from attention_jax.ops.decay_scan.chunked import ChunkedScanConfig
@@ -24,7 +25,6 @@ from attention_jax.ops.recurrences import (
     document_runs,
     explain_call,
     run_call,
-    sum_dtype,
     with_chunk_size,
 )
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
@@ -177,7 +177,7 @@ def _checked_call(
     scale = finite_number("scale", scale)
     if not isinstance(normalize, bool):
         raise ValueError(f"normalize must be True or False, got {normalize!r}")
-    dtype = sum_dtype(q, k, v)
+    dtype = accumulator(q, k, v)
     valid = valid_tokens(positions, segments)
     log_decay = _log_decay(log_decay, (B, T, N, H), dtype, valid)
     out_dtype = dtype if normalize else v.dtype

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax.dtypes import accumulator
 from attention_jax.ops.arguments import finite_number, is_array
 from attention_jax.ops.delta_rule import chunked, quadratic, recurrent
 from attention_jax.ops.delta_rule.chunked import ChunkedDeltaConfig
@@ -26,7 +27,6 @@ from attention_jax.ops.recurrences import (
     document_runs,
     explain_call,
     run_call,
-    sum_dtype,
     with_chunk_size,
 )
 from attention_jax.ops.tokens import per_token, select_valid, valid_tokens
@@ -181,7 +181,7 @@ def _check_dtypes(q, k, v, beta, log_decay, state) -> Any:
     for name, x in given.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    dtype = sum_dtype(v)
+    dtype = accumulator(v)
     if state is not None and state.dtype != dtype:
         raise ValueError(f"initial_state_BNHM must be {jnp.dtype(dtype)}, got {state.dtype}; cast it first")
     return dtype

@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attention_jax.dtypes import wider
 from attention_jax.ops.dispatch import compiled_once
 from attention_jax.ops.selected.common import chunk_length, over_chunks
 
@@ -70,15 +71,15 @@ def choose_blocks(
     """
     B, T, N, _ = q_BTNH.shape
     C, K = k_BCKH.shape[1:3]
-    k32_BCKH = jax.lax.stop_gradient(k_BCKH).astype(jnp.float32)
+    wide_BCKH = wider(jax.lax.stop_gradient(k_BCKH))
 
     def body(rows):
         q, lse_BTN, q_pos, q_seg, shift = rows
         seen_BTC = (k_positions[:, None] <= q_pos[..., None]) & (k_positions[:, None] >= 0)
         if segment_ids is not None:
             seen_BTC &= q_seg[..., None] == segment_ids[1][:, None]
-        q_BTKGH = q.astype(jnp.float32).reshape(B, -1, K, N // K, q.shape[-1]) * scale
-        s_BTKGC = jnp.einsum("btkgh,bckh->btkgc", q_BTKGH, k32_BCKH, precision="highest")
+        q_BTKGH = wider(q).reshape(B, -1, K, N // K, q.shape[-1]) * scale
+        s_BTKGC = jnp.einsum("btkgh,bckh->btkgc", q_BTKGH, wide_BCKH, precision="highest")
         s_BTKGC = s_BTKGC - lse_BTN.reshape(*s_BTKGC.shape[:-1], 1)
         p_BTKGC = jnp.where(seen_BTC[:, :, None, None], jnp.exp(s_BTKGC), 0.0)
         p_BTKC = _aligned(p_BTKGC.sum(3), shift)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attention_jax.dtypes import accumulator, wider
 from attention_jax.ops import derivatives, varying
 from attention_jax.ops.arguments import positive_integer
 from attention_jax.ops.selected.common import (
@@ -75,16 +76,16 @@ def _backward(config: GatheredConfig, given: SelectedCall, dout_BTNM: jax.Array)
     def body(totals, chunk):
         rows, dout_BTNM = chunk
         slots_BTKL, seen_BTKL = _find(call, rows)
-        # In float32 from here on, so that every part is rounded once, in the total.
-        learned = [x.astype(jnp.float32) for x in (rows.q_BTNH, *_gathered(call, slots_BTKL, seen_BTKL))]
+        # In float32 or wider from here on, so that every part is rounded once, in the total.
+        learned = [wider(x) for x in (rows.q_BTNH, *_gathered(call, slots_BTKL, seen_BTKL))]
         _, pull = jax.vjp(lambda *qkv: _softmax_attention(call, *qkv, seen_BTKL), *learned)
-        dq_BTNH, *parts = pull(dout_BTNM.astype(jnp.float32))
+        dq_BTNH, *parts = pull(wider(dout_BTNM))
         totals = [
             total.at[batch, slots_BTKL, heads].add(part) for total, part in zip(totals, parts, strict=True)
         ]
         return totals, dq_BTNH
 
-    totals = [jnp.zeros(x.shape, jnp.float32) for x in (call.k_BSKH, call.v_BSKM)]
+    totals = [jnp.zeros(x.shape, accumulator(x)) for x in (call.k_BSKH, call.v_BSKM)]
     totals = varying.like(call.q_BTNH, totals)
     (dk_BSKH, dv_BSKM), dq = jax.lax.scan(body, totals, cut((rows, dout_BTNM), length))
     # None stands for the zero cotangents of integer arrays.
@@ -190,8 +191,8 @@ def _find(call: SelectedCall, rows: _Rows) -> tuple[jax.Array, jax.Array]:
 def _softmax_attention(call: SelectedCall, q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL) -> jax.Array:
     """Attention of each query over its own keys, in float32; a row without a key gives 0."""
     B, T, K, _, H = k_BTKLH.shape
-    q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, -1, H) * call.scale
-    s_BTKGL = jnp.einsum("btkgh,btklh->btkgl", q_BTKGH, k_BTKLH.astype(jnp.float32), precision="highest")
+    q_BTKGH = wider(q_BTNH).reshape(B, T, K, -1, H) * call.scale
+    s_BTKGL = jnp.einsum("btkgh,btklh->btkgl", q_BTKGH, wider(k_BTKLH), precision="highest")
     seen_BTK1L = seen_BTKL[:, :, :, None]
     s_BTKGL = jnp.where(seen_BTK1L, s_BTKGL, -jnp.inf)
     m_BTKG1 = s_BTKGL.max(-1, keepdims=True)
@@ -200,5 +201,5 @@ def _softmax_attention(call: SelectedCall, q_BTNH, k_BTKLH, v_BTKLM, seen_BTKL) 
     p_BTKGL = jnp.exp(s_BTKGL - m_BTKG1)
     l_BTKG1 = p_BTKGL.sum(-1, keepdims=True)
     w_BTKGL = jnp.where(seen_BTK1L, p_BTKGL / jnp.where(l_BTKG1 > 0, l_BTKG1, 1.0), 0.0)
-    out = jnp.einsum("btkgl,btklm->btkgm", w_BTKGL, v_BTKLM.astype(jnp.float32), precision="highest")
+    out = jnp.einsum("btkgl,btklm->btkgm", w_BTKGL, wider(v_BTKLM), precision="highest")
     return out.reshape(B, T, -1, v_BTKLM.shape[-1]).astype(q_BTNH.dtype)

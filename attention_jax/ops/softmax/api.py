@@ -112,8 +112,9 @@ def dot_product_attention(
         chooses by platform and size; see `explain`.
 
     Returns:
-      out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32). A row that sees no key gives 0 and lse
-      -inf (or the sink), and passes no gradient. Everything accumulates in float32. Every implementation
+      out_BTNM in q's dtype, or (out_BTNM, lse_BTN float32 or float64). A row that sees no key gives 0 and lse
+      -inf (or the sink), and passes no gradient. Everything accumulates in float32, or in
+      float64 where q, k and v are. Every implementation
       has a gradient; "reference" has every derivative, "chunked" also `jax.jvp` of a gradient
       (Hessian-vector products).
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax.biases import add_to_slices, slice_leaves
+from attention_jax.dtypes import accumulator
 from attention_jax.ops import derivatives, sharded, varying
 from attention_jax.ops.softmax.chunked_plan import ChunkedConfig, make_plan
 from attention_jax.ops.softmax.common import SoftmaxCall
@@ -75,21 +76,21 @@ def _forward(call: SoftmaxCall, config: ChunkedConfig) -> tuple[jax.Array, jax.A
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     plan = make_plan(call, config)
     B, T, _, N, K, _, M = call.sizes
-    G, R = plan.G, plan.G * plan.T_pad
+    G, R, sums = plan.G, plan.G * plan.T_pad, accumulator(call.q_BTNH)
     out_BTNM = varying.like(call.q_BTNH, jnp.zeros((B, T, N, M), call.q_BTNH.dtype))
-    lse_BTN1 = varying.like(call.q_BTNH, jnp.zeros((B, T, N, 1), jnp.float32))
+    lse_BTN1 = varying.like(call.q_BTNH, jnp.zeros((B, T, N, 1), sums))
 
     def kv_head(i, carry):
         out_BTNM, lse_BTN1 = carry
         head = load_head(plan, i)
         # The sink is a key without a value that every row has seen before the first tile.
-        m_GT = jnp.full((G, plan.T_pad), _LOWEST, jnp.float32)
-        l_GT = jnp.zeros((G, plan.T_pad), jnp.float32)
+        m_GT = jnp.full((G, plan.T_pad), _LOWEST, sums)
+        l_GT = jnp.zeros((G, plan.T_pad), sums)
         if call.sink_logits_N is not None:
-            sinks_G = cut(call.sink_logits_N, head.kv_head * G, G).astype(jnp.float32)
+            sinks_G = cut(call.sink_logits_N, head.kv_head * G, G).astype(sums)
             m_GT = jnp.maximum(m_GT, sinks_G[:, None] * LOG2E)
             l_GT = l_GT + jnp.where(sinks_G == -jnp.inf, 0.0, 1.0)[:, None]
-        state = (m_GT.reshape(-1), l_GT.reshape(-1), jnp.zeros((R, M), jnp.float32))
+        state = (m_GT.reshape(-1), l_GT.reshape(-1), jnp.zeros((R, M), sums))
         key_tile = functools.partial(sweep, head, _forward_step)
         m_R, l_R, acc_RM = lax.fori_loop(*plan.key_tiles, key_tile, varying.like(call.q_BTNH, state))
         some_R = l_R > 0
@@ -136,6 +137,8 @@ def _exp2(x: jax.Array) -> jax.Array:
     leaves n in the low bits of the sum. NaN stays NaN. A polynomial would take fewer instructions, but
     XLA repeats cheap arithmetic in every consumer of its result; a division it evaluates once.
     """
+    if x.dtype == jnp.float64:
+        return jnp.exp2(x)
     x = jnp.maximum(x, -127.0)
     n = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
     f = x - n
@@ -180,12 +183,13 @@ def _backward(config: ChunkedConfig, residuals, cotangents) -> SoftmaxCall:
     dout_BTNM, dlse_BTN = cotangents
     plan = make_plan(call, config)
     B, _, S, _, K, _, _ = call.sizes
+    sums = accumulator(call.q_BTNH)
     totals = (
         jnp.zeros_like(call.q_BTNH),
         jnp.zeros_like(plan.call.k_BSKH),
         jnp.zeros_like(plan.call.v_BSKM),
-        None if call.sink_logits_N is None else jnp.zeros(call.sink_logits_N.shape, jnp.float32),
-        _bias_zeros(plan.call.bias),
+        None if call.sink_logits_N is None else jnp.zeros(call.sink_logits_N.shape, sums),
+        _bias_zeros(plan.call.bias, sums),
     )
     totals = varying.like(call.q_BTNH, totals)
     saved = (out_BTNM, lse_BTN[..., None], dout_BTNM, dlse_BTN[..., None])
@@ -221,6 +225,7 @@ _attend.defvjp(_residuals, _cotangent)
 
 def _backward_head(head: KVHead, saved, totals):
     plan, call, G = head.plan, head.plan.call, head.plan.G
+    sums = accumulator(call.q_BTNH)
     *_, H, M = call.sizes
     b, kv = head.batch, head.kv_head
     dq_BTNH, dk_BSKH, dv_BSKM, dsinks_N, dbias = totals
@@ -233,14 +238,14 @@ def _backward_head(head: KVHead, saved, totals):
     lse_R = jnp.where(dead_R, jnp.inf, lse_R * LOG2E)
     delta_R = (out_RM * do_RM).sum(1) - jnp.where(dead_R, 0.0, dlse_R)
     if dsinks_N is not None:
-        sinks_G1 = cut(call.sink_logits_N, kv * G, G).astype(jnp.float32)[:, None]
+        sinks_G1 = cut(call.sink_logits_N, kv * G, G).astype(sums)[:, None]
         dsinks_G = -(_exp2(sinks_G1 * LOG2E - lse_R.reshape(G, -1)) * delta_R.reshape(G, -1)).sum(1)
         dsinks_N = paste(dsinks_N, cut(dsinks_N, kv * G, G) + dsinks_G, [kv * G])
     rows = (do_RM, lse_R, delta_R)
 
     def key_tile(j, carry):
         dq_HR, dk_BSKH, dv_BSKM, dbias = carry
-        zeros = (jnp.zeros((plan.key_tile, H), jnp.float32), jnp.zeros((plan.key_tile, M), jnp.float32))
+        zeros = (jnp.zeros((plan.key_tile, H), sums), jnp.zeros((plan.key_tile, M), sums))
         zeros = varying.like(call.q_BTNH, zeros)
         start = j * plan.key_tile
 
@@ -252,7 +257,7 @@ def _backward_head(head: KVHead, saved, totals):
         dk_BSKH = store(dk_BSKH, dk_KH[None], b, kv, start)
         return dq_HR, dk_BSKH, store(dv_BSKM, dv_KM[None], b, kv, start), dbias
 
-    dq_HR = varying.like(call.q_BTNH, jnp.zeros((H, G * plan.T_pad), jnp.float32))
+    dq_HR = varying.like(call.q_BTNH, jnp.zeros((H, G * plan.T_pad), sums))
     dq_HR, dk_BSKH, dv_BSKM, dbias = lax.fori_loop(
         *plan.key_tiles, key_tile, (dq_HR, dk_BSKH, dv_BSKM, dbias)
     )
@@ -296,12 +301,12 @@ def _add_rows(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
     return paste(total, cut(total, start, part.shape[0]) + part, [start])
 
 
-def _bias_zeros(bias: Any) -> Any:
-    """Where the bias gradient is gathered: float32, the bias's structure; None if nothing is learned."""
+def _bias_zeros(bias: Any, sums: Any) -> Any:
+    """Where the bias gradient is gathered: the bias's structure; None if nothing is learned."""
     if not any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(bias)):
         return None
     return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), bias
+        lambda x: jnp.zeros(x.shape, sums if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), bias
     )
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention_jax.dtypes import wider
 from attention_jax.ops.softmax.common import SoftmaxCall, platform
 from attention_jax.ops.tokens import positions_or_arange, select_valid
 
@@ -93,14 +94,14 @@ def _probabilities(call: SoftmaxCall, k_BKSH: jax.Array) -> tuple[jax.Array, jax
     """exp(z - max z) [B, K, G T, S], its sum, at least 1 without a key, and the lse of all queries."""
     B, T, S, N, K, H, _ = call.sizes
     G = N // K
-    q_BTNH = select_valid(call.q_BTNH, call.q_valid_BT).astype(jnp.float32) * call.scale
+    q_BTNH = wider(select_valid(call.q_BTNH, call.q_valid_BT)) * call.scale
     q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     z_BNTS = _product(q_BKRH, k_BKSH, 3).reshape(B, N, T, S)
     kept_BNTS = _kept(call)
     z_BNTS = jnp.where(kept_BNTS, _exponents(call, z_BNTS), -jnp.inf)
     m_BNT = z_BNTS.max(-1)
     if call.sink_logits_N is not None:
-        sinks_BNT = jnp.broadcast_to(call.sink_logits_N.astype(jnp.float32)[None, :, None], m_BNT.shape)
+        sinks_BNT = jnp.broadcast_to(call.sink_logits_N.astype(m_BNT.dtype)[None, :, None], m_BNT.shape)
         m_BNT = jnp.maximum(m_BNT, sinks_BNT)
     m_BNT = lax.stop_gradient(m_BNT)
     shift_BNT = jnp.where(m_BNT == -jnp.inf, 0.0, m_BNT)
@@ -116,9 +117,9 @@ def _probabilities(call: SoftmaxCall, k_BKSH: jax.Array) -> tuple[jax.Array, jax
 
 
 def _product(a_BKRC: jax.Array, b_BKSC: jax.Array, axis: int) -> jax.Array:
-    """float32 products over the last axis of a and an axis of b, for each row and kv head."""
+    """Products, in float32 or wider, over the last axis of a and an axis of b, for each row and kv head."""
     dimensions = (((3,), (axis,)), ((0, 1), (0, 1)))
-    return lax.dot_general(a_BKRC, b_BKSC.astype(jnp.float32), dimensions, precision=_FULL)
+    return lax.dot_general(a_BKRC, wider(b_BKSC), dimensions, precision=_FULL)
 
 
 def _kept(call: SoftmaxCall) -> jax.Array:
@@ -146,4 +147,5 @@ def _exponents(call: SoftmaxCall, z_BNTS: jax.Array) -> jax.Array:
     if call.bias is None:
         return z_BNTS
     positions = (positions_or_arange(x, n) for x, n in ((call.q_positions_BT, T), (call.k_positions_BS, S)))
-    return z_BNTS + call.bias.score(call.head_ids(jnp.arange(N, dtype=jnp.int32)), *positions)
+    score = call.bias.score(call.head_ids(jnp.arange(N, dtype=jnp.int32)), *positions)
+    return z_BNTS + score.astype(z_BNTS.dtype)

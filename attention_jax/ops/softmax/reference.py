@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attention_jax.dtypes import wider
 from attention_jax.ops.softmax.common import SoftmaxCall, dropout_keep
 from attention_jax.ops.tokens import positions_or_arange, select_valid
 
@@ -17,7 +18,7 @@ from attention_jax.ops.tokens import positions_or_arange, select_valid
 def attend(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     """(out_BTNM in q's dtype, lse_BTN in float32)."""
     B, T, S, N, K, _, M = call.sizes
-    v_BSKM = select_valid(call.v_BSKM, call.k_valid_BS).astype(jnp.float32)
+    v_BSKM = wider(select_valid(call.v_BSKM, call.k_valid_BS))
     w_BNTS, lse_BNT = _probabilities(call)
     if call.dropout_rate > 0:
         rows_B, heads_N = call.row_ids(jnp.arange(B)), call.head_ids(jnp.arange(N))
@@ -45,15 +46,15 @@ def _probabilities(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     q_pos_BT = positions_or_arange(call.q_positions_BT, T)
     k_pos_BS = positions_or_arange(call.k_positions_BS, S)
     q_valid_BT, k_valid_BS = call.q_valid_BT, call.k_valid_BS
-    q_BTNH = select_valid(call.q_BTNH, q_valid_BT).astype(jnp.float32) * call.scale
-    k_BSKH = select_valid(call.k_BSKH, k_valid_BS).astype(jnp.float32)
+    q_BTNH = wider(select_valid(call.q_BTNH, q_valid_BT)) * call.scale
+    k_BSKH = wider(select_valid(call.k_BSKH, k_valid_BS))
 
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     s_BNTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, precision="highest").reshape(B, N, T, S)
     if call.softcap is not None:
         s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
     if call.bias is not None:
-        s_BNTS = s_BNTS + call.bias.score(heads_N, q_pos_BT, k_pos_BS)
+        s_BNTS = s_BNTS + call.bias.score(heads_N, q_pos_BT, k_pos_BS).astype(s_BNTS.dtype)
     seen_BNTS = _kept(call, q_pos_BT, k_pos_BS, q_valid_BT, k_valid_BS)
     s_BNTS = jnp.where(seen_BNTS, s_BNTS, -jnp.inf)
 
@@ -61,7 +62,7 @@ def _probabilities(call: SoftmaxCall) -> tuple[jax.Array, jax.Array]:
     # without a sink) keeps 0 there, so that -inf - -inf never appears.
     m_BNT1 = s_BNTS.max(-1, keepdims=True)
     if call.sink_logits_N is not None:
-        sinks_1N11 = call.sink_logits_N.astype(jnp.float32)[None, :, None, None]
+        sinks_1N11 = call.sink_logits_N.astype(s_BNTS.dtype)[None, :, None, None]
         m_BNT1 = jnp.maximum(m_BNT1, sinks_1N11)
     m_BNT1 = jax.lax.stop_gradient(jnp.where(m_BNT1 == -jnp.inf, 0.0, m_BNT1))
     p_BNTS = jnp.exp(s_BNTS - m_BNT1)

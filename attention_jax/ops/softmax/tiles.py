@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention_jax.dtypes import wider
 from attention_jax.ops.softmax.blocks import Tokens
 from attention_jax.ops.softmax.chunked_plan import ChunkedPlan, Piece
 from attention_jax.ops.softmax.common import dropout_keep
@@ -28,8 +29,8 @@ LOG2E = math.log2(math.e)
 class KVHead:
     """A kv head of a batch row and its G query heads.
 
-    q holds the G heads one after another, in float32 with invalid slots selected to 0, scaled so that
-    q . k is the base-2 exponent (with a softcap c: the argument of tanh).
+    q holds the G heads one after another, in float32 or wider with invalid slots selected to 0, scaled so
+    that q . k is the base-2 exponent (with a softcap c: the argument of tanh).
     """
 
     plan: ChunkedPlan
@@ -58,7 +59,7 @@ def load_queries(plan: ChunkedPlan, tokens: Tokens | None, x_BTNH: jax.Array, b,
 def _load(x_BLNH, tokens: Tokens | None, b, group, G: int, start, size: int) -> jax.Array:
     """Heads [group * G, (group + 1) * G) of `size` tokens as float32 [G, size, H], invalid ones 0."""
     sizes = (1, size, G, x_BLNH.shape[3])
-    x_LGH = _block(x_BLNH, (b, start, group * G), sizes)[0].astype(jnp.float32)
+    x_LGH = wider(_block(x_BLNH, (b, start, group * G), sizes)[0])
     if tokens is not None:
         x_LGH = jnp.where(cut(_row(tokens.valid, b), start, size)[:, None, None], x_LGH, 0.0)
     return x_LGH.swapaxes(0, 1)
@@ -173,7 +174,7 @@ class ChunkedTile:
     def bias_scores(self, bias: Any, transposed: bool) -> jax.Array:
         q_pos, k_pos = self.positions
         n = jnp.reshape(self.head.plan.call.head_ids(self.head.query_head(self.g)), (1,)).astype(jnp.int32)
-        score = bias.score(n, q_pos[None], k_pos[None]).astype(jnp.float32)
+        score = bias.score(n, q_pos[None], k_pos[None]).astype(self.head.q_RH.dtype)
         score = jnp.broadcast_to(score, (1, 1, q_pos.size, k_pos.size))[0, 0]
         return score.T if transposed else score
 
