@@ -120,7 +120,7 @@ def resolve(name: str | os.PathLike) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    if not _HUB_NAME.fullmatch(str(name)):
+    if not is_hub_name(str(name)):
         raise ValueError(f"{name}: no such folder or file, and not a name on the hub such as Qwen/Qwen3-0.6B")
     hub = need("huggingface_hub", f"loading {name} from the hub")
     try:
@@ -128,6 +128,22 @@ def resolve(name: str | os.PathLike) -> Path:
     except Exception as error:  # of the network, of many packages
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: no such folder, and it could not be downloaded: {reason}") from None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a text can be the name of a repository on the hub."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def described(path: Path) -> Description:
+    """The description of a model's folder or .gguf file; headers of tensors alone are read."""
+    return describe(path) if path.is_dir() else GGUFModel(open_tensors(path), str(path)).description
+
+
+def config_of(name: str | os.PathLike) -> ModelConfig:
+    """The configuration of a published model without its parameters. ValueError as of `load_pretrained`."""
+    description = described(resolve(name))
+    return read_config(family_of(description.model_type), description)
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -32,6 +32,23 @@ class TrainedRun:
     tokenizer: tokenizers.Tokenizer | None  # None: the run is of a synthetic task
     step: int
     chosen: str = ""  # how `load_run` chose the step, such as "the latest"
+    folder: Path = Path()
+
+    @property
+    def title(self) -> str:
+        """What was loaded, for a line on stderr."""
+        return f"{self.folder}: checkpoint of step {self.step}, {self.chosen}"
+
+    @property
+    def trained_lengths(self) -> dict[str, int | None]:
+        """The most tokens of a prompt and of a source in training."""
+        data = self.config.data
+        return {"prompt": data.sequence_length, "source": data.source_width}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text beside the tokenizer's `end_of_document`."""
+        return getattr(self.tokenizer, "stop_ids", ())
 
     def requests(self, texts: Sequence[str]) -> Requests:
         """Inputs of `generate` that continue the texts, or for seq2seq generate their targets.
@@ -79,7 +96,7 @@ def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
         check_checkpoint(info, path, config, folder, corpus_sha256)
 
     state, _ = checkpoints.restore(number, abstract_state(config, model), check)
-    return TrainedRun(config, model, state["params"], tokenizer, number, chosen)
+    return TrainedRun(config, model, state["params"], tokenizer, number, chosen, folder)
 
 
 def _check_folder(folder: Path) -> None:
