@@ -123,6 +123,23 @@ def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
     return model
 
 
+def run_model(folder: Path) -> ModelConfig:
+    """The model of a run, with its vocabulary, without a checkpoint. ValueError as of `load_run`."""
+    _check_folder(folder)
+    config = saved_config(folder)
+    data = config.data.task or snapshot.read_tokenizer(folder / "data")[0]
+    return with_vocabulary(config.model, vocabulary_size(config.objective, data))
+
+
+def state_of(config: RunConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Given parameters and their new optimiser state, placed as `fresh_state` places them."""
+
+    def begin(params):
+        return {"params": params, "opt_state": make_optimizer(config.optimizer, config.steps).init(params)}
+
+    return jax.jit(begin, out_shardings=_first_device())(params)
+
+
 def fresh_state(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """New parameters and their optimiser state, the arrays of a checkpoint, on the first device."""
     return jax.jit(functools.partial(_fresh, config, model), out_shardings=_first_device())(key)
