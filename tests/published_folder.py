@@ -19,9 +19,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 DESCRIPTION = {
-    "model_type": "llama", "vocab_size": 263, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
-    "tie_word_embeddings": False, "max_position_embeddings": 512,
+    "model_type": "llama", "vocab_size": 263, "hidden_size": 8, "intermediate_size": 12,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32", "tie_word_embeddings": False, "max_position_embeddings": 512,
 }  # fmt: skip
 
 

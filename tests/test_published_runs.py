@@ -24,7 +24,7 @@ CORPUS = "the quick brown fox jumps over the lazy dog\n" * 40
 TRAIN = {
     "steps": 5, "log_every": 1, "evaluation.every": 5, "evaluation.batches": 1, "evaluation.sample_tokens": 0,
     "evaluation.final_full": False, "checkpoint.every": 3, "data.sequence_length": 16, "data.batch_size": 2,
-    "data.validation_split": "tail",
+    "data.validation_split": "tail", "optimizer.warmup_steps": 1, "optimizer.learning_rate": 1e-3,
 }  # fmt: skip
 
 
@@ -45,10 +45,9 @@ def chat(monkeypatch, capsys):
 
 def _train(folder, tmp_path, *more):
     (tmp_path / "corpus.txt").write_text(CORPUS)
-    (tmp_path / "c.yaml").write_text("{}")
     keys = TRAIN | {"run_dir": tmp_path / "run", "data.files": tmp_path / "corpus.txt"}
     given = [f"{key}={json.dumps(v) if isinstance(v, bool) else v}" for key, v in keys.items()]
-    return [str(tmp_path / "c.yaml"), *given, f"init_from={folder}", *more]
+    return ["configs/finetune.yaml", *given, f"init_from={folder}", *more]
 
 
 def _answer(model, ids):

@@ -39,7 +39,6 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 def _essence(tokenizer: Any) -> tuple[Any, ...]:
     """What two tokenizers that are the same have in common."""
     special = tokenizer.special
-    return (
-        json.loads(tokenizer.to_json()["tokenizer"]), tokenizer.pieces.special, special.bos_id, special.eos_id,
-        set(special.stop_ids), bool(special.add_bos), bool(special.add_eos), special.chat_template,
-    )  # fmt: skip
+    flags = bool(special.add_bos), bool(special.add_eos)
+    ids = special.bos_id, special.eos_id, set(special.stop_ids), tokenizer.pieces.special
+    return json.loads(tokenizer.to_json()["tokenizer"]), ids, flags, special.chat_template

@@ -2,8 +2,8 @@
 
 With a chat template a line is a message: the whole conversation is rendered in every turn, and what of it the
 state has not read is read. Without one the text of the model is the turns, and of each answer what was shown:
-`Session.tokens`. On a terminal lines are asked for; from a pipe each line is a turn. Answers go to stdout, all
-else to stderr.
+`Session.tokens`. On a terminal lines are asked for; from a pipe each line is a turn. Answers go to stdout,
+all else to stderr.
 """
 
 from __future__ import annotations

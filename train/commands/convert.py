@@ -67,7 +67,7 @@ def _of_run(options: Options) -> tuple[ModelConfig, dict, Path]:
     like = options.source / PUBLISHED
     if not exists(like / "config.json"):
         raise ValueError(
-            f"{options.source}: only a run that began with init_from: hf:NAME has a config.json to be written with"
+            f"{options.source}: it did not begin with init_from: hf:NAME, and has no config.json to write"
         )
     plain = {name: getattr(ModelConfig(), name) for name in EXECUTION}
     params = run.params
