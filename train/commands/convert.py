@@ -3,14 +3,17 @@
     python scripts/convert.py runs/finetuned out/finetuned --dtype bfloat16
     python scripts/convert.py model.gguf out/model
 
-SOURCE is a run that was started with init_from from a published model, a
-folder of Hugging Face, a .gguf file or a name on the hub. Without --dtype the
-parameters keep every bit. TARGET must not exist.
+SOURCE is a run, a folder of Hugging Face, a .gguf file or a name on the hub. A
+run that began with init_from: hf:NAME gets the config.json and tokenizer of
+that model; another one those of Llama or Qwen 3, if they compute the same,
+which is checked. Without --dtype the parameters keep every bit. TARGET must not
+exist.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +24,9 @@ import jax
 
 from attention_jax.model import ModelConfig
 from attention_jax.pretrained import load_pretrained, save_pretrained
+from attention_jax.pretrained.express import expressed
 from attention_jax.pretrained.models import describe_folder, resolve
+from attention_jax.tokenizers import write_tokenizer
 from train import command_line
 from train.commands.types import Folder, Positional
 from train.run.files import exists
@@ -56,21 +61,22 @@ def _main(options: Options) -> None:
                 describe_folder(like, Path(temporary))
                 like = Path(temporary)
         else:
-            config, params, like = _of_run(options)
+            config, params, like = _of_run(options, Path(temporary))
         save_pretrained(options.target, config, params, like=like)
     print(f"{options.target}: {', '.join(dtypes(params))} parameters", file=sys.stderr)
 
 
-def _of_run(options: Options) -> tuple[ModelConfig, dict, Path]:
-    """(model, parameters, folder that describes it) of a run. ValueError for a run that nothing describes."""
+def _of_run(options: Options, temporary: Path) -> tuple[ModelConfig, dict, Path]:
+    """(model, parameters, folder that describes it) of a run. ValueError for a model without config.json."""
     run = load_run(options.source, step=options.step)
-    like = options.source / PUBLISHED
-    if not exists(like / "config.json"):
-        raise ValueError(
-            f"{options.source}: it did not begin with init_from: hf:NAME, and has no config.json to write"
-        )
-    plain = {name: getattr(ModelConfig(), name) for name in EXECUTION}
-    params = run.params
+    params, like = run.params, options.source / PUBLISHED
     if options.dtype is not None:
         params = jax.tree.map(lambda x: x.astype(options.dtype), params)
-    return dataclasses.replace(run.model, **plain), params, like
+    if exists(like / "config.json"):
+        plain = {name: getattr(ModelConfig(), name) for name in EXECUTION}
+        return dataclasses.replace(run.model, **plain), params, like
+    config, values = expressed(run.model)
+    (temporary / "config.json").write_text(json.dumps(values))
+    if run.tokenizer is not None:
+        write_tokenizer(temporary, run.tokenizer)
+    return config, params, temporary
