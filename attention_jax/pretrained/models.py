@@ -22,7 +22,7 @@ from attention_jax.pretrained.family import Family
 from attention_jax.pretrained.files import new_folder, open_tensors, write_safetensors
 from attention_jax.pretrained.gguf_models import GGUFModel
 from attention_jax.pretrained.load import load_params, saved_specs, saved_tensors
-from attention_jax.tokenizers import Tokenizer, load_tokenizer
+from attention_jax.tokenizers import Tokenizer, load_tokenizer, write_tokenizer
 
 _MOST_JSON = 100_000_000
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
@@ -127,7 +127,7 @@ def resolve(name: str | os.PathLike) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    if not _HUB_NAME.fullmatch(str(name)):
+    if not is_hub_name(str(name)):
         raise ValueError(f"{name}: no such folder or file, and not a name on the hub such as Qwen/Qwen3-0.6B")
     hub = need("huggingface_hub", f"loading {name} from the hub")
     try:
@@ -135,6 +135,37 @@ def resolve(name: str | os.PathLike) -> Path:
     except Exception as error:  # of the network, of many packages
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: no such folder, and it could not be downloaded: {reason}") from None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a text can be the name of a repository on the hub."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def described(path: Path) -> Description:
+    """The description of a model's folder or .gguf file; headers of tensors alone are read."""
+    return describe(path) if path.is_dir() else GGUFModel(open_tensors(path), str(path)).description
+
+
+def config_of(name: str | os.PathLike) -> ModelConfig:
+    """The configuration of a published model without its parameters. ValueError as of `load_pretrained`."""
+    description = described(resolve(name))
+    return read_config(family_of(description.model_type), description)
+
+
+def describe_folder(source: Path, target: Path) -> None:
+    """Write a model's config.json and tokenizer files into a folder: those that `save_pretrained` copies.
+
+    source: a folder, whose files are copied, or a .gguf file, of whose metadata they are made.
+    """
+    values = described(source).values
+    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    if source.is_dir():
+        for companion in COMPANIONS:
+            if (source / companion).is_file():
+                shutil.copyfile(source / companion, target / companion)
+    else:
+        write_tokenizer(target, load_tokenizer(source))
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -10,6 +10,7 @@ from attention_jax.tokenizers.published import EncodedChat, PublishedTokenizer, 
 from attention_jax.tokenizers.sentence_piece import SentencePieceTokenizer
 from attention_jax.tokenizers.tiktoken_ranks import TiktokenTokenizer
 from attention_jax.tokenizers.turns import Turn, turns_of
+from attention_jax.tokenizers.writing import write_tokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -33,4 +34,5 @@ __all__ = [
     "load_tokenizer",
     "make",
     "turns_of",
+    "write_tokenizer",
 ]

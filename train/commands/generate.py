@@ -1,7 +1,11 @@
-"""Prints text that a trained model continues a prompt with, token by token.
+"""Prints text that a model continues a prompt with, token by token.
 
     python scripts/generate.py runs/tiny --prompt "class " --top-k 40
     python scripts/generate.py runs/tiny --chat
+    python scripts/generate.py path/to/model.gguf --ask "What is a quine?"
+
+A model is the folder of a run, or a published one: a folder of Hugging Face,
+a .gguf file, or a name on the hub such as HuggingFaceTB/SmolLM2-135M-Instruct.
 
 For a run of objective seq2seq the prompt is the source text, and the model
 writes its target. On a terminal, control characters that the model writes are
@@ -17,6 +21,9 @@ of the text. For one that has, --template says how a line is put to it, and
 
     --chat --template "\\nQ: {user}\\nA:" --stop "\\nQ:"
 
+A model with a chat template answers each line as a message, in that template;
+--system gives a message before them, --ask asks one question and ends.
+
 In --template and --stop, \\n is a newline, \\t a tab, and \\\\ a backslash.
 """
 
@@ -26,33 +33,37 @@ import dataclasses
 import json
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
 
 from attention_jax.caches import CacheOptions
 from attention_jax.generation import Completion, DraftModel, Increment, NGram, Sampling, stream
+from attention_jax.tokenizers import Tokenizer
 from train import command_line
-from train.commands.chat import TEMPLATE, Settings, check_template, converse
+from train.commands.chat import Settings, check_template, converse
 from train.commands.speed import clock, drafts_kept
 from train.commands.types import (
     Count,
-    Escaped,
     EscapedTexts,
     Folder,
     Integer,
     Integers,
     MaybeCount,
+    MaybeEscaped,
     MaybeInteger,
     MaybeNumber,
     MaybePath,
+    MaybeText,
     Number,
     Positional,
 )  # fmt: skip
-from train.run.restore import Requests, TrainedRun, load_run
+from train.run.published import PublishedModel, load_source
+from train.run.restore import Requests, TrainedRun
 from train.streams import printable
 
+Source = TrainedRun | PublishedModel
 _LONG = 4096  # tokens that a small model takes seconds to read
 
 
@@ -60,7 +71,7 @@ _LONG = 4096  # tokens that a small model takes seconds to read
 class Options:
     """What the command line gives."""
 
-    run_dir: Positional[Folder]  #: the folder of a run of `python -m train`
+    model: Positional[Folder]  #: a run's folder, or a published model: folder, .gguf file or hub name
     prompt: str = ""  #: what the text starts with; for seq2seq: the source
     tokens: Integer = 300  #: how many tokens to sample at most
     temperature: Number = 0.8  #: 0 always takes the likeliest token
@@ -81,7 +92,13 @@ class Options:
     speculate: MaybeCount = None  #: draft N tokens at a time, from repeated text or by --draft
     draft: MaybePath = None  #: the run of a smaller model that drafts, 4 tokens by default
     chat: bool = False  #: go on after each line of the standard input
-    template: Escaped = TEMPLATE  #: --chat: the text of a turn, with {user} for the line
+    ask: MaybeText = None  #: answer this one message, as --chat does, and end
+    system: MaybeText = None  #: --chat: the system message of a model with a chat template
+    #: --chat: the text of a turn, with {user} for the line; none: the model's chat template, or a line
+    template: MaybeEscaped = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = (
+        None  #: in which a published model is stored; none: as in its files
+    )
     capacity: MaybeCount = None  #: --chat: the most tokens; none: 4096, or the model's limit
 
     def sampling(self) -> Sampling:
@@ -107,24 +124,18 @@ def _main(options: Options) -> None:
     if options.tokens < 1:
         raise ValueError(f"--tokens must be >= 1, got {options.tokens}")
     sampling = options.sampling()
-    if options.chat:
-        _check_chat(options)
-    run = load_run(options.run_dir, step=step)
-    print(f"{options.run_dir}: checkpoint of step {run.step}, {run.chosen}", file=sys.stderr, flush=True)
-    if options.chat:
-        speculation = _speculation(run, options)
-        settings = Settings(
-            sampling,
-            options.tokens,
-            options.template,
-            options.seed,
-            _cache(options),
-            speculation,
-            options.capacity,
-        )
-        converse(run, settings)
-    else:
-        _print_text(run, options, sampling)
+    chats = options.chat or options.ask is not None
+    _check_chat(options) if chats else _check_no_chat(options)
+    source = load_source(options.model, step=step, dtype=options.dtype)
+    print(source.title, file=sys.stderr, flush=True)
+    if not chats:
+        _print_text(source, options, sampling)
+        return
+    settings = Settings(
+        sampling, options.tokens, options.template, options.seed, _cache(options),
+        _speculation(source, options), options.capacity, options.system,
+    )  # fmt: skip
+    converse(source, settings, options.ask)
 
 
 def _check_chat(options: Options) -> None:
@@ -133,32 +144,42 @@ def _check_chat(options: Options) -> None:
     refused["--logprobs"] = options.logprobs is not None
     if given := [name for name, there in refused.items() if there]:
         raise ValueError(f"--chat continues one text line by line, without {given[0]}: leave it out")
-    check_template(options.template)
+    if options.chat and options.ask is not None:
+        raise ValueError("--ask answers one message and ends: leave out --chat")
+    if options.template is not None:
+        check_template(options.template)
+
+
+def _check_no_chat(options: Options) -> None:
+    """ValueError for options that only --chat has."""
+    if options.system is not None:
+        raise ValueError("--system is a message of --chat or --ask: give one of them")
 
 
 def _cache(options: Options) -> CacheOptions:
     return CacheOptions(quantize=None if options.cache == "float" else options.cache)
 
 
-def _speculation(run: TrainedRun, options: Options) -> NGram | DraftModel | None:
+def _speculation(run: Source, options: Options) -> NGram | DraftModel | None:
     """What drafts tokens, if anything; ValueError for a run with another tokenizer."""
     if options.draft is None:
         return None if options.speculate is None else NGram(options.speculate)
-    draft = load_run(options.draft)
+    draft = load_source(options.draft)
     theirs, ours = (None if r.tokenizer is None else r.tokenizer.to_json() for r in (draft, run))
     if theirs != ours:
-        raise ValueError(f"--draft {options.draft}: its tokenizer is another than that of {options.run_dir}")
+        raise ValueError(f"--draft {options.draft}: its tokenizer is another than that of {options.model}")
     count = {} if options.speculate is None else {"num_tokens": options.speculate}
     return DraftModel(draft.model, draft.params, **count)
 
 
-def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
+def _print_text(run: Source, options: Options, sampling: Sampling) -> None:
     seed = secrets.randbits(32) if options.seed is None else options.seed
     requests = run.requests([options.prompt])
     for note in notes(run, requests):
         print(note, file=sys.stderr, flush=True)
     speculation = _speculation(run, options)
     shown = printable if sys.stdout.isatty() else str
+    sampling = dataclasses.replace(sampling, stop_ids=(*sampling.stop_ids, *run.stop_ids))
     with clock() as timed:
         parts = stream(
             run.model,
@@ -173,7 +194,8 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
             cache=_cache(options),
             speculation=speculation,
         )
-        samples = _print_samples(timed.counted(parts), shown(requests.echo[0]), options.n, shown)
+        parts = _with_lead(run.tokenizer, timed.counted(parts)) if requests.echo[0] else timed.counted(parts)
+        samples = _print_samples(parts, shown(requests.echo[0]), options.n, shown)
     drafts = None
     if speculation is not None:
         drafts = tuple(sum(counts) for counts in zip(*(sample.drafts for sample in samples), strict=True))
@@ -181,6 +203,19 @@ def _print_text(run: TrainedRun, options: Options, sampling: Sampling) -> None:
         for index, sample in enumerate(samples):
             print(*_table(run, sample), sep="\n", end="\n" if index == len(samples) - 1 else "\n\n")
     print(timed.speed() + drafts_kept(drafts), file=sys.stderr, flush=True)
+
+
+def _with_lead(tokenizer: Tokenizer, parts: Iterator[list[Increment]]) -> Iterator[list[Increment]]:
+    """The parts, with the space that a tokenizer drops at the start of a text and that follows a prompt."""
+    begun: set[int] = set()
+    for row in parts:
+        for index, part in enumerate(row):
+            if index not in begun and part.text:
+                begun.add(index)
+                first = tokenizer.pieces.texts.get(int(part.tokens[0]), b"") if len(part.tokens) else b""
+                if tokenizer.pieces.lead != "keep" and first.startswith(b" "):
+                    row[index] = dataclasses.replace(part, text=" " + part.text)
+        yield row
 
 
 def _print_samples(parts, echo: str, n: int, shown: Callable[[str], str]) -> list[Completion]:
@@ -203,7 +238,7 @@ def _print_samples(parts, echo: str, n: int, shown: Callable[[str], str]) -> lis
     return samples
 
 
-def _table(run: TrainedRun, sample: Completion) -> list[str]:
+def _table(run: Source, sample: Completion) -> list[str]:
     """The tokens of a sample with their log-probabilities, and the likeliest ones of each place."""
     rows = [f"{'':>6}  {'logprob':>8}  {'token':12}  likeliest"]
 
@@ -220,14 +255,15 @@ def _table(run: TrainedRun, sample: Completion) -> list[str]:
     return rows
 
 
-def notes(run: TrainedRun, requests: Requests) -> list[str]:
+def notes(run: Source, requests: Requests) -> list[str]:
     """What to say before a text that is longer than in training, or takes long to read."""
-    data, found = run.config.data, []
-    kinds = [("prompt", requests.prompts[0], data.sequence_length)]
+    found = []
+    kinds = [("prompt", requests.prompts[0])]
     if requests.sources is not None:
-        kinds.append(("source", requests.sources[0], data.source_width))
-    for name, ids, trained in kinds:
-        if len(ids) > trained:
+        kinds.append(("source", requests.sources[0]))
+    for name, ids in kinds:
+        trained = run.trained_lengths[name]
+        if trained is not None and len(ids) > trained:
             found.append(
                 f"note: the {name} has {len(ids):,} tokens, and the model was trained on at most {trained:,}:"
                 " its text after a longer one may be worse"

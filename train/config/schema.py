@@ -46,6 +46,10 @@ class RunConfig:
     #: targets given their sources. masked_lm: predict masked tokens from bidirectional context, with
     #: model.causal: false; losses are in nats per masked token, and there are no bits per byte
     objective: Literal["causal_lm", "seq2seq", "masked_lm"] = "causal_lm"
+    #: start from the parameters, the model and the tokenizer of hf:NAME, a published model (a folder, a .gguf
+    #: file or a name on the hub), or of run:FOLDER, another run; without hf: or run: a path is looked at. Keys
+    #: of model are then absent, but dtype, scan_layers and remat; null: new parameters
+    init_from: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)  #: the language model
     data: DataConfig = field(default_factory=DataConfig)  #: the text
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  #: the optimiser
@@ -59,6 +63,8 @@ class RunConfig:
         check_path("run_dir", self.run_dir)
         if self.run_dir is not None and not self.run_dir.strip():
             raise ValueError("run_dir is empty; name a folder, or null for runs/NAME_OF_THE_CONFIG")
+        check_path("init_from", self.init_from)
+        self._check_init_from()
         self._resolve()
         self._check_rows()
         self._check_causal()
@@ -85,6 +91,21 @@ class RunConfig:
                 prompt = 1 + len(self.evaluation.sample_prompt.encode(errors="replace"))
                 tokens = max(0, min(tokens, self.model.limit[0] - prompt))
             object.__setattr__(self, "evaluation", dataclasses.replace(self.evaluation, sample_tokens=tokens))
+
+    def _check_init_from(self) -> None:
+        tokenizer = self.data.tokenizer
+        if self.init_from is None:
+            if tokenizer == "init_from":
+                raise ValueError("data.tokenizer is init_from, which is null: set init_from, or use bytes")
+            return
+        if not self.init_from.strip() or self.init_from in ("hf:", "run:"):
+            raise ValueError(f"init_from {self.init_from!r}: name a folder, a file or a model of the hub")
+        if tokenizer == "chars":
+            raise ValueError(
+                "data.tokenizer is chars: a model of init_from has its own tokenizer; remove the key"
+            )
+        if self.data.task is None:
+            object.__setattr__(self, "data", dataclasses.replace(self.data, tokenizer="init_from"))
 
     def _check_rows(self) -> None:
         model, data = self.model, self.data

@@ -32,8 +32,9 @@ class DataConfig:
     #: objective seq2seq: files of lines source<TAB>target; null: about 7,000 first lines of docstrings of
     #: the standard library as targets, the same without spaces and capitals as sources
     files: str | None = None
-    #: bytes: 256 ids and an end-of-document token; chars: the characters of the text, sorted
-    tokenizer: Literal["bytes", "chars"] = "bytes"
+    #: bytes: 256 ids and an end-of-document token; chars: the characters of the text, sorted; init_from: that
+    #: of the model that init_from names, which is the default with it
+    tokenizer: Literal["bytes", "chars", "init_from"] = "bytes"
     #: tokens per row (T); objective seq2seq: of a target with its end-of-document token, longer pairs are
     #: skipped and counted
     sequence_length: int = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from train.run.migration import FORMAT, migrate_config
 
 
 def prepare(
-    config: DataConfig, run_dir: str | Path, objective: str = "causal_lm"
+    config: DataConfig,
+    run_dir: str | Path,
+    objective: str = "causal_lm",
+    tokenizer: Callable[[], tokenizers.Tokenizer] | None = None,
 ) -> TextData | PairData | TaskData:
     """The data of a run: its snapshot in run_dir/data, made from the corpus on the first call; or its task.
 
+    tokenizer: makes that of `data.tokenizer: init_from`, where the snapshot is made.
     ValueError in one line: a corpus that cannot be read, is empty or too short (see `train.data.corpus` and
     `train.data.pairs`), a snapshot that is damaged or was made by another data section.
     """
@@ -40,7 +45,7 @@ def prepare(
     except OSError as error:
         raise ValueError(f"{folder} cannot be used: {error.strerror}; it may be sound") from None
     if not made:
-        new = make(config)
+        new = make(config, tokenizer)
         snapshot.check_corpus(Path(run_dir), new)
         snapshot.write(folder, new)
     data = kind(config, snapshot.read(folder))
@@ -55,10 +60,20 @@ def prepare(
     return data
 
 
-def _make(config: DataConfig) -> snapshot.Snapshot:
+MakeTokenizer = Callable[[], tokenizers.Tokenizer] | None
+
+
+def _tokenizer(config: DataConfig, made: MakeTokenizer, texts: Iterable[str]) -> tokenizers.Tokenizer:
+    if config.tokenizer != "init_from":
+        return tokenizers.make(config.tokenizer, texts)
+    assert made is not None, "a run with init_from gives its tokenizer"
+    return made()
+
+
+def _make(config: DataConfig, made: MakeTokenizer) -> snapshot.Snapshot:
     text = corpus.read(config.files)
     parts = corpus.split(text, config.validation_split, config.validation_fraction)
-    tokenizer = tokenizers.make(config.tokenizer, (document.text for document in text.documents))
+    tokenizer = _tokenizer(config, made, (document.text for document in text.documents))
     splits = [snapshot.encode(documents, tokenizer) for documents in parts]
     meta = _meta(config, text, tokenizer)
     for name, documents, split in zip(("train", "validation"), parts, splits, strict=True):
@@ -68,9 +83,9 @@ def _make(config: DataConfig) -> snapshot.Snapshot:
     return snapshot.Snapshot(tokenizer, *splits, meta)
 
 
-def _make_pairs(config: DataConfig) -> snapshot.Snapshot:
+def _make_pairs(config: DataConfig, made: MakeTokenizer) -> snapshot.Snapshot:
     found = pairs_lib.read(config.files, config.validation_split, config.validation_fraction)
-    tokenizer = tokenizers.make(config.tokenizer, ())
+    tokenizer = _tokenizer(config, made, ())
     assert tokenizer.end_of_document is not None, "train.config.schema refuses a tokenizer without it"
     meta = _meta(config, found.text, tokenizer) | {
         "unparsed_files": found.unparsed,

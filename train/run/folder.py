@@ -6,6 +6,7 @@ not set up. A folder with result.json is finished.
     config.yaml    the resolved configuration of the first start
     versions.json  `train.run.environment.record`;  run.json: corpus hash, parameters
     data/          the tokenised snapshot of the corpus
+    published/     with init_from: config.json and tokenizer of a published model
     progress.json  the step of the newest checkpoint that was saved
     metrics.jsonl, tensorboard/, samples/, checkpoints/, loss.png, result.json
     before.N/      what an earlier start had written when the run was started over
@@ -43,8 +44,8 @@ FREE = (
 )
 _LOCK = "run.lock"
 # What a set-up writes before config.yaml.
-_SET_UP = ("data", "tmp.data", "run.json", "versions.json", ".run.json.tmp", ".versions.json.tmp",
-           ".config.yaml.tmp")  # fmt: skip
+_SET_UP = ("data", "tmp.data", "published", "run.json", "versions.json", ".run.json.tmp",
+           ".versions.json.tmp", ".config.yaml.tmp")  # fmt: skip
 # What training writes, which is put aside when a run is started over; progress.json last.
 _TRAINED = ("checkpoints", "metrics.jsonl", "tensorboard", "samples", "loss.png", "result.json",
             "progress.json")  # fmt: skip

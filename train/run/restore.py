@@ -32,6 +32,23 @@ class TrainedRun:
     tokenizer: tokenizers.Tokenizer | None  # None: the run is of a synthetic task
     step: int
     chosen: str = ""  # how `load_run` chose the step, such as "the latest"
+    folder: Path = Path()
+
+    @property
+    def title(self) -> str:
+        """What was loaded, for a line on stderr."""
+        return f"{self.folder}: checkpoint of step {self.step}, {self.chosen}"
+
+    @property
+    def trained_lengths(self) -> dict[str, int | None]:
+        """The most tokens of a prompt and of a source in training."""
+        data = self.config.data
+        return {"prompt": data.sequence_length, "source": data.source_width}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text beside the tokenizer's `end_of_document`."""
+        return getattr(self.tokenizer, "stop_ids", ())
 
     def requests(self, texts: Sequence[str]) -> Requests:
         """Inputs of `generate` that continue the texts, or for seq2seq generate their targets.
@@ -79,7 +96,7 @@ def load_run(run_dir: str | Path, *, step: int | str = "latest") -> TrainedRun:
         check_checkpoint(info, path, config, folder, corpus_sha256)
 
     state, _ = checkpoints.restore(number, abstract_state(config, model), check)
-    return TrainedRun(config, model, state["params"], tokenizer, number, chosen)
+    return TrainedRun(config, model, state["params"], tokenizer, number, chosen, folder)
 
 
 def _check_folder(folder: Path) -> None:
@@ -104,6 +121,23 @@ def with_vocabulary(model: ModelConfig, size: int) -> ModelConfig:
             " raise it, or set it to null"
         )
     return model
+
+
+def run_model(folder: Path) -> ModelConfig:
+    """The model of a run, with its vocabulary, without a checkpoint. ValueError as of `load_run`."""
+    _check_folder(folder)
+    config = saved_config(folder)
+    data = config.data.task or snapshot.read_tokenizer(folder / "data")[0]
+    return with_vocabulary(config.model, vocabulary_size(config.objective, data))
+
+
+def state_of(config: RunConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Given parameters and their new optimiser state, placed as `fresh_state` places them."""
+
+    def begin(params):
+        return {"params": params, "opt_state": make_optimizer(config.optimizer, config.steps).init(params)}
+
+    return jax.jit(begin, out_shardings=_first_device())(params)
 
 
 def fresh_state(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
