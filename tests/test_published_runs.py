@@ -13,7 +13,7 @@ from attention_jax import AttentionConfig, ModelConfig, RoPE, SlidingWindow, app
 from attention_jax.generation import Sampling, generate
 from attention_jax.mixers import make_config
 from attention_jax.pretrained import load_pretrained
-from attention_jax.pretrained.express import expressed
+from attention_jax.pretrained.families.express import expressed
 from tests.published_folder import TEMPLATE, same, write_folder
 from tests.runs import interrupt, rows
 from train import cli, config

@@ -24,7 +24,7 @@ import jax
 
 from attention_jax.model import ModelConfig
 from attention_jax.pretrained import load_pretrained, save_pretrained
-from attention_jax.pretrained.express import expressed
+from attention_jax.pretrained.families.express import expressed
 from attention_jax.pretrained.models import describe_folder, resolve
 from attention_jax.tokenizers import write_tokenizer
 from train import command_line
