@@ -163,7 +163,8 @@ ROWS: dict[str, Row] = {
         "gpt_neox", NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_fast"}
         | {"attention_bias": False}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
-        {"dtype": None, "rope_parameters": None, "rotary_emb_base": 500, "rotary_pct": 1.0}, old_names=_embed_out,
+        {"dtype": None, "rope_parameters": None, "rotary_emb_base": 500, "rotary_pct": 1.0},
+        old_names=_embed_out,
     ),
     "bloom": Row(
         "bloom", BLOOM, BLOOM_OLD, old_names=lambda name: name.removeprefix("transformer.")
