@@ -120,12 +120,14 @@ class ALiBi(Bias):
 
     scale, max_exponent: those of `alibi_slopes`. rounding: with bfloat16, to which r rounds, slope m and
     position p enter as scale * r(r(m / scale) r(p)), and keys after the query have a bias > 0.
+    dtype: of the scores; float64 beside queries of that dtype.
     """
 
     num_heads: int = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True}, default=1.0)
     max_exponent: float = dataclasses.field(metadata={"static": True}, default=8.0)
     rounding: Literal["bfloat16"] | None = dataclasses.field(metadata={"static": True}, default=None)
+    dtype: Any = dataclasses.field(metadata={"static": True}, default=jnp.dtype(jnp.float32))
 
     def __post_init__(self):
         if not isinstance(self.num_heads, numbers.Integral) or isinstance(self.num_heads, bool):
@@ -147,16 +149,16 @@ class ALiBi(Bias):
         if self.rounding is not None:
             q_BNT, k_BNS = (self._rounded(heads_N, at) for at in (q_pos_BT, k_pos_BS))
             return self.scale * (k_BNS[:, :, None] - q_BNT[..., None])
-        slopes_N = jnp.asarray(self._slopes(), jnp.float32)[heads_N]
+        slopes_N = jnp.asarray(self._slopes(), self.dtype)[heads_N]
         # abs of floats is free on a GPU, where it is a modifier of the following multiplication.
-        distance_BTS = jnp.abs((q_pos_BT[:, :, None] - k_pos_BS[:, None, :]).astype(jnp.float32))
+        distance_BTS = jnp.abs((q_pos_BT[:, :, None] - k_pos_BS[:, None, :]).astype(self.dtype))
         return -slopes_N[None, :, None, None] * distance_BTS[:, None]
 
     def _rounded(self, heads_N: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """slope * position without the scale, rounded to bfloat16, float32 [B, N, T]."""
+        """slope * position without the scale, rounded to bfloat16, [B, N, T]."""
         slopes = alibi_slopes(self.num_heads, max_exponent=self.max_exponent)
-        slopes_N = _to_bfloat16(jnp.asarray(slopes, jnp.float32))[heads_N]
-        positions_BT = _to_bfloat16(positions_BT.astype(jnp.float32))
+        slopes_N = _to_bfloat16(jnp.asarray(slopes, self.dtype))[heads_N]
+        positions_BT = _to_bfloat16(positions_BT.astype(self.dtype))
         return _to_bfloat16(slopes_N[None, :, None] * positions_BT[:, None])
 
     def _slopes(self) -> tuple[float, ...]:
@@ -164,7 +166,7 @@ class ALiBi(Bias):
 
 
 def _to_bfloat16(x: jax.Array) -> jax.Array:
-    """x rounded to bfloat16, in float32. XLA may drop a conversion there and back."""
+    """x rounded to bfloat16, in its own dtype. XLA may drop a conversion there and back."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
@@ -200,9 +202,9 @@ class ALiBiConfig:
         check_choices(self)
         _check_slopes(self)
 
-    def of(self, num_heads: int) -> ALiBi:
+    def of(self, num_heads: int, dtype: Any = jnp.float32) -> ALiBi:
         """The ALiBi of so many heads."""
-        return ALiBi(num_heads, float(self.scale), float(self.max_exponent), self.rounding)
+        return ALiBi(num_heads, float(self.scale), float(self.max_exponent), self.rounding, jnp.dtype(dtype))
 
 
 def _check_slopes(bias: ALiBi | ALiBiConfig) -> None:
@@ -358,7 +360,7 @@ def check(bias: Bias, sizes: tuple[int, int, int, int] = (2, 4, 12, 16)) -> None
             text = str(error).partition("\n")[0]
             raise ValueError(f"{name}: score of a block of sizes {shape} fails: {text}") from None
         if found.dtype not in (jnp.float32, jnp.float64):
-            raise ValueError(f"{name}: score must be float32, got {found.dtype}")
+            raise ValueError(f"{name}: score must be float32 or float64, got {found.dtype}")
         return np.asarray(found)
 
     whole_BNTS = score(tuple(slice(0, size) for size in sizes))

@@ -17,6 +17,7 @@ from flax import nnx
 from attention_jax.biases import T5, ALiBiConfig
 from attention_jax.caches import DEFAULT_CACHE, empty_kv_cache
 from attention_jax.choices import ByKind, check_between
+from attention_jax.dtypes import accumulator
 from attention_jax.layers import HeadNorm, fused_linear, head_norm
 from attention_jax.masks import Full, Mask
 from attention_jax.mixers.base import Context, Mixer, Parts
@@ -202,7 +203,7 @@ class BiasedAttention(SelfAttention):
         config, N = self.config, self.config.num_heads
         self.bias, table = config.bias, None
         if self.bias == "alibi" or isinstance(self.bias, ALiBiConfig):
-            self.bias = (ALiBiConfig() if self.bias == "alibi" else self.bias).of(N)
+            self.bias = (ALiBiConfig() if self.bias == "alibi" else self.bias).of(N, accumulator(self.dtype))
         elif isinstance(self.bias, T5):
             self.bias = self.bias.over(config.mask.causal)
             init = nnx.initializers.normal(0.02)

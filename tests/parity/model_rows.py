@@ -206,8 +206,8 @@ ROWS: dict[str, Row] = {
         first_hidden=0,
     ),
     "gpt2": Row(
-        "gpt2", GPT, OLD_GPT, lambda name: name.removeprefix("transformer."),
-        ("attn.bias", "attn.masked_bias"),
+        "gpt2", GPT, OLD_GPT, old_names=lambda name: name.removeprefix("transformer."),
+        buffers=("attn.bias", "attn.masked_bias"),
     ),
     "gpt2-scaled": Row(
         "gpt2", GPT | {"n_inner": 40, "activation_function": "relu", "scale_attn_weights": False}
@@ -215,17 +215,18 @@ ROWS: dict[str, Row] = {
     ),
     "gptj": Row("gptj", GPT | {"rotary_dim": 4}, OLD_GPT | {"rotary": True, "scale_attn_weights": True}),
     "neox": Row(
-        "gpt_neox", NEOX, NEOX_OLD | {"rotary_pct": 0.25}, _embed_out,
-        ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+        "gpt_neox", NEOX, NEOX_OLD | {"rotary_pct": 0.25}, old_names=_embed_out,
+        buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     ),
     "neox-sequential": Row(
         "gpt_neox", NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_fast"}
         | {"attention_bias": False}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
-        {"dtype": None, "rope_parameters": None, "rotary_emb_base": 500, "rotary_pct": 1.0}, _embed_out,
+        {"dtype": None, "rope_parameters": None, "rotary_emb_base": 500, "rotary_pct": 1.0},
+        old_names=_embed_out,
     ),
     "bloom": Row(
-        "bloom", BLOOM, BLOOM_OLD, lambda name: name.removeprefix("transformer.")
+        "bloom", BLOOM, BLOOM_OLD, old_names=lambda name: name.removeprefix("transformer.")
     ),
     "bloom-residual": Row(
         "bloom", BLOOM | {"apply_residual_connection_post_layernorm": True, "n_head": 6, "hidden_size": 36}
