@@ -15,7 +15,7 @@ from attention_jax import AttentionConfig, ModelConfig
 from attention_jax.mixers import DeltaNetConfig
 from scripts import kernel_report, tune
 from train import command_line
-from train.commands import benchmark, compare, generate, recall, visualize
+from train.commands import benchmark, compare, convert, generate, recall, visualize
 from train.config import shipped
 from train.config.sections import DataConfig
 from train.run.restore import Requests
@@ -25,7 +25,7 @@ MECHANISMS = shipped.FOLDER / "mechanisms"
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (benchmark, compare, generate, kernel_report, recall, tune, visualize)
+    for module in (benchmark, compare, convert, generate, kernel_report, recall, tune, visualize)
 }
 
 
