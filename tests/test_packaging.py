@@ -77,7 +77,8 @@ def test_configurations_go_by_name(tmp_path, monkeypatch):
         with pytest.raises(config.ConfigError, match=message):
             config.load(name)
     with pytest.raises(
-        config.ConfigError, match="; the package brings gemma_shaped, .*, mechanisms/NAME and mqar"
+        config.ConfigError,
+        match="; the package brings experts, finetune, gemma_shaped, .*, mechanisms/NAME and mqar",
     ):
         config.load("xyzzy")
     with pytest.raises(config.ConfigError, match="cannot read"):

@@ -15,9 +15,8 @@ from attention_jax import AttentionConfig, ModelConfig
 from attention_jax.mixers import DeltaNetConfig
 from scripts import kernel_report, tune
 from train import command_line
-from train.commands import benchmark, compare, generate, recall, visualize
+from train.commands import benchmark, compare, convert, generate, recall, visualize
 from train.config import shipped
-from train.config.sections import DataConfig
 from train.run.restore import Requests
 
 MECHANISMS = shipped.FOLDER / "mechanisms"
@@ -25,7 +24,7 @@ MECHANISMS = shipped.FOLDER / "mechanisms"
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (benchmark, compare, generate, kernel_report, recall, tune, visualize)
+    for module in (benchmark, compare, convert, generate, kernel_report, recall, tune, visualize)
 }
 
 
@@ -133,8 +132,7 @@ def test_generate(capsys, tmp_path, arguments, message):
 
 def test_a_prompt_longer_than_in_training_is_said():
     def said(prompt, source=None):
-        data = DataConfig(sequence_length=256, source_length=100)
-        run = types.SimpleNamespace(config=types.SimpleNamespace(data=data))
+        run = types.SimpleNamespace(trained_lengths={"prompt": 256, "source": 100})
         sources = None if source is None else [np.zeros(source, int)]
         return generate.notes(run, Requests([np.zeros(prompt, int)], sources, [""]))
 
