@@ -259,7 +259,8 @@ class GatedDeltaNet(_DeltaMixer):
     def _log_decay(self, projections):
         logits_BTN = wider(projections["decay"])
         a_N, bias_N = (x[...].astype(logits_BTN.dtype) for x in (self.A_log, self.dt_bias))
-        return -jnp.exp(a_N)[None, None] * jax.nn.softplus(logits_BTN + bias_N[None, None])
+        logits_BTN = logits_BTN + bias_N[None, None]
+        return -jnp.exp(a_N)[None, None] * jax.nn.softplus(logits_BTN)
 
     def _normalize(self, o_BTNM, projections):
         return self.norm(o_BTNM, split_heads(projections["gate"], self.value_dim))
