@@ -103,7 +103,11 @@ def _deepseek(d: Description, rope: RoPE, router: RouterConfig, dense: int) -> M
 
 def _experts(d: Description, router: RouterConfig) -> ExpertsConfig:
     shared = d.integer("n_shared_experts", None) or 0
-    keys = {"number": "n_routed_experts", "chosen": "num_experts_per_tok", "width": "moe_intermediate_size"}
+    keys = {
+        "number": ("n_routed_experts",),
+        "chosen": "num_experts_per_tok",
+        "width": "moe_intermediate_size",
+    }
     return experts(d, router, **keys, shared_width=shared * d.integer("moe_intermediate_size") or None)
 
 

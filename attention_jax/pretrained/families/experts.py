@@ -1,99 +1,24 @@
-"""What families with experts share, and those that are a known model with experts: Mixtral, Qwen 2 and 3 MoE,
-OLMoE, Granite MoE.
-
-`router_aux_loss_coef` sets nothing: the published loss is one product over all layers together, ours is a sum
-over layers, and a loaded model begins without it (`RouterConfig.balance_loss`).
-"""
+"""Known models with experts: Mixtral, Qwen 2 and 3 MoE, OLMoE, Granite MoE."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from attention_jax.feed_forwards import ExpertsConfig, RouterConfig
+from attention_jax.feed_forwards import RouterConfig
 from attention_jax.masks import Causal, SlidingWindow
 from attention_jax.model import BlockConfig, ModelConfig
 from attention_jax.pretrained.description import Description
 from attention_jax.pretrained.families import granite, llama, olmo
+from attention_jax.pretrained.families.moe import NUMBERED, experts, experts_table, fused, swapped
 from attention_jax.pretrained.family import Family
 from attention_jax.pretrained.rope import read_rope
-from attention_jax.pretrained.table import Arrays, Entry, Place, linear, stacked, transposed
-
-
-def experts_table(
-    prefix: str, *, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"), router: str = "gate"
-) -> list[Entry]:
-    """The tensors of a router and of experts that are stored one by one. names: of gate, up and down."""
-    return [
-        transposed("mlp/router/kernel", f"{prefix}.{router}.weight"),
-        *(
-            stacked(f"mlp/{ours}", f"{prefix}.experts.{{e}}.{theirs}.weight")
-            for ours, theirs in zip(("gate", "up", "down"), names, strict=True)
-        ),
-    ]
-
-
-def fused(ours: Sequence[str], theirs: str, *, transpose: bool = False, interleaved: bool = False) -> Entry:
-    """The first and second projection of all experts, stored as one tensor [E, D, 2 F].
-
-    transpose: it is [E, 2 F, D]. interleaved: their features take turns, instead of one half after the other.
-    Biases [E, 2 F] are stored alike.
-    """
-
-    def load(arrays: Arrays, place: Place) -> Arrays:
-        whole = np.swapaxes(arrays[0], -1, -2) if transpose else arrays[0]
-        if whole.shape[-1] % 2:
-            raise ValueError(f"its shape is {list(arrays[0].shape)}, of which two projections are no halves")
-        if interleaved:
-            return [whole[..., ::2], whole[..., 1::2]]
-        return np.split(whole, 2, axis=-1)
-
-    def save(arrays: Arrays, place: Place) -> Arrays:
-        if interleaved:
-            whole = np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
-        else:
-            whole = np.concatenate(arrays, axis=-1)
-        return [np.swapaxes(whole, -1, -2) if transpose else whole]
-
-    return Entry(tuple(ours), (theirs,), load, save)
-
-
-def swapped(ours: str, theirs: str) -> Entry:
-    """The kernels [E, in, out] of all experts, stored as one tensor [E, out, in]."""
-
-    def swap(arrays: Arrays, place: Place) -> Arrays:
-        return [np.swapaxes(x, -1, -2) for x in arrays]
-
-    return Entry((ours,), (theirs,), swap, swap)
-
-
-def experts(
-    d: Description, *, width: str = "intermediate_size", router: RouterConfig | None = None, **options: Any
-) -> ExpertsConfig:
-    """The mixture of experts of a description. width: the key of an expert's width."""
-    d.only("router_jitter_noise", 0)
-    d.number("router_aux_loss_coef", 0.0)
-    d.flag("output_router_logits", False)
-    return ExpertsConfig(
-        **{
-            "activation": d.one_of("hidden_act", llama.ACTIVATIONS, "silu"),
-            "num_experts": d.same_integer("num_local_experts", "num_experts"),
-            "experts_per_token": d.integer("num_experts_per_tok"),
-            "width": d.integer(width),
-            "use_bias": False,
-            "router": router or RouterConfig(),
-        }
-        | options
-    )
-
+from attention_jax.pretrained.table import linear, transposed
 
 MIXTRAL_TABLE = (
     *llama.OUTER,
     *llama.norms_table(norm1="input_layernorm", norm2="post_attention_layernorm"),
     *llama.attention_table(),
-    *experts_table("model.layers.{i}.block_sparse_moe", names=("w1", "w3", "w2")),
+    *experts_table("model.layers.{i}.block_sparse_moe", NUMBERED),
 )
 
 
@@ -106,18 +31,14 @@ def _mixtral(d: Description) -> ModelConfig:
 
 
 _PRE_NORMS = llama.norms_table(norm1="input_layernorm", norm2="post_attention_layernorm")
-_SHARED = "model.layers.{i}.mlp.shared_expert"
 
 QWEN_TABLE = (
     *llama.OUTER,
     *_PRE_NORMS,
     *llama.attention_table(),
     *llama.dense_table(),  # of layers without experts
-    *experts_table("model.layers.{i}.mlp"),
-    *linear("mlp/shared/gate", f"{_SHARED}.gate_proj"),
-    *linear("mlp/shared/up", f"{_SHARED}.up_proj"),
-    *linear("mlp/shared/down", f"{_SHARED}.down_proj"),
-    *linear("mlp/shared_gate", f"{_SHARED}_gate"),
+    *experts_table(shared="shared_expert"),
+    *linear("mlp/shared_gate", "model.layers.{i}.mlp.shared_expert_gate"),
 )
 
 
@@ -169,7 +90,7 @@ OLMOE_TABLE = (
     *_PRE_NORMS,
     *olmo.QK_NORMS,
     *llama.attention_table(),
-    *experts_table("model.layers.{i}.mlp"),
+    *experts_table(),
 )
 
 

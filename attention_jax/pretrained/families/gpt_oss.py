@@ -6,7 +6,7 @@ from attention_jax.feed_forwards import RouterConfig
 from attention_jax.model import BlockConfig, ModelConfig
 from attention_jax.pretrained.description import Description
 from attention_jax.pretrained.families import llama
-from attention_jax.pretrained.families.experts import experts, fused
+from attention_jax.pretrained.families.moe import experts, fused
 from attention_jax.pretrained.family import Family
 from attention_jax.pretrained.mxfp4 import unpacked
 from attention_jax.pretrained.rope import read_rope

@@ -122,7 +122,7 @@ def _experts(d: Description):
         groups_per_token=d.integer("topk_group", 1),
         group_score="top2",
     )
-    keys = {"number": "num_experts", "chosen": "num_experts_per_token", "width": "moe_intermediate_size"}
+    keys = {"number": ("num_experts",), "chosen": "num_experts_per_token", "width": "moe_intermediate_size"}
     shared = d.integer("num_shared_experts", 1) * d.integer("moe_intermediate_size")
     return experts(d, router, **keys, shared_width=shared or None)
 

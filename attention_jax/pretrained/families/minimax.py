@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attention_jax.feed_forwards import RouterConfig
 from attention_jax.masks import Causal, SlidingWindow
 from attention_jax.mixers import LightningConfig
 from attention_jax.model import BlockConfig, ModelConfig
@@ -71,9 +70,7 @@ def _model(d: Description) -> ModelConfig:
         raise ValueError(f"{d.where}: partial_rotary_factor is not supported for model_type minimax")
     mask = Causal() if size is None else SlidingWindow(size) & Causal()
     softmax = attention(d, mask, rope=rope)
-    mlp = experts(
-        d, RouterConfig(), number="num_local_experts", chosen="num_experts_per_tok", width="intermediate_size"
-    )
+    mlp = experts(d)
     types = layer_types(d, layers, [("full", "linear")[i % 2] + "_attention" for i in range(layers)])
     names = {"linear_attention": "linear_attn", "full_attention": "full_attn"}
     blocks = []

@@ -116,7 +116,7 @@ def _model(d: Description) -> ModelConfig:
     mlp, sparse = gated(d), None
     if d.integer("num_experts", 0):
         router = RouterConfig(normalize=d.flag("norm_topk_prob", True))
-        keys = {"number": "num_experts", "chosen": "num_experts_per_tok", "width": "moe_intermediate_size"}
+        keys = {"number": ("num_experts",), "chosen": "num_experts_per_tok", "width": "moe_intermediate_size"}
         shared = d.integer("shared_expert_intermediate_size")
         sparse = experts(d, router, **keys, shared_width=shared, shared_gate=True)
     blocks = []
