@@ -22,7 +22,7 @@ from tests.runs import interrupt, measured, rows, saved, untrained
 from train import config as config_lib
 from train import loop
 from train.data.batches import Data
-from train.run import checkpoint, restore
+from train.run import checkpoint, initial, restore
 from train.run.checkpoint import Checkpoints
 from train.run.failure import NonFiniteError, RunError
 from train.run.folder import RunFolder
@@ -176,7 +176,7 @@ def test_a_signal_with_nothing_to_save_ends_the_run(config, stand_in, tmp_path, 
     """In the set-up, which leaves nothing, and before the first step; an ignored signal changes nothing."""
     nothing = "stopped by SIGTERM: there was no new step to save; the same command goes on"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prepare", lambda *_: kill())
+        patch.setattr(initial, "prepare", lambda *_: kill())
         with pytest.raises(Stopped, match=nothing):
             loop.train(config())
     assert not (tmp_path / "run").exists()

@@ -30,17 +30,16 @@ from attention_jax.model import count_params
 from train import samples
 from train.config.schema import RunConfig
 from train.data.masking import vocabulary_size
-from train.data.prepare import prepare
 from train.objective import check_ids
 from train.run import initial
 from train.run.checkpoint import Checkpoints
 from train.run.console import Console, print_result
 from train.run.environment import record
 from train.run.failure import NonFiniteError
-from train.run.files import write_atomically, writing
+from train.run.files import write_atomically
 from train.run.folder import RunFolder, saved_keys
 from train.run.metrics import BITS, MetricsWriter, draw_losses
-from train.run.restore import abstract_state, fresh_state, state_of, with_vocabulary
+from train.run.restore import abstract_state, with_vocabulary
 from train.signals import NOTHING_NEW, Signals, Stopped
 from train.step import Batch, make_eval_step, make_fill_in, make_train_step
 from train.streams import Lasting
@@ -104,11 +103,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder, output: Lasting, signals: Signals):
         self.config, self.folder, self.signals = config, folder, signals
-        with writing(folder.path / "data"):
-            tokenizer = functools.partial(initial.initial_tokenizer, config)
-            self.data = prepare(config.data, folder.path, config.objective, tokenizer)
-            if config.init_from is not None and not folder.begun:
-                initial.keep_description(config, folder.path)
+        self.data = initial.prepared(config, folder)
         self.masked = config.objective == "masked_lm"
         self.unit = scored_unit(config)
         ids = vocabulary_size(config.objective, config.data.task or self.data.tokenizer)
@@ -161,10 +156,8 @@ class Run:
             self.done, state, info, damaged = self.checkpoints.newest(like, check)
             self.tokens, self.best = info["tokens"], info["best"]
             self.skips, self.due = Skips(**info.get("skips", {})), info.get("due")
-        elif self.config.init_from is not None:
-            state = state_of(self.config, initial.initial_params(self.config, self.model))
         else:
-            state = fresh_state(self.config, self.model, init_key)
+            state = initial.first_state(self.config, self.model, init_key)
         self.params, self.opt_state = state["params"], state["opt_state"]
         self.reached, self._saved = self.done, (self.done, time.monotonic())
         return damaged

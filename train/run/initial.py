@@ -8,6 +8,7 @@ saved. `published/` in the run's folder keeps the source's config.json and token
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from attention_jax.pretrained.models import config_of, describe_folder, resolve
 from train.config import yaml_text
 from train.config.schema import RunConfig
 from train.data import snapshot
-from train.run.files import exists
-from train.run.folder import saved_config
+from train.data.prepare import prepare
+from train.run.files import exists, writing
+from train.run.folder import RunFolder, saved_config
 from train.run.published import is_published
-from train.run.restore import load_run, run_model
+from train.run.restore import fresh_state, load_run, run_model, state_of
 
 PUBLISHED = "published"
 #: Fields of a model that say how it is computed: a run may have others than its source.
@@ -68,6 +70,23 @@ def initial_params(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
     if differing := _differing(config_, model):
         raise ValueError(f"init_from {config.init_from}: its model has changed: {differing[0]} is another")
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+def prepared(config: RunConfig, folder: RunFolder) -> Any:
+    """The data of a run, with the source's tokenizer; a new run's folder gets the source's description."""
+    make = functools.partial(initial_tokenizer, config)
+    with writing(folder.path / "data"):
+        data = prepare(config.data, folder.path, config.objective, make)
+    if config.init_from is not None and not folder.begun:
+        keep_description(config, folder.path)
+    return data
+
+
+def first_state(config: RunConfig, model: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """The arrays that training begins with: the source's parameters, or new ones."""
+    if config.init_from is None:
+        return fresh_state(config, model, key)
+    return state_of(config, initial_params(config, model))
 
 
 def keep_description(config: RunConfig, folder: Path) -> None:
