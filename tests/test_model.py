@@ -256,10 +256,13 @@ def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
         ({"dropout": -0.1}, r"dropout must be in \[0, 0.99\]"),
         ({"remat": "dots_savable"}, "unknown policy 'dots_savable'; .*; did you mean dots_saveable"),
         ({"mlp": "tanh"}, "mlp must be one of swiglu, geglu, geglu_tanh, .*, relu2, got 'tanh'"),
-        ({"norm_order": "parallel"}, "norm_order must be one of pre, post, sandwich, got 'parallel'"),
+        (
+            {"norm_order": "parallel"},
+            "norm_order must be one of pre, post, sandwich, residual, got 'parallel'",
+        ),
         ({"embedding_scale": 0.0}, "embedding_scale must be from 0.001 to 1e\\+06, got 0.0"),
         ({"norm": "rms"}, "norm must be one of rmsnorm, layernorm, got 'rms'"),
-        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, float64, got 'float16'"),
         (
             {"mixers": ("softmax",)},
             r"mixers.0 must be the config of a mixer, such as make_config\('softmax'\), got 'softmax'",

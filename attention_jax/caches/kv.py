@@ -227,8 +227,9 @@ class KVCache(State):
         """
         if self.wraps:
             return self._counted(target_B, rejected_BS) == self.newest_B - target_B
-        slot_S = jnp.arange(self.positions_BS.shape[-1], dtype=jnp.int32)
-        taken_BS = (slot_S > target_B[..., None]) & (slot_S <= self.newest_B[..., None])
+        shape = self.positions_BS.shape
+        slot_BS = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        taken_BS = (slot_BS > target_B[..., None]) & (slot_BS <= self.newest_B[..., None])
         empty_BS = taken_BS & (rejected_BS == False)  # noqa: E712
         return (target_B >= -1) & (jnp.any(empty_BS, axis=-1) == False)  # noqa: E712
 

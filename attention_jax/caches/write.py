@@ -20,7 +20,7 @@ def write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) 
     (B, T), (_, K, S, H) = slots_BT.shape, held_BKSH.shape
     W, R, before = min(T, S), B * T, new_BTKH.shape[1] - T
     new_BTKH, slots_BT = jnp.asarray(new_BTKH, held_BKSH.dtype), jnp.asarray(slots_BT, jnp.int32)
-    offsets_BT = jnp.where(slots_BT < S, slots_BT - jnp.arange(T, dtype=jnp.int32), S)  # S: not written
+    offsets_BT = jnp.where(slots_BT < S, slots_BT - jnp.arange(T, dtype=jnp.int32)[None], S)  # S: not written
     before_BT = jnp.pad(offsets_BT[:, :-1], ((0, 0), (1, 0)), constant_values=S)
     starts_R = ((offsets_BT < S) & (offsets_BT != before_BT)).reshape(R)
     index_R, zero = jnp.arange(R, dtype=jnp.int32), jnp.int32(0)
@@ -35,7 +35,7 @@ def write_heads(held_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) 
         old_1KWH = jax.lax.dynamic_slice(held_BKSH, place, (1, K, W, H))
         offset_W = offsets_BT[b].at[column_W].get(mode="fill", fill_value=S, wrap_negative_indices=False)
         mine_W = offset_W == offset
-        new_1KWH = jnp.where(mine_W[:, None], new_KWH, old_1KWH)
+        new_1KWH = jnp.where(mine_W[None, None, :, None], new_KWH[None], old_1KWH)
         following = jnp.where(starts_R & (index_R > i), index_R, R).min()
         return following, jax.lax.dynamic_update_slice(held_BKSH, new_1KWH, place)
 

@@ -160,9 +160,9 @@ def _no_reports(B: int, V: int, T: int, dtype: Any) -> tuple[jax.Array, ...]:
 
 def _drawn(end: Progress, began_B: jax.Array) -> loop.Drawn:
     """The tokens of a call, which began at these positions, and their log-probabilities."""
-    column_W = jnp.arange(loop.WIDTH, dtype=jnp.int32)
-    drawn_BW = column_W < end.drawn_B[:, None]
-    tokens_BW = end.carry.tokens_BC.at[jnp.arange(len(began_B))[:, None], began_B[:, None] + column_W].get(
+    column_1W = jnp.arange(loop.WIDTH, dtype=jnp.int32)[None]
+    drawn_BW = column_1W < end.drawn_B[:, None]
+    tokens_BW = end.carry.tokens_BC.at[jnp.arange(len(began_B))[:, None], began_B[:, None] + column_1W].get(
         mode="clip"
     )
 
@@ -260,7 +260,7 @@ class _Choosing:
 
         def write(reports: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             new = log_probabilities(logits_RV, token_R, self.arrays)
-            column_BT = place_B[:, None] + jnp.arange(len(token_R) // B, dtype=jnp.int32)
+            column_BT = place_B[:, None] + jnp.arange(len(token_R) // B, dtype=jnp.int32)[None]
             rows_B1 = jnp.arange(B)[:, None]
             return tuple(
                 x.at[rows_B1, column_BT].set(y.reshape(B, -1, *y.shape[1:]), mode="drop")
