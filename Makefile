@@ -58,7 +58,8 @@ kernels: $(KERNELS)/.installed
 # Comparisons with torch code that nobody here wrote (docs/parity.md), in an environment of their own. torch runs
 # on the CPU here: set PIP_EXTRA_INDEX_URL to an index with its CPU build, or pip may fetch gigabytes of CUDA.
 # fla's kernels need triton and a GPU; its naive functions, all that is called, need neither (fla-core).
-# PARITY_JSON=path writes the measured errors.
+# PARITY_JSON=path writes the measured errors. MARKS="slow or not slow" adds gradients, float64 and older spellings.
+MARKS ?= not slow
 PARITY := $(VENV)-parity
 $(PARITY)/.installed: setup.cfg pyproject.toml
 	@test "$(VERSION)" = 3.11 || { echo "make parity needs Python 3.11; give PYTHON=" >&2; exit 2; }
@@ -67,7 +68,8 @@ $(PARITY)/.installed: setup.cfg pyproject.toml
 	@touch $@
 
 parity: $(PARITY)/.installed
-	JAX_PLATFORMS=cpu PARITY_JSON=$(PARITY_JSON) $(PARITY)/bin/python -m pytest tests/parity -n 2 --dist worksteal
+	JAX_PLATFORMS=cpu PARITY_JSON=$(PARITY_JSON) $(PARITY)/bin/python -m pytest tests/parity -n 2 --dist worksteal \
+		-m "$(MARKS)"
 
 lint: setup
 	$(RUN) -m ruff check .
