@@ -12,7 +12,7 @@ from attention_jax.hints import hint
 
 COMMANDS = {
     "train": "trains a language model from a YAML configuration",
-    "generate": "continues a prompt with a trained or published model, or chats with it",
+    "generate": "continues a prompt with a model, or chats with it",
     "convert": "writes a model as a folder of Hugging Face",
     "compare": "trains one model per mechanism on the same text",
     "recall": "trains mechanisms on associative recall",

@@ -3,7 +3,7 @@
     python scripts/convert.py runs/finetuned out/finetuned --dtype bfloat16
     python scripts/convert.py model.gguf out/model
 
-SOURCE is a run, a folder of Hugging Face, a .gguf file or a name on the hub. A
+SOURCE is a run, a folder of Hugging Face, a .gguf file or hf:OWNER/NAME. A
 run that began with init_from: hf:NAME gets the config.json and tokenizer of
 that model; another one those of Llama or Qwen 3, if they compute the same,
 which is checked. Without --dtype the parameters keep every bit. TARGET must not
@@ -25,13 +25,13 @@ import jax
 from attention_jax.model import ModelConfig
 from attention_jax.pretrained import load_pretrained, save_pretrained
 from attention_jax.pretrained.families.express import expressed
-from attention_jax.pretrained.models import describe_folder, resolve
+from attention_jax.pretrained.models import describe_folder
 from attention_jax.tokenizers import write_tokenizer
 from train import command_line
 from train.commands.types import Folder, Positional
 from train.run.files import exists
 from train.run.initial import EXECUTION, PUBLISHED
-from train.run.published import dtypes, is_published
+from train.run.published import dtypes, is_published, source_path
 from train.run.restore import load_run
 
 
@@ -39,7 +39,7 @@ from train.run.restore import load_run
 class Options:
     """What the command line gives."""
 
-    source: Positional[Folder]  #: a run's folder, or a published model: folder, .gguf file or hub name
+    source: Positional[Folder]  #: a run's folder, or a published model: folder, .gguf file or hf:OWNER/NAME
     target: Positional[Folder]  #: the new folder
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  #: of the parameters; none: as they are
     step: Literal["latest", "best"] = "latest"  #: the checkpoint of a run
@@ -55,7 +55,7 @@ def _main(options: Options) -> None:
         raise ValueError(f"{options.target} exists: name a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         if is_published(options.source):
-            like = resolve(options.source)
+            like = source_path(options.source)
             config, params, _ = load_pretrained(like, dtype=options.dtype)
             if not like.is_dir():
                 describe_folder(like, Path(temporary))

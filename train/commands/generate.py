@@ -5,7 +5,7 @@
     python scripts/generate.py path/to/model.gguf --ask "What is a quine?"
 
 A model is the folder of a run, or a published one: a folder of Hugging Face,
-a .gguf file, or a name on the hub such as HuggingFaceTB/SmolLM2-135M-Instruct.
+a .gguf file, or hf: and a name on the hub: hf:HuggingFaceTB/SmolLM2-135M.
 
 For a run of objective seq2seq the prompt is the source text, and the model
 writes its target. On a terminal, control characters that the model writes are
@@ -71,7 +71,7 @@ _LONG = 4096  # tokens that a small model takes seconds to read
 class Options:
     """What the command line gives."""
 
-    model: Positional[Folder]  #: a run's folder, or a published model: folder, .gguf file or hub name
+    model: Positional[Folder]  #: a run's folder, or a published model: folder, .gguf file or hf:OWNER/NAME
     prompt: str = ""  #: what the text starts with; for seq2seq: the source
     tokens: Integer = 300  #: how many tokens to sample at most
     temperature: Number = 0.8  #: 0 always takes the likeliest token

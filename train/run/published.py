@@ -14,6 +14,8 @@ from attention_jax.pretrained.models import described, is_hub_name, resolve
 from train.run.files import exists
 from train.run.restore import Requests, TrainedRun, load_run
 
+_HUB = "hf:"
+
 
 @dataclasses.dataclass(frozen=True)
 class PublishedModel:
@@ -41,18 +43,20 @@ class PublishedModel:
 def load_source(
     name: str | Path, *, step: int | str = "latest", dtype: str | None = None
 ) -> TrainedRun | PublishedModel:
-    """The run in a folder, or the published model of a folder, a .gguf file or a name on the hub.
+    """The run in a folder, or the published model of a folder, a .gguf file or, as hf:OWNER/NAME, of the hub.
 
     step: of a run, as in `load_run`. dtype: in which a published model's parameters are stored, None for
     that of its files. ValueError, in one line, for what cannot be loaded, and for the other's option.
     """
     if not is_published(name):
+        if is_hub_name(str(name)) and not exists(Path(name)):
+            raise ValueError(f"{name} does not exist; a model of the hub is written hf:{name}")
         if dtype is not None:
             raise ValueError(f"--dtype {dtype} is of published models: the parameters of a run are float32")
         return load_run(name, step=step)
     if step != "latest":
         raise ValueError(f"--step {step} is of a run: {name} is a published model")
-    path = resolve(name)
+    path = source_path(name)
     config, params, tokenizer = load_pretrained(path, dtype=dtype)
     if not isinstance(tokenizer, tokenizers.PublishedTokenizer):
         raise ValueError(f"{path}: it holds no tokenizer of a published model, which text needs")
@@ -63,17 +67,20 @@ def load_source(
 
 
 def is_published(name: str | Path) -> bool:
-    """Whether a name is of a published model, not of a run; a path that does not exist can be one of the hub.
-
-    It is none where the folder in front of its last part exists: then a run's name is misspelt.
-    """
+    """Whether a name is of a published model, not of a run: nothing is downloaded without hf: in front."""
     path = Path(name)
     try:
-        if exists(path):
-            return path.is_file() or (exists(path / "config.json") and not exists(path / "config.yaml"))
-        return is_hub_name(str(name)) and not exists(path.parent)
+        return str(name).startswith(_HUB) or (
+            exists(path)
+            and (path.is_file() or (exists(path / "config.json") and not exists(path / "config.yaml")))
+        )
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def source_path(name: str | Path) -> Path:
+    """The local path of a published model, after its download for a name behind hf:."""
+    return resolve(str(name).removeprefix(_HUB))
 
 
 def dtypes(params: Any) -> list[str]:
