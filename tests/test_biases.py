@@ -314,7 +314,7 @@ BROKEN = {
     ),
     "half": (
         _own(lambda self, h, q, k: _by_query(self, h, q, k).astype(jnp.bfloat16)),
-        "float32, got bfloat16",
+        "float32 or float64, got bfloat16",
     ),
     "too few axes": (_own(_by_query, ()), r"axes\(\) has 0 entries for 1 leaves"),
     "no such axis": (_own(_by_query, (Axes(batch=0, query=2),)), "are not different axes of a leaf of shape"),

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from attention_jax.generation import Increment
+from attention_jax.generation import Increment, Sampling
 from attention_jax.tokenizers import ByteTokenizer
 from train import signals, streams
 from train.commands import generate, trials
-from train.config.schema import RunConfig
 from train.run.restore import Requests
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +173,8 @@ def test_generate_escapes_on_a_terminal_alone(monkeypatch, kind, shown):
         params=None,
         tokenizer=tokenizer,
         requests=lambda texts: Requests([[1]], None, texts),
-        config=RunConfig(),
+        trained_lengths={"prompt": 256},
+        stop_ids=(),
     )
     text = "\x1b[31m é"
 
@@ -183,7 +183,7 @@ def test_generate_escapes_on_a_terminal_alone(monkeypatch, kind, shown):
 
     monkeypatch.setattr(generate, "stream", lambda *_, **__: ([part(character)] for character in text))
     monkeypatch.setattr(sys, "stdout", kind())
-    generate._print_text(run, generate.Options("run", prompt="\x1b>"), None)
+    generate._print_text(run, generate.Options("run", prompt="\x1b>"), Sampling())
     assert sys.stdout.getvalue() == shown
 
 
