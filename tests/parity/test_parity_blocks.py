@@ -121,7 +121,7 @@ def test_a_block_computes_what_its_peer_computes(row):
     module = peers.draw(row.build(), rng)
     x = rng.normal(size=(B, T, D)).astype(np.float32)
     config = ModelConfig(d_model=D, num_layers=1, mixers=(row.mixer,), mlp_width=F, **row.model)
-    graphdef, state = nnx.split(Block(config, row.mixer, causal=True, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(Block(config, config.period[0], causal=True, rngs=nnx.Rngs(0)))
     given = row.weights(peers.arrays(module))
     pure = nnx.to_pure_dict(state)
     names = {
@@ -146,7 +146,7 @@ def test_a_block_computes_what_its_peer_computes(row):
             **(row.model | {"mlp": row.model["mlp"].removesuffix("_tanh")}),
         )  # fmt: skip
         graphdef, _ = nnx.split(
-            nnx.eval_shape(lambda: Block(other, row.mixer, causal=True, rngs=nnx.Rngs(0)))
+            nnx.eval_shape(lambda: Block(other, other.period[0], causal=True, rngs=nnx.Rngs(0)))
         )
         y = nnx.merge(graphdef, state).mix(x, None, ctx=Context()).y
         assert peers.error(np.asarray(y), expected) > 1e-5
