@@ -71,6 +71,37 @@ class Kind:
         return cls(**options)
 
 
+class Built:
+    """Base of the modules that configs of a family build; a subclass names its config class in `config_type`.
+
+    The config class then has the module as its `module`, which no other may be.
+    """
+
+    config_type: ClassVar[type[Kind]]
+
+    def __init_subclass__(cls, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        if "config_type" in cls.__dict__:
+            if not same_definition(known := cls.config_type.__dict__.get("module", cls), cls):
+                raise ValueError(
+                    f"config_type {cls.config_type.__name__} of {cls.__qualname__} already builds "
+                    f"{known.__qualname__}: derive a config with a kind of its own"
+                )
+            cls.config_type.module = cls
+
+    @classmethod
+    def chosen_config(cls, config: Any, options: dict[str, Any]) -> Any:
+        """The config, or the one with these options if it is None; ValueError for both or another class."""
+        if config is None:
+            return cls.config_type.from_options(options)
+        if options or not isinstance(config, cls.config_type):
+            raise ValueError(
+                f"{cls.__name__} takes a {cls.config_type.__name__} or its fields as keywords, got "
+                f"{type(config).__name__} and {sorted(options)}"
+            )
+        return config
+
+
 def is_family(annotation: Any) -> bool:
     """Whether an annotation is a family, for which any of its kinds may stand."""
     return isinstance(annotation, type) and annotation is getattr(annotation, "_family", None)

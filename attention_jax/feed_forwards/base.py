@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.choices import check_choices
-from attention_jax.kinds import Kind, same_definition
+from attention_jax.kinds import Built, Kind
 from attention_jax.layers import linear
 from attention_jax.mixers import Context
 
@@ -52,7 +52,7 @@ class FeedForwardConfig(Kind):
         return self.module(d_model, self, rngs=rngs, **options)
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Built, nnx.Module):
     """Base class of all feed-forwards. A subclass sets `config_type` and implements `setup` and `run`.
 
     Args:
@@ -62,16 +62,6 @@ class FeedForward(nnx.Module):
     """
 
     config_type: ClassVar[type[FeedForwardConfig]]
-
-    def __init_subclass__(cls, **arguments: Any):
-        super().__init_subclass__(**arguments)
-        if "config_type" in cls.__dict__:
-            if not same_definition(known := cls.config_type.__dict__.get("module", cls), cls):
-                raise ValueError(
-                    f"config_type {cls.config_type.__name__} of {cls.__qualname__} already builds "
-                    f"{known.__qualname__}: derive a config with a kind of its own"
-                )
-            cls.config_type.module = cls
 
     def __init__(
         self,
@@ -85,13 +75,7 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        if config is None:
-            config = self.config_type.from_options(options)
-        elif options or not isinstance(config, self.config_type):
-            raise ValueError(
-                f"{type(self).__name__} takes a {self.config_type.__name__} or its fields as keywords, got "
-                f"{type(config).__name__} and {sorted(options)}"
-            )
+        config = self.chosen_config(config, options)
         self.config, self.d_model, self.use_bias, self.dtype = config, d_model, use_bias, dtype
         self.setup(Projections(kernel_init, out_init or kernel_init, dtype, rngs))
 

@@ -27,7 +27,7 @@ from attention_jax.caches import DEFAULT_CACHE, Cache, CacheOptions
 from attention_jax.choices import check_choices, check_dropout, check_epsilon
 from attention_jax.dtypes import check_dtype
 from attention_jax.hints import hint
-from attention_jax.kinds import Kind, same_definition
+from attention_jax.kinds import Built, Kind
 from attention_jax.layers import linear
 from attention_jax.masks import Causal, Mask, parse
 from attention_jax.ops.softmax.api import implementations as softmax_implementations
@@ -214,7 +214,7 @@ class MixerConfig(Kind):
         raise NotImplementedError
 
 
-class Mixer(nnx.Module):
+class Mixer(Built, nnx.Module):
     """Base class of all mixers. A subclass sets `config_type` and implements `setup` and `mix`.
 
     Args:
@@ -226,16 +226,6 @@ class Mixer(nnx.Module):
     """
 
     config_type: ClassVar[type[MixerConfig]]
-
-    def __init_subclass__(cls, **arguments: Any):
-        super().__init_subclass__(**arguments)
-        if "config_type" in cls.__dict__:
-            if not same_definition(known := cls.config_type.__dict__.get("module", cls), cls):
-                raise ValueError(
-                    f"config_type {cls.config_type.__name__} of {cls.__qualname__} already builds "
-                    f"{known.__qualname__}: derive a config with a kind of its own"
-                )
-            cls.config_type.module = cls
 
     def __init__(
         self,
@@ -251,13 +241,7 @@ class Mixer(nnx.Module):
     ):
         if not isinstance(rngs, nnx.Rngs):
             raise ValueError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
-        if config is None:
-            config = self.config_type.from_options(options)
-        elif options or not isinstance(config, self.config_type):
-            raise ValueError(
-                f"{type(self).__name__} takes a {self.config_type.__name__} or its fields as keywords, got "
-                f"{type(config).__name__} and {sorted(options)}"
-            )
+        config = self.chosen_config(config, options)
         check_dtype(dtype)
         self.causal = config.direction == "causal" if causal is None else causal
         config.check(d_model, causal=self.causal)
