@@ -17,8 +17,7 @@ from flax import nnx
 
 from attention_jax.choices import check_choices
 from attention_jax.kinds import Built, Kind
-from attention_jax.layers import linear
-from attention_jax.mixers import Context
+from attention_jax.mixers import Context, Parts
 
 
 class FeedForwardOutput(NamedTuple):
@@ -77,9 +76,9 @@ class FeedForward(Built, nnx.Module):
     ):
         config = self.chosen_config(config, options)
         self.config, self.d_model, self.use_bias, self.dtype = config, d_model, use_bias, dtype
-        self.setup(Projections(kernel_init, out_init or kernel_init, dtype, rngs))
+        self.setup(Parts(kernel_init, out_init or kernel_init, dtype, rngs))
 
-    def setup(self, parts: Projections) -> None:
+    def setup(self, parts: Parts) -> None:
         """Create the parameters for `self.config` and `self.d_model`."""
         raise NotImplementedError
 
@@ -98,22 +97,3 @@ class FeedForward(Built, nnx.Module):
         if ctx is not None:
             ctx.refuse_capture(type(self).__name__, "run")
         return self.run(x_BTD, ctx=ctx or Context()).y
-
-
-@dataclasses.dataclass(frozen=True)
-class Projections:
-    """Factory of a feed-forward's projections, with their dtype, initialisers and RNGs."""
-
-    kernel_init: Any
-    out_init: Any
-    dtype: Any
-    rngs: nnx.Rngs
-
-    def linear(self, features_in: int, features_out: int, **options: Any) -> nnx.Linear:
-        """A projection; options are those of `layers.linear`."""
-        given = {"kernel_init": self.kernel_init, "dtype": self.dtype, "rngs": self.rngs}
-        return linear(features_in, features_out, **(given | options))
-
-    def out(self, features_in: int, features_out: int, **options: Any) -> nnx.Linear:
-        """The projection back to the residual stream."""
-        return self.linear(features_in, features_out, kernel_init=self.out_init, **options)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.choices import check_between
-from attention_jax.feed_forwards.base import FeedForward, FeedForwardConfig, FeedForwardOutput, Projections
+from attention_jax.feed_forwards.base import FeedForward, FeedForwardConfig, FeedForwardOutput
 from attention_jax.layers import fused_linear, gelu, gelu_tanh
-from attention_jax.mixers import Context
+from attention_jax.mixers import Context, Parts
 
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 FeedForwardWord = Literal[
@@ -115,7 +115,7 @@ class Dense(FeedForward):
 
     config_type = DenseConfig
 
-    def setup(self, parts: Projections) -> None:
+    def setup(self, parts: Parts) -> None:
         """Create gate (of a gated unit), up and down."""
         config = self.config
         width = config.width_of(self.d_model, config.width)

@@ -18,12 +18,12 @@ from flax import nnx
 
 from attention_jax.choices import check_between
 from attention_jax.dtypes import wider
-from attention_jax.feed_forwards.base import FeedForward, FeedForwardOutput, Projections
+from attention_jax.feed_forwards.base import FeedForward, FeedForwardOutput
 from attention_jax.feed_forwards.dense import DenseConfig, UnitConfig
 from attention_jax.feed_forwards.grouped import Groups, make_groups
 from attention_jax.feed_forwards.router import RouterConfig, Routing, load, losses, route
 from attention_jax.layers import matmul
-from attention_jax.mixers import Context
+from attention_jax.mixers import Context, Parts
 from attention_jax.ops.tokens import select_valid, valid_tokens
 
 _MOST_EXPERTS = 2**14
@@ -113,7 +113,7 @@ class Experts(FeedForward):
 
     config_type = ExpertsConfig
 
-    def setup(self, parts: Projections) -> None:
+    def setup(self, parts: Parts) -> None:
         """Create the router, the stacks of the experts and the shared expert."""
         config, D = self.config, self.d_model
         E, F = config.num_experts, config.width_of(D, config.width)

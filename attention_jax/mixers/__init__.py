@@ -17,6 +17,7 @@ from attention_jax.mixers.base import (
     Mixer,
     MixerConfig,
     MixerOutput,
+    Parts,
     make_config,
     make_mixer,
     mixer_kinds,
@@ -56,4 +57,4 @@ __all__ = sorted(
     name
     for name, value in globals().items()
     if isinstance(value, type) and issubclass(value, (Mixer, MixerConfig))
-) + ["CAPTURES", "Context", "MixerOutput", "make_config", "make_mixer", "mixer_kinds"]
+) + ["CAPTURES", "Context", "MixerOutput", "Parts", "make_config", "make_mixer", "mixer_kinds"]

@@ -272,7 +272,7 @@ class Mixer(Built, nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Factory of a mixer's projections, with their dtype, initialisers and RNGs."""
+    """Factory of the projections of a mixer or a feed-forward, with their dtype, initialisers and RNGs."""
 
     kernel_init: Any
     out_init: Any
