@@ -14,6 +14,26 @@ from attention_jax.pretrained.files import write_safetensors
 from attention_jax.pretrained.files.reading import DTYPES
 
 
+class Held(dict):
+    """Tensors in memory by name, read as those of files are; `metadata` is that of the file."""
+
+    def __init__(self, tensors, metadata=()):
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+    def names(self):
+        return list(self)
+
+    def shape(self, name):
+        return self[name].shape
+
+    def dtype(self, name):
+        return self[name].dtype
+
+    def read(self, name):
+        return self[name]
+
+
 def random_bits(rng, shape, dtype) -> np.ndarray:
     """Every bit pattern, NaNs with payloads among them."""
     size = int(np.prod(shape)) * dtype.itemsize

@@ -19,6 +19,7 @@ LAYERS = [
     [
         "attention_jax.about",
         "attention_jax.choices",
+        "attention_jax.disk",
         "attention_jax.dtypes",
         "attention_jax.gguf_header",
         "attention_jax.hints",

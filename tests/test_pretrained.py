@@ -23,6 +23,7 @@ from attention_jax.pretrained.load import load_params, saved_specs, saved_tensor
 from attention_jax.pretrained.models import read_config
 from attention_jax.pretrained.rope import read_rope
 from tests.params import random_params
+from tests.tensor_files import Held
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 23, "hidden_size": 8, "intermediate_size": 12,
@@ -224,25 +225,6 @@ def test_a_length_chooses_the_factors_of_longrope_and_limits_the_text(tmp_path):
         generate(config, params, [np.zeros(30, np.int32)], max_new_tokens=20, sampling=Sampling(0))
 
 
-class _File:
-    """Tensors of a GGUF file, in memory."""
-
-    def __init__(self, metadata, tensors):
-        self.metadata, self._tensors = metadata, tensors
-
-    def names(self):
-        return list(self._tensors)
-
-    def shape(self, name):
-        return self._tensors[name].shape
-
-    def dtype(self, name):
-        return self._tensors[name].dtype
-
-    def read(self, name):
-        return self._tensors[name]
-
-
 GGUF = {
     "general.architecture": "llama", "llama.block_count": 3, "llama.context_length": 64,
     "llama.embedding_length": 8, "llama.feed_forward_length": 12, "llama.attention.head_count": 2,
@@ -272,7 +254,7 @@ def _as_gguf(tensors):
 
 def test_gguf_is_the_same_checkpoint():
     config, params, tensors = _tensors(LLAMA)
-    model = GGUFModel(_File(GGUF, _as_gguf(tensors)), "x.gguf")
+    model = GGUFModel(Held(_as_gguf(tensors), GGUF), "x.gguf")
     family = family_of(model.model_type)
     assert read_config(family, model.description) == config
     jax.tree.map(np.testing.assert_array_equal, load_params(family, config, model), params)
@@ -290,7 +272,7 @@ def test_gguf_is_the_same_checkpoint():
 def test_gguf_that_is_not_understood(change, message):
     _, _, tensors = _tensors(LLAMA)
     with pytest.raises(ValueError, match=message):
-        GGUFModel(_File(GGUF | change, _as_gguf(tensors)), "x.gguf")
+        GGUFModel(Held(_as_gguf(tensors), GGUF | change), "x.gguf")
 
 
 def test_the_list_of_families(capsys):

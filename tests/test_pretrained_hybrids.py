@@ -16,6 +16,7 @@ from attention_jax.pretrained.load import flatten, load_params, saved_tensors
 from attention_jax.pretrained.models import read_config
 from attention_jax.pretrained.table import joined_by_head
 from tests.params import random_params
+from tests.tensor_files import Held
 
 SIZES = {
     "vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -90,18 +91,6 @@ def test_descriptions_that_are_refused(model_type, change, message):
     assert str(error.value).startswith("config.json: ") and len(str(error.value)) < 200
 
 
-class _Held(dict):
-    """Tensors in memory."""
-
-    metadata = {}
-
-    def names(self):
-        return list(self)
-
-    def read(self, name):
-        return self[name]
-
-
 @functools.cache
 def _saved(model_type: str):
     config = _config(model_type)
@@ -112,7 +101,7 @@ def _saved(model_type: str):
 @pytest.mark.parametrize("model_type", DESCRIPTIONS)
 def test_every_parameter_is_saved_and_loaded_bit_for_bit(model_type):
     config, params, tensors = _saved(model_type)
-    found, wanted = flatten(load_params(family_of(model_type), config, _Held(tensors))), flatten(params)
+    found, wanted = flatten(load_params(family_of(model_type), config, Held(tensors))), flatten(params)
     assert found.keys() == wanted.keys()
     jax.tree.map(assert_array_equal, found, wanted)
 
@@ -126,11 +115,11 @@ def test_tensors_beside_the_language_model():
         ("qwen3_next", "mtp.fc.weight"),
     ]:
         config, _, tensors = _saved(model_type)
-        load_params(family_of(model_type), config, _Held(tensors | {name: one}))
+        load_params(family_of(model_type), config, Held(tensors | {name: one}))
     config, _, tensors = _saved("deepseek_v3")
     scale = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     with pytest.raises(ValueError, match=f"tensor {scale} is not known in a checkpoint of DeepSeek V3"):
-        load_params(family_of("deepseek_v3"), config, _Held(tensors | {scale: one}))
+        load_params(family_of("deepseek_v3"), config, Held(tensors | {scale: one}))
 
 
 def test_the_joined_layout_by_head():

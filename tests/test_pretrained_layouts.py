@@ -15,6 +15,7 @@ from attention_jax.pretrained.load import flatten, load_params, saved_tensors
 from attention_jax.pretrained.models import read_config
 from attention_jax.pretrained.table import Place, joined_by_group
 from tests.params import random_params
+from tests.tensor_files import Held
 
 SIZES = {"vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = SIZES | {"intermediate_size": 6}
@@ -120,18 +121,6 @@ def test_the_joined_layout_by_groups(kv_heads):
             entry.load([whole[1:]], place)
 
 
-class _Held(dict):
-    """Tensors in memory."""
-
-    metadata = {}
-
-    def names(self):
-        return list(self)
-
-    def read(self, name):
-        return self[name]
-
-
 def test_names_of_older_files():
     """GPT-2 as on the hub: without a prefix, with the masks, and with the tied head."""
     config, family = _config("gpt2", **GPT, n_positions=4), family_of("gpt2")
@@ -140,14 +129,14 @@ def test_names_of_older_files():
     assert "transformer.h.1.attn.c_attn.weight" in saved
     old = {name.removeprefix("transformer."): x for name, x in saved.items()}
     old |= {"h.0.attn.bias": np.ones((1, 1, 4, 4)), "lm_head.weight": saved["transformer.wte.weight"]}
-    found = flatten(load_params(family, config, _Held(old)))
+    found = flatten(load_params(family, config, Held(old)))
     wanted = flatten(params)
     assert found.keys() == wanted.keys()
     jax.tree.map(assert_array_equal, found, wanted)
     with pytest.raises(ValueError, match=r"tensor transformer.wte.weight is there twice, also as wte.weight"):
-        load_params(family, config, _Held(saved | {"wte.weight": saved["transformer.wte.weight"]}))
+        load_params(family, config, Held(saved | {"wte.weight": saved["transformer.wte.weight"]}))
     with pytest.raises(ValueError, match=r"lm_head.weight differs from transformer.wte.weight"):
-        load_params(family, config, _Held(saved | {"lm_head.weight": 2 * saved["transformer.wte.weight"]}))
+        load_params(family, config, Held(saved | {"lm_head.weight": 2 * saved["transformer.wte.weight"]}))
 
 
 def test_steeper_alibi():

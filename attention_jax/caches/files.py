@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from attention_jax.caches.base import STORABLE, stored_name
+from attention_jax.disk import allow_as_usual, sync_to_disk
 
 FORMAT = 1
 _DESCRIPTION, _DIGEST = "attention_jax", "sha256"
@@ -166,25 +167,14 @@ def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str])
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: {' '.join(str(error).split())}") from None
-        os.chmod(temporary, 0o666 & ~_umask())
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        allow_as_usual(temporary)
+        sync_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    sync_to_disk(path.parent)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from attention_jax.disk import sync_to_disk
+
 TEMPORARY = "tmp."  # a folder with such a name is not complete
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -178,7 +180,7 @@ def digests(folder: Path, *, sync: bool = False) -> dict[str, str]:
             path = Path(parent, name)
             found[path.relative_to(folder).as_posix()] = _named(sha256, path)
             if sync:
-                _named(_sync, path)
+                _named(sync_to_disk, path)
         if sync:
             sync_folder(Path(parent))
     return dict(sorted(found.items()))
@@ -199,15 +201,7 @@ def _raise(error: OSError) -> NoReturn:
 
 def sync_folder(path: Path) -> None:
     """Make the folder's entries survive a power failure."""
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(path)
 
 
 def same_file(path: Path, descriptor: int) -> bool:

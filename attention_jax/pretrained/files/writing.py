@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from attention_jax.disk import allow_as_usual, sync_to_disk
 from attention_jax.hints import quoted
 from attention_jax.pretrained.files.hugging_face import INDEX, SINGLE
 from attention_jax.pretrained.files.reading import DTYPES, MOST_JSON
@@ -49,15 +50,15 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folder is for its owner alone
+        allow_as_usual(temporary)
         yield temporary
-        _sync(temporary)
+        sync_to_disk(temporary)
         # Replaces an empty folder, and fails on one that has been filled since.
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(path.parent)
+    sync_to_disk(path.parent)
 
 
 def write_safetensors(
@@ -99,31 +100,17 @@ def write_safetensors(
         if len(paths) > 1:
             paths.append(_write_index(temporary / INDEX, slots))
         for path in paths:
-            _sync(path)
+            sync_to_disk(path)
         for path in paths:
             os.rename(path, folder / path.name)
             moved.append(folder / path.name)
         temporary.rmdir()
-        _sync(folder)
+        sync_to_disk(folder)
     except BaseException:
         for path in reversed(moved):
             path.unlink(missing_ok=True)
         shutil.rmtree(folder if made else temporary, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _shards(specs: Mapping[str, Spec], shard_size: int) -> list[dict[str, tuple[tuple[int, ...], np.dtype]]]:
