@@ -79,14 +79,7 @@ def checked_batch(
     samplings = _checked_samplings(config, sampling, len(prompts), tokenizer)
     check_key(samplings, key)
     eos = checked_eos(config, eos_id)
-    limits = [max_new_tokens if s.max_tokens is None else s.max_tokens for s in samplings]
-    for index, (s, limit) in enumerate(zip(samplings, limits, strict=True)):
-        if limit is None:
-            raise ValueError(f"request {index} has no limit: give max_new_tokens, or its max_tokens")
-        if s.min_tokens > limit:
-            raise ValueError(
-                f"request {index}: min_tokens {s.min_tokens} is larger than the {limit} tokens it may have"
-            )
+    limits = _checked_limits(samplings, max_new_tokens)
     before = [0] * len(prompts)
     if state is not None:
         if sources is not None:
@@ -109,6 +102,19 @@ def checked_batch(
         rows=np.repeat(np.arange(len(prompts), dtype=np.int32), counts),
         samples=np.concatenate([np.arange(n, dtype=np.uint32) for n in counts]),
     )
+
+
+def _checked_limits(samplings: list[Sampling], max_new_tokens: int | None) -> list[int]:
+    """The most new tokens of each request; ValueError for one without, or with more at least."""
+    limits = [max_new_tokens if s.max_tokens is None else s.max_tokens for s in samplings]
+    for index, (s, limit) in enumerate(zip(samplings, limits, strict=True)):
+        if limit is None:
+            raise ValueError(f"request {index} has no limit: give max_new_tokens, or its max_tokens")
+        if s.min_tokens > limit:
+            raise ValueError(
+                f"request {index}: min_tokens {s.min_tokens} is larger than the {limit} tokens it may have"
+            )
+    return limits
 
 
 def _checked_start(
